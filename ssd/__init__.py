@@ -1,0 +1,1 @@
+"""Selective Subnetwork Distillation: continual learning with k-sparse networks."""

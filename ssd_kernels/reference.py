@@ -1,0 +1,218 @@
+"""The specification: every op of ssd_kernels in plain PyTorch, for any device and dtype.
+
+Shapes: B batch, d input, R neurons, k active, K slots of a sparse code, C outputs.
+A sparse code is a pair (values [B, K], indices [B, K]): slot s of sample b says that neuron
+indices[b, s] has activation values[b, s]. A slot whose value is 0 is inactive: it passes no
+gradient and is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class TopKOutput(NamedTuple):
+    """What the selecting ops return; fields the caller did not ask for are None."""
+
+    values: Tensor  # [B, k]
+    indices: Tensor  # [B, k] int64
+    threshold: Tensor | None = None  # [B]
+    preactivations: Tensor | None = None  # [B, R]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores of this input dtype are computed and compared."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def select(keys: Tensor, k: int) -> Tensor:
+    """Indices of the k largest keys of each row: descending, ties to the lower index, NaN largest.
+
+    keys [B, R] -> [B, k] int64.
+    """
+    # Adding zero turns -0.0 into 0.0, so that the two tie on every device.
+    order = torch.sort(keys.detach() + 0.0, dim=-1, descending=True, stable=True).indices
+    return order[..., :k]
+
+
+def topk(
+    scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
+) -> TopKOutput:
+    """Row-wise top-k of `scores * boost` among the neurons that `mask` allows; passes on `scores`."""
+    keys = scores.detach().to(accumulation_dtype(scores.dtype))
+    if boost is not None:
+        keys = keys * boost.to(keys.dtype)
+    if mask is None:
+        indices = select(keys, k)
+        return TopKOutput(scores.gather(-1, indices), indices)
+    # A disallowed neuron ranks below every allowed one, -inf included: order by key, then
+    # stably by permission.
+    order = select(keys, keys.shape[-1])
+    allowed_first = torch.sort((~mask)[order].to(torch.int8), dim=-1, stable=True).indices
+    indices = order.gather(-1, allowed_first)[..., :k]
+    values = scores.gather(-1, indices)
+    return TopKOutput(torch.where(mask[indices], values, torch.zeros_like(values)), indices)
+
+
+def linear_topk(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    inhibition: str = "mask",
+    threshold: bool = False,
+    preactivations: bool = False,
+    counts: Tensor | None = None,
+) -> TopKOutput:
+    """relu(x weight^T + bias), then its k largest entries a row."""
+    scores = _scores(x, weight, bias)
+    ranked = select(scores, min(k + 1, scores.shape[-1]))
+    indices = ranked[..., :k]
+    cut = _cut(scores, ranked, k)
+    values = scores.gather(-1, indices).relu()
+    if inhibition == "subtract":
+        values = (values - cut.detach().unsqueeze(-1)).relu()
+    if counts is not None:
+        count_active(values, indices, counts)
+    return TopKOutput(
+        values.to(x.dtype),
+        indices,
+        cut.to(x.dtype) if threshold else None,
+        scores.to(x.dtype) if preactivations else None,
+    )
+
+
+def linear_inhibit(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    inhibition: str = "subtract",
+    counts: Tensor | None = None,
+) -> Tensor:
+    """a = relu(x weight^T + bias), inhibited by gaba times its (k+1)-th largest entry; dense."""
+    scores = _scores(x, weight, bias)
+    a = scores.relu()
+    cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
+    surplus = a - (cut if gaba is None else gaba.to(a.dtype) * cut)
+    if inhibition == "mask":
+        hidden = torch.where(surplus > 0, a, torch.zeros_like(a))
+    else:
+        hidden = surplus.relu()
+    if counts is not None:
+        counts += (hidden > 0).flatten(0, -2).sum(0)
+    return hidden.to(x.dtype)
+
+
+def sparse_linear(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The code (values, indices) times weight [R, C]: row j is what neuron j writes."""
+    accumulate = accumulation_dtype(weight.dtype)
+    rows = weight[indices].to(accumulate)
+    out = (values.to(accumulate).unsqueeze(-1) * rows).sum(-2)
+    if bias is not None:
+        out = out + bias.to(accumulate)
+    return out.to(weight.dtype)
+
+
+def count_active(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    last_active: Tensor | None = None,
+    step: int | Tensor = 0,
+) -> None:
+    """counts[j] += number of samples in which j is active; last_active[j] = step if there is one."""
+    active = values.detach() > 0
+    hits = torch.zeros_like(counts).index_add_(
+        0, indices.flatten(), active.flatten().to(counts.dtype)
+    )
+    counts += hits
+    if last_active is not None:
+        stamp = torch.as_tensor(step, dtype=last_active.dtype, device=last_active.device)
+        last_active.copy_(torch.where(hits > 0, stamp, last_active))
+
+
+def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
+    """Gradient [R, d] whose row j is the sum of coefficients[b, s] * inputs[b] over slots of j."""
+    products = coefficients.unsqueeze(-1) * inputs.unsqueeze(-2)
+    gradient = inputs.new_zeros(neurons, inputs.shape[-1])
+    return gradient.index_add_(0, indices.flatten(), products.flatten(0, -2))
+
+
+def row_update(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    *,
+    lr: float,
+    max_norm: float | None = None,
+    nonnegative: bool = False,
+    normalize: Sequence[bool] | None = None,
+    momentum: float = 0.0,
+    buffers: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """One projected SGD step on the rows that the code touches; the others keep their bits."""
+    neurons = weights[0].shape[0]
+    touched = torch.zeros(neurons, dtype=torch.bool, device=indices.device)
+    for coefficient in coefficients:
+        touched[indices[coefficient != 0]] = True
+    gradients = [
+        row_gradient(c.to(w.dtype), i.to(w.dtype), indices, neurons)
+        for w, c, i in zip(weights, coefficients, inputs, strict=True)
+    ]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    scale = clip_scale(norm, max_norm)
+    for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        direction = gradient * scale
+        if buffers is not None:
+            buffer = buffers[number]
+            direction = torch.where(touched[:, None], momentum * buffer + direction, buffer)
+            buffer.copy_(direction)
+        row_norm = normalize is not None and normalize[number]
+        updated = project(weight - lr * direction, nonnegative, row_norm)
+        weight.copy_(torch.where(touched[:, None], updated, weight))
+    return norm
+
+
+def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
+    """The factor that clips a gradient of this global norm, as torch.nn.utils.clip_grad_norm_."""
+    if max_norm is None:
+        return torch.ones_like(norm)
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def project(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
+    """Clamp at 0, then unit L2 rows; an all-zero row stays zero."""
+    if nonnegative:
+        weight = weight.clamp(min=0)
+    if normalize:
+        length = weight.norm(dim=-1, keepdim=True)
+        weight = weight / torch.where(length > 0, length, torch.ones_like(length))
+    return weight
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    accumulate = accumulation_dtype(x.dtype)
+    return F.linear(
+        x.to(accumulate),
+        weight.to(accumulate),
+        None if bias is None else bias.to(accumulate),
+    )
+
+
+def _cut(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
+    """The (k+1)-th largest entry of relu(scores); 0 where k is all of them."""
+    if ranked.shape[-1] == k:
+        return scores.new_zeros(scores.shape[:-1])
+    return scores.gather(-1, ranked[..., k:]).squeeze(-1).relu()

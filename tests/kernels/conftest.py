@@ -1,0 +1,24 @@
+"""Every op's tests run over its implementations: here, in Triton's interpreter, on CUDA.
+
+A test takes `device` and names `impl`; Triton needs either CUDA or TRITON_INTERPRET=1, which must
+be set before Triton is imported, so tests/test_interpreter.py starts a process of its own.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def triton_only(*values: object) -> object:
+    """A parameter that runs where Triton can: in the interpreter or on CUDA."""
+    usable = INTERPRETED or torch.cuda.is_available()
+    reason = "Triton needs CUDA or TRITON_INTERPRET=1"
+    return pytest.param(*values, marks=pytest.mark.skipif(not usable, reason=reason))
