@@ -1,4 +1,4 @@
-"""Exact, deterministic, trainable k-sparse layers; see ssd_kernels.reference for the specification."""
+"""Exact, deterministic, trainable k-sparse layers; ssd_kernels.reference is the specification."""
 
 from ssd_kernels import nn, reference
 from ssd_kernels.count_active import count_active

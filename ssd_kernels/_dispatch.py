@@ -29,11 +29,10 @@ def interpreted() -> bool:
 def choose(
     op: str, implementations: Mapping[str, Callable[..., Any]], impl: str | None, tensor: Tensor
 ) -> Callable[..., Any]:
-    """The implementation of `op` for inputs like `tensor`; ValueError for a name it does not have."""
+    """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name."""
     if impl is None:
-        impl = os.environ.get(ENVIRONMENT)
-        if impl not in implementations:
-            impl = _default(implementations, tensor)
+        forced = os.environ.get(ENVIRONMENT)
+        impl = forced if forced in implementations else _default(implementations, tensor)
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.topk import select
@@ -61,15 +60,12 @@ def _torch(
     inhibition: str,
     counts: Tensor | None,
 ) -> Tensor:
-    accumulate = reference.accumulation_dtype(x.dtype)
-    a = F.linear(
-        x.to(accumulate), weight.to(accumulate), None if bias is None else bias.to(accumulate)
-    ).relu()
+    a = reference.scores_of(x, weight, bias).relu()
     if k == weight.shape[0]:
         cut = a.new_zeros(*a.shape[:-1], 1)
     else:
         cut = a.detach().gather(-1, select(a, k + 1)[..., k:])
-    surplus = a - (cut if gaba is None else gaba.to(accumulate) * cut)
+    surplus = a - (cut if gaba is None else gaba.to(a.dtype) * cut)
     hidden = a * (surplus > 0) if inhibition == "mask" else surplus.relu()
     if counts is not None:
         counts += (hidden > 0).flatten(0, -2).sum(0)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.count_active import count_active
@@ -73,12 +72,7 @@ class _LinearTopK(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = F.linear(
-            *(
-                None if t is None else t.to(reference.accumulation_dtype(x.dtype))
-                for t in (x, weight, bias)
-            )
-        )
+        scores = reference.scores_of(x, weight, bias)
         ranked = select(scores, min(k + 1, weight.shape[0]))
         tops = scores.gather(1, ranked).relu()
         values = tops[:, :k]

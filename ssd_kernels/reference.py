@@ -43,7 +43,7 @@ def select(keys: Tensor, k: int) -> Tensor:
 def topk(
     scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
 ) -> TopKOutput:
-    """Row-wise top-k of `scores * boost` among the neurons that `mask` allows; passes on `scores`."""
+    """Row-wise top-k of scores * boost among the neurons that mask allows; passes on scores."""
     keys = scores.detach().to(accumulation_dtype(scores.dtype))
     if boost is not None:
         keys = keys * boost.to(keys.dtype)
@@ -71,7 +71,7 @@ def linear_topk(
     counts: Tensor | None = None,
 ) -> TopKOutput:
     """relu(x weight^T + bias), then its k largest entries a row."""
-    scores = _scores(x, weight, bias)
+    scores = scores_of(x, weight, bias)
     ranked = select(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
@@ -99,7 +99,7 @@ def linear_inhibit(
     counts: Tensor | None = None,
 ) -> Tensor:
     """a = relu(x weight^T + bias), inhibited by gaba times its (k+1)-th largest entry; dense."""
-    scores = _scores(x, weight, bias)
+    scores = scores_of(x, weight, bias)
     a = scores.relu()
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
     surplus = a - (cut if gaba is None else gaba.to(a.dtype) * cut)
@@ -131,7 +131,7 @@ def count_active(
     last_active: Tensor | None = None,
     step: int | Tensor = 0,
 ) -> None:
-    """counts[j] += number of samples in which j is active; last_active[j] = step if there is one."""
+    """counts[j] += samples in which j is active; last_active[j] = step where there is one."""
     active = values.detach() > 0
     hits = torch.zeros_like(counts).index_add_(
         0, indices.flatten(), active.flatten().to(counts.dtype)
@@ -202,7 +202,7 @@ def project(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
     return weight
 
 
-def _scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     accumulate = accumulation_dtype(x.dtype)
     return F.linear(
         x.to(accumulate),

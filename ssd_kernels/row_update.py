@@ -39,7 +39,7 @@ def row_update(
         weights: matrices [R, d_i], updated in place.
         coefficients: [B, K] each. inputs: [B, d_i] each. indices: [B, K] int64.
         lr: learning rate.
-        max_norm: clips the global L2 norm over all the gradients, as clip_grad_norm_; None: no clip.
+        max_norm: clips the global L2 norm of the gradients, as clip_grad_norm_; None: no clip.
         nonnegative: clamp touched rows at 0 after the step (SDMLP).
         normalize: for each matrix, whether touched rows are then scaled to unit L2 norm; an
             all-zero row stays zero.

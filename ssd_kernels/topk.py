@@ -66,7 +66,7 @@ def _torch(
 
 
 def select(keys: Tensor, k: int) -> Tensor:
-    """reference.select for k < R, by torch.topk over group maxima; keys [.., R] -> [.., k] int64."""
+    """reference.select by torch.topk over group maxima; keys [.., R] -> [.., k] int64."""
     if torch.compiler.is_compiling() or keys.shape[-1] == k:
         return reference.select(keys, k)
     flat = keys.detach().reshape(-1, keys.shape[-1]) + 0.0
