@@ -18,10 +18,10 @@ Rows = tuple[tuple[Config, Config], ...]
 TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
-            ({"neurons": 512}, {"TILE": 512, "num_warps": 1}),
-            ({"neurons": 1024}, {"TILE": 1024, "num_warps": 1}),
-            ({"neurons": 2048}, {"TILE": 2048, "num_warps": 2}),
-            ({}, {"TILE": 4096, "num_warps": 4}),
+            ({"neurons": 512}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
+            ({"neurons": 1024}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
+            ({"neurons": 2048}, {"TILE": 2048, "PROGRAMS": 16, "num_warps": 2}),
+            ({}, {"TILE": 4096, "PROGRAMS": 8, "num_warps": 4}),
         ),
     },
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
@@ -51,3 +51,10 @@ def _family(device: torch.device) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm{properties.major}{properties.minor}"
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # Triton's interpreter: enough to share rows out
+    return torch.cuda.get_device_properties(device).multi_processor_count
