@@ -21,6 +21,9 @@ MAX_K = 256
 NOTHING = tl.constexpr(-(2**31))
 DISALLOWED = tl.constexpr(-(2**31) + 1)
 NAN = tl.constexpr(2**31 - 1)
+# Entries that are ranked against the buffer at a time.
+STEP = 16
+LEAST = tl.constexpr(-(2**63))
 
 
 def topk(
@@ -112,8 +115,9 @@ def _candidates(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # best, and if the tile alone overflows it (the first one does), floor is raised by bisection on
 # the tile. A random row of R has about k (1 + ln(R / k)) entries above a running k-th, so cuts are
 # rare: an element costs its load, about 6 instructions for the key, 2 to be counted and, in a tile
-# that has a candidate, about 12 for the prefix sum and the predicated store. Sorting touches only
-# the buffer. Packed (key, ~index) entries are distinct: the outcome is exact and free of any order.
+# that has a candidate, about 12 for the prefix sum and the predicated store. Entries
+# of the buffer, packed (key, ~index), are distinct: counting how many exceed each puts it in place,
+# and the outcome is exact whatever the order of execution.
 
 
 @jit
@@ -148,13 +152,20 @@ def _load_keys(
 
 
 @jit
-def _best(buffer, held, CAPACITY: tl.constexpr):
-    """The packed entries of the buffer, largest first."""
+def _ranked(buffer, held, CAPACITY: tl.constexpr, STEP: tl.constexpr):
+    """The packed entries of the buffer, and how many entries exceed each."""
     slot = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # the appends of other threads
-    packed = tl.load(buffer + slot, mask=slot < held, other=-(2**63))
+    packed = tl.load(buffer + slot, mask=slot < held, other=LEAST)
+    rank = tl.zeros([CAPACITY], tl.int32)
+    start = 0
+    while start < held:
+        other = start + tl.arange(0, STEP)
+        rival = tl.load(buffer + other, mask=other < held, other=LEAST)
+        rank += tl.sum((rival[:, None] > packed[None, :]).to(tl.int32), axis=0)
+        start += STEP
     tl.debug_barrier()  # before anyone appends again
-    return tl.sort(packed, descending=True)
+    return packed, rank
 
 
 @jit
@@ -198,6 +209,7 @@ def _select_kernel(
     WAYS: tl.constexpr,
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     lane = tl.arange(0, TILE)
     slot = tl.arange(0, CAPACITY)
@@ -224,10 +236,9 @@ def _select_kernel(
             )
             found = tl.sum((key > floor).to(tl.int32))
             if held + found > CAPACITY and held >= k:
-                packed = _best(buffer, held, CAPACITY)
-                tl.store(buffer + slot, packed, mask=slot < k)
-                last = tl.sum(tl.where(slot == k - 1, packed, 0))
-                floor = (last >> 32).to(tl.int32)
+                packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+                tl.store(buffer + rank, packed, mask=rank < k)
+                floor = tl.max(tl.where(rank == k - 1, (packed >> 32).to(tl.int32), NOTHING))
                 held = k
                 found = tl.sum((key > floor).to(tl.int32))
             append_above = floor
@@ -251,22 +262,28 @@ def _select_kernel(
                 tl.store(buffer + position, packed, mask=keep)
                 held += found
             tile += 1
-        packed = _best(buffer, held, CAPACITY)
+        packed, rank = _ranked(buffer, held, CAPACITY, STEP)
         key = (packed >> 32).to(tl.int32)
         index = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
-        out = task.to(tl.int64) * k + slot
-        chosen = slot < k
-        real = chosen & (slot < held)
+        out = task.to(tl.int64) * k + rank
+        chosen = (slot < held) & (rank < k)
         if FROM_KEYS:
-            index = tl.load(origin + row * source_stride + index, mask=real, other=0)
+            index = tl.load(origin + row * source_stride + index, mask=chosen, other=0)
         if TO_KEYS:
             tl.store(values + out, key, mask=chosen)
         else:
-            value = tl.load(scores + row * scores_stride + index, mask=real, other=0)
+            value = tl.load(scores + row * scores_stride + index, mask=chosen, other=0)
             if MASK:
                 value = tl.where(key == DISALLOWED, 0.0, value)
             tl.store(values + out, value, mask=chosen)
         tl.store(indices + out, index, mask=chosen)
+        if TO_KEYS:  # a short part leaves slots that nothing may choose
+            empty = (slot >= held) & (slot < k)
+            tl.store(
+                values + task.to(tl.int64) * k + slot,
+                tl.full([CAPACITY], NOTHING, tl.int32),
+                mask=empty,
+            )
         task += tl.num_programs(0)
 
 
@@ -327,7 +344,7 @@ def _launch(
     tiles = _ceil_div(neurons, chosen["TILE"])
     part_tiles = _ceil_div(tiles, parts)
     programs = min(batch * parts, _tuning.multiprocessors(device) * chosen["PROGRAMS"])
-    ways, capacity = _sizes(k, tiles)
+    ways, capacity = _sizes(k)
     buffer = torch.empty(programs, capacity, dtype=torch.int64, device=device)
     with torch.cuda.device_of(source):
         _select_kernel[(programs,)](
@@ -354,14 +371,15 @@ def _launch(
             WAYS=ways,
             CAPACITY=capacity,
             TILE=chosen["TILE"],
+            STEP=STEP,
             num_warps=chosen["num_warps"],
         )
 
 
-def _sizes(k: int, tiles: int) -> tuple[int, int]:
-    """Groups of the first bound, and places in the buffer: more where many tiles append to it."""
+def _sizes(k: int) -> tuple[int, int]:
+    """Groups of the first bound, and places in the buffer."""
     ways = max(16, 1 << (k - 1).bit_length())
-    return ways, ways * (2 if tiles == 1 else 4)
+    return ways, 2 * ways
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -414,7 +432,7 @@ def aot_cases(family: str) -> list[AotCase]:
 
 
 def _aot_case(kind: str, k: int, neurons: int | None, chosen: _tuning.Config) -> AotCase:
-    ways, capacity = _sizes(k, 1 if neurons else 2)
+    ways, capacity = _sizes(k)
     pointers = dict.fromkeys(("source", "boost", "scores", "values"), f"*{kind}")
     pointers |= {"allowed": "*u8", "origin": "*i32", "buffer": "*i64", "indices": "*i64"}
     sizes = {"k": "i32", "tasks": "i32", "neurons": "i32:16", "part_tiles": "i32"}
@@ -426,7 +444,7 @@ def _aot_case(kind: str, k: int, neurons: int | None, chosen: _tuning.Config) ->
         _select_kernel,
         pointers | sizes | strides | tiles,
         flags
-        | {"parts": 1, "WAYS": ways, "CAPACITY": capacity, "TILE": chosen["TILE"]}
+        | {"parts": 1, "WAYS": ways, "CAPACITY": capacity, "TILE": chosen["TILE"], "STEP": STEP}
         | ({"tiles": 1} if neurons else {}),
         {"num_warps": chosen["num_warps"]},
     )
