@@ -20,8 +20,7 @@ TABLE: dict[str, dict[str, Rows]] = {
         "default": (
             ({"neurons": 512}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
             ({"neurons": 1024}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
-            ({"neurons": 2048}, {"TILE": 2048, "PROGRAMS": 16, "num_warps": 2}),
-            ({}, {"TILE": 4096, "PROGRAMS": 8, "num_warps": 4}),
+            ({}, {"TILE": 2048, "PROGRAMS": 8, "num_warps": 4}),
         ),
     },
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
