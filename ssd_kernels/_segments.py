@@ -139,7 +139,7 @@ def segment_kernel(
                     tl.sum(tl.where(inside, total * total, 0.0)),
                 )
                 if tile == 0:
-                    tl.store(touched + position, (active > 0).to(tl.uint8))
+                    tl.store(touched + position, tl.minimum(active, 1).to(tl.uint8))
             else:
                 target = neuron
             tl.store(gradient + target * gradient_stride + column, total, mask=inside)

@@ -95,6 +95,19 @@ def _torch(
     momentum: float,
     buffers: Sequence[Tensor] | None,
 ) -> Tensor:
+    if torch.compiler.is_compiling():  # the number of touched rows is no static shape
+        return reference.row_update(
+            weights,
+            coefficients,
+            inputs,
+            indices,
+            lr=lr,
+            max_norm=max_norm,
+            nonnegative=nonnegative,
+            normalize=normalize,
+            momentum=momentum,
+            buffers=buffers,
+        )
     touched = torch.stack([c != 0 for c in coefficients]).any(0)
     group = segments(indices, touched)
     gradients = [_segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
@@ -212,6 +225,7 @@ def _apply_kernel(
                 else:
                     tl.store(weight + column, moved, mask=inside)
             if NORMALIZE and not ONE_TILE:
+                tl.debug_barrier()  # a thread may read what another wrote
                 length = tl.where(length > 0, tl.sqrt(length), 1.0)
                 for start in range(0, width, BLOCK):
                     column = start + tl.arange(0, BLOCK)

@@ -99,7 +99,7 @@ def gather_triton(
 ) -> Tensor:
     """sparse_linear of a code [B, K], without autograd; every slot counts, those of value 0 too."""
     batch, outputs = values.shape[0], weight.shape[1]
-    out = weight.new_empty(batch, outputs)
+    out = torch.empty(batch, outputs, dtype=weight.dtype, device=weight.device)
     if out.numel() == 0:
         return out
     weight = _segments.unit_stride(weight.detach())
@@ -164,11 +164,12 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        values, indices, weight = ctx.saved_tensors
         need_values, _, need_weight, need_bias = ctx.needs_input_grad
         grad_values = grad_weight = None
         if need_values or need_weight:
             grad_values, grad_weight = gradients_triton(
-                grad_out, *ctx.saved_tensors, need_values, need_weight
+                grad_out, values, indices, weight, need_values, need_weight
             )
         return grad_values, None, grad_weight, grad_out.sum(0) if need_bias else None
 
@@ -177,7 +178,12 @@ def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
     if values.dtype not in _dispatch.TRITON_DTYPES or values.numel() == 0:
         return _torch(values, indices, weight, bias)
     slots = values.shape[-1]
-    out = _SparseLinear.apply(values.reshape(-1, slots), indices.reshape(-1, slots), weight, bias)
+    serve = gather_triton
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (values, weight, bias)
+    ):
+        serve = _SparseLinear.apply
+    out = serve(values.reshape(-1, slots), indices.reshape(-1, slots), weight, bias)
     return out.view(*values.shape[:-1], weight.shape[1])
 
 
