@@ -342,18 +342,22 @@ def _check(
             raise ValueError(f"{op}: {len(given)} {name} for {len(weights)} weights")
     if (momentum != 0.0) != (buffers is not None):
         raise ValueError(f"{op}: momentum={momentum} and buffers must be given together")
-    neurons = weights[0].shape[0]
+    if indices.dim() != 2:
+        raise ValueError(f"{op}: indices have shape {list(indices.shape)}, expected [B, K]")
+    neurons = weights[0].shape[0] if weights[0].dim() else 0
     for number, weight in enumerate(weights):
         coefficient, vector = coefficients[number], inputs[number]
-        _checks.floating(op, weight=weight, coefficients=coefficient, inputs=vector)
+        buffer = None if buffers is None else buffers[number]
+        _checks.floating(
+            op, weight=weight, coefficients=coefficient, inputs=vector, buffers=buffer
+        )
         _checks.code(op, coefficient, indices)
         if weight.dim() != 2 or weight.shape[0] != neurons:
             raise ValueError(
                 f"{op}: weights[{number}] has shape {list(weight.shape)}, expected [{neurons}, d]"
             )
         _checks.shape(op, f"inputs[{number}]", vector, (len(indices), weight.shape[1]))
-        if buffers is not None:
-            _checks.shape(op, f"buffers[{number}]", buffers[number], tuple(weight.shape))
+        _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
 def aot_cases(family: str) -> list[AotCase]:

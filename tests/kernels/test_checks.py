@@ -138,6 +138,18 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"momentum": 0.0}, ValueError, "momentum=0.0 and buffers must be given together"),
         ({"indices": torch.zeros(4, 2).int()}, TypeError, "indices have dtype torch.int32"),
         ({"indices": torch.zeros(4, 3).long()}, ValueError, r"indices \[4, 3\]"),
+        ({"indices": torch.zeros(4).long()}, ValueError, r"indices have shape \[4\]"),
+        ({"weights": [torch.rand(()), torch.rand(9, 3)]}, ValueError, r"weights\[0\] has shape"),
+        (
+            {"buffers": [torch.rand(9, 5), torch.rand(9, 3).half()]},
+            TypeError,
+            "buffers has dtype torch.float16",
+        ),
+        (
+            {"buffers": [torch.rand(9, 5), torch.rand(9, 3, device=META)]},
+            ValueError,
+            "buffers is on meta",
+        ),
         (
             {"weights": [torch.rand(9, 5), torch.rand(8, 3)]},
             ValueError,
