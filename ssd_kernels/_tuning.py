@@ -18,8 +18,8 @@ Rows = tuple[tuple[Config, Config], ...]
 TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
-            ({"neurons": 512}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
-            ({"neurons": 1024}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
+            ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
+            ({"neurons": 1024, "k": 32}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
             ({}, {"TILE": 2048, "PROGRAMS": 8, "num_warps": 4}),
         ),
     },

@@ -152,7 +152,7 @@ def _load_keys(
 
 @jit
 def _ranked(buffer, held, CAPACITY: tl.constexpr, STEP: tl.constexpr):
-    """The packed entries of the buffer, and how many entries exceed each."""
+    """The packed entries of the buffer and the rank of each; empty places come last."""
     slot = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # the appends of other threads
     packed = tl.load(buffer + slot, mask=slot < held, other=LEAST)
@@ -164,7 +164,7 @@ def _ranked(buffer, held, CAPACITY: tl.constexpr, STEP: tl.constexpr):
         rank += tl.sum((rival[:, None] > packed[None, :]).to(tl.int32), axis=0)
         start += STEP
     tl.debug_barrier()  # before anyone appends again
-    return packed, rank
+    return packed, tl.where(slot < held, rank, slot)
 
 
 @jit
@@ -187,7 +187,7 @@ def _bisect(key, k, low, room):
 # scattered stores; 16-byte loads would have every tile converted through shared memory.
 @jit(
     do_not_specialize=["k", "tasks", "part_tiles"],
-    do_not_specialize_on_alignment=["source_stride"],
+    do_not_specialize_on_alignment=["source_stride", "boost", "allowed"],
 )
 def _select_kernel(
     source,  # [B, R]: scores, or int32 keys
@@ -217,7 +217,6 @@ def _select_kernel(
     STEP: tl.constexpr,  # entries that are ranked against the buffer at a time
 ):
     lane = tl.arange(0, TILE)
-    slot = tl.arange(0, CAPACITY)
     buffer += tl.program_id(0) * CAPACITY
     task = tl.program_id(0)
     while task < tasks:
@@ -276,7 +275,7 @@ def _select_kernel(
         key = (packed >> 32).to(tl.int32)
         index = (packed & LAST).to(tl.int32) ^ LAST
         out = task.to(tl.int64) * k + rank
-        chosen = (slot < held) & (rank < k)
+        chosen = rank < k
         if FROM_KEYS:
             index = tl.load(origin + row * source_stride + index, mask=chosen, other=0)
         if TO_KEYS:
@@ -287,13 +286,6 @@ def _select_kernel(
                 value = tl.where(key == DISALLOWED, 0.0, value)
             tl.store(values + out, value, mask=chosen)
         tl.store(indices + out, index, mask=chosen)
-        if TO_KEYS:  # a short part leaves slots that nothing may choose
-            empty = (slot >= held) & (slot < k)
-            tl.store(
-                values + task.to(tl.int64) * k + slot,
-                tl.full([CAPACITY], NOTHING, tl.int32),
-                mask=empty,
-            )
         task += tl.num_programs(0)
 
 
@@ -314,7 +306,7 @@ def select_triton(
         scores = scores.contiguous()
     boost = None if boost is None else boost.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
-    parts = _parts(batch, neurons, scores.device)
+    parts = _parts(batch, neurons, k, scores.device)
     if parts == 1:
         _launch(scores, None, scores, boost, mask, values, indices, k, parts)
         return values, indices
@@ -327,9 +319,9 @@ def select_triton(
     return values, indices
 
 
-def _parts(batch: int, neurons: int, device: torch.device) -> int:
+def _parts(batch: int, neurons: int, k: int, device: torch.device) -> int:
     """Programs that share a row; more than one where the rows alone do not fill the chip."""
-    chosen = _tuning.config("topk", device, neurons=neurons)
+    chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     multiprocessors = _tuning.multiprocessors(device)
     if tiles < 4 or batch >= 2 * multiprocessors:
@@ -350,7 +342,7 @@ def _launch(
 ) -> None:
     batch, neurons = source.shape
     device = source.device
-    chosen = _tuning.config("topk", device, neurons=neurons)
+    chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     part_tiles = _ceil_div(tiles, parts)
     programs = min(batch * parts, _tuning.multiprocessors(device) * chosen["PROGRAMS"])
@@ -385,12 +377,13 @@ def _launch(
 
 def _blocks(k: int, chosen: _tuning.Config) -> dict[str, int]:
     ways = max(32, 1 << (k - 1).bit_length())
+    warps = chosen["num_warps"]
     return {
         "WAYS": ways,
         "CAPACITY": 2 * ways,
         "TILE": chosen["TILE"],
-        "COLUMNS": max(ways, 32 * chosen["num_warps"]),
-        "STEP": 8,
+        "COLUMNS": max(ways, 32 * warps),
+        "STEP": max(2, min(8, 256 * warps // ways)),
     }
 
 
@@ -437,8 +430,9 @@ def _triton(
 def aot_cases(family: str) -> list[AotCase]:
     cases = []
     for bounds, chosen in _tuning.rows("topk", family):
-        size = f"R<={bounds['neurons']}" if bounds else f"R<={chosen['TILE']}"
-        cases += [_aot_case(f"{size} k<={k}", chosen, k, tiles=1) for k in (32, MAX_K)]
+        size = bounds.get("neurons", chosen["TILE"])
+        largest = bounds.get("k", MAX_K)
+        cases += [_aot_case(f"R<={size} k<={k}", chosen, k, tiles=1) for k in sorted({32, largest})]
         if not bounds:
             cases += [_aot_case(f"k<={k}", chosen, k) for k in (32, 64, MAX_K)]
             cases += [_aot_case("bf16", chosen, kind="bf16")]
@@ -459,8 +453,8 @@ def _aot_case(
     flags = dict.fromkeys(("FROM_KEYS", "TO_KEYS", "BOOST", "MASK"), False) | flags
     signature = {
         "source": "*i32" if flags["FROM_KEYS"] else f"*{kind}",
-        "boost": f"*{kind}",
-        "allowed": "*u8",
+        "boost": f"*{kind}:1",
+        "allowed": "*u8:1",
         "origin": "*i32",
         "scores": f"*{kind}",
         "buffer": "*i64",
