@@ -62,11 +62,13 @@ def _rank_kernel(
     neuron = tl.load(indices + slot, mask=slot < count, other=0)
     key = (neuron << 32) | slot
     rank = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, count, RIVALS):
+    start = 0
+    while start < count:
         other = start + tl.arange(0, RIVALS)
         rival = tl.load(indices + other, mask=other < count, other=0x7FFFFFFF)
         before = ((rival << 32) | other)[None, :] < key[:, None]
         rank += tl.sum(before.to(tl.int32), axis=1)
+        start += RIVALS
     tl.store(neurons + rank, neuron, mask=slot < count)
     tl.store(slots + rank, slot.to(tl.int64), mask=slot < count)
 

@@ -161,10 +161,10 @@ def _moved(
     return moved
 
 
-@jit(do_not_specialize=["count", "sharing"])
+@jit(do_not_specialize=["count"])
 def _apply_kernel(
     neurons,  # [count], sorted
-    touched,  # [sharing, count] uint8: by a coefficient of each of the matrices
+    touched,  # [SHARING, count] uint8: by a coefficient of each of the matrices
     gradient,  # [count, D] fp32, in the place of a neuron's first slot
     weight,  # [R, D]
     buffer,  # [R, D]
@@ -173,15 +173,14 @@ def _apply_kernel(
     max_norm,
     momentum,
     count,
-    sharing,
-    width,
     weight_stride,
     buffer_stride,
+    SHARING: tl.constexpr,
+    WIDTH: tl.constexpr,
     CLIP: tl.constexpr,
     CLAMP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
-    ONE_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     position = tl.program_id(0).to(tl.int64)
@@ -189,8 +188,8 @@ def _apply_kernel(
     previous = tl.load(neurons + position - 1, mask=position > 0, other=-1)
     if neuron != previous:
         active = 0
-        for number in range(sharing):
-            active += tl.load(touched + number * count.to(tl.int64) + position).to(tl.int32)
+        for number in range(SHARING):
+            active += tl.load(touched + count.to(tl.int64) * number + position).to(tl.int32)
         if active > 0:
             scale = 1.0
             if CLIP:
@@ -198,11 +197,11 @@ def _apply_kernel(
                 scale = tl.minimum(scale, 1.0, propagate_nan=tl.PropagateNan.ALL)
             weight += neuron * weight_stride
             buffer += neuron * buffer_stride
-            gradient += position * width
+            gradient += position * WIDTH
             length = 0.0
-            for start in range(0, width, BLOCK):
+            for start in range(0, WIDTH, BLOCK):
                 column = start + tl.arange(0, BLOCK)
-                inside = column < width
+                inside = column < WIDTH
                 moved = _moved(
                     weight + column,
                     buffer + column,
@@ -217,19 +216,19 @@ def _apply_kernel(
                 if NORMALIZE:
                     moved = tl.where(inside, moved, 0.0)
                     length += tl.sum(moved * moved)
-                    if ONE_TILE:
+                    if WIDTH <= BLOCK:
                         moved /= tl.where(length > 0, tl.sqrt(length), 1.0)
                         tl.store(weight + column, moved, mask=inside)
                     else:
                         tl.store(gradient + column, moved, mask=inside)
                 else:
                     tl.store(weight + column, moved, mask=inside)
-            if NORMALIZE and not ONE_TILE:
+            if NORMALIZE and WIDTH > BLOCK:
                 tl.debug_barrier()  # a thread may read what another wrote
                 length = tl.where(length > 0, tl.sqrt(length), 1.0)
-                for start in range(0, width, BLOCK):
+                for start in range(0, WIDTH, BLOCK):
                     column = start + tl.arange(0, BLOCK)
-                    inside = column < width
+                    inside = column < WIDTH
                     moved = tl.load(gradient + column, mask=inside, other=0.0)
                     tl.store(weight + column, moved / length, mask=inside)
 
@@ -281,15 +280,14 @@ def _triton(
                 0.0 if max_norm is None else float(max_norm),
                 float(momentum),
                 count,
-                len(weights),
-                width,
                 weight.stride(0),
                 buffer.stride(0),
+                SHARING=len(weights),
+                WIDTH=width,
                 CLIP=max_norm is not None,
                 CLAMP=nonnegative,
                 NORMALIZE=normalize is not None and bool(normalize[number]),
                 MOMENTUM=buffers is not None,
-                ONE_TILE=width <= chosen["BLOCK"],
                 **chosen,
             )
     return norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
@@ -348,9 +346,7 @@ def _check(
     for number, weight in enumerate(weights):
         coefficient, vector = coefficients[number], inputs[number]
         buffer = None if buffers is None else buffers[number]
-        _checks.floating(
-            op, weight=weight, coefficients=coefficient, inputs=vector, buffers=buffer
-        )
+        _checks.floating(op, weight=weight, coefficients=coefficient, inputs=vector, buffers=buffer)
         _checks.code(op, coefficient, indices)
         if weight.dim() != 2 or weight.shape[0] != neurons:
             raise ValueError(
@@ -374,14 +370,13 @@ def _aot_case(kind: str, width: int | None, everything: bool, chosen: _tuning.Co
     pointers |= dict.fromkeys(("gradient", "norm"), "*fp32")
     pointers |= {"neurons": "*i64", "touched": "*u8"}
     scalars = dict.fromkeys(("lr", "max_norm", "momentum"), "fp32")
-    scalars |= dict.fromkeys(("count", "sharing"), "i32")
-    scalars |= dict.fromkeys(("width", "weight_stride", "buffer_stride"), "i32:16")
+    scalars |= {"count": "i32", "weight_stride": "i32:16", "buffer_stride": "i32:16"}
     flags = dict.fromkeys(("CLIP", "CLAMP", "NORMALIZE", "MOMENTUM"), everything)
     return AotCase(
         f"row_update {kind} D<={width or 'any'}{' all' if everything else ''}",
         _apply_kernel,
         pointers | scalars,
-        flags | {"ONE_TILE": width is not None, "BLOCK": chosen["BLOCK"]},
+        flags | {"SHARING": 2, "WIDTH": width or 4096, "BLOCK": chosen["BLOCK"]},
         {"num_warps": chosen["num_warps"]},
     )
 

@@ -60,16 +60,16 @@ def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
     return out if bias is None else out + bias
 
 
-@jit(do_not_specialize=["count"])
+@jit
 def _gather_kernel(
-    values,  # [B, count]
-    indices,  # [B, count]
+    values,  # [B, K]
+    indices,  # [B, K]
     weight,  # [R, C]
     bias,  # [C]
     out,  # [B, C]
-    count,
     outputs,
     weight_stride,
+    K: tl.constexpr,
     BIAS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -79,13 +79,13 @@ def _gather_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < outputs
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, count, SLOTS):
+    for start in range(0, K, SLOTS):
         slot = start + tl.arange(0, SLOTS)
-        value = tl.load(values + sample * count + slot, mask=slot < count, other=0.0)
-        neuron = tl.load(indices + sample * count + slot, mask=slot < count, other=0)
+        value = tl.load(values + sample * K + slot, mask=slot < K, other=0.0)
+        neuron = tl.load(indices + sample * K + slot, mask=slot < K, other=0)
         row = tl.load(
             weight + neuron[:, None] * weight_stride + column[None, :],
-            mask=(slot < count)[:, None] & inside[None, :],
+            mask=(slot < K)[:, None] & inside[None, :],
             other=0.0,
         )
         total += tl.sum(value.to(tl.float32)[:, None] * row.to(tl.float32), axis=0)
@@ -111,9 +111,9 @@ def gather_triton(
             weight,
             weight if bias is None else bias.detach().contiguous(),
             out,
-            values.shape[1],
             outputs,
             weight.stride(0),
+            K=values.shape[1],
             BIAS=bias is not None,
             **chosen,
         )
@@ -193,8 +193,8 @@ def aot_cases(family: str) -> list[AotCase]:
             f"sparse_linear {kind} C<={bounds.get('outputs', 'any')}",
             _gather_kernel,
             dict.fromkeys(("values", "weight", "bias", "out"), f"*{kind}")
-            | {"indices": "*i64", "count": "i32", "outputs": "i32:16", "weight_stride": "i32:16"},
-            {"BIAS": True, "SLOTS": chosen["SLOTS"], "BLOCK": chosen["BLOCK"]},
+            | {"indices": "*i64", "outputs": "i32:16", "weight_stride": "i32:16"},
+            {"K": 64, "BIAS": True, "SLOTS": chosen["SLOTS"], "BLOCK": chosen["BLOCK"]},
             {"num_warps": chosen["num_warps"]},
         )
         for bounds, chosen in _tuning.rows("sparse_linear", family)
