@@ -371,7 +371,7 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def aot_cases(family: str) -> list[AotCase]:
+def topk_aot_cases(family: str) -> list[AotCase]:
     cases = []
     for op, kind in (("linear_topk_fp32", "fp32"), ("linear_topk", "bf16")):
         for _, chosen in _tuning.rows(op, family):
@@ -380,7 +380,7 @@ def aot_cases(family: str) -> list[AotCase]:
         cases.append(_decide_case(k, groups, listed=False))
     cases.append(_decide_case(32, 2048, listed=True))
     cases += [_filter_case(k, groups) for k, groups in ((10, 313), (32, 2048), (127, MAX_GROUPS))]
-    return cases + [_maxima_case(), *_rescore_cases()]
+    return [*cases, _maxima_case(), *_rescore_cases()]
 
 
 def inhibit_aot_cases(family: str) -> list[AotCase]:

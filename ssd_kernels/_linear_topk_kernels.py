@@ -81,7 +81,7 @@ def _maxima_kernel(
 @jit
 def _best(key, index, count):
     """Marks the `count` largest keys, of equal ones those with the lower index."""
-    low, _ = _bisect(key, count, NOTHING, count)
+    low, _ = _bisect(key, count, tl.min(key), count)
     places = count - tl.sum((key > low).to(tl.int32))
     early = tl.where(key == low, index ^ LAST, NOTHING)
     least, _ = _bisect(early, places, tl.minimum(places, 0), places)
@@ -201,7 +201,7 @@ def _filter_kernel(
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, GROUPS)
     top = tl.load(maxima + row * groups + number, mask=number < groups, other=NOTHING)
-    low, _ = _bisect(top, best, NOTHING, best)
+    low, _ = _bisect(top, best, tl.min(top), best)
     least = tl.min(tl.where(top >= low, top, LAST))
     bound = tl.where(least < 0, -(2**31) - least, least).to(tl.float32, bitcast=True)
     width = tl.load(slack + row)

@@ -86,7 +86,7 @@ class _LinearTopK(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         forward = _torch_code if path == "torch" else _linear_slabs.code
         values, indices, cut, after = forward(x, weight, bias, k, inhibition, counts, path)
-        ctx.save_for_backward(x, weight, bias, indices, after, values > 0, cut > 0)
+        ctx.save_for_backward(x, weight, indices, after, values > 0, cut > 0)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return values, indices, cut
@@ -96,7 +96,7 @@ class _LinearTopK(torch.autograd.Function):
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
-        x, weight, bias, indices, after, active, cut_active = ctx.saved_tensors
+        x, weight, indices, after, active, cut_active = ctx.saved_tensors
         slots, neurons = [], []
         if grad_values is not None:
             slots.append(grad_values * active)
@@ -216,4 +216,4 @@ if _dispatch.TRITON:
 
 
 def aot_cases(family: str) -> list[AotCase]:
-    return _linear_slabs.aot_cases(family)
+    return _linear_slabs.topk_aot_cases(family)
