@@ -23,6 +23,20 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({}, {"TILE": 2048, "PROGRAMS": 8, "num_warps": 4}),
         ),
     },
+    # Tiles of the product whose epilogue takes group maxima, by rows of the slab.
+    "linear_topk": {
+        "default": (
+            ({"batch": 128}, {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}),
+            ({}, {"BM": 128, "BN": 128, "BK": 32, "num_warps": 8, "num_stages": 3}),
+        ),
+    },
+    "linear_topk_fp32": {
+        "default": (
+            ({"batch": 128}, {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}),
+            ({}, {"BM": 128, "BN": 64, "BK": 32, "num_warps": 8, "num_stages": 2}),
+        ),
+    },
+    "linear_inhibit": {"default": (({}, {"BM": 16, "BN": 256, "num_warps": 4}),)},
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
     "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
     "segments": {

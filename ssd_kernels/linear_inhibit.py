@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ssd_kernels import _checks, _dispatch, reference
-from ssd_kernels.topk import select
+from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
+from ssd_kernels._triton import AotCase
+from ssd_kernels.topk import MAX_K, select
 
 
 def linear_inhibit(
@@ -32,7 +37,7 @@ def linear_inhibit(
         gaba: [R], each neuron's response to I, at most 1; None means 1.
         inhibition: "subtract" as above; "mask" passes a on where a > gaba * I.
         counts: [R] int64 or int32, updated in place: += samples in which h > 0.
-        impl: "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         h [.., R] in the dtype of x; I carries no gradient.
@@ -72,4 +77,64 @@ def _torch(
     return hidden.to(x.dtype)
 
 
-IMPLEMENTATIONS = {"reference": reference.linear_inhibit, "torch": _torch}
+class _LinearInhibit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        k: int,
+        gaba: Tensor | None,
+        inhibition: str,
+        counts: Tensor | None,
+    ) -> Tensor:
+        needed = any(ctx.needs_input_grad)
+        hidden, passes = _linear_slabs.inhibit(x, weight, bias, k, gaba, inhibition, counts, needed)
+        ctx.save_for_backward(x, weight, passes)
+        return hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, passes = ctx.saved_tensors
+        grad = grad * passes.to(grad.dtype)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        return (
+            grad @ weight if need_x else None,
+            grad.T @ x if need_weight else None,
+            grad.sum(0) if need_bias else None,
+            *[None] * 4,
+        )
+
+
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    inhibition: str,
+    counts: Tensor | None,
+) -> Tensor:
+    # The annealing starts with k = R: nothing to select that a sort would not do better.
+    served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
+    learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
+    if not served or learned or torch.compiler.is_compiling():
+        return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts)
+    flat = x.reshape(-1, x.shape[-1])
+    hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts)
+    return hidden.view(*x.shape[:-1], len(weight))
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.linear_inhibit,
+    "torch": _torch,
+}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton
+
+
+def aot_cases(family: str) -> list[AotCase]:
+    return _linear_slabs.inhibit_aot_cases(family)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
+from ssd_kernels._triton import AotCase
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import row_gradient
 from ssd_kernels.sparse_linear import sparse_linear
-from ssd_kernels.topk import select
+from ssd_kernels.topk import MAX_K, select
 
 
 def linear_topk(
@@ -39,7 +41,8 @@ def linear_topk(
         threshold: also return I as a differentiable output.
         preactivations: also return x weight^T + bias [.., R], differentiable. Allocates it.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
-        impl: "torch" or "reference"; by default the fastest for the device.
+        impl: "triton" (picks one of the next three), "fused", "chunked", "rescore", "torch" or
+            "reference"; by default the fastest for the device.
 
     Returns:
         TopKOutput: values [.., k] >= 0 in the dtype of x, descending; indices [.., k] int64 of the
@@ -68,48 +71,86 @@ def linear_topk(
 
 
 class _LinearTopK(torch.autograd.Function):
+    """Shared by every implementation: `path` names the forward."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        k: int,
+        inhibition: str,
+        counts: Tensor | None,
+        path: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = reference.scores_of(x, weight, bias)
-        ranked = select(scores, min(k + 1, weight.shape[0]))
-        tops = scores.gather(1, ranked).relu()
-        values = tops[:, :k]
-        # With k = R there is no (k+1)-th neuron and nothing is inhibited.
-        cut = tops[:, k] if ranked.shape[1] > k else tops.new_zeros(len(x))
-        if inhibition == "subtract":
-            values = (values - cut[:, None]).relu()
-        values, cut, indices = values.to(x.dtype), cut.to(x.dtype), ranked[:, :k].contiguous()
-        ctx.save_for_backward(x, weight, bias, ranked, values > 0, cut > 0)
+        forward = _torch_code if path == "torch" else _linear_slabs.code
+        values, indices, cut, after = forward(x, weight, bias, k, inhibition, counts, path)
+        ctx.save_for_backward(x, weight, indices, after, values > 0, cut > 0)
         ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
         return values, indices, cut
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, _: None, grad_cut: Tensor) -> tuple[Any, ...]:
-        x, weight, bias, ranked, active, cut_active = ctx.saved_tensors
-        slots = [grad_values * active]
-        if ranked.shape[1] > active.shape[1]:
+    def backward(
+        ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
+    ) -> tuple[Any, ...]:
+        x, weight, indices, after, active, cut_active = ctx.saved_tensors
+        slots, neurons = [], []
+        if grad_values is not None:
+            slots.append(grad_values * active)
+            neurons.append(indices)
+        if grad_cut is not None and indices.shape[1] < len(weight):
             slots.append((grad_cut * cut_active)[:, None])
-        coefficients = torch.cat(slots, dim=1)
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x = sparse_linear(coefficients, ranked, weight) if need_x else None
-        grad_weight = row_gradient(coefficients, x, ranked, len(weight)) if need_weight else None
-        grad_bias = None
-        if need_bias:
-            grad_bias = torch.zeros_like(bias).index_add_(
-                0, ranked.flatten(), coefficients.flatten()
-            )
-        return grad_x, grad_weight, grad_bias, None, None
+            neurons.append(after[:, None])
+        grads: list[Any] = [None] * 7
+        if not slots:
+            return tuple(grads)
+        coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
+        if ctx.needs_input_grad[0]:
+            grads[0] = sparse_linear(coefficients, ranked, weight)
+        if ctx.needs_input_grad[1]:
+            grads[1] = row_gradient(coefficients, x, ranked, len(weight))
+        if ctx.needs_input_grad[2]:
+            ones = coefficients.new_ones(len(x), 1)
+            grads[2] = row_gradient(coefficients, ones, ranked, len(weight)).squeeze(1)
+        return tuple(grads)
 
 
-def _torch(
+def _torch_code(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    inhibition: str,
+    counts: Tensor | None,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and k)."""
+    scores = reference.scores_of(x, weight, bias)
+    ranked = select(scores, min(k + 1, weight.shape[0]))
+    tops = scores.gather(1, ranked).relu()
+    values, indices = tops[:, :k], ranked[:, :k].contiguous()
+    # With k = R there is no (k+1)-th neuron and nothing is inhibited.
+    cut, after = tops.new_zeros(len(x)), indices.new_full((len(x),), k)
+    if ranked.shape[1] > k:
+        cut, after = tops[:, k], ranked[:, k].contiguous()
+    if inhibition == "subtract":
+        values = (values - cut[:, None]).relu()
+    values = values.to(x.dtype)
+    if counts is not None:
+        count_active(values, indices, counts)
+    return values, indices, cut.to(x.dtype), after
+
+
+def _serve(
     x: Tensor,
     weight: Tensor,
     k: int,
     bias: Tensor | None = None,
     *,
+    path: str,
     inhibition: str,
     threshold: bool,
     preactivations: bool,
@@ -128,13 +169,51 @@ def _torch(
         )
     batch = x.shape[:-1]
     values, indices, cut = _LinearTopK.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition
+        x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition, counts, path
     )
-    if counts is not None:
-        count_active(values, indices, counts)
     return TopKOutput(
         values.view(*batch, k), indices.view(*batch, k), cut.view(batch) if threshold else None
     )
 
 
-IMPLEMENTATIONS = {"reference": reference.linear_topk, "torch": _torch}
+def heuristic(x: Tensor, weight: Tensor, k: int) -> str:
+    """The implementation for these shapes; every one is exact.
+
+    A long d makes the product dominate: fp32 then gains from rescoring (bf16 product), 16 bits from
+    the library's GEMM. A short d leaves the traffic of the scores, which the fused kernel halves.
+    """
+    if k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
+        return "torch"
+    if x.dtype == torch.float32:
+        long = x.shape[-1] >= 512 and len(weight) >= 64 * k
+        return "rescore" if long and _linear_slabs.rescorable(weight, k) else "fused"
+    return "chunked" if x.shape[-1] >= 2048 and _linear_slabs.MIXED_MM else "fused"
+
+
+def _triton(x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, **options: Any) -> Any:
+    return _serve(x, weight, k, bias, path=heuristic(x, weight, k), **options)
+
+
+def _forced(path: str) -> Callable[..., TopKOutput]:
+    def serve(
+        x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, **options: Any
+    ) -> TopKOutput:
+        # What the kernels cannot serve takes the heuristic's choice.
+        possible = path == "torch" or _linear_slabs.possible(path, x, weight, k)
+        chosen = path if possible else heuristic(x, weight, k)
+        return _serve(x, weight, k, bias, path=chosen, **options)
+
+    return serve
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., TopKOutput]] = {
+    "reference": reference.linear_topk,
+    "torch": _forced("torch"),
+}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton
+    IMPLEMENTATIONS |= {path: _forced(path) for path in _linear_slabs.PATHS}
+
+
+def aot_cases(family: str) -> list[AotCase]:
+    return _linear_slabs.topk_aot_cases(family)

@@ -1,0 +1,514 @@
+"""Launches of linear_topk and linear_inhibit: slab by slab of rows, scores, then selection.
+
+Rescoring is exact. With e the bf16 estimate and s the fp32 score of neuron j in row b,
+|e - s| <= E = c |x_b| max|w|: rounding to bf16 changes each operand by at most 2^-8 of it, hence
+each product by 2^-7 + 2^-16 of it, and by Cauchy-Schwarz the products sum to at most |x_b| |w_j| in
+absolute value; fp32 accumulation adds d 2^-22 of that (4 ulp a term: tensor cores truncate) to
+each of e and s. k+1 groups have a maximum >= M, so k+1 neurons have s >= M - E, and a neuron with
+e < M - 2 E has s < M - E: it is none of the k+1 largest. Flushed subnormals and the bias' rounding
+have terms of their own. A row with more candidates than places, or a bound that is no number,
+gets all its fp32 scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssd_kernels import _dispatch, _tuning
+from ssd_kernels._linear_topk_kernels import (
+    GROUP,
+    _decide_kernel,
+    _filter_kernel,
+    _inhibit_kernel,
+    _maxima_kernel,
+    _recover_kernel,
+    _rescore_kernel,
+    _score_kernel,
+)
+from ssd_kernels._triton import AotCase
+from ssd_kernels.topk import MAX_K, select_triton
+
+PATHS = ("fused", "chunked", "rescore")
+# A slab should stay in L2; where rows are too long for that, it takes a share of the logits.
+L2_BYTES = 32 * 2**20
+MEMORY_SHARE = 0.045
+# Group maxima that one program of the selecting kernels can hold.
+MAX_GROUPS = 8192
+MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
+RECOVER_PARTS = 8
+
+
+def possible(path: str, x: Tensor, weight: Tensor, k: int) -> bool:
+    """Whether the kernels serve these inputs on this path."""
+    if k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
+        return False
+    if path == "rescore":
+        return x.dtype == torch.float32 and rescorable(weight, k)
+    return path == "fused" or x.dtype == torch.float32 or MIXED_MM
+
+
+def rescorable(weight: Tensor, k: int) -> bool:
+    return _groups(weight) <= MAX_GROUPS and 2 * (k + 1) * GROUP <= 8192
+
+
+def code(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    inhibition: str,
+    counts: Tensor | None,
+    path: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and k)."""
+    x, weight = _rows_contiguous(x), _rows_contiguous(weight)
+    batch = len(x)
+    values = x.new_empty(batch, k)
+    indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
+    after = indices.new_full((batch,), k)
+    cut = x.new_empty(batch)
+    scores = Scores(x, weight, bias, k, path)
+    for rows in scores.slabs():
+        scores.decide(rows, cut, values, indices, after, counts, inhibition == "subtract")
+    return values, indices, cut, after
+
+
+def inhibit(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    need_passes: bool,
+) -> tuple[Tensor, Tensor]:
+    """The dense activations [B, R] and, if needed, int8 [B, R]: where the gradient passes."""
+    x, weight = _rows_contiguous(x), _rows_contiguous(weight)
+    hidden = x.new_empty(len(x), len(weight))
+    passes = torch.empty(hidden.shape if need_passes else 0, dtype=torch.int8, device=x.device)
+    cut = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    scores = Scores(x, weight, bias, k, "fused")
+    chosen = _tuning.config("linear_inhibit", x.device)
+    blocks = _ceil_div(len(weight), chosen["BN"])
+    for rows in scores.slabs():
+        scores.decide(rows, cut)
+        size = rows.stop - rows.start
+        with torch.cuda.device_of(x):
+            _inhibit_kernel[(blocks * _ceil_div(size, chosen["BM"]),)](
+                scores.slab,
+                scores.bias,
+                x if gaba is None else gaba.detach().contiguous(),
+                cut[rows],
+                hidden[rows],
+                passes[rows] if need_passes else passes,
+                scores.held if counts is None else counts,
+                size,
+                len(weight),
+                blocks,
+                1 if counts is None else counts.stride(0),
+                BIAS=bias is not None,
+                GABA=gaba is not None,
+                SUBTRACT=inhibition == "subtract",
+                COUNT=counts is not None,
+                PASSES=need_passes,
+                **chosen,
+            )
+    return hidden, passes
+
+
+class Scores:
+    """The slab of scores, their group maxima, and the kernels that read them."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, path: str) -> None:
+        self.x, self.weight, self.k, self.path = x, weight, k, path
+        self.bias = x if bias is None else bias.detach().contiguous()
+        self.has_bias = bias is not None
+        self.best = min(k + 1, len(weight))
+        self.groups = _groups(weight)
+        self.picks = min(self.best, self.groups)
+        self.rows = slab_rows(len(x), len(weight), x.element_size())
+        device = x.device
+        self.slab = torch.empty(self.rows, len(weight), dtype=torch.float32, device=device)
+        self.maxima = torch.empty(self.rows, self.groups, dtype=torch.int32, device=device)
+        self.candidates = max(128, 4 * _power(self.best)) if path == "rescore" else 1
+        self.listed = self.maxima.new_empty(self.rows, self.candidates)
+        self.rescored = self.slab.new_empty(self.rows, self.candidates)
+        self.held = self.maxima.new_empty(self.rows)
+        if path == "rescore":
+            self.estimate_x, self.estimate_weight = _bfloat16(x), _bfloat16(weight)
+            self.slack = slack(x, weight)
+
+    def slabs(self) -> list[slice]:
+        return [
+            slice(start, min(start + self.rows, len(self.x)))
+            for start in range(0, len(self.x), self.rows)
+        ]
+
+    def fill(self, rows: slice) -> None:
+        """Scores without the bias, group maxima with it."""
+        if self.path == "chunked":
+            self._library(rows)
+        elif self.path == "fused":
+            self._product(self.x[rows], self.weight)
+        else:
+            self._product(self.estimate_x[rows], self.estimate_weight)
+            self._rescore(rows)
+
+    def _product(self, x: Tensor, weight: Tensor) -> None:
+        chosen = dict(_tuning.config(_product_op(x), x.device, batch=len(x)))
+        grid = _ceil_div(len(x), chosen["BM"]) * _ceil_div(len(weight), chosen["BN"])
+        with torch.cuda.device_of(x):
+            _score_kernel[(grid,)](
+                x,
+                weight,
+                self.bias,
+                self.slab,
+                self.maxima,
+                len(x),
+                len(weight),
+                x.shape[1],
+                self.groups,
+                x.stride(0),
+                weight.stride(0),
+                BIAS=self.has_bias,
+                PRECISION=_precision(x.dtype == torch.float32, torch.version.hip is not None),
+                **chosen,
+            )
+
+    def _library(self, rows: slice) -> None:
+        x = self.x[rows]
+        slab = self.slab[: len(x)]
+        if x.dtype == torch.float32:
+            torch.mm(x, self.weight.T, out=slab)
+        elif x.is_cuda:
+            torch.mm(x, self.weight.T, out_dtype=torch.float32, out=slab)
+        else:  # Triton's interpreter
+            torch.mm(x.float(), self.weight.float().T, out=slab)
+        blocks = _ceil_div(len(self.weight), 1024)
+        with torch.cuda.device_of(x):
+            _maxima_kernel[(len(x) * blocks,)](
+                slab,
+                self.bias,
+                self.maxima,
+                len(self.weight),
+                self.groups,
+                blocks,
+                BIAS=self.has_bias,
+                BN=1024,
+                num_warps=4,
+            )
+
+    def _rescore(self, rows: slice) -> None:
+        size = rows.stop - rows.start
+        neurons, features = self.weight.shape
+        x = self.x[rows]
+        strides = (x.stride(0), self.weight.stride(0))
+        picks = max(64, 2 * _power(self.best))
+        picked = self.maxima.new_empty(size, picks)
+        block = min(128, max(16, _power(features)))
+        with torch.cuda.device_of(x):
+            _filter_kernel[(size,)](
+                self.slab,
+                self.bias,
+                self.maxima,
+                self.slack[rows],
+                picked,
+                self.listed,
+                self.held,
+                self.best,
+                neurons,
+                self.groups,
+                BIAS=self.has_bias,
+                GROUPS=_power(self.groups),
+                PICKS=picks,
+                CANDIDATES=self.candidates,
+                num_warps=_warps(max(picks * GROUP, self.groups)),
+            )
+            _rescore_kernel[(size,)](
+                x,
+                self.weight,
+                self.listed,
+                self.held,
+                self.rescored,
+                features,
+                *strides,
+                CANDIDATES=self.candidates,
+                N=32,
+                BK=block,
+                num_warps=4,
+            )
+            _recover_kernel[(size * RECOVER_PARTS,)](
+                x,
+                self.weight,
+                self.bias,
+                self.held,
+                self.slab,
+                self.maxima,
+                neurons,
+                features,
+                self.groups,
+                *strides,
+                BIAS=self.has_bias,
+                PARTS=RECOVER_PARTS,
+                BK=block,
+                num_warps=4,
+            )
+
+    def decide(
+        self,
+        rows: slice,
+        cut: Tensor,
+        values: Tensor | None = None,
+        indices: Tensor | None = None,
+        after: Tensor | None = None,
+        counts: Tensor | None = None,
+        subtract: bool = False,
+    ) -> None:
+        """Writes the (k+1)-th activations to cut [B] and, if there are values, the code."""
+        self.fill(rows)
+        size = rows.stop - rows.start
+        pick = self.picks < self.groups <= MAX_GROUPS
+        if pick:
+            picked = self.maxima.new_empty(size, self.picks)
+        elif self.picks == self.groups:
+            picked = torch.arange(self.groups, dtype=torch.int32, device=self.x.device)
+        else:
+            keys = self.maxima[:size]
+            bits = torch.where(keys < 0, -(2**31) - keys, keys)
+            picked = select_triton(bits.view(torch.float32), self.picks)[1]
+        listed = self.path == "rescore"
+        members = max(_power(self.picks * GROUP), self.candidates)
+        capacity = max(32, _power(self.best))
+        scratch = torch.empty(size, capacity, dtype=torch.int64, device=self.x.device)
+        with torch.cuda.device_of(self.x):
+            _decide_kernel[(size,)](
+                self.slab,
+                self.bias,
+                self.maxima,
+                picked,
+                self.listed,
+                self.rescored,
+                self.held,
+                scratch,
+                cut if values is None else values[rows],
+                scratch if indices is None else indices[rows],
+                scratch if after is None else after[rows],
+                cut[rows],
+                self.held if counts is None else counts,
+                self.k,
+                self.best,
+                len(self.weight),
+                self.groups,
+                self.picks,
+                picked.stride(0) if picked.dim() == 2 else 0,
+                1 if counts is None else counts.stride(0),
+                BIAS=self.has_bias,
+                PICK=pick,
+                LISTED=listed,
+                CODE=values is not None,
+                SUBTRACT=subtract,
+                COUNT=counts is not None,
+                GROUPS=_power(self.groups) if pick else 1,
+                MEMBERS=members,
+                CANDIDATES=self.candidates,
+                CAPACITY=capacity,
+                STEP=8,
+                num_warps=_warps(max(members, self.groups if pick else 1)),
+            )
+
+
+def slack(x: Tensor, weight: Tensor) -> Tensor:
+    """2 E of each row [B], rounded up to fp32; see the proof above."""
+    features = x.shape[1]
+    share = 2.0**-7 + 2.0**-16 + 2 * features * 2.0**-22
+    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    longest = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).amax()
+    subnormal = features**0.5 * 2.0**-124 * (length + longest + 1)
+    return (2.001 * (share * length * longest + subnormal)).float()
+
+
+def slab_rows(batch: int, neurons: int, element_size: int) -> int:
+    """Rows of the slab: in L2 if it holds 128 of them, else a small share of the logits."""
+    cached = L2_BYTES // (4 * neurons)
+    share = int(MEMORY_SHARE * batch * element_size) // 4
+    rows = max(128, cached, share)
+    return min(batch, rows // 64 * 64)
+
+
+def _groups(weight: Tensor) -> int:
+    return _ceil_div(len(weight), GROUP)
+
+
+def _product_op(x: Tensor) -> str:
+    return "linear_topk_fp32" if x.dtype == torch.float32 else "linear_topk"
+
+
+def _precision(single: bool, hip: bool) -> str:
+    return "tf32x3" if single and not hip else "ieee"
+
+
+def _bfloat16(x: Tensor) -> Tensor:
+    # Triton's interpreter has no bfloat16; products of rounded values are exact in fp32 either way.
+    return x.bfloat16().float() if _dispatch.interpreted() else x.bfloat16()
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _warps(lanes: int) -> int:
+    return min(8, max(1, _power(lanes) // 512))
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def topk_aot_cases(family: str) -> list[AotCase]:
+    cases = []
+    for op, kind in (("linear_topk_fp32", "fp32"), ("linear_topk", "bf16")):
+        for _, chosen in _tuning.rows(op, family):
+            cases.append(_product_case(chosen, kind, family))
+    for k, groups in ((10, 313), (32, 4096), (64, 2048), (MAX_K - 1, MAX_GROUPS)):
+        cases.append(_decide_case(k, groups, listed=False))
+    cases.append(_decide_case(32, 2048, listed=True))
+    cases += [_filter_case(k, groups) for k, groups in ((10, 313), (32, 2048), (127, MAX_GROUPS))]
+    return [*cases, _maxima_case(), *_rescore_cases()]
+
+
+def inhibit_aot_cases(family: str) -> list[AotCase]:
+    (_, chosen), *_ = _tuning.rows("linear_inhibit", family)
+    signature = {
+        **dict.fromkeys(("slab", "bias", "gaba", "cut", "hidden"), "*fp32"),
+        "passes": "*i8",
+        "counts": "*i64",
+        **dict.fromkeys(("rows", "neurons"), "i32:16"),
+        "blocks": "i32",
+    }
+    flags = dict.fromkeys(("BIAS", "GABA", "SUBTRACT", "COUNT", "PASSES"), True)
+    tile = {"BM": chosen["BM"], "BN": chosen["BN"]}
+    options = {"num_warps": chosen["num_warps"]}
+    constants = {"counts_stride": 1} | flags | tile
+    return [AotCase("linear_inhibit", _inhibit_kernel, signature, constants, options)]
+
+
+def _product_case(chosen: _tuning.Config, kind: str, family: str) -> AotCase:
+    signature = {
+        **dict.fromkeys(("x", "weight", "bias"), f"*{kind}"),
+        "slab": "*fp32",
+        "maxima": "*i32",
+        **dict.fromkeys(("rows", "neurons", "features", "x_stride", "weight_stride"), "i32:16"),
+        "groups": "i32",
+    }
+    blocks = {name: chosen[name] for name in ("BM", "BN", "BK")}
+    precision = _precision(kind == "fp32", family.startswith("gfx"))
+    options = {name: chosen[name] for name in ("num_warps", "num_stages")}
+    name = f"linear_topk scores {kind} {blocks['BM']}x{blocks['BN']}"
+    return AotCase(
+        name, _score_kernel, signature, {"BIAS": True, "PRECISION": precision} | blocks, options
+    )
+
+
+def _decide_case(k: int, groups: int, listed: bool) -> AotCase:
+    picks = min(k + 1, groups)
+    candidates = max(128, 4 * _power(k + 1)) if listed else 1
+    members = max(_power(picks * GROUP), candidates)
+    signature = {
+        "slab": "*fp32",
+        "bias": "*fp32",
+        "maxima": "*i32",
+        "picked": "*i32",
+        "listed": "*i32",
+        "rescored": "*fp32",
+        "held": "*i32",
+        "scratch": "*i64",
+        "values": "*fp32",
+        "indices": "*i64",
+        "after": "*i64",
+        "cut": "*fp32",
+        "counts": "*i64",
+        **dict.fromkeys(("k", "best", "groups", "picks", "picked_stride"), "i32"),
+        "neurons": "i32:16",
+    }
+    flags = dict.fromkeys(("BIAS", "PICK", "CODE", "SUBTRACT", "COUNT"), True)
+    sizes = {
+        "GROUPS": _power(groups),
+        "MEMBERS": members,
+        "CANDIDATES": candidates,
+        "CAPACITY": max(32, _power(k + 1)),
+        "STEP": 8,
+    }
+    return AotCase(
+        f"linear_topk decide k={k} groups={groups}{' listed' if listed else ''}",
+        _decide_kernel,
+        signature,
+        {"counts_stride": 1, "LISTED": listed} | flags | sizes,
+        {"num_warps": _warps(max(members, groups))},
+    )
+
+
+def _filter_case(k: int, groups: int) -> AotCase:
+    picks = max(64, 2 * _power(k + 1))
+    signature = {
+        **dict.fromkeys(("slab", "bias", "slack"), "*fp32"),
+        **dict.fromkeys(("maxima", "picked", "listed", "held"), "*i32"),
+        **dict.fromkeys(("best", "groups"), "i32"),
+        "neurons": "i32:16",
+    }
+    sizes = {
+        "GROUPS": _power(groups),
+        "PICKS": picks,
+        "CANDIDATES": max(128, 4 * _power(k + 1)),
+    }
+    return AotCase(
+        f"linear_topk filter k={k} groups={groups}",
+        _filter_kernel,
+        signature,
+        {"BIAS": True} | sizes,
+        {"num_warps": _warps(max(picks * GROUP, groups))},
+    )
+
+
+def _maxima_case() -> AotCase:
+    signature = {
+        **dict.fromkeys(("slab", "bias"), "*fp32"),
+        "maxima": "*i32",
+        "neurons": "i32:16",
+        **dict.fromkeys(("groups", "blocks"), "i32"),
+    }
+    constants = {"BIAS": True, "BN": 1024}
+    return AotCase("linear_topk maxima", _maxima_kernel, signature, constants, {"num_warps": 4})
+
+
+def _rescore_cases() -> list[AotCase]:
+    common = {
+        **dict.fromkeys(("x", "weight"), "*fp32"),
+        "held": "*i32",
+        **dict.fromkeys(("features", "x_stride", "weight_stride"), "i32:16"),
+    }
+    rescore = common | {"listed": "*i32", "rescored": "*fp32"}
+    recover = common | {"bias": "*fp32", "slab": "*fp32", "maxima": "*i32"}
+    recover |= {"neurons": "i32:16", "groups": "i32"}
+    return [
+        AotCase(
+            "linear_topk rescore",
+            _rescore_kernel,
+            rescore,
+            {"CANDIDATES": 256, "N": 32, "BK": 128},
+            {"num_warps": 4},
+        ),
+        AotCase(
+            "linear_topk recover",
+            _recover_kernel,
+            recover,
+            {"BIAS": True, "PARTS": RECOVER_PARTS, "BK": 128},
+            {"num_warps": 4},
+        ),
+    ]
