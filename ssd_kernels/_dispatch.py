@@ -19,8 +19,8 @@ from torch import Tensor
 ENVIRONMENT = "SSD_KERNELS_IMPL"
 TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# What serves in place of "triton" while torch.compile traces; filled by _library.
-COMPILED: dict[str, Callable[..., Any]] = {}
+# (op, implementation) -> what serves in its place while torch.compile traces; see _library.
+COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def interpreted() -> bool:
@@ -40,9 +40,8 @@ def choose(
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")
-    if impl == "triton" and torch.compiler.is_compiling():
-        # Without an operator of its own, what torch.compile can trace serves.
-        return COMPILED.get(op, implementations["reference"])
+    if torch.compiler.is_compiling() and (op, impl) in COMPILED:
+        return COMPILED[op, impl]
     return implementations[impl]
 
 

@@ -7,14 +7,17 @@ _dispatch.choose makes the choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _dispatch, reference
+from ssd_kernels import _dispatch, _linear_slabs, reference
+from ssd_kernels._segments import row_gradients
 from ssd_kernels.count_active import _triton as count_triton
+from ssd_kernels.linear_topk import heuristic
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import _triton as update_triton
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
@@ -238,6 +241,189 @@ def row_update(
     )
 
 
+@torch.library.custom_op("ssd_kernels::row_gradients", mutates_args=())
+def row_gradients_op(
+    coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int
+) -> tuple[Tensor, Tensor]:
+    """The row gradients [R, d], and the sums of coefficients [R]."""
+    gradient, sums = row_gradients(coefficients, inputs, indices, neurons, bias=True)
+    assert sums is not None
+    return gradient, sums
+
+
+@row_gradients_op.register_fake
+def _(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
+    return inputs.new_empty(neurons, inputs.shape[1]), inputs.new_empty(neurons)
+
+
+@torch.library.custom_op("ssd_kernels::linear_topk", mutates_args=())
+def linear_topk_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, indices [B, k], the (k+1)-th activation [B] and its index [B]."""
+    return _linear_slabs.code(x, weight, bias, k, inhibition, None, path)
+
+
+@linear_topk_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch = x.shape[0]
+    indices = x.new_empty(batch, k, dtype=torch.int64)
+    return x.new_empty(batch, k), indices, x.new_empty(batch), indices.new_empty(batch)
+
+
+def _linear_topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    values, indices, cut, after = output
+    ctx.save_for_backward(*inputs[:2], values, indices, cut, after)
+    ctx.mark_non_differentiable(indices, after)
+    ctx.set_materialize_grads(False)
+
+
+def _linear_topk_backward(
+    ctx: Any, grad_values: Tensor | None, _: Any, grad_cut: Tensor | None, __: Any
+) -> tuple[Any, ...]:
+    x, weight, values, indices, cut, after = ctx.saved_tensors
+    slots, neurons = [], []
+    if grad_values is not None:
+        slots.append(grad_values * (values > 0))
+        neurons.append(indices)
+    if grad_cut is not None and indices.shape[1] < weight.shape[0]:
+        slots.append((grad_cut * (cut > 0))[:, None])
+        neurons.append(after[:, None])
+    grads: list[Any] = [None] * 6
+    if not slots:
+        return tuple(grads)
+    coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    if need_x:
+        grads[0] = sparse_linear_op(coefficients, ranked, weight, None)
+    if need_weight:
+        grads[1], sums = row_gradients_op(coefficients, x, ranked, weight.shape[0])
+        grads[2] = sums if need_bias else None
+    elif need_bias:
+        ones = coefficients.new_ones(coefficients.shape[0], 1)
+        grads[2] = row_gradients_op(coefficients, ones, ranked, weight.shape[0])[1]
+    return tuple(grads)
+
+
+linear_topk_op.register_autograd(_linear_topk_backward, setup_context=_linear_topk_context)
+
+
+def linear_topk(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    *,
+    forced: str | None = None,
+    inhibition: str,
+    threshold: bool,
+    preactivations: bool,
+    counts: Tensor | None,
+) -> TopKOutput:
+    path = heuristic(x, weight, k)
+    if forced is not None and _linear_slabs.possible(forced, x, weight, k):
+        path = forced
+    if preactivations or path == "torch":
+        return reference.linear_topk(
+            x,
+            weight,
+            k,
+            bias,
+            inhibition=inhibition,
+            threshold=threshold,
+            preactivations=preactivations,
+            counts=counts,
+        )
+    batch = x.shape[:-1]
+    flat = x.reshape(batch.numel(), x.shape[-1])
+    values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, path)
+    if counts is not None:
+        count_active(values, indices, counts, None, 0)
+    return TopKOutput(
+        values.view(*batch, k), indices.view(*batch, k), cut.view(batch) if threshold else None
+    )
+
+
+@torch.library.custom_op("ssd_kernels::linear_inhibit", mutates_args=())
+def linear_inhibit_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+) -> tuple[Tensor, Tensor]:
+    """The activations [B, R], and int8 [B, R]: where the gradient passes."""
+    return _linear_slabs.inhibit(x, weight, bias, k, gaba, inhibition, None, True)
+
+
+@linear_inhibit_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int8)
+
+
+def _linear_inhibit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_inhibit_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    x, weight, passes = ctx.saved_tensors
+    grad = grad * passes.to(grad.dtype)
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    return (
+        grad @ weight if need_x else None,
+        grad.T @ x if need_weight else None,
+        grad.sum(0) if need_bias else None,
+        *[None] * 3,
+    )
+
+
+linear_inhibit_op.register_autograd(_linear_inhibit_backward, setup_context=_linear_inhibit_context)
+
+
+def linear_inhibit(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    inhibition: str,
+    counts: Tensor | None,
+) -> Tensor:
+    served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
+    learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
+    if not served or learned:
+        return reference.linear_inhibit(
+            x, weight, k, gaba, bias, inhibition=inhibition, counts=counts
+        )
+    rows = x.shape[:-1].numel()
+    hidden, _ = linear_inhibit_op(x.reshape(rows, x.shape[-1]), weight, bias, k, gaba, inhibition)
+    if counts is not None:
+        counts += (hidden > 0).sum(0)
+    return hidden.view(*x.shape[:-1], weight.shape[0])
+
+
+_OPERATORS: tuple[Callable[..., Any], ...] = (
+    topk,
+    linear_topk,
+    linear_inhibit,
+    sparse_linear,
+    count_active,
+    row_update,
+)
+_dispatch.COMPILED.update({(op.__name__, "triton"): op for op in _OPERATORS})
 _dispatch.COMPILED.update(
-    topk=topk, sparse_linear=sparse_linear, count_active=count_active, row_update=row_update
+    {("linear_topk", path): partial(linear_topk, forced=path) for path in _linear_slabs.PATHS}
 )

@@ -12,7 +12,7 @@ from conftest import INTERPRETED, triton_only
 from torch import Tensor
 
 import ssd_kernels as sk
-from ssd_kernels import _dispatch, _library
+from ssd_kernels import _dispatch, _library, _linear_slabs
 
 # Compiled on CPU, the traceable path serves; "triton" is the operators of _library.
 IMPLS = [None, triton_only("triton")]
@@ -40,7 +40,14 @@ def _linear_topk(device: str) -> Run:
     def run(impl: str | None) -> list[Tensor]:
         counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
         out = sk.linear_topk(
-            x, weight, SLOTS, bias, inhibition="subtract", threshold=True, counts=counts
+            x,
+            weight,
+            SLOTS,
+            bias,
+            inhibition="subtract",
+            threshold=True,
+            counts=counts,
+            impl=impl,
         )
         assert out.threshold is not None
         return [out.values, out.indices, out.threshold, counts]
@@ -54,7 +61,7 @@ def _linear_inhibit(device: str) -> Run:
 
     def run(impl: str | None) -> list[Tensor]:
         counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
-        return [sk.linear_inhibit(x, weight, SLOTS, gaba, bias, counts=counts), counts]
+        return [sk.linear_inhibit(x, weight, SLOTS, gaba, bias, counts=counts, impl=impl), counts]
 
     return run
 
@@ -202,6 +209,11 @@ def test_autocast(name: str, compiled: bool, device: str) -> None:
     assert {g.dtype for g in leaf_gradients} == {torch.float32}
 
 
+@pytest.mark.parametrize("impl", [triton_only(path) for path in _linear_slabs.PATHS])
+def test_a_forced_path_compiles_triton(impl: str, device: str) -> None:
+    check_compiled("linear_topk", impl, "aot_eager", device)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, device: str) -> None:
     torch._dynamo.reset()
@@ -231,6 +243,7 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     weights = [torch.rand(NEURONS, w, device=device) for w in (INPUTS, OUTPUTS)]
     buffers = [w.clone() for w in weights]
     inputs = [torch.randn(BATCH, w, device=device) for w in (INPUTS, OUTPUTS)]
+    layer = _layer(device)
     update = (weights, [plain, plain], inputs, indices, 0.1)
     backward = (grad, plain, indices, weight.detach())
     return {
@@ -240,6 +253,10 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "sparse_linear no bias": (_library.sparse_linear_op, (values, indices, weight, None)),
         "backward": (_library.sparse_linear_backward_op, (*backward, True, True)),
         "backward of values": (_library.sparse_linear_backward_op, (*backward, True, False)),
+        "row_gradients": (_library.row_gradients_op, (plain, inputs[0], indices, NEURONS)),
+        "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", "fused")),
+        "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", "fused")),
+        "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract")),
         "count_active": (_library.count_active_op, (plain, indices, counts, counts.clone(), now)),
         "count_active only": (_library.count_active_op, (plain, indices, counts, None, now)),
         "row_update": (_library.row_update_op, (*update, 0.5, True, [True, False], 0.9, buffers)),
@@ -255,19 +272,19 @@ def test_opcheck(name: str, impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
-@pytest.mark.parametrize("name", ["topk", "sparse_linear", "count_active", "row_update"])
+@pytest.mark.parametrize("name", CASES)
 def test_operators_serve_compiled_calls_only(
     name: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
     called = []
-    operator = _dispatch.COMPILED[name]
+    operator = _dispatch.COMPILED[name, "triton"]
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         called.append(name)
         return operator(*args, **kwargs)
 
-    monkeypatch.setitem(_dispatch.COMPILED, name, spy)
+    monkeypatch.setitem(_dispatch.COMPILED, (name, "triton"), spy)
     run = CASES[name](device)
     run(impl)
     assert not called
