@@ -161,8 +161,8 @@ def _decide_kernel(
     bits = tl.where(key < 0, -(2**31) - key, key)
     activation = bits.to(tl.float32, bitcast=True)
     activation = tl.where(activation <= 0, 0.0, activation)  # NaN stays
-    inhibition = tl.sum(tl.where(rank == k, activation, 0.0))
-    inhibition = tl.where(k < best, inhibition, 0.0)
+    following = (rank == k) & (rank < best)  # none if k is all of them
+    inhibition = tl.sum(tl.where(following, activation, 0.0))
     tl.store(cut + row, inhibition.to(cut.dtype.element_ty))
     if CODE:
         if SUBTRACT:
@@ -173,7 +173,7 @@ def _decide_kernel(
         value = activation.to(values.dtype.element_ty)
         tl.store(values + row * k + rank, value, mask=chosen)
         tl.store(indices + row * k + rank, index, mask=chosen)
-        tl.store(after + row + rank - k, index, mask=(rank == k) & (k < best))
+        tl.store(after + row + rank - k, index, mask=following)
         if COUNT:
             one = tl.full([CAPACITY], 1, counts.dtype.element_ty)
             active = chosen & (value.to(tl.float32) > 0)
@@ -210,7 +210,7 @@ def _filter_kernel(
     floor_key = _ordered(floor)
     keep = (top >= floor_key) & (number < groups)
     reached = tl.sum(keep.to(tl.int32))
-    sound = sound & (reached <= PICKS) & (best <= groups)
+    sound = sound & (reached <= PICKS)
     tl.store(picked + row * PICKS + _places(keep), number, mask=keep & sound)
     tl.debug_barrier()
     lane = tl.arange(0, PICKS * _GROUP)
