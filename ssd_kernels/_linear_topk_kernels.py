@@ -206,15 +206,14 @@ def _filter_kernel(
     bound = tl.where(least < 0, -(2**31) - least, least).to(tl.float32, bitcast=True)
     width = tl.load(slack + row)
     floor = bound - width - tl.abs(bound) * 2.0**-20
-    sound = (width < float("inf")) & (tl.abs(floor) < float("inf"))
     floor_key = _ordered(floor)
     keep = (top >= floor_key) & (number < groups)
     reached = tl.sum(keep.to(tl.int32))
-    sound = sound & (reached <= PICKS)
-    tl.store(picked + row * PICKS + _places(keep), number, mask=keep & sound)
+    place = _places(keep)
+    tl.store(picked + row * PICKS + place, number, mask=keep & (place < PICKS))
     tl.debug_barrier()
     lane = tl.arange(0, PICKS * _GROUP)
-    seen = (lane // _GROUP < reached) & sound
+    seen = lane // _GROUP < reached
     group = tl.load(picked + row * PICKS + lane // _GROUP, mask=seen, other=0)
     neuron = group * _GROUP + lane % _GROUP
     seen = seen & (neuron < neurons)
@@ -223,9 +222,13 @@ def _filter_kernel(
         score += tl.load(bias + neuron, mask=seen, other=0.0).to(tl.float32)
     keep = seen & (_ordered(score) >= floor_key)
     found = tl.sum(keep.to(tl.int32))
-    sound = sound & (found <= CANDIDATES)
-    tl.store(listed + row * CANDIDATES + _places(keep), neuron, mask=keep & sound)
-    tl.store(held + row, tl.where(sound, found, -1))
+    place = _places(keep)
+    tl.store(listed + row * CANDIDATES + place, neuron, mask=keep & (place < CANDIDATES))
+    found = tl.where(found <= CANDIDATES, found, -1)
+    found = tl.where(reached <= PICKS, found, -1)
+    # A bound that is infinite or NaN proves nothing.
+    found = tl.where(width + tl.abs(floor) < float("inf"), found, -1)
+    tl.store(held + row, found)
 
 
 @jit
