@@ -140,12 +140,13 @@ def _decide_kernel(
     neuron = group * _GROUP + lane % _GROUP
     seen = seen & (neuron < neurons)
     if LISTED:
-        found = tl.load(held + row)
-        inside = seen & (found < 0)
+        found = tl.load(held + row) + tl.zeros_like(lane)
+        plain = found < 0
+        inside = seen & plain
         score = tl.load(slab + row * neurons + neuron, mask=inside, other=0.0)
         entry = row * CANDIDATES + lane
-        neuron = tl.where(found < 0, neuron, tl.load(listed + entry, mask=lane < found, other=0))
-        score = tl.where(found < 0, score, tl.load(rescored + entry, mask=lane < found, other=0.0))
+        neuron = tl.where(plain, neuron, tl.load(listed + entry, mask=lane < found, other=0))
+        score = tl.where(plain, score, tl.load(rescored + entry, mask=lane < found, other=0.0))
         seen = inside | (lane < found)
     else:
         score = tl.load(slab + row * neurons + neuron, mask=seen, other=0.0)
