@@ -49,7 +49,7 @@ def possible(path: str, x: Tensor, weight: Tensor, k: int) -> bool:
 
 
 def rescorable(weight: Tensor, k: int) -> bool:
-    return _groups(weight) <= MAX_GROUPS and 2 * (k + 1) * GROUP <= 8192
+    return k < _groups(weight) <= MAX_GROUPS and 2 * (k + 1) * GROUP <= 8192
 
 
 def code(

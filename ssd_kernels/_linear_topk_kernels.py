@@ -140,12 +140,13 @@ def _decide_kernel(
     neuron = group * _GROUP + lane % _GROUP
     seen = seen & (neuron < neurons)
     if LISTED:
-        found = tl.load(held + row)
-        inside = seen & (found < 0)
+        found = tl.load(held + row) + tl.zeros_like(lane)
+        plain = found < 0
+        inside = seen & plain
         score = tl.load(slab + row * neurons + neuron, mask=inside, other=0.0)
         entry = row * CANDIDATES + lane
-        neuron = tl.where(found < 0, neuron, tl.load(listed + entry, mask=lane < found, other=0))
-        score = tl.where(found < 0, score, tl.load(rescored + entry, mask=lane < found, other=0.0))
+        neuron = tl.where(plain, neuron, tl.load(listed + entry, mask=lane < found, other=0))
+        score = tl.where(plain, score, tl.load(rescored + entry, mask=lane < found, other=0.0))
         seen = inside | (lane < found)
     else:
         score = tl.load(slab + row * neurons + neuron, mask=seen, other=0.0)
@@ -161,8 +162,8 @@ def _decide_kernel(
     bits = tl.where(key < 0, -(2**31) - key, key)
     activation = bits.to(tl.float32, bitcast=True)
     activation = tl.where(activation <= 0, 0.0, activation)  # NaN stays
-    inhibition = tl.sum(tl.where(rank == k, activation, 0.0))
-    inhibition = tl.where(k < best, inhibition, 0.0)
+    following = (rank == k) & (rank < best)  # none if k is all of them
+    inhibition = tl.sum(tl.where(following, activation, 0.0))
     tl.store(cut + row, inhibition.to(cut.dtype.element_ty))
     if CODE:
         if SUBTRACT:
@@ -173,7 +174,7 @@ def _decide_kernel(
         value = activation.to(values.dtype.element_ty)
         tl.store(values + row * k + rank, value, mask=chosen)
         tl.store(indices + row * k + rank, index, mask=chosen)
-        tl.store(after + row + rank - k, index, mask=(rank == k) & (k < best))
+        tl.store(after + row + rank - k, index, mask=following)
         if COUNT:
             one = tl.full([CAPACITY], 1, counts.dtype.element_ty)
             active = chosen & (value.to(tl.float32) > 0)
@@ -206,15 +207,14 @@ def _filter_kernel(
     bound = tl.where(least < 0, -(2**31) - least, least).to(tl.float32, bitcast=True)
     width = tl.load(slack + row)
     floor = bound - width - tl.abs(bound) * 2.0**-20
-    sound = (width < float("inf")) & (tl.abs(floor) < float("inf"))
     floor_key = _ordered(floor)
     keep = (top >= floor_key) & (number < groups)
     reached = tl.sum(keep.to(tl.int32))
-    sound = sound & (reached <= PICKS) & (best <= groups)
-    tl.store(picked + row * PICKS + _places(keep), number, mask=keep & sound)
+    place = _places(keep)
+    tl.store(picked + row * PICKS + place, number, mask=keep & (place < PICKS))
     tl.debug_barrier()
     lane = tl.arange(0, PICKS * _GROUP)
-    seen = (lane // _GROUP < reached) & sound
+    seen = lane // _GROUP < reached
     group = tl.load(picked + row * PICKS + lane // _GROUP, mask=seen, other=0)
     neuron = group * _GROUP + lane % _GROUP
     seen = seen & (neuron < neurons)
@@ -223,9 +223,13 @@ def _filter_kernel(
         score += tl.load(bias + neuron, mask=seen, other=0.0).to(tl.float32)
     keep = seen & (_ordered(score) >= floor_key)
     found = tl.sum(keep.to(tl.int32))
-    sound = sound & (found <= CANDIDATES)
-    tl.store(listed + row * CANDIDATES + _places(keep), neuron, mask=keep & sound)
-    tl.store(held + row, tl.where(sound, found, -1))
+    place = _places(keep)
+    tl.store(listed + row * CANDIDATES + place, neuron, mask=keep & (place < CANDIDATES))
+    found = tl.where(found <= CANDIDATES, found, -1)
+    found = tl.where(reached <= PICKS, found, -1)
+    # A bound that is infinite or NaN proves nothing.
+    found = tl.where(width + tl.abs(floor) < float("inf"), found, -1)
+    tl.store(held + row, found)
 
 
 @jit
