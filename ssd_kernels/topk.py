@@ -324,9 +324,9 @@ def _parts(batch: int, neurons: int, k: int, device: torch.device) -> int:
     chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     multiprocessors = _tuning.multiprocessors(device)
-    if tiles < 4 or batch >= 2 * multiprocessors:
+    if tiles < 8 or batch >= 2 * multiprocessors:
         return 1
-    return min(tiles, max(1, multiprocessors * chosen["PROGRAMS"] // batch))
+    return min(tiles, 8 * multiprocessors // batch)
 
 
 def _launch(
@@ -416,7 +416,8 @@ class _TopK(torch.autograd.Function):
 def _triton(
     scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
 ) -> TopKOutput:
-    if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
+    served = k <= MAX_K and scores.dtype in _dispatch.TRITON_DTYPES
+    if not served or torch.compiler.is_compiling():
         return _torch(scores, k, boost=boost, mask=mask)
     flat = scores.reshape(-1, scores.shape[-1])
     if flat.requires_grad and torch.is_grad_enabled():

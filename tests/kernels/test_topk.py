@@ -122,12 +122,12 @@ def test_agrees_with_the_specification(
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "neurons", "k"), [(5, 1000, 10), (1, 1000, 33), (2, 130, 64)])
+@pytest.mark.parametrize(("batch", "neurons", "k"), [(5, 700, 10), (1, 771, 33), (2, 570, 40)])
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_many_tiles_and_parts(
     impl: str, batch: int, neurons: int, k: int, kind: str, device: str
 ) -> None:
-    """5 rows stream through few programs; 1 and 2 rows are shared out over parts and merged."""
+    """5 rows stream through 4 programs; 1 or 2 are shared out, over short and empty parts too."""
     scores = fill(kind, batch, neurons, torch.float32).to(device)
     agrees(scores, k, impl)
     agrees(scores, k, impl, mask=torch.rand(neurons, device=device) < 0.05)
@@ -147,7 +147,7 @@ def test_mask_and_boost(impl: str, allowed: float, kind: str, device: str) -> No
 
 @pytest.mark.parametrize("impl", FAST)
 def test_layouts(impl: str, device: str) -> None:
-    scores = torch.randn(6, 4, 90, device=device)
+    scores = torch.randn(3, 4, 40, device=device)
     agrees(scores, 5, impl)
     agrees(scores[:, 0], 5, impl)
     agrees(scores[..., ::2], 5, impl)
