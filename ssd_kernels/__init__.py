@@ -5,7 +5,7 @@ from ssd_kernels.count_active import count_active
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.row_update import row_update
+from ssd_kernels.row_update import row_gradient, row_update
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import topk
 
@@ -16,6 +16,7 @@ __all__ = [
     "linear_topk",
     "nn",
     "reference",
+    "row_gradient",
     "row_update",
     "sparse_linear",
     "topk",

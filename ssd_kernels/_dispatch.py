@@ -32,7 +32,10 @@ def choose(
     """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name."""
     if impl is None:
         forced = os.environ.get(ENVIRONMENT)
-        impl = forced if forced in implementations else _default(implementations, tensor)
+        if forced is not None and forced in implementations:
+            impl = forced
+        else:
+            impl = _default(implementations, tensor)
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")

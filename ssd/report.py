@@ -1,0 +1,134 @@
+"""Tables and figures of a finished run."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ssd.checkpoint import write_atomically
+from ssd.run import FREQUENCY, METRICS, SUMMARY
+
+PER_ROW = 50  # tasks a terminal table can still show
+
+
+def accuracy_table(summary: dict[str, Any]) -> Table:
+    """The accuracy matrix: rows after training a task, columns the task tested."""
+    matrix = summary["accuracy_matrix"]
+    table = Table(
+        title=f"{summary['method']} on {summary['dataset']}: accuracy", title_style="bold"
+    )
+    table.add_column("after task", justify="right")
+    shown = range(min(len(matrix), PER_ROW))
+    for task in shown:
+        table.add_column(str(task), justify="right")
+    for row in shown:
+        cells = [f"{a:.3f}" if i <= row else f"[dim]{a:.3f}[/]" for i, a in enumerate(matrix[row])]
+        table.add_row(str(row), *cells[: len(shown)])
+    return table
+
+
+def seeds_table(aggregate: dict[str, Any]) -> Table:
+    """Mean and standard deviation over seeds."""
+    table = Table(title=f"{aggregate['method']} on {aggregate['dataset']}", title_style="bold")
+    for name in ("measure", "mean", "std", "seeds"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for measure in ("mean_accuracy", "bwt", "forgetting"):
+        mean, std = aggregate[measure]["mean"], aggregate[measure]["std"]
+        table.add_row(measure, f"{mean:.4f}", f"{std:.4f}", str(len(aggregate["seeds"])))
+    return table
+
+
+def write_figures(folder: Path) -> None:
+    """Draws the four figures of a finished run into its folder."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    records = [
+        json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    ]
+    frequency = np.load(folder / FREQUENCY, allow_pickle=False)
+    drawings = {
+        "accuracy_over_time.png": lambda axes: _accuracy_over_time(axes, summary, records),
+        "accuracy_matrix.png": lambda axes: _accuracy_matrix(axes, summary),
+        "activation_heatmap.png": lambda axes: _activation_heatmap(axes, frequency),
+        "entropy_histogram.png": lambda axes: _entropy_histogram(axes, frequency),
+    }
+    for name, draw in drawings.items():
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        draw(axes)
+        _save(figure, folder / name)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    plt.close(figure)
+    write_atomically(path, stream.getvalue())
+
+
+def _accuracy_over_time(
+    axes: Axes, summary: dict[str, Any], records: Sequence[dict[str, Any]]
+) -> None:
+    epochs = summary["config"]["epochs"]
+    measured = [r for r in records if "test_accuracy" in r]
+    time = np.array([r["task"] + (r["epoch"] + 1) / epochs for r in measured])
+    accuracy = np.array([r["test_accuracy"] for r in measured])
+    count = accuracy.shape[1]
+    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, count))
+    for task in range(count):
+        begun = time > task
+        label = f"task {task}" if count <= 10 else None
+        axes.plot(time[begun], accuracy[begun, task], color=colors[task], label=label)
+    axes.set(xlabel="tasks trained", ylabel="accuracy", ylim=(-0.02, 1.02), xlim=(0, count))
+    axes.set_title(f"{summary['method']} on {summary['dataset']}: accuracy per task")
+    if count <= 10:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _accuracy_matrix(axes: Axes, summary: dict[str, Any]) -> None:
+    matrix = np.array(summary["accuracy_matrix"])
+    image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    axes.set(xlabel="tested on task", ylabel="after training task")
+    axes.set_title(f"mean accuracy {summary['mean_accuracy']:.3f}, BWT {summary['bwt']:+.3f}")
+    axes.figure.colorbar(image, ax=axes, label="accuracy")
+    if len(matrix) <= 10:
+        for (row, column), value in np.ndenumerate(matrix):
+            color = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+
+
+def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
+    # Neurons sorted by the task they serve most, so that subnetworks show as blocks.
+    order = np.lexsort((-frequency.max(0), frequency.argmax(0)))
+    image = axes.imshow(frequency[:, order], aspect="auto", cmap="magma", interpolation="nearest")
+    axes.set(xlabel="neuron, sorted by its busiest task", ylabel="after training task")
+    axes.set_title("activation frequency on the task's training set")
+    axes.figure.colorbar(image, ax=axes, label="p")
+
+
+def _entropy_histogram(axes: Axes, frequency: np.ndarray) -> None:
+    import torch
+
+    from ssd.metrics import activation_entropy
+
+    entropy = activation_entropy(torch.from_numpy(frequency)).numpy()
+    axes.hist(
+        [entropy[0], entropy[-1]],
+        bins=30,
+        range=(0, 1),
+        label=[f"after task {t}, mean {entropy[t].mean():.3f}" for t in (0, len(entropy) - 1)],
+    )
+    axes.set(xlabel="binary activation entropy (bits)", ylabel="neurons", yscale="log")
+    axes.set_title("activation entropy per neuron")
+    axes.legend(frameon=False)
