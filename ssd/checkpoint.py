@@ -70,5 +70,5 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().numpy().reshape(-1).view("uint8")))
+        digest.update(tensor.contiguous().numpy().reshape(-1).view("uint8").data)
     return digest.hexdigest()

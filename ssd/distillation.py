@@ -192,7 +192,7 @@ class Distiller:
         return self.teacher_logits is not None
 
     def begin_task(self, x: Tensor) -> None:
-        """Runs the teacher, the model as it stands, over a task's inputs [N, ..], and keeps its outputs."""
+        """Keeps the outputs of the teacher, the model as it stands, on a task's inputs [N, ..]."""
         if not self.neurons:
             return
         logits = []

@@ -88,7 +88,7 @@ class AnnealedTopKLinear(TopKLinear):
         """The code that equals `hidden`, or None where it is not sparse enough to be worth one.
 
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
-        k fire. While nobody is excited (g >= 0) such a layer has an exact code not much wider than k.
+        k fire. While none is excited (g >= 0) such a layer has an exact code not much wider than k.
         """
         if isinstance(hidden, TopKOutput):
             return hidden
