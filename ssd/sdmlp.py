@@ -44,6 +44,7 @@ class AnnealedTopKLinear(TopKLinear):
         if schedule not in ("gaba", "linear", "flat"):
             raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
         self.schedule, self.anneal_samples = schedule, anneal_samples
+        self.excited = schedule == "gaba"  # in the last forward pass: whether some g_j < 0
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -74,9 +75,11 @@ class AnnealedTopKLinear(TopKLinear):
         counts = self.counts if self.training else None
         hidden: TopKOutput | Tensor
         if self.inhibited():
+            self.excited = False
             hidden = linear_topk(x, self.weight, self.k, inhibition=self.inhibition, counts=counts)
         else:
             gaba = self.gaba() if self.schedule == "gaba" else None
+            self.excited = gaba is not None and bool((gaba < 0).any())
             hidden = linear_inhibit(
                 x, self.weight, self.current_k(), gaba, inhibition=self.inhibition, counts=counts
             )
@@ -85,14 +88,14 @@ class AnnealedTopKLinear(TopKLinear):
         return hidden
 
     def sparse_code(self, hidden: TopKOutput | Tensor) -> TopKOutput | None:
-        """The code that equals `hidden`, or None where it is not sparse enough to be worth one.
+        """The code that equals `hidden`, the last output, or None where it is not sparse enough to be worth one.
 
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
         k fire. While none is excited (g >= 0) such a layer has an exact code not much wider than k.
         """
         if isinstance(hidden, TopKOutput):
             return hidden
-        if self.schedule == "gaba" and 2 * self.counts.min() < self.anneal_samples:
+        if self.excited:
             return None
         hidden = hidden.detach()
         width = max(1, int((hidden > 0).sum(-1).max()))

@@ -78,10 +78,9 @@ class Naive:
             i = torch.zeros(len(x), 1, dtype=torch.float64)
         else:
             i = a.detach().sort(dim=1, descending=True).values[:, k : k + 1]
-        if c.inhibition == "subtract":
-            h = (a - g * i).relu()
-        else:
-            h = torch.where(a - g * i > 0, a, 0.0)
+        h = (a - g * i).relu()
+        if c.inhibition == "mask":
+            h = torch.where(h > 0, a, 0.0)
         return h @ w2.T, h, a
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
