@@ -88,7 +88,7 @@ class AnnealedTopKLinear(TopKLinear):
         return hidden
 
     def sparse_code(self, hidden: TopKOutput | Tensor) -> TopKOutput | None:
-        """The code that equals `hidden`, the last output, or None where it is not sparse enough to be worth one.
+        """The code equal to the last output `hidden`; None where that is not sparse enough.
 
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
         k fire. While none is excited (g >= 0) such a layer has an exact code not much wider than k.
