@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd_kernels import TopKOutput, linear_inhibit, linear_topk, topk
+from ssd_kernels import TopKOutput, count_active, linear_code, linear_inhibit, linear_topk
+from ssd_kernels.linear_code import Shadow, fast_bfloat16
 from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.reference import project
 
-# A layer whose busiest sample has at most this share of the neurons active is worth a sparse code.
+# While the GABA switch is on its way, a sparse code has this many slots for each of the k.
+WIDTH = 4
+# A layer of which more than this share may be active is not worth a sparse code.
 SPARSE_SHARE = 1 / 8
+# After a code proved too narrow, so many steps pass before the next try.
+RETRY = 8
+# Weights of an encoder from which on the bfloat16 estimate of its scores pays.
+SHADOW_MIN = 2**20
 
 
 class AnnealedTopKLinear(TopKLinear):
@@ -44,12 +51,14 @@ class AnnealedTopKLinear(TopKLinear):
         if schedule not in ("gaba", "linear", "flat"):
             raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
         self.schedule, self.anneal_samples = schedule, anneal_samples
-        self.excited = schedule == "gaba"  # in the last forward pass: whether some g_j < 0
+        self._shadow: Shadow | None = None
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
+        self.dense_until: Tensor
         self.register_buffer("counts", torch.zeros(neurons, dtype=torch.int64, device=device))
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("dense_until", torch.zeros((), dtype=torch.int64, device=device))
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -75,11 +84,9 @@ class AnnealedTopKLinear(TopKLinear):
         counts = self.counts if self.training else None
         hidden: TopKOutput | Tensor
         if self.inhibited():
-            self.excited = False
             hidden = linear_topk(x, self.weight, self.k, inhibition=self.inhibition, counts=counts)
         else:
             gaba = self.gaba() if self.schedule == "gaba" else None
-            self.excited = gaba is not None and bool((gaba < 0).any())
             hidden = linear_inhibit(
                 x, self.weight, self.current_k(), gaba, inhibition=self.inhibition, counts=counts
             )
@@ -87,19 +94,55 @@ class AnnealedTopKLinear(TopKLinear):
             self.samples += len(x)
         return hidden
 
-    def sparse_code(self, hidden: TopKOutput | Tensor) -> TopKOutput | None:
-        """The code equal to the last output `hidden`; None where that is not sparse enough.
+    @torch.no_grad()
+    def code(self, x: Tensor) -> TopKOutput | None:
+        """What forward(x) returns, as an exact sparse code without gradient; None if too dense.
 
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
-        k fire. While none is excited (g >= 0) such a layer has an exact code not much wider than k.
+        k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
+        Advances the schedule as forward does, unless it returns None.
         """
-        if isinstance(hidden, TopKOutput):
-            return hidden
-        if self.excited:
+        gaba, width = None, self.current_k()
+        if self.schedule == "gaba" and not self.inhibited():
+            gaba, width = self.gaba(), WIDTH * self.k
+        if width > self.neurons * SPARSE_SHARE or (gaba is not None and gaba.min() <= 0):
             return None
-        hidden = hidden.detach()
-        width = max(1, int((hidden > 0).sum(-1).max()))
-        return topk(hidden, width) if width <= SPARSE_SHARE * self.neurons else None
+        if self.samples < self.dense_until:
+            return None
+        code, overflow = linear_code(
+            x,
+            self.weight,
+            self.current_k(),
+            width,
+            gaba,
+            inhibition=self.inhibition,
+            shadow=self._estimator(gaba),
+        )
+        if overflow:
+            if self.training:
+                self.dense_until = self.samples + RETRY * len(x)
+            return None
+        if self.training:
+            count_active(code.values, code.indices, self.counts)
+            self.samples += len(x)
+        return code
+
+    def updated(self, code: TopKOutput) -> None:
+        """Says that since code() only the rows of the code's active neurons were written to."""
+        if self._shadow is not None:
+            gaba = None if self.inhibited() else self.gaba()
+            self._shadow.update(self.weight, gaba, code.indices[code.values > 0].unique())
+
+    def _estimator(self, gaba: Tensor | None) -> Shadow | None:
+        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
+            return None
+        if self.weight.numel() < SHADOW_MIN or not fast_bfloat16():
+            return None
+        if self._shadow is None:
+            self._shadow = Shadow(self.weight)
+        if self._shadow.stale(self.weight):
+            self._shadow.update(self.weight, gaba)
+        return self._shadow
 
 
 class SDMLP(nn.Module):

@@ -131,10 +131,9 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor, samples: Tensor) -> None:
         """One step on inputs [B, d], labels [B] at positions [B] of the task's training set."""
         address = self.model.address(x)
-        hidden = self.model.encoder(address)
-        code = self.model.encoder.sparse_code(hidden)
-        if code is None or self._hidden_reaches_encoder():
-            logits = self.model.read(hidden)
+        code = None if self._hidden_reaches_encoder() else self.model.encoder.code(address)
+        if code is None:
+            logits = self.model.read(self.model.encoder(address))
             loss = self._loss(logits, y, samples)
             self._update(list(torch.autograd.grad(loss, self.parameters)))
         else:
@@ -157,7 +156,7 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """Backward and update on the rows of the active neurons: the dense step at less cost."""
         encoder, decoder = (p.detach() for p in self.parameters)
-        values, indices = code.values.detach().requires_grad_(), code.indices
+        values, indices = code.values.requires_grad_(), code.indices
         logits = sparse_linear(values, indices, decoder)
         loss = self._loss(logits, y, samples, TopKOutput(values, indices))
         grad_values, grad_logits = torch.autograd.grad(loss, [values, logits])
@@ -182,6 +181,7 @@ class Trainer:
                 nonnegative=True,
                 normalize=self.model.normalized,
             )
+            self.model.encoder.updated(code._replace(values=values))
         return logits, loss
 
     def _loss(

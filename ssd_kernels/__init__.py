@@ -2,6 +2,7 @@
 
 from ssd_kernels import nn, reference
 from ssd_kernels.count_active import count_active
+from ssd_kernels.linear_code import linear_code
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
@@ -12,6 +13,7 @@ from ssd_kernels.topk import topk
 __all__ = [
     "TopKOutput",
     "count_active",
+    "linear_code",
     "linear_inhibit",
     "linear_topk",
     "nn",

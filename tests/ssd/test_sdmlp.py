@@ -71,28 +71,71 @@ def test_flat_schedule_is_sparse_at_once() -> None:
     assert layer(torch.rand(4, 6)).values.shape == (4, 3)
 
 
-def test_sparse_code_of_stragglers_equals_the_dense_layer() -> None:
-    """Neurons on their way to full inhibition fire beyond the k; the code is wider and exact."""
-    layer = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
+def almost_sparse_layer(neurons: int = 400) -> AnnealedTopKLinear:
+    layer = AnnealedTopKLinear(16, neurons, 3, anneal_samples=100)
     with torch.no_grad():
-        layer.weight.abs_()
-    layer.counts.copy_(torch.randint(95, 101, (400,)))
-    hidden = layer(torch.rand(12, 16))
-    assert isinstance(hidden, torch.Tensor)
-    code = layer.sparse_code(hidden)
+        layer.weight.copy_(torch.nn.functional.normalize(torch.rand(neurons, 16) ** 6, dim=1))
+    layer.counts.copy_(torch.randint(98, 101, (neurons,)))
+    return layer
+
+
+def test_code_of_stragglers_equals_the_dense_layer() -> None:
+    """Neurons on their way to full inhibition fire beyond the k; the code is wider and exact."""
+    layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
+    twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
+    twin.load_state_dict(layer.state_dict())
+    code, hidden = layer.code(x), twin(x)
     assert code is not None
-    assert 3 < code.values.shape[1] <= 50
+    assert 3 < (code.values > 0).sum(1).max() <= 12
     dense = torch.zeros_like(hidden).scatter(1, code.indices, code.values)
     assert torch.equal(dense, hidden)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
 
 
-def test_an_excited_layer_has_no_sparse_code() -> None:
-    layer = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
+def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_again() -> None:
+    layer = almost_sparse_layer()
+    layer.counts.fill_(60)
+    x = torch.rand(12, 16)
+    before = layer.counts.clone()
+    assert layer.code(x) is None
+    assert torch.equal(layer.counts, before)
+    assert layer.dense_until == 8 * 12
     layer.counts.fill_(100)
-    layer.counts[7] = 49  # inhibited from the next step on, but not in this one
-    hidden = layer(torch.rand(4, 16))
-    assert layer.gaba()[7] > 0
-    assert layer.sparse_code(hidden) is None
+    assert layer.code(x) is None
+    layer.samples += 8 * 12
+    assert layer.code(x) is not None
+
+
+def test_an_excited_layer_has_no_code() -> None:
+    layer = almost_sparse_layer()
+    layer.counts[7] = 49
+    assert layer.code(torch.rand(4, 16)) is None
+
+
+def test_the_bfloat16_estimate_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with and without it, through the switch: the same codes, counts and weights."""
+    from ssd import sdmlp
+    from ssd.config import Config
+    from ssd.data import Task
+    from ssd.trainer import Trainer, build_model
+
+    y = torch.arange(60) % 2
+    x = torch.rand(60, 16) + 2 * torch.nn.functional.one_hot(y * 5, 16)
+    config = Config(
+        neurons=2000, k=3, epochs=12, batch_size=20, anneal_samples=300, lr=0.3, eval_every=12
+    )
+    ends = []
+    for smallest, fast in ((1, True), (10**9, False)):
+        monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)
+        monkeypatch.setattr(sdmlp, "fast_bfloat16", lambda fast=fast: fast)
+        trainer = Trainer(config, [Task((0, 1), x, y, x, y)], build_model(config, 16, 2))
+        for _ in trainer.run():
+            pass
+        assert (trainer.model.encoder._shadow is not None) == fast
+        ends.append(trainer.state()[0])
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
 
 
 def test_unknown_schedule() -> None:
