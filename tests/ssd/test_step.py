@@ -225,7 +225,7 @@ def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.Monk
         assert taken["sparse"] < 70
     else:
         assert 50 < taken["sparse"] < 200
-    assert (model.encoder.weight - moved).abs().max() > 0.05
+    assert (model.encoder.weight - moved).abs().max() > 0.03
 
 
 def test_untouched_rows_keep_their_bits() -> None:
