@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels._triton import AotCase, jit, tl
 
 
 def count_active(
@@ -23,7 +27,7 @@ def count_active(
         counts: [R] int64 or int32, updated in place.
         last_active: [R] int64 or int32 or None, set in place to `step` where a neuron is active.
         step: the present step, an int or a 0-d integer tensor on the device of values.
-        impl: "reference"; by default the fastest for the device.
+        impl: "triton" or "reference"; by default the fastest for the device.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
@@ -36,4 +40,86 @@ def count_active(
     serve(values, indices, counts, last_active, step)
 
 
-IMPLEMENTATIONS = {"reference": reference.count_active}
+@jit(do_not_specialize=["step", "slots"])
+def _count_kernel(
+    values,  # [slots]
+    indices,  # [slots] int64
+    counts,  # [R]
+    last_active,  # [R]
+    step,  # an integer, or a pointer to one
+    slots,
+    counts_stride,
+    last_stride,
+    STAMP: tl.constexpr,
+    STEP_ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + slot, mask=slot < slots, other=0.0)
+    active = value > 0
+    neuron = tl.load(indices + slot, mask=active, other=0)
+    # Integer additions commute: the counts are the same whatever the order.
+    one = tl.full([BLOCK], 1, counts.dtype.element_ty)
+    tl.atomic_add(counts + neuron * counts_stride, one, mask=active, sem="relaxed")
+    if STAMP:
+        now = tl.load(step) if STEP_ON_DEVICE else step
+        tl.store(last_active + neuron * last_stride, now + tl.zeros_like(neuron), mask=active)
+
+
+def _triton(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    last_active: Tensor | None,
+    step: int | Tensor,
+) -> None:
+    slots = values.numel()
+    if slots == 0:
+        return
+    chosen = _tuning.config("count_active", values.device)
+    with torch.cuda.device_of(values):
+        _count_kernel[(-(-slots // chosen["BLOCK"]),)](
+            values.detach().contiguous(),
+            indices.contiguous(),
+            counts,
+            counts if last_active is None else last_active,
+            step,
+            slots,
+            counts.stride(0),
+            1 if last_active is None else last_active.stride(0),
+            STAMP=last_active is not None,
+            STEP_ON_DEVICE=isinstance(step, Tensor),
+            **chosen,
+        )
+
+
+def aot_cases(family: str) -> list[AotCase]:
+    return [
+        AotCase(
+            f"count_active {kind}{' stamp' if stamp else ''}",
+            _count_kernel,
+            {
+                "values": f"*{kind}",
+                "indices": "*i64",
+                "counts": "*i64",
+                "last_active": "*i64",
+                "step": "*i64",
+                "slots": "i64",
+            },
+            {
+                "counts_stride": 1,
+                "last_stride": 1,
+                "STAMP": stamp,
+                "STEP_ON_DEVICE": True,
+                "BLOCK": chosen["BLOCK"],
+            },
+            {"num_warps": chosen["num_warps"]},
+        )
+        for _, chosen in _tuning.rows("count_active", family)
+        for kind, stamp in (("fp32", False), ("bf16", True))
+    ]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {"reference": reference.count_active}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels._triton import AotCase, jit, tl
 from ssd_kernels.reference import TopKOutput
 
 # Neurons per group of the group-maxima filter; rows shorter than MIN_GROUPED are ranked directly.
 GROUP = 64
 MIN_GROUPED = 2048
+# The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.
+MAX_K = 256
+# Keys below that of -inf: what is no neuron, and a neuron that the mask disallows.
+NOTHING = tl.constexpr(-(2**31))
+DISALLOWED = tl.constexpr(-(2**31) + 1)
+NAN = tl.constexpr(2**31 - 1)
+# Entries that are ranked against the buffer at a time.
+STEP = 16
+LEAST = tl.constexpr(-(2**63))
 
 
 def topk(
@@ -29,7 +42,7 @@ def topk(
         boost: [R], same dtype as scores. Selects on `scores * boost`, passes on `scores`.
         mask: [R] bool. Neurons that are False are not selected; where fewer than k are allowed, the
             slots left over have value 0 and the lowest disallowed indices.
-        impl: "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         TopKOutput with values [.., k] (dtype of scores, differentiable) and indices [.., k] int64,
@@ -97,4 +110,346 @@ def _candidates(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, members.gather(1, slots)
 
 
+# The Triton path reads a row once, tile by tile, and appends to a small buffer what exceeds
+# `floor`, a proven lower bound of the k-th key. When the buffer would overflow it is cut to its k
+# best, and if the tile alone overflows it (the first one does), floor is raised by bisection on
+# the tile. A random row of R has about k (1 + ln(R / k)) entries above a running k-th, so cuts are
+# rare: an element costs its load, about 6 instructions for the key, 2 to be counted and, in a tile
+# that has a candidate, about 12 for the prefix sum and the predicated store. Entries
+# of the buffer, packed (key, ~index), are distinct: counting how many exceed each puts it in place,
+# and the outcome is exact whatever the order of execution.
+
+
+@jit
+def _ordered(x):
+    """fp32 -> int32 of the same order; -0.0 equals 0.0, NaN is largest."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == x, tl.where(bits < 0, -(2**31) - bits, bits), NAN)
+
+
+@jit
+def _load_keys(
+    source,
+    boost,
+    allowed,
+    neuron,
+    inside,
+    IS_KEY: tl.constexpr,
+    BOOST: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    loaded = tl.load(source + neuron, mask=inside, other=0)
+    if IS_KEY:
+        key = loaded
+    else:
+        x = loaded.to(tl.float32)
+        if BOOST:
+            x *= tl.load(boost + neuron, mask=inside, other=0).to(tl.float32)
+        key = _ordered(x)
+        if MASK:
+            key = tl.where(tl.load(allowed + neuron, mask=inside, other=0) != 0, key, DISALLOWED)
+    return tl.where(inside, key, NOTHING)
+
+
+@jit
+def _ranked(buffer, held, CAPACITY: tl.constexpr, STEP: tl.constexpr):
+    """The packed entries of the buffer, and how many entries exceed each."""
+    slot = tl.arange(0, CAPACITY)
+    tl.debug_barrier()  # the appends of other threads
+    packed = tl.load(buffer + slot, mask=slot < held, other=LEAST)
+    rank = tl.zeros([CAPACITY], tl.int32)
+    start = 0
+    while start < held:
+        other = start + tl.arange(0, STEP)
+        rival = tl.load(buffer + other, mask=other < held, other=LEAST)
+        rank += tl.sum((rival[:, None] > packed[None, :]).to(tl.int32), axis=0)
+        start += STEP
+    tl.debug_barrier()  # before anyone appends again
+    return packed, rank
+
+
+@jit
+def _bisect(key, k, low, room):
+    """A floor at or below the k-th key: at most `room` keys reach it, or it is the k-th key."""
+    high = tl.max(key)
+    found = tl.sum((key >= low).to(tl.int32))
+    while (found > room) & (low < high):
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((key >= middle).to(tl.int32))
+        if reached >= k:
+            low = middle
+            found = reached
+        else:
+            high = middle - 1
+    return low, found
+
+
+@jit(do_not_specialize=["k", "tasks", "part_tiles"])
+def _select_kernel(
+    source,  # [B, R]: scores, or int32 keys
+    boost,  # [R]
+    allowed,  # [R]
+    origin,  # [B, R] int32: the index that a key stands for
+    scores,  # [B, ..]: where the values come from
+    buffer,  # [programs, CAPACITY] int64
+    values,  # [B, parts, k]: values of scores, or int32 keys
+    indices,  # [B, parts, k]
+    k,
+    tasks,  # B * parts
+    neurons,
+    source_stride,
+    scores_stride,
+    tiles,
+    parts,
+    part_tiles,
+    FROM_KEYS: tl.constexpr,
+    TO_KEYS: tl.constexpr,
+    BOOST: tl.constexpr,
+    MASK: tl.constexpr,
+    WAYS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    lane = tl.arange(0, TILE)
+    slot = tl.arange(0, CAPACITY)
+    buffer += tl.program_id(0) * CAPACITY
+    task = tl.program_id(0)
+    while task < tasks:
+        row = (task // parts).to(tl.int64)
+        begin = (task % parts) * part_tiles
+        end = tl.minimum(begin + part_tiles, tiles)
+        held = 0
+        floor = NOTHING
+        tile = begin
+        while tile < end:
+            neuron = tile * TILE + lane
+            key = _load_keys(
+                source + row * source_stride,
+                boost,
+                allowed,
+                neuron,
+                neuron < neurons,
+                FROM_KEYS,
+                BOOST,
+                MASK,
+            )
+            found = tl.sum((key > floor).to(tl.int32))
+            if held + found > CAPACITY and held >= k:
+                packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+                tl.store(buffer + rank, packed, mask=rank < k)
+                floor = tl.max(tl.where(rank == k - 1, (packed >> 32).to(tl.int32), NOTHING))
+                held = k
+                found = tl.sum((key > floor).to(tl.int32))
+            append_above = floor
+            if held + found > CAPACITY:
+                # Each of WAYS >= k groups has an entry at or above the least of their maxima.
+                maxima = tl.max(tl.reshape(key, [TILE // WAYS, WAYS]), axis=0)
+                low = tl.maximum(tl.min(maxima), floor + 1)
+                floor, found = _bisect(key, k, low, CAPACITY - held)
+                if held + found > CAPACITY:
+                    # More ties for the k-th place than room: the lower indices win.
+                    tied = key == floor
+                    places = k - tl.sum((key > floor).to(tl.int32))
+                    lost = tied & (tl.cumsum(tied.to(tl.int32), 0) > places)
+                    key = tl.where(lost, NOTHING, key)
+                    found = k
+                append_above = floor - 1
+            if found > 0:
+                keep = key > append_above
+                position = held + tl.cumsum(keep.to(tl.int32), 0) - 1
+                packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - neuron).to(tl.int64)
+                tl.store(buffer + position, packed, mask=keep)
+                held += found
+            tile += 1
+        packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+        key = (packed >> 32).to(tl.int32)
+        index = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+        out = task.to(tl.int64) * k + rank
+        chosen = (slot < held) & (rank < k)
+        if FROM_KEYS:
+            index = tl.load(origin + row * source_stride + index, mask=chosen, other=0)
+        if TO_KEYS:
+            tl.store(values + out, key, mask=chosen)
+        else:
+            value = tl.load(scores + row * scores_stride + index, mask=chosen, other=0)
+            if MASK:
+                value = tl.where(key == DISALLOWED, 0.0, value)
+            tl.store(values + out, value, mask=chosen)
+        tl.store(indices + out, index, mask=chosen)
+        if TO_KEYS:  # a short part leaves slots that nothing may choose
+            empty = (slot >= held) & (slot < k)
+            tl.store(
+                values + task.to(tl.int64) * k + slot,
+                tl.full([CAPACITY], NOTHING, tl.int32),
+                mask=empty,
+            )
+        task += tl.num_programs(0)
+
+
+def select_triton(
+    scores: Tensor, k: int, boost: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """topk of scores [B, R] for k <= MAX_K, without autograd: values, indices [B, k].
+
+    Allocates O(B k) and a buffer per resident program; reads no value on the host.
+    """
+    batch, neurons = scores.shape
+    values = scores.new_empty(batch, k)
+    indices = torch.empty(batch, k, dtype=torch.int64, device=scores.device)
+    if batch == 0:
+        return values, indices
+    scores = scores.detach()
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    boost = None if boost is None else boost.detach().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    parts = _parts(batch, neurons, scores.device)
+    if parts == 1:
+        _launch(scores, None, scores, boost, mask, values, indices, k, parts)
+        return values, indices
+    # Few long rows: every part keeps its k best, and the row of these is selected from in turn.
+    # Parts are in index order, and so are ties inside each, so positions break ties as indices do.
+    keys = torch.empty(batch, parts * k, dtype=torch.int32, device=scores.device)
+    origin = torch.empty_like(keys)
+    _launch(scores, None, scores, boost, mask, keys, origin, k, parts)
+    _launch(keys, origin, scores, None, mask, values, indices, k, 1)
+    return values, indices
+
+
+def _parts(batch: int, neurons: int, device: torch.device) -> int:
+    """Programs that share a row; more than one where the rows alone do not fill the chip."""
+    chosen = _tuning.config("topk", device, neurons=neurons)
+    tiles = _ceil_div(neurons, chosen["TILE"])
+    multiprocessors = _tuning.multiprocessors(device)
+    if tiles < 4 or batch >= 2 * multiprocessors:
+        return 1
+    return min(tiles, max(1, multiprocessors * chosen["PROGRAMS"] // batch))
+
+
+def _launch(
+    source: Tensor,
+    origin: Tensor | None,
+    scores: Tensor,
+    boost: Tensor | None,
+    mask: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    k: int,
+    parts: int,
+) -> None:
+    batch, neurons = source.shape
+    device = source.device
+    chosen = _tuning.config("topk", device, neurons=neurons)
+    tiles = _ceil_div(neurons, chosen["TILE"])
+    part_tiles = _ceil_div(tiles, parts)
+    programs = min(batch * parts, _tuning.multiprocessors(device) * chosen["PROGRAMS"])
+    ways, capacity = _sizes(k)
+    buffer = torch.empty(programs, capacity, dtype=torch.int64, device=device)
+    with torch.cuda.device_of(source):
+        _select_kernel[(programs,)](
+            source,
+            source if boost is None else boost,
+            source if mask is None else mask.view(torch.uint8),
+            source if origin is None else origin,
+            scores,
+            buffer,
+            values,
+            indices,
+            k,
+            batch * parts,
+            neurons,
+            source.stride(0),
+            scores.stride(0),
+            tiles,
+            parts,
+            part_tiles,
+            FROM_KEYS=origin is not None,
+            TO_KEYS=values.dtype == torch.int32,
+            BOOST=boost is not None,
+            MASK=mask is not None,
+            WAYS=ways,
+            CAPACITY=capacity,
+            TILE=chosen["TILE"],
+            STEP=STEP,
+            num_warps=chosen["num_warps"],
+        )
+
+
+def _sizes(k: int) -> tuple[int, int]:
+    """Groups of the first bound, and places in the buffer."""
+    ways = max(16, 1 << (k - 1).bit_length())
+    return ways, 2 * ways
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class _TopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, k: int, boost: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        values, indices = select_triton(scores, k, boost, mask)
+        ctx.save_for_backward(indices, mask)
+        ctx.shape = scores.shape
+        ctx.mark_non_differentiable(indices)
+        return values, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Any, ...]:
+        indices, mask = ctx.saved_tensors
+        if mask is not None:
+            grad_values = grad_values * mask[indices]
+        # The indices of a row are distinct: each entry is written at most once.
+        grad = grad_values.new_zeros(ctx.shape).scatter_(1, indices, grad_values)
+        return grad, None, None, None
+
+
+def _triton(
+    scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
+) -> TopKOutput:
+    if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
+        return _torch(scores, k, boost=boost, mask=mask)
+    flat = scores.reshape(-1, scores.shape[-1])
+    if flat.requires_grad and torch.is_grad_enabled():
+        values, indices = _TopK.apply(flat, k, boost, mask)
+    else:
+        values, indices = select_triton(flat, k, boost, mask)
+    shape = (*scores.shape[:-1], k)
+    return TopKOutput(values.view(shape), indices.view(shape))
+
+
+def aot_cases(family: str) -> list[AotCase]:
+    return [
+        _aot_case(kind, k, bounds.get("neurons"), chosen)
+        for bounds, chosen in _tuning.rows("topk", family)
+        for kind in ("fp32", "bf16")
+        for k in (16, MAX_K)
+    ]
+
+
+def _aot_case(kind: str, k: int, neurons: int | None, chosen: _tuning.Config) -> AotCase:
+    ways, capacity = _sizes(k)
+    pointers = dict.fromkeys(("source", "boost", "scores", "values"), f"*{kind}")
+    pointers |= {"allowed": "*u8", "origin": "*i32", "buffer": "*i64", "indices": "*i64"}
+    sizes = {"k": "i32", "tasks": "i32", "neurons": "i32:16", "part_tiles": "i32"}
+    strides = dict.fromkeys(("source_stride", "scores_stride"), "i32:16")
+    tiles = {} if neurons else {"tiles": "i32"}
+    flags = dict.fromkeys(("FROM_KEYS", "TO_KEYS", "BOOST", "MASK"), False)
+    return AotCase(
+        f"topk {kind} R<={neurons or 'any'} k<={k}",
+        _select_kernel,
+        pointers | sizes | strides | tiles,
+        flags
+        | {"parts": 1, "WAYS": ways, "CAPACITY": capacity, "TILE": chosen["TILE"], "STEP": STEP}
+        | ({"tiles": 1} if neurons else {}),
+        {"num_warps": chosen["num_warps"]},
+    )
+
+
 IMPLEMENTATIONS = {"reference": reference.topk, "torch": _torch}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton
