@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -316,7 +317,9 @@ def _read_npz(path: Path) -> list[Any]:
 
 def _read_pt(path: Path) -> list[Any]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's own message tells how to run the file's code.
         raise UserError(f"--features {path} holds something other than tensors") from error
