@@ -171,8 +171,8 @@ class _Unavailable(Exception):
     """A data set is not on disk and cannot be downloaded."""
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or repr(error)
 
 
 def _damaged(path: Path, how: str) -> UserError:
@@ -189,7 +189,7 @@ def _downloading(root: Path) -> Iterator[None]:
         with redirect_stdout(StringIO()):
             yield
     except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError) as error:
-        raise _Unavailable(_first_line(error)) from error
+        raise _Unavailable(_one_line(error)) from error
     finally:
         socket.setdefaulttimeout(before)
 
@@ -206,7 +206,7 @@ def _mnist_like(name: str, root: Path) -> Dataset:
         sets = [kind(str(root), train=train) for train in (True, False)]
         sizes = [(*s.data.shape, len(s.targets)) for s in sets]
     except Exception as error:
-        raise _damaged(raw, _first_line(error)) from error
+        raise _damaged(raw, _one_line(error)) from error
     if sizes != [(60000, 28, 28, 60000), (10000, 28, 28, 10000)]:
         raise _damaged(raw, f"images and labels {sizes}")
     x_train, x_test = (s.data.flatten(1).float() / 255 for s in sets)
@@ -260,7 +260,7 @@ def _cifar_part(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
         labels = content["labels"] if "labels" in content else content["fine_labels"]
         return np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)
     except Exception as error:
-        raise _damaged(path, _first_line(error)) from error
+        raise _damaged(path, _one_line(error)) from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -288,7 +288,7 @@ def _read_features(path: Path) -> Dataset:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--features {path} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if y.is_floating_point() or y.is_complex() or y.dim() != 1:
             raise UserError(f"{path}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}")

@@ -142,7 +142,10 @@ def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
         settings = Config(**recorded["config"]).to_dict()
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not of this version ({error}); use another --out") from error
-    return {**given, **settings, "seeds": recorded.get("seeds", 1)}
+    seeds = recorded.get("seeds")
+    if not isinstance(seeds, int):
+        raise UserError(f"{path} is not of this version (seeds {seeds}); use another --out")
+    return {**given, **settings, "seeds": seeds}
 
 
 @contextmanager

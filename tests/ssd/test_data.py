@@ -247,7 +247,7 @@ def test_unavailable(tmp_path: Path, name: str) -> None:
 class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
     """Writes bytes as Python 2's str, as CIFAR's files have them."""
 
-    dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch = pickle._Pickler.dispatch.copy()  # type: ignore[attr-defined]
 
     def save_str(self, text: bytes) -> None:
         self.write(b"T" + struct.pack("<i", len(text)) + text)
@@ -278,7 +278,9 @@ def write_cifar(
     return pixels
 
 
-@pytest.mark.parametrize(("name", "classes", "training"), [("cifar10", 10, 5), ("cifar100", 100, 1)])
+@pytest.mark.parametrize(
+    ("name", "classes", "training"), [("cifar10", 10, 5), ("cifar100", 100, 1)]
+)
 def test_cifar(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, classes: int, training: int
 ) -> None:
