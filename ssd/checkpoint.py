@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,25 @@ from torch import Tensor
 from ssd.errors import UserError
 
 
+def temporary(path: Path) -> Path:
+    """Where write_atomically prepares a file; a kill may leave it behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replaces a file as a whole: a reader or a crash sees the old content or the new one."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary(path), "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        os.replace(temporary(path), path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary(path).unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not name the file
         raise
 
 

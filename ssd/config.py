@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from typing import Any
 
 from ssd.errors import UserError
@@ -18,6 +19,9 @@ METHODS = ("sdmlp", "ssd", "lwf", "ewc", "ssd+ewc", "lwf+ewc")
 FISHER_BATCHES = 6
 FISHER_BATCH_SIZE = 512
 FISHER_DIVISOR = 5 * 512
+
+# Sizes and counts stay below this: neurons are indexed with 32 bits.
+LIMIT = 2**31
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -32,8 +36,8 @@ class Config:
     dataset: str = _setting("mnist", "data set")
     features: str | None = _setting(None, "feature file (.npz or .pt) for --dataset features")
     method: str = _setting("ssd", "what is trained: SDMLP alone or with the named parts", METHODS)
-    tasks: int = _setting(5, "number of tasks; must divide the number of classes")
-    seed: int = _setting(0, "seed of initialisation, data order and class order (0: ordinal)")
+    tasks: int = _setting(5, "number of tasks; must divide the number of classes; 50 for cifar100")
+    seed: int = _setting(0, "seed of initialisation, data order and class order; 0: in order")
     validation: float = _setting(
         0.0, "evaluate on this fraction of the training data instead of the test set"
     )
@@ -41,7 +45,7 @@ class Config:
     epochs: int = _setting(20, "epochs a task")
     batch_size: int = _setting(128, "samples a step")
     lr: float = _setting(0.05, "learning rate of SGD")
-    momentum: float = _setting(0.0, "momentum of SGD (also moves inactive neurons)")
+    momentum: float = _setting(0.0, "momentum of SGD; also moves inactive neurons")
     max_norm: float = _setting(1.0, "clip of the global gradient norm")
 
     neurons: int = _setting(1000, "hidden neurons R")
@@ -57,7 +61,7 @@ class Config:
     )
 
     alpha: float = _setting(0.7, "weight of the cross entropy; the rest distils")
-    lam: float = _setting(0.1, "lambda: share of the hidden term in the distillation (0: LwF)")
+    lam: float = _setting(0.1, "lambda: share of the hidden term in the distillation; 0 is LwF")
     temperature: float = _setting(8.0, "temperature T of both distillation terms")
     subnetwork: float = _setting(1.0, "n / k: size of the distilled subnetwork in units of k")
     kl: str = _setting(
@@ -74,7 +78,7 @@ class Config:
     ewc_coefficient: float = _setting(200.0, "strength of the EWC penalty")
     ewc_beta: float = _setting(0.005, "inverse temperature of the EWC importance")
 
-    eval_every: int = _setting(5, "epochs between evaluations (and after every task)")
+    eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
     @property
     def parts(self) -> frozenset[str]:
@@ -83,33 +87,46 @@ class Config:
 
     def validate(self) -> None:
         """Raises UserError for a value that no run could use."""
+        self._validate_types()
+        for name in ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every"):
+            self._require(name, 1 <= getattr(self, name) < LIMIT, f"in 1..{LIMIT - 1}")
+        self._require("k", self.k <= self.neurons, f"at most --neurons {self.neurons}")
+        for name in ("lr", "max_norm", "temperature"):
+            self._require(name, 0 < getattr(self, name) < inf, "above 0 and finite")
+        self._require("anneal_samples", 1 <= self.anneal_samples < 2**63, "in 1..2^63-1")
+        self._require("seed", 0 <= self.seed < 2**63, "in 0..2^63-1")
+        for name in ("alpha", "lam"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
+        for name in ("validation", "momentum"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
+        for name in ("ewc_coefficient", "ewc_beta"):
+            self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
+        limit = self.neurons / self.k
+        self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
+
+    def _validate_types(self) -> None:
+        """For settings that were read from a file: the command line has checked them before."""
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
-            if choices is not None and value not in choices:
-                raise UserError(
-                    f"--{setting.name} {value} is unknown; choose from {', '.join(choices)}"
-                )
-        for name in ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.k <= self.neurons, "k", self.k, f"at most --neurons {self.neurons}")
-        for name in ("lr", "max_norm", "temperature", "anneal_samples"):
-            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "above 0")
-        for name in ("alpha", "lam"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
-        for name in ("validation", "momentum"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in 0..1, below 1")
-        for name in ("ewc_coefficient", "ewc_beta", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        limit = self.neurons / self.k
-        _require(1 <= self.subnetwork <= limit, "subnetwork", self.subnetwork, f"in 1..{limit:g}")
+            kinds = {"int": (int,), "float": (int, float), "str": (str,)}.get(
+                str(setting.type), (str, type(None))
+            )
+            fits = isinstance(value, kinds) and not isinstance(value, bool)
+            self._require(setting.name, fits, f"of type {setting.type}")
+            if choices is not None:
+                self._require(setting.name, value in choices, f"one of {', '.join(choices)}")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{option(name)} {getattr(self, name)} must be {rule}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def _require(holds: bool, name: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')} {value} must be {rule}")
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "-k" if name == "k" else f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import os
 import pickle
 import socket
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ class Dataset:
         """CRC-32 of all the data: a run resumes on the data it began with."""
         crc = 0
         for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+            crc = zlib.crc32(str(list(tensor.shape)).encode(), crc)
             crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
         return f"{crc:08x}"
 
@@ -148,10 +151,9 @@ def load(
         return _checked(_read_features(features))
     if name == "mnist-5k":
         return _checked(_mnist_5k())
-    if name in ("cifar10", "cifar100"):
-        return _checked(_cifar(name, root))
+    read = _cifar if name in ("cifar10", "cifar100") else _mnist_like
     try:
-        return _checked(_mnist_like(name, root))
+        return _checked(read(name, root))
     except _Unavailable as reason:
         if name != "mnist" or strict:
             raise UserError(
@@ -169,16 +171,25 @@ class _Unavailable(Exception):
     """A data set is not on disk and cannot be downloaded."""
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or repr(error)
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"{path} is damaged ({how}); delete it to have it downloaded again")
+
+
 @contextmanager
 def _downloading(root: Path) -> Iterator[None]:
-    """Turns what a download can raise into _Unavailable, and lets none hang."""
+    """Turns what a download can raise into _Unavailable, and lets none hang or chatter."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, RuntimeError, tarfile.TarError) as error:
-        raise _Unavailable(str(error).splitlines()[0] if str(error) else repr(error)) from error
+        with redirect_stdout(StringIO()):
+            yield
+    except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise _Unavailable(_one_line(error)) from error
     finally:
         socket.setdefaulttimeout(before)
 
@@ -193,13 +204,11 @@ def _mnist_like(name: str, root: Path) -> Dataset:
             kind(str(root), download=True)
     try:
         sets = [kind(str(root), train=train) for train in (True, False)]
-        sizes = [tuple(s.data.shape) for s in sets]
+        sizes = [(*s.data.shape, len(s.targets)) for s in sets]
     except Exception as error:
-        raise UserError(
-            f"{raw} is damaged ({error}); delete it to have it downloaded again"
-        ) from error
-    if sizes != [(60000, 28, 28), (10000, 28, 28)]:
-        raise UserError(f"{raw} is damaged (images {sizes}); delete it to have it downloaded again")
+        raise _damaged(raw, _one_line(error)) from error
+    if sizes != [(60000, 28, 28, 60000), (10000, 28, 28, 10000)]:
+        raise _damaged(raw, f"images and labels {sizes}")
     x_train, x_test = (s.data.flatten(1).float() / 255 for s in sets)
     return Dataset(name, x_train, sets[0].targets, x_test, sets[1].targets)
 
@@ -217,31 +226,16 @@ def _mnist_5k() -> Dataset:
 def _cifar(name: str, root: Path) -> Dataset:
     """Reads CIFAR's files, which are pickles, without running what a pickle could ask for."""
     from torchvision import datasets
-    from torchvision.datasets.utils import check_integrity, download_and_extract_archive
+    from torchvision.datasets.utils import download_and_extract_archive
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     folder, files = root / kind.base_folder, [*kind.train_list, *kind.test_list]
     if not all((folder / file).is_file() for file, _ in files):
-        try:
-            with _downloading(root):
-                download_and_extract_archive(
-                    kind.url, str(root), filename=kind.filename, md5=kind.tgz_md5
-                )
-        except _Unavailable as reason:
-            raise UserError(
-                f"{name} is neither in {root} nor to be downloaded ({reason}); "
-                "put it there or name its folder with --data-root"
-            ) from reason
-    parts = []
-    for file, md5 in files:
-        if not check_integrity(str(folder / file), md5):
-            raise UserError(
-                f"{folder / file} is damaged (wrong MD5); delete it to have it downloaded again"
+        with _downloading(root):
+            download_and_extract_archive(
+                kind.url, str(root), filename=kind.filename, md5=kind.tgz_md5
             )
-        with open(folder / file, "rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="latin1").load()
-        labels = content["labels"] if "labels" in content else content["fine_labels"]
-        parts.append((np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)))
+    parts = [_cifar_part(folder / file, md5) for file, md5 in files]
     pixels = [torch.tensor(x, dtype=torch.float32) / 255 for x, _ in parts]
     targets = [torch.tensor(y) for _, y in parts]
     training = len(kind.train_list)
@@ -254,6 +248,21 @@ def _cifar(name: str, root: Path) -> Dataset:
     )
 
 
+def _cifar_part(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 3072] and labels [N] of one of CIFAR's files."""
+    from torchvision.datasets.utils import check_integrity
+
+    if not check_integrity(str(path), md5):
+        raise _damaged(path, "wrong MD5")
+    try:
+        with open(path, "rb") as stream:
+            content = _ArrayUnpickler(stream, encoding="latin1").load()
+        labels = content["labels"] if "labels" in content else content["fine_labels"]
+        return np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)
+    except Exception as error:
+        raise _damaged(path, _one_line(error)) from error
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds numpy arrays and plain containers, and nothing else."""
 
@@ -264,10 +273,6 @@ class _ArrayUnpickler(pickle.Unpickler):
             return np.ndarray
         if module.endswith("core.multiarray") and name == "_reconstruct":
             return np.empty(0).__reduce__()[0]
-        if (module, name) == ("_codecs", "encode"):
-            import codecs
-
-            return codecs.encode
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
@@ -279,18 +284,18 @@ def _read_features(path: Path) -> Dataset:
         raise UserError(f"--features {path} must end in .npz or .pt")
     try:
         arrays = readers[path.suffix](path)
+        x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
     except UserError:
         raise
     except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"--features {path} cannot be read: {line}") from error
-    x_train, y_train, x_test, y_test = (torch.as_tensor(a) for a in arrays)
+        raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if y.is_floating_point() or y.is_complex() or y.dim() != 1:
             raise UserError(f"{path}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}")
-        if x.is_complex() or x.dim() < 2 or len(x) != len(y) or len(x) == 0:
+        if x.is_complex() or x.dim() < 2 or len(x) != len(y) or x.numel() == 0:
             raise UserError(
-                f"{path}: x_{part} {list(x.shape)} must be [N, d] numbers with N = {len(y)} > 0"
+                f"{path}: x_{part} must be real numbers [N, d], d > 0, with N = {len(y)} > 0, "
+                f"not {x.dtype} {list(x.shape)}"
             )
     return Dataset(
         "features",
@@ -311,7 +316,13 @@ def _read_npz(path: Path) -> list[Any]:
 
 
 def _read_pt(path: Path) -> list[Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message tells how to run the file's code.
+        raise UserError(f"--features {path} holds something other than tensors") from error
     pairs = isinstance(content, (tuple, list)) and len(content) == 2
     if not pairs or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in content):
         raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")

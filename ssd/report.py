@@ -19,24 +19,29 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from ssd.checkpoint import write_atomically
-from ssd.run import FREQUENCY, METRICS, SUMMARY
+from ssd.folder import FREQUENCY, METRICS, SUMMARY
 
-PER_ROW = 50  # tasks a terminal table can still show
+CELL, MARGIN = 8, 20  # characters of a table's column, and of what is left of it
 
 
-def accuracy_table(summary: dict[str, Any]) -> Table:
-    """The accuracy matrix: rows after training a task, columns the task tested."""
+def accuracy_table(summary: dict[str, Any], width: int = 80) -> Table:
+    """The accuracy matrix: rows after training a task, columns the task tested.
+
+    Of more tasks than `width` characters can show, every n-th, and the last.
+    """
     matrix = summary["accuracy_matrix"]
-    table = Table(
-        title=f"{summary['method']} on {summary['dataset']}: accuracy", title_style="bold"
-    )
+    stride = -(-len(matrix) * CELL // max(CELL, width - MARGIN))
+    shown = sorted({*range(0, len(matrix), stride), len(matrix) - 1})
+    title = f"{summary['method']} on {summary['dataset']}: accuracy"
+    if stride > 1:
+        title += f"\n({len(shown)} of {len(matrix)} tasks shown; all are in accuracy_matrix.csv)"
+    table = Table(title=title, title_style="bold")
     table.add_column("after task", justify="right")
-    shown = range(min(len(matrix), PER_ROW))
     for task in shown:
-        table.add_column(str(task), justify="right")
+        table.add_column(str(task), justify="right", no_wrap=True)
     for row in shown:
-        cells = [f"{a:.3f}" if i <= row else f"[dim]{a:.3f}[/]" for i, a in enumerate(matrix[row])]
-        table.add_row(str(row), *cells[: len(shown)])
+        cells = [(column <= row, f"{matrix[row][column]:.3f}") for column in shown]
+        table.add_row(str(row), *(text if seen else f"[dim]{text}[/]" for seen, text in cells))
     return table
 
 

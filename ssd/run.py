@@ -1,15 +1,14 @@
-"""One run in its folder: configuration, metrics, checkpoints, summary; resumable."""
+"""One run in its folder: trained, logged, checkpointed, summarised; resumable."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import platform
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,20 @@ from ssd.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssd.config import Config
 from ssd.data import Dataset, Task, class_order, hold_out, split
 from ssd.errors import UserError
+from ssd.folder import (
+    CHECKPOINT,
+    FREQUENCY,
+    MATRIX,
+    METRICS,
+    SUMMARY,
+    claim,
+    commit,
+    describe,
+    difference,
+    read_json,
+    versions,
+)
 from ssd.trainer import Event, Trainer, build_distiller, build_model, build_regularizers
-
-CONFIG = "config.json"
-METRICS = "metrics.jsonl"
-CHECKPOINT = "checkpoint.safetensors"
-MATRIX = "accuracy_matrix.csv"
-FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its training set
-SUMMARY = "summary.json"
 
 
 class Interrupted(Exception):
@@ -45,70 +50,93 @@ class RunOptions:
     checkpoint_every: float = 30.0  # seconds
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("ssd-kernels", "torch", "triton", "torchvision", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def make_tasks(config: Config, data: Dataset) -> list[Task]:
+    """The stream of a run; UserError if the data set does not suit the settings."""
+    shown = hold_out(data, config.validation) if config.validation > 0 else data
+    return split(shown, config.tasks, class_order(data.classes, config.seed))
 
 
-def commit() -> str:
-    """The commit of the source tree, "-dirty" if it was changed; "unknown" outside a checkout."""
+def make_trainer(
+    config: Config, tasks: Sequence[Task], classes: int, device: torch.device
+) -> Trainer:
+    """The trainer of a run; UserError if it does not fit into memory."""
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        tasks = [task.to(device) for task in tasks]
+        model = build_model(config, tasks[0].x_train.shape[1], classes).to(device)
+        return Trainer(
+            config, tasks, model, build_distiller(config, model), build_regularizers(config, model)
+        )
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"--neurons {config.neurons} does not fit into the memory of {device}"
+        ) from error
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a run; UserError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); use another --out") from error
+class Journal:
+    """The metrics log and the checkpoint of a run, kept in step with one another.
 
-
-def prepare_folder(folder: Path, config: Config, data: Dataset, resume: bool) -> None:
-    """Makes the folder of a run, or checks that it belongs to this very run.
-
-    Raises:
-        UserError: the folder holds something else.
+    Args:
+        folder: of the run. described: whose checkpoint it is, see folder.describe.
     """
-    path = folder / CONFIG
-    described = {"config": config.to_dict(), "data": data.name, "data_crc32": data.checksum()}
-    if path.is_file():
-        if not resume:
-            raise UserError(f"{folder} already holds a run; add --resume or use another --out")
-        before = read_json(path)
-        for key, value in described.items():
-            if before.get(key) != value:
-                raise UserError(
-                    f"{folder} belongs to another configuration "
-                    f"({_difference(before.get(key), value)}); use another --out"
-                )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not the folder of a run; use another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    described |= {"versions": versions(), "commit": commit()}
-    write_atomically(path, json.dumps(described, indent=2) + "\n")
 
+    def __init__(self, folder: Path, described: Mapping[str, Any]) -> None:
+        self.path, self.described = folder / CHECKPOINT, described
+        self.log = folder / METRICS
+        self.seconds = 0.0  # trained before this process
+        self.start = self.saved = time.perf_counter()
 
-def _difference(before: Any, now: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"{before}, now {now}"
-    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    return ", ".join(f"{k} {before.get(k)}, now {now.get(k)}" for k in keys)
+    def restore(self, trainer: Trainer, device: torch.device) -> None:
+        """Puts the trainer where the checkpoint was taken; without one, starts the log anew."""
+        if not self.path.is_file():
+            write_atomically(self.log, "")
+            return
+        tensors, state = load_checkpoint(self.path, device)
+        changed = difference(state.get("run", {}), self.described)
+        if changed:
+            raise UserError(
+                f"checkpoint {self.path} is of another run ({changed}); use another --out"
+            )
+        try:
+            trainer.load_state(tensors, state["numbers"])
+            self.seconds, size = float(state["seconds"]), int(state["metrics_bytes"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise UserError(
+                f"checkpoint {self.path} is not of this model ({line[:200]}); use another --out"
+            ) from error
+        self._rewind(size)
+
+    def _rewind(self, size: int) -> None:
+        """Cuts off what was logged after the checkpoint: it comes again."""
+        if not self.log.is_file() or self.log.stat().st_size < size:
+            raise UserError(f"{self.log} is damaged (it lacks lines); use another --out")
+        with open(self.log, "r+b") as stream:
+            stream.truncate(size)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        with open(self.log, "ab") as stream:
+            stream.write(json.dumps(record).encode() + b"\n")
+
+    def elapsed(self) -> float:
+        """Seconds trained up to now, those before a resumption included."""
+        return self.seconds + time.perf_counter() - self.start
+
+    def due(self, every: float) -> bool:
+        """Whether the checkpoint is older than `every` seconds."""
+        return time.perf_counter() - self.saved > every
+
+    def save(self, trainer: Trainer) -> None:
+        with open(self.log, "rb") as stream:
+            os.fsync(stream.fileno())  # the log must not fall behind the checkpoint
+        tensors, numbers = trainer.state()
+        state = {
+            "run": self.described,
+            "numbers": numbers,
+            "seconds": self.elapsed(),
+            "metrics_bytes": self.log.stat().st_size,
+        }
+        save_checkpoint(self.path, tensors, state)
+        self.saved = time.perf_counter()
 
 
 def run(
@@ -130,89 +158,40 @@ def run(
         OSError: a file could not be written.
     """
     config.validate()
-    shown = hold_out(data, config.validation) if config.validation > 0 else data
-    order = class_order(data.classes, config.seed)
-    tasks = [t.to(options.device) for t in split(shown, config.tasks, order)]
-    prepare_folder(folder, config, data, options.resume)
+    trainer = make_trainer(config, make_tasks(config, data), data.classes, options.device)
+    described = describe(config, data)
+    claim(folder, described, options.resume)
     if (folder / SUMMARY).is_file():
         return read_json(folder / SUMMARY)
-    model = build_model(config, shown.x_train.shape[1], data.classes).to(options.device)
-    trainer = Trainer(
-        config, tasks, model, build_distiller(config, model), build_regularizers(config, model)
-    )
-    seconds = _restore(trainer, folder, options.device)
-    clock = time.perf_counter()
-    saved = clock
-
-    def save() -> None:
-        tensors, numbers = trainer.state()
-        state = {
-            "numbers": numbers,
-            "seconds": seconds + time.perf_counter() - clock,
-            "metrics_bytes": (folder / METRICS).stat().st_size,
-        }
-        save_checkpoint(folder / CHECKPOINT, tensors, state)
-
-    with open(folder / METRICS, "a", encoding="utf-8") as log:
-        for event in trainer.run():
-            if event.kind == "epoch":
-                record = {"task": event.task, "epoch": event.epoch, **event.record}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-            watch(trainer, event)
-            stop = stopped()
-            due = time.perf_counter() - saved > options.checkpoint_every
-            if stop or due or event.kind == "task":
-                save()
-                saved = time.perf_counter()
-            if stop and trainer.task < config.tasks:
-                raise Interrupted
-    seconds += time.perf_counter() - clock
-    summary = summarize(config, data, tasks, trainer, seconds, options.device)
+    journal = Journal(folder, described)
+    journal.restore(trainer, options.device)
+    for event in trainer.run():
+        if event.kind == "epoch":
+            journal.write({"task": event.task, "epoch": event.epoch, **event.record})
+        watch(trainer, event)
+        stop = stopped()
+        if stop or event.kind == "task" or journal.due(options.checkpoint_every):
+            journal.save(trainer)
+        if stop and trainer.task < config.tasks:
+            raise Interrupted
+    summary = summarize(config, data.name, trainer, journal.elapsed())
     write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
     write_atomically(folder / FREQUENCY, npy(trainer.frequency))
     write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _restore(trainer: Trainer, folder: Path, device: torch.device) -> float:
-    """Loads the folder's checkpoint if there is one; returns the seconds trained before."""
-    path, log = folder / CHECKPOINT, folder / METRICS
-    if not path.is_file():
-        log.unlink(missing_ok=True)
-        log.touch()
-        return 0.0
-    tensors, state = load_checkpoint(path, device)
-    try:
-        trainer.load_state(tensors, state["numbers"])
-        # Lines written after the checkpoint come again.
-        with open(log, "r+b") as stream:
-            stream.truncate(state["metrics_bytes"])
-        return float(state["seconds"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(
-            f"checkpoint {path} is not of this model ({line[:200]}); use another --out"
-        ) from error
-
-
-def summarize(
-    config: Config,
-    data: Dataset,
-    tasks: Sequence[Task],
-    trainer: Trainer,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, Any]:
+def summarize(config: Config, dataset: str, trainer: Trainer, seconds: float) -> dict[str, Any]:
     """The content of summary.json."""
     accuracy, frequency = trainer.accuracy, trainer.frequency
+    device = trainer.parameters[0].device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
-        "dataset": data.name,
+        "dataset": dataset,
         "method": config.method,
         "seed": config.seed,
         "evaluated_on": "validation" if config.validation > 0 else "test",
-        "classes_per_task": [list(task.classes) for task in tasks],
+        "classes_per_task": [list(task.classes) for task in trainer.tasks],
         "accuracy_matrix": accuracy.tolist(),
         "mean_accuracy": metrics.mean_accuracy(accuracy),
         "bwt": metrics.backward_transfer(accuracy),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from types import FrameType
@@ -16,22 +17,29 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ssd.checkpoint import write_atomically
-from ssd.config import DATASETS, PRESETS, Config, preset
+from ssd.config import DATASETS, PRESETS, Config, option, preset
 from ssd.data import Dataset, default_root, load
+from ssd.display import Display
 from ssd.errors import UserError
+from ssd.folder import CONFIG, SUMMARY, claim, commit, describe, read_json, versions
 from ssd.report import accuracy_table, seeds_table, write_figures
-from ssd.run import CONFIG, SUMMARY, Interrupted, RunOptions, commit, read_json, run, versions
-from ssd.trainer import Event, Trainer
+from ssd.run import Interrupted, RunOptions, make_tasks, run
 
+# The settings that have an option of their own, by the group of --help that shows them.
 GROUPS = {
+    "data": ("tasks", "validation"),
+    "run": ("seed",),
     "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
                "frequency", "ewc_coefficient", "ewc_beta"),
     "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
     "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
 }  # fmt: skip
+METAVARS = {int: "N", float: "X", str: None}
+
+# Options that a run may be resumed with: they do not change its numbers.
+CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,50 +51,41 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line: run control by hand, every setting of Config by itself."""
     parser = _Parser(
         prog="python -m ssd.train",
+        usage="%(prog)s [options]",
         description="Train SDMLP / SSD on a class-incremental stream of tasks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
+        epilog="The defaults shown are those of --preset quick on MNIST.\n\n"
+        "examples:\n"
         "  python -m ssd.train --dataset mnist --method ssd+ewc --seeds 3\n"
         "  python -m ssd.train --dataset features --features cifar10.npz --tasks 5\n"
         "  python -m ssd.train --out runs/mine --resume",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default mnist)")
-    data.add_argument("--features", metavar="FILE", help=".npz or .pt, for --dataset features")
-    data.add_argument(
-        "--data-root", type=Path, help="folder of data sets (default $SSD_DATA or data)"
-    )
-    data.add_argument("--tasks", type=int, help="number of tasks (default: the paper's)")
-    data.add_argument(
-        "--validation", type=float, help="evaluate on this share of the training data"
-    )
-    data.add_argument("--strict-data", action="store_true", help="no fallback to the MNIST subset")
-    control = parser.add_argument_group("run")
-    control.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")
-    control.add_argument("--out", type=Path, help="folder of the run (default runs/<name>)")
-    control.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    control.add_argument(
-        "--seed", type=int, help="initialisation, data order, class order (0: ordinal)"
-    )
-    control.add_argument(
-        "--seeds", type=int, metavar="N", help="N runs with seeds seed, seed + 1, .."
-    )
-    control.add_argument("--device", help="cpu, cuda, cuda:1, .. (default: cuda if there is one)")
-    control.add_argument("--checkpoint-every", type=float, metavar="SECONDS", help="default 30")
-    control.add_argument("--quiet", action="store_true", help="print the result line alone")
-    settings = {f.name: f for f in fields(Config)}
-    defaults = Config()
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    add = groups["data"].add_argument
+    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default mnist)")
+    add("--features", metavar="FILE", help=".npz or .pt, for --dataset features")
+    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add("--strict-data", action="store_true", help="no fallback to the MNIST subset")
+    add = groups["run"].add_argument
+    add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")
+    add("--out", metavar="DIR", type=Path, help="folder of the run (default runs/<name>)")
+    add("--resume", action="store_true", help="go on with the run in the folder")
+    add("--seeds", metavar="N", type=int, help="N runs with seeds seed, seed + 1, ..")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
+    add("--checkpoint-every", metavar="X", type=float, help="seconds (default 30)")
+    add("--quiet", action="store_true", help="print the result line alone")
+    settings = {setting.name: setting for setting in fields(Config)}
     for title, names in GROUPS.items():
-        group = parser.add_argument_group(title)
         for name in names:
-            default = getattr(defaults, name)
-            group.add_argument(
-                "-k" if name == "k" else f"--{name.replace('_', '-')}",
+            default, choices = settings[name].default, settings[name].metadata["choices"]
+            groups[title].add_argument(
+                option(name),
                 type=type(default),
-                choices=settings[name].metadata["choices"],
-                metavar=None if settings[name].metadata["choices"] else name.upper()[:8],
-                help=f"{settings[name].metadata['help']} ({default})",
+                choices=choices,
+                metavar=METAVARS[type(default)],
+                help=f"{settings[name].metadata['help']} (default {default})",
             )
     return parser
 
@@ -133,139 +132,89 @@ def choose_folder(given: dict[str, Any], config: Config) -> Path:
 
 def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
     """With --resume --out and nothing else, the settings are those of the folder."""
-    if not given.get("resume") or "out" not in given:
+    if not given.get("resume") or "out" not in given or not set(given) <= CONTROL:
         return given
-    control = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
     path = given["out"] / CONFIG
-    if set(given) <= control and path.is_file():
-        try:
-            recorded = Config(**read_json(path)["config"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is not of this version ({error}); use another --out"
-            ) from error
-        seeds = read_json(path).get("seeds", 1)
-        return {**given, **recorded.to_dict(), "seeds": seeds}
-    return given
+    if not path.is_file():
+        raise UserError(f"{given['out']} holds no run to resume")
+    recorded = read_json(path)
+    try:
+        settings = Config(**recorded["config"]).to_dict()
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of this version ({error}); use another --out") from error
+    seeds = recorded.get("seeds")
+    if not isinstance(seeds, int):
+        raise UserError(f"{path} is not of this version (seeds {seeds}); use another --out")
+    return {**given, **settings, "seeds": seeds}
 
 
 @contextmanager
-def stop_on_interrupt() -> Iterator[list[bool]]:
-    """Ctrl-C sets a flag, so that a step is finished and saved; a second one interrupts at once."""
-    flag: list[bool] = []
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Gives whether Ctrl-C was hit, so that a step is finished and saved; twice interrupts it."""
+    hits: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if flag:
+        if hits:
             raise KeyboardInterrupt
-        flag.append(True)
+        hits.append(number)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield flag
+        yield lambda: bool(hits)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-class Display:
-    """A progress bar fed by the trainer's events."""
+@dataclass(frozen=True)
+class Session:
+    """One invocation of the command line: what every run of it shares."""
 
-    def __init__(self, console: Console, config: Config, quiet: bool) -> None:
-        self.console, self.config = console, config
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-        self.plain = not quiet and not console.is_terminal
-        self.bar = self.progress.add_task("starting", total=None)
-        self.loss = self.train = self.test = float("nan")
+    data: Dataset
+    options: RunOptions
+    console: Console
+    quiet: bool
+    stopped: Callable[[], bool]
 
-    def watch(self, trainer: Trainer, event: Event) -> None:
-        per_epoch = [-(-len(t.y_train) // self.config.batch_size) for t in trainer.tasks]
-        if event.kind == "epoch":
-            self.loss, self.train = event.record["loss"], event.record["train_accuracy"]
-            if "test_accuracy" in event.record:
-                self.test = mean(event.record["test_accuracy"][: event.task + 1])
-        if event.kind == "task" and self.plain:
-            self.console.print(
-                f"task {event.task + 1}/{self.config.tasks}: loss {self.loss:.3f}, "
-                f"train accuracy {self.train:.3f}, accuracy so far {self.test:.3f}"
-            )
-        if event.kind == "step" and event.step % 10:
-            return
-        self.progress.update(
-            self.bar,
-            description=f"seed {self.config.seed}  task {event.task + 1}/{self.config.tasks}  "
-            f"epoch {min(event.epoch + 1, self.config.epochs)}/{self.config.epochs}  "
-            f"loss {self.loss:.3f}  train {self.train:.3f}  so far {self.test:.3f}",
-            completed=trainer.steps,
-            total=self.config.epochs * sum(per_epoch),
-        )
+    def train(self, config: Config, folder: Path) -> dict[str, Any]:
+        """One run with its display and figures."""
+        display = Display(self.console, config, self.quiet)
+        with display.progress:
+            summary = run(config, self.data, folder, self.options, display.watch, self.stopped)
+        write_figures(folder)
+        return summary
+
+    def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
+        """Runs with seeds seed, seed + 1, .. in folders of their own; mean and deviation."""
+        make_tasks(config, self.data)  # complains before there is a folder
+        claim(folder, describe(config, self.data, count), self.options.resume)
+        summaries = [
+            self.train(replace(config, seed=seed), folder / f"seed{seed}")
+            for seed in range(config.seed, config.seed + count)
+        ]
+        aggregate = summarize_seeds(summaries, config)
+        write_atomically(folder / SUMMARY, json.dumps(aggregate, indent=2) + "\n")
+        return aggregate
 
 
-def train_one(
-    config: Config, data: Dataset, folder: Path, options: RunOptions, console: Console, quiet: bool
-) -> dict[str, Any]:
-    """One run with its display and figures."""
-    display = Display(console, config, quiet)
-    with stop_on_interrupt() as flag, display.progress:
-        summary = run(config, data, folder, options, display.watch, lambda: bool(flag))
-    write_figures(folder)
-    return summary
-
-
-def train_seeds(
-    config: Config,
-    count: int,
-    data: Dataset,
-    folder: Path,
-    options: RunOptions,
-    console: Console,
-    quiet: bool,
-) -> dict[str, Any]:
-    """Runs with seeds seed, seed + 1, .. in folders of their own, and their mean and deviation."""
-    described = {"config": config.to_dict(), "seeds": count}
-    path = folder / CONFIG
-    if path.is_file():
-        before = read_json(path)
-        if not options.resume:
-            raise UserError(f"{folder} already holds a run; add --resume or use another --out")
-        if {k: before.get(k) for k in described} != described:
-            raise UserError(f"{folder} belongs to another configuration; use another --out")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not the folder of a run; use another --out")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        described |= {"versions": versions(), "commit": commit()}
-        write_atomically(path, json.dumps(described, indent=2) + "\n")
-    summaries = []
-    for seed in range(config.seed, config.seed + count):
-        single = Config(**{**config.to_dict(), "seed": seed})
-        summaries.append(train_one(single, data, folder / f"seed{seed}", options, console, quiet))
-    aggregate = {
-        "dataset": data.name,
+def summarize_seeds(summaries: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """summary.json of runs that differ in their seed alone: mean and standard deviation."""
+    measures = {
+        measure: [summary[measure] for summary in summaries]
+        for measure in ("mean_accuracy", "bwt", "forgetting", "seconds")
+    }
+    return {
+        "dataset": summaries[0]["dataset"],
         "method": config.method,
-        "seeds": [s["seed"] for s in summaries],
+        "seeds": [summary["seed"] for summary in summaries],
         **{
-            measure: {
-                "mean": mean(s[measure] for s in summaries),
-                "std": stdev([s[measure] for s in summaries]),
-                "values": [s[measure] for s in summaries],
-            }
-            for measure in ("mean_accuracy", "bwt", "forgetting", "seconds")
+            measure: {"mean": mean(values), "std": stdev(values), "values": values}
+            for measure, values in measures.items()
         },
         "device": summaries[0]["device"],
         "versions": versions(),
         "commit": commit(),
         "config": config.to_dict(),
     }
-    write_atomically(folder / SUMMARY, json.dumps(aggregate, indent=2) + "\n")
-    return aggregate
 
 
 def execute(arguments: Sequence[str] | None) -> None:
@@ -273,15 +222,14 @@ def execute(arguments: Sequence[str] | None) -> None:
     given = recorded_settings(vars(build_parser().parse_args(arguments)))
     config = resolve(given)
     config.validate()
-    count, quiet = given.get("seeds", 1), given.get("quiet", False)
+    count, every = given.get("seeds", 1), given.get("checkpoint_every", 30.0)
     if count < 1:
         raise UserError(f"--seeds {count} must be at least 1")
-    options = RunOptions(
-        choose_device(given.get("device")),
-        given.get("resume", False),
-        given.get("checkpoint_every", 30.0),
-    )
-    console, notices = Console(), Console(stderr=True, soft_wrap=True)
+    if not every >= 0:
+        raise UserError(f"--checkpoint-every {every} must be at least 0")
+    options = RunOptions(choose_device(given.get("device")), given.get("resume", False), every)
+    # soft_wrap: a line stays one line, however narrow the terminal.
+    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     features = Path(config.features) if config.features else None
     root = given.get("data_root", default_root())
     data = load(
@@ -293,25 +241,31 @@ def execute(arguments: Sequence[str] | None) -> None:
         config = resolve({**given, "dataset": data.name})
     if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
         notices.print("note: a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
-    folder = choose_folder(given, config)
+    folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
     try:
-        if count == 1:
-            summary = train_one(config, data, folder, options, console, quiet)
-            result = f"mean accuracy {summary['mean_accuracy']:.4f}  BWT {summary['bwt']:+.4f}"
-            table = accuracy_table(summary)
-        else:
-            summary = train_seeds(config, count, data, folder, options, console, quiet)
-            result = "  ".join(
-                f"{label} {summary[m]['mean']:.4f} ± {summary[m]['std']:.4f}"
-                for label, m in (("mean accuracy", "mean_accuracy"), ("BWT", "bwt"))
-            )
-            table = seeds_table(summary)
+        with stop_on_interrupt() as stopped:
+            session = Session(data, options, console, quiet, stopped)
+            if count == 1:
+                summary = session.train(config, folder)
+            else:
+                summary = session.train_seeds(config, count, folder)
     except (Interrupted, KeyboardInterrupt):
-        notices.print(f"interrupted; go on with: python -m ssd.train --out {folder} --resume")
-        raise
+        resume = shlex.join(["python", "-m", "ssd.train", "--out", str(folder), "--resume"])
+        notices.print(f"interrupted; go on with: {resume}")
+        raise Interrupted from None
     if not quiet:
-        console.print(table)
-    console.print(f"{data.name} {config.method}  {result}  -> {folder}", highlight=False)
+        console.print(seeds_table(summary) if count > 1 else accuracy_table(summary, console.width))
+    print(f"{data.name} {config.method}  {result_line(summary)}  -> {folder}")
+
+
+def result_line(summary: dict[str, Any]) -> str:
+    """Mean accuracy and BWT of one run, or of several with their deviation."""
+    if "seeds" not in summary:
+        return f"mean accuracy {summary['mean_accuracy']:.4f}  BWT {summary['bwt']:+.4f}"
+    return "  ".join(
+        f"{label} {summary[measure]['mean']:.4f} ± {summary[measure]['std']:.4f}"
+        for label, measure in (("mean accuracy", "mean_accuracy"), ("BWT", "bwt"))
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -319,15 +273,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         execute(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; use another --out", file=sys.stderr)
-        return 2
-    except (Interrupted, KeyboardInterrupt):
+        return fail(f"{error.strerror or error}{where}; make room or use another --out")
+    except Interrupted:
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted before the run began", file=sys.stderr)
         return 130
     return 0
+
+
+def fail(reason: str) -> int:
+    """Says what was wrong in one line and gives the exit status."""
+    print("error: " + " ".join(reason.splitlines()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Kills runs with SIGKILL at random moments, resumes them, and compares what they end with.
+
+    python tests/kill_resume.py --kills 20 [--seed 0]
+
+Exit status 0 if every killed and resumed run ends bit-identical to one that was left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+EXACT = ("accuracy_matrix.csv", "activation_frequency.npy", "metrics.jsonl")
+TIMED = ("seconds", "steps_per_second")
+KILLS_PER_RUN = 4
+# Python and PyTorch take longer to start than the run takes: most kills shall hit the run.
+START_SHARE = 0.2
+
+
+def write_features(path: Path, samples: int = 600, features: int = 16, classes: int = 4) -> None:
+    """A small data set of noisy classes."""
+    generator = np.random.default_rng(0)
+    centers = generator.random((classes, features))
+    arrays = {}
+    for part, count in (("train", samples), ("test", samples // 3)):
+        labels = np.arange(count) % classes
+        noise = 0.3 * generator.standard_normal((count, features))
+        arrays[f"x_{part}"] = (centers[labels] + noise).astype(np.float32)
+        arrays[f"y_{part}"] = labels.astype(np.uint8)
+    np.savez(path, **arrays)
+
+
+def command(features: Path, out: Path) -> list[str]:
+    """A run that is long enough to be hit and writes a checkpoint in most of its moments."""
+    return [
+        *(sys.executable, "-m", "ssd.train", "--dataset", "features", "--features", str(features)),
+        *("--tasks", "2", "--neurons", "64", "-k", "4", "--anneal-samples", "2000"),
+        *("--epochs", "4", "--batch-size", "32", "--eval-every", "2", "--method", "ssd+ewc"),
+        *("--device", "cpu", "--checkpoint-every", "0.01", "--quiet", "--out", str(out)),
+    ]
+
+
+def spread(kills: int, start: float, end: float, rng: random.Random) -> list[float]:
+    """Moments to kill at, in seconds: some while a process starts, most until a run has ended."""
+    early = round(START_SHARE * kills)
+    moments = [(i + rng.random()) / max(1, early) * start for i in range(early)]
+    late = kills - early
+    moments += [start + (i + rng.random()) / max(1, late) * (end - start) for i in range(late)]
+    rng.shuffle(moments)
+    return moments
+
+
+def start_and_kill(arguments: list[str], moment: float) -> int | None:
+    """Runs a command and kills it after `moment` seconds; its exit status if it ended before."""
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None
+
+
+def timed_run(arguments: list[str], out: Path) -> tuple[float, float]:
+    """Runs to the end; seconds until it began to train, and until it ended."""
+    begin, started = time.monotonic(), 0.0
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            if not started and (out / "checkpoint.safetensors").exists():
+                started = time.monotonic() - begin
+            time.sleep(0.005)
+    if process.returncode:
+        raise SystemExit(f"the run that was left alone failed with status {process.returncode}")
+    return started, time.monotonic() - begin
+
+
+def progress_of(out: Path) -> str:
+    """How far a run has come, as its files tell."""
+    if (out / "summary.json").exists():
+        return "summary written"
+    if (out / "metrics.jsonl").exists():
+        text = (out / "metrics.jsonl").read_text()
+        preparing = ", a file half-written" if list(out.glob(".*.tmp")) else ""
+        return f"{text.count(chr(10))} epochs logged{preparing}"
+    return "folder made" if out.exists() else "nothing written"
+
+
+def differences(expected: Path, found: Path) -> list[str]:
+    """The files of two runs that differ, apart from times."""
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (expected, found)]
+    for summary in summaries:
+        for key in TIMED:
+            del summary[key]
+    names = [] if summaries[0] == summaries[1] else ["summary.json"]
+    names += [n for n in EXACT if (expected / n).read_bytes() != (found / n).read_bytes()]
+    return names
+
+
+def check(kills: int, seed: int, work: Path) -> int:
+    """Kills and resumes as often as asked; returns the number of runs that ended otherwise."""
+    rng = random.Random(seed)
+    features, expected = work / "features.npz", work / "expected"
+    write_features(features)
+    start, end = timed_run(command(features, expected), expected)
+    print(f"left alone: trains after {start:.1f} s, ends after {end:.1f} s", flush=True)
+    moments = spread(kills, start, end, rng)
+    done = runs = wrong = 0
+    while done < kills:
+        runs += 1
+        out, left = work / f"run{runs}", min(rng.randint(1, KILLS_PER_RUN), kills - done)
+        again: list[str] = []
+        while True:
+            arguments = command(features, out) + again
+            begin, moment = time.monotonic(), moments[done] if left else 600.0
+            status = start_and_kill(arguments, moment)
+            if status == 0:
+                if left:  # it ended too early to be hit: another try, at another moment
+                    moments[done] = rng.uniform(0, time.monotonic() - begin)
+                break
+            if status is not None:
+                print(f"run {runs}: resuming failed with status {status}")
+                return wrong + 1
+            done, left, again = done + 1, left - 1, ["--resume"]
+            print(f"kill {done:2d} in run {runs} after {moment:5.2f} s: {progress_of(out)}")
+        changed = differences(expected, out)
+        wrong += bool(changed)
+        print(f"run {runs}: {'differs in ' + ', '.join(changed) if changed else 'identical'}")
+    print(f"{done} kills in {runs} runs, {wrong} of them ended otherwise", flush=True)
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        return int(check(options.kills, options.seed, Path(work)) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
