@@ -118,3 +118,13 @@ def test_repeats_are_bit_equal() -> None:
 def test_bad_sizes(k: int, width: int) -> None:
     with pytest.raises(ValueError, match="linear_code"):
         linear_code(torch.rand(2, 8), torch.rand(50, 8), k, width)
+
+
+def test_the_shadow_refuses_negative_numbers() -> None:
+    weight = torch.rand(3000, 8)
+    shadow = Shadow(weight)
+    shadow.update(weight, None)
+    with pytest.raises(ValueError, match="negative"):
+        linear_code(-torch.rand(2, 8), weight, 5, 20, shadow=shadow)
+    with pytest.raises(ValueError, match="negative"):
+        shadow.update(-weight, None)
