@@ -50,9 +50,9 @@ def topk(
     if mask is None:
         indices = select(keys, k)
         return TopKOutput(scores.gather(-1, indices), indices)
-    # A disallowed neuron ranks below every allowed one, -inf included: order by key, then
-    # stably by permission.
-    order = select(keys, keys.shape[-1])
+    # A disallowed neuron ranks below every allowed one, -inf included, and ties with the other
+    # disallowed ones: order by key, then stably by permission.
+    order = select(keys.masked_fill(~mask, -torch.inf), keys.shape[-1])
     allowed_first = torch.sort((~mask)[order].to(torch.int8), dim=-1, stable=True).indices
     indices = order.gather(-1, allowed_first)[..., :k]
     values = scores.gather(-1, indices)

@@ -22,7 +22,7 @@ NOTHING = tl.constexpr(-(2**31))
 DISALLOWED = tl.constexpr(-(2**31) + 1)
 NAN = tl.constexpr(2**31 - 1)
 # Entries that are ranked against the buffer at a time.
-STEP = 16
+STEP = 8
 LEAST = tl.constexpr(-(2**63))
 
 
