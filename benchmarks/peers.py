@@ -41,27 +41,27 @@ def report(device: torch.device) -> list[str]:
     return sorted({load(name)[1] for name in PEERS})
 
 
-def topk(device: torch.device) -> dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]]:
-    """Row-wise top-k: flashinfer.top_k(input, k, sorted=) and quack.topk.topk(x, k)."""
-    found: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {}
+def topk(device: torch.device) -> dict[str, Callable[[int, Tensor], tuple[Tensor, Tensor]]]:
+    """(k, scores) -> top-k: flashinfer.top_k(input, k, sorted=) and quack.topk.topk(x, k)."""
+    found: dict[str, Callable[[int, Tensor], tuple[Tensor, Tensor]]] = {}
     if device.type != "cuda":
         return found
     if flashinfer := load("flashinfer-python")[0]:
-        found["flashinfer"] = lambda scores, k: flashinfer(scores, k, sorted=True)
+        found["flashinfer"] = lambda k, scores: flashinfer(scores, k, sorted=True)
     if quack := load("quack-kernels")[0]:
-        found["quack"] = lambda scores, k: quack(scores, k)
+        found["quack"] = lambda k, scores: quack(scores, k)
     return found
 
 
 def encoder(device: torch.device) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
-    """fused_encoder(input, weight, bias, k, activation) -> (top_acts, top_indices, pre_acts)."""
+    """(k, x, W, b) -> top-k: fused_encoder(input, weight, bias, k, activation)."""
     fused = load("eai-sparsify")[0] if device.type == "cuda" else None
     if fused is None:
         return {}
-    return {"eai-sparsify": lambda x, w, b, k: tuple(fused(x, w, b, k, "topk")[:2])}
+    return {"eai-sparsify": lambda k, x, w, b: tuple(fused(x, w, b, k, "topk")[:2])}
 
 
 def decoder(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """xformers_embedding_bag(indices, weight [R, C], per_sample_weights)."""
+    """(values, indices, W, ..) -> out: xformers_embedding_bag(indices, weight, values)."""
     bag = load("eai-sparsify decoder")[0] if device.type == "cuda" else None
-    return {} if bag is None else {"eai-sparsify": lambda v, i, w: bag(i, w, v)}
+    return {} if bag is None else {"eai-sparsify": lambda given: bag(given[1], given[2], given[0])}

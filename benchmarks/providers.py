@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -34,9 +35,9 @@ def build(shape: Shape, device: torch.device) -> Case:
 
 def _ours(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, Provider]:
     """`ours`, as a user gets it, and each implementation by name; call(set, impl=) -> result."""
-    named: dict[str, Provider] = {"ours": lambda given: call(given, impl=None)}
+    named: dict[str, Provider] = {"ours": partial(call, impl=None)}
     for impl in implementations(op, device):
-        named[f"ours:{impl}"] = lambda given, impl=impl: call(given, impl=impl)
+        named[f"ours:{impl}"] = partial(call, impl=impl)
     return named
 
 
@@ -70,7 +71,7 @@ def _topk(shape: Shape, device: torch.device) -> Case:
     providers["torch.topk"] = library
     providers |= _compiled(device, "torch.topk", library)
     for name, peer in peers.topk(device).items():
-        providers[name] = lambda scores, peer=peer: peer(scores, k)
+        providers[name] = partial(peer, k)
     return Case(
         shape.op,
         shape.mode,
@@ -125,7 +126,7 @@ def _linear_topk(shape: Shape, device: torch.device) -> Case:
         providers |= _compiled(device, "F.linear + torch.topk", mode(library))
         providers["F.linear alone"] = lambda given: F.linear(*given[:3])
     for name, peer in peers.encoder(device).items():
-        providers[name] = mode(lambda x, w, b, peer=peer: peer(x, w, b, k))
+        providers[name] = mode(partial(peer, k))
 
     def check(name: str, given: Any, result: Any) -> str:
         x, weight, bias = (t.detach() for t in given[:3])
@@ -227,7 +228,7 @@ def _sparse_linear(shape: Shape, device: torch.device) -> Case:
     providers = _ours("sparse_linear", device, call)
     providers |= {"dense matmul": mode(dense), "F.embedding_bag": mode(bag)}
     for name, peer in peers.decoder(device).items():
-        providers[name] = mode(lambda given, peer=peer: peer(*given[:3]))
+        providers[name] = mode(peer)
 
     def check(name: str, given: Any, result: Any) -> str:
         values, indices, weight, _, grad = (t.detach() for t in given)
@@ -293,7 +294,12 @@ def _count_active(shape: Shape, device: torch.device) -> Case:
     return case
 
 
-LEARNING = {"lr": 1e-3, "max_norm": 1.0, "nonnegative": True, "normalize": [True, False]}
+LEARNING: dict[str, Any] = {
+    "lr": 1e-3,
+    "max_norm": 1.0,
+    "nonnegative": True,
+    "normalize": [True, False],
+}
 
 
 def _row_update(shape: Shape, device: torch.device) -> Case:
@@ -329,7 +335,7 @@ def _row_update(shape: Shape, device: torch.device) -> Case:
         weights, coefficients, vectors, indices, dense = given
         exact = [w.double() for w in weights]
         mine = [w.clone() for w in weights]
-        wide = [[t.double() for t in group] for group in (coefficients, vectors)]
+        wide = [c.double() for c in coefficients], [v.double() for v in vectors]
         reference.row_update(exact, *wide, indices, **LEARNING, momentum=0.0, buffers=None)
         case.providers[name]((mine, coefficients, vectors, indices, dense))
         errors = [gate.close(f"weights[{n}]", m, e)

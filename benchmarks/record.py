@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, device: str) -> None:
-        self.stamp = {
+        self.stamp: dict[str, Any] = {
             "device": device,
             "torch": torch.__version__,
             "triton": installed("triton"),
@@ -144,6 +145,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _row(line: Mapping[str, str]) -> Row:
-    numbers = {name: float(line[name]) if line[name] else None for name in NUMBERS}
-    parsed = {"shape": json.loads(line["shape"]), "correct": line["correct"] == "true"}
-    return Row(**(dict(line) | numbers | parsed))  # type: ignore[arg-type]
+    parsed: dict[str, Any] = dict(line)
+    parsed |= {name: float(line[name]) if line[name] else None for name in NUMBERS}
+    parsed |= {"shape": json.loads(line["shape"]), "correct": line["correct"] == "true"}
+    return Row(**parsed)

@@ -5,6 +5,7 @@ Small shapes on CPU, the targets' shapes on CUDA; the same providers and gate as
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import providers
 from benchmarks.cases import CPU, CUDA, Shape
@@ -28,7 +29,7 @@ def _id(shape: Shape) -> str:
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "baseline"])
 @pytest.mark.parametrize("shape", SHAPES, ids=_id)
-def test_core_row(benchmark, shape: Shape, ours: bool) -> None:
+def test_core_row(benchmark: BenchmarkFixture, shape: Shape, ours: bool) -> None:
     case = providers.build(shape, DEVICE)
     name = "ours" if ours else BASELINES[shape.op]
     given, provider = case.inputs(), case.providers[name]

@@ -30,6 +30,7 @@ MAX_SETS = 16
 
 def main() -> int:
     options = _options()
+    torch.set_float32_matmul_precision("highest")  # fp32 baselines are IEEE, as the kernels are
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     console = Console(width=None if sys.stdout.isatty() else 170)
@@ -78,7 +79,7 @@ class Bench:
                 self.console.print(f"[red]not measured, {why}:[/red] {left}")
                 return
             try:
-                self._case(providers.build(shape, self.device), ceilings)
+                self.measure(providers.build(shape, self.device), ceilings)
             except Exception as error:
                 self._failed(f"{shape.op} {shape.mode} {shape.sizes}", error)
             # Past eight compilations of one function torch.compile would fall back to eager.
@@ -86,7 +87,8 @@ class Bench:
             if self.device.type == "cuda" and not self.lost:
                 torch.cuda.empty_cache()
 
-    def _case(self, case: Case, ceilings: Roofline) -> None:
+    def measure(self, case: Case, ceilings: Roofline) -> None:
+        """Checks every provider of a case, then times those that are right, in turns."""
         sets = self._sets(case)
         started, runs = time.monotonic(), {}
         memory: dict[str, int | None] = {}
@@ -108,8 +110,8 @@ class Bench:
             else:
                 runs[name] = run
         times, errors = timing.alternate(runs, self.seconds, self.device)
-        for name, error in errors.items():
-            self._failed(f"{case.title}: {name}", error)
+        for name, raised in errors.items():
+            self._failed(f"{case.title}: {name}", raised)
             self._write(case, name, "time", None, "ms", None)
         for name, quantiles in times.items():
             self._measured(case, name, quantiles, memory[name], ceilings)

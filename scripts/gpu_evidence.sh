@@ -38,7 +38,7 @@ for name in ("triton", "pytest", "hypothesis", "flashinfer-python", "quack-kerne
 part() {
     local name=$1 log=$out/$2 seconds=$3 start=$SECONDS status
     shift 3
-    echo "== $name, at most $seconds s" | tee -a "$log"
+    echo "== $name, at most $seconds s" >>"$log"
     timeout --kill-after=10 "$seconds" "$@" >>"$log" 2>&1
     status=$?
     tail -n 40 "$log"

@@ -1,5 +1,6 @@
 """The benchmark's schema, its gate, and that it runs where there is no GPU."""
 
+import argparse
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import gate, providers, record, targets, timing
-from benchmarks.cases import QUICK
+from benchmarks import gate, providers, record, targets, timing, topk_bench
+from benchmarks.cases import QUICK, Shape
 from benchmarks.record import Row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,7 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", QUICK, ids=lambda shape: f"{shape.op}-{shape.mode}")
-def test_gate_passes_every_provider(shape) -> None:
+def test_gate_passes_every_provider(shape: Shape) -> None:
     case = providers.build(shape, CPU)
     given = case.inputs()
     found = {name: case.check(name, given, run(given)) for name, run in case.providers.items()}
@@ -85,6 +87,27 @@ def test_a_run_that_raises_is_reported() -> None:
     assert set(times) == {"good"}
     assert times["good"].p20 <= times["good"].p50 <= times["good"].p80
     assert str(errors["bad"]) == "no such kernel"
+
+
+def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
+    def raises(given: object) -> None:
+        raise RuntimeError("no such kernel [R, d]")
+
+    shape = QUICK[0]
+    built = providers.build(shape, CPU)
+    wrong = {"wrong": lambda scores: torch.topk(-scores, 10), "raises": raises}
+    case = replace(built, providers=built.providers | wrong)
+    options = argparse.Namespace(quick=True, budget=60.0)
+    with (tmp_path / "log").open("w") as log, record.Writer(tmp_path / "rows.csv", "cpu") as rows:
+        bench = topk_bench.Bench(rows, CPU, Console(file=log, width=200), options)
+        bench.measure(case, timing.Roofline(1e9, {torch.float32: 1e9}))
+    said = (tmp_path / "log").read_text()
+    assert "no such kernel [R, d]" in said
+    assert "wrong is wrong" in said
+    failed = [row for row in record.read(tmp_path / "rows.csv") if not row.correct]
+    assert [row.provider for row in failed] == ["wrong", "raises"]
+    assert all(row.p50 is None and row.roofline_fraction is None for row in failed)
+    assert {row.provider for row in rows.rows if row.correct} == set(built.providers)
 
 
 def test_targets_are_ratios_of_medians() -> None:
