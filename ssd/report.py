@@ -13,14 +13,22 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from ssd.checkpoint import write_atomically
-from ssd.folder import FREQUENCY, METRICS, SUMMARY
+from ssd.errors import UserError
+from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_json
+from ssd.metrics import activation_entropy
 
+NAMED = 10  # tasks that a figure can name one by one
+MARKED = 60  # evaluations that a line can show as points
 CELL, MARGIN = 8, 20  # characters of a table's column, and of what is left of it
 
 
@@ -58,11 +66,13 @@ def seeds_table(aggregate: dict[str, Any]) -> Table:
 
 def write_figures(folder: Path) -> None:
     """Draws the four figures of a finished run into its folder."""
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    records = [
-        json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    ]
-    frequency = np.load(folder / FREQUENCY, allow_pickle=False)
+    summary = read_json(folder / SUMMARY)
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        frequency = np.load(folder / FREQUENCY, allow_pickle=False)
+    except ValueError as error:
+        raise UserError(f"{folder} is damaged ({error}); use another --out") from error
     drawings = {
         "accuracy_over_time.png": lambda axes: _accuracy_over_time(axes, summary, records),
         "accuracy_matrix.png": lambda axes: _accuracy_matrix(axes, summary),
@@ -90,43 +100,61 @@ def _accuracy_over_time(
     time = np.array([r["task"] + (r["epoch"] + 1) / epochs for r in measured])
     accuracy = np.array([r["test_accuracy"] for r in measured])
     count = accuracy.shape[1]
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, count))
+    scale = ScalarMappable(Normalize(0, max(1, count - 1) / 0.9), "viridis")  # yellow is faint
+    colors = scale.to_rgba(np.arange(count))
+    marker = "." if len(time) <= MARKED else None
     for task in range(count):
         begun = time > task
-        label = f"task {task}" if count <= 10 else None
-        axes.plot(time[begun], accuracy[begun, task], color=colors[task], label=label)
+        axes.plot(
+            time[begun],
+            accuracy[begun, task],
+            marker=marker,
+            color=tuple(colors[task]),
+            label=f"task {task}",
+        )
     axes.set(xlabel="tasks trained", ylabel="accuracy", ylim=(-0.02, 1.02), xlim=(0, count))
     axes.set_title(f"{summary['method']} on {summary['dataset']}: accuracy per task")
-    if count <= 10:
-        axes.legend(frameon=False, fontsize="small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if count <= NAMED:
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        axes.figure.colorbar(scale, ax=axes, label="task", boundaries=np.arange(count + 1) - 0.5)
 
 
 def _accuracy_matrix(axes: Axes, summary: dict[str, Any]) -> None:
     matrix = np.array(summary["accuracy_matrix"])
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
     axes.set(xlabel="tested on task", ylabel="after training task")
-    axes.set_title(f"mean accuracy {summary['mean_accuracy']:.3f}, BWT {summary['bwt']:+.3f}")
+    axes.set_title(
+        f"{summary['method']} on {summary['dataset']}: "
+        f"mean accuracy {summary['mean_accuracy']:.3f}, BWT {summary['bwt']:+.3f}",
+        fontsize="medium",
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.figure.colorbar(image, ax=axes, label="accuracy")
-    if len(matrix) <= 10:
+    if len(matrix) <= NAMED:
         for (row, column), value in np.ndenumerate(matrix):
             color = "black" if value > 0.6 else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
 
 
 def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
-    # Neurons sorted by the task they serve most, so that subnetworks show as blocks.
-    order = np.lexsort((-frequency.max(0), frequency.argmax(0)))
-    image = axes.imshow(frequency[:, order], aspect="auto", cmap="magma", interpolation="nearest")
-    axes.set(xlabel="neuron, sorted by its busiest task", ylabel="after training task")
+    # Sorted by the task that a neuron serves most, so that subnetworks show as blocks.
+    busiest = np.where(frequency.max(0) > 0, frequency.argmax(0), len(frequency))
+    order = np.lexsort((-frequency.max(0), busiest))
+    image = axes.imshow(
+        frequency[:, order], aspect="auto", cmap="magma", vmin=0, interpolation="nearest"
+    )
+    axes.set(
+        xlabel="neuron, sorted by its busiest task; dead ones last", ylabel="after training task"
+    )
     axes.set_title("activation frequency on the task's training set")
-    axes.figure.colorbar(image, ax=axes, label="p")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.figure.colorbar(image, ax=axes, label="activation frequency")
 
 
 def _entropy_histogram(axes: Axes, frequency: np.ndarray) -> None:
-    import torch
-
-    from ssd.metrics import activation_entropy
-
     entropy = activation_entropy(torch.from_numpy(frequency)).numpy()
     axes.hist(
         [entropy[0], entropy[-1]],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -23,6 +24,8 @@ TIMED = ("seconds", "steps_per_second")
 KILLS_PER_RUN = 4
 # Python and PyTorch take longer to start than the run takes: most kills shall hit the run.
 START_SHARE = 0.2
+# Threads of several processes get in one another's way on a small machine.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def write_features(path: Path, samples: int = 600, features: int = 16, classes: int = 4) -> None:
@@ -60,7 +63,7 @@ def spread(kills: int, start: float, end: float, rng: random.Random) -> list[flo
 
 def start_and_kill(arguments: list[str], moment: float) -> int | None:
     """Runs a command and kills it after `moment` seconds; its exit status if it ended before."""
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         try:
             return process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -71,7 +74,7 @@ def start_and_kill(arguments: list[str], moment: float) -> int | None:
 def timed_run(arguments: list[str], out: Path) -> tuple[float, float]:
     """Runs to the end; seconds until it began to train, and until it ended."""
     begin, started = time.monotonic(), 0.0
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         while process.poll() is None:
             if not started and (out / "checkpoint.safetensors").exists():
                 started = time.monotonic() - begin

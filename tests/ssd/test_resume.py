@@ -95,7 +95,11 @@ def test_sigint(tmp_path: Path) -> None:
     arguments = [*kill_resume.command(tmp_path / "f.npz", out), "--checkpoint-every", "1000"]
     arguments[arguments.index("--epochs") + 1] = "15"
     with subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=kill_resume.ENVIRONMENT,
     ) as process:
         while process.poll() is None and not _bytes(out / "metrics.jsonl"):
             time.sleep(0.01)
@@ -108,7 +112,12 @@ def test_sigint(tmp_path: Path) -> None:
     config = Config(**json.loads((out / "config.json").read_text())["config"])
     again = [sys.executable, "-m", "ssd.train", "--out", str(out), "--resume", "--quiet"]
     done = subprocess.run(
-        [*again, "--device", "cpu"], capture_output=True, text=True, check=True, timeout=120
+        [*again, "--device", "cpu"],
+        env=kill_resume.ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stderr == ""
     assert done.stdout.count("\n") == 1
