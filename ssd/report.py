@@ -29,7 +29,7 @@ from ssd.metrics import activation_entropy
 
 NAMED = 10  # tasks that a figure can name one by one
 MARKED = 60  # evaluations that a line can show as points
-CELL, MARGIN = 8, 20  # characters of a table's column, and of what is left of it
+CELL, MARGIN = 8, 24  # characters of a table's column, and of what is left of it
 
 
 def accuracy_table(summary: dict[str, Any], width: int = 80) -> Table:
@@ -118,7 +118,7 @@ def _accuracy_over_time(
     if count <= NAMED:
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     else:
-        axes.figure.colorbar(scale, ax=axes, label="task", boundaries=np.arange(count + 1) - 0.5)
+        axes.figure.colorbar(scale, ax=axes, label="task")
 
 
 def _accuracy_matrix(axes: Axes, summary: dict[str, Any]) -> None:

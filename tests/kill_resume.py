@@ -46,7 +46,7 @@ def command(features: Path, out: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "ssd.train", "--dataset", "features", "--features", str(features)),
         *("--tasks", "2", "--neurons", "64", "-k", "4", "--anneal-samples", "2000"),
-        *("--epochs", "4", "--batch-size", "32", "--eval-every", "2", "--method", "ssd+ewc"),
+        *("--epochs", "10", "--batch-size", "32", "--eval-every", "2", "--method", "ssd+ewc"),
         *("--device", "cpu", "--checkpoint-every", "0.01", "--quiet", "--out", str(out)),
     ]
 

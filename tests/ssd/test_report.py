@@ -55,7 +55,7 @@ def test_damaged_results(tmp_path: Path, file: str) -> None:
         write_figures(tmp_path)
 
 
-@pytest.mark.parametrize(("tasks", "width"), [(1, 80), (5, 80), (7, 80), (10, 100), (50, 420)])
+@pytest.mark.parametrize(("tasks", "width"), [(1, 80), (5, 80), (7, 80), (10, 104), (50, 424)])
 def test_table_shows_every_accuracy_that_fits(tmp_path: Path, tasks: int, width: int) -> None:
     summary = finished(tmp_path, tasks)
     text = shown(accuracy_table(summary, width), width)
