@@ -242,7 +242,7 @@ class Trainer:
         self.correct.zero_()
         if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
             record["test_accuracy"] = self.evaluate(self.tasks)
-            self.accuracy[self.task] = torch.tensor(record["test_accuracy"])
+            self.accuracy[self.task] = torch.tensor(record["test_accuracy"], dtype=torch.float64)
         return record
 
     def _end_task(self, task: Task) -> None:
