@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gate, providers, record, targets, timing, topk_bench
+from benchmarks import gate, providers, record, report, targets, timing, topk_bench
 from benchmarks.cases import QUICK, Shape
 from benchmarks.record import Row
 
@@ -119,6 +119,12 @@ def test_targets_are_ratios_of_medians() -> None:
     assert target.verdict([mine, replace(other, p50=7.0)]) == ("3.5", "missed")
     assert target.verdict([mine]) == ("", "not measured")
     assert target.verdict([replace(mine, correct=False), other]) == ("", "not measured")
+
+
+def test_documented_figures_are_those_of_the_file() -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = record.read(ROOT / "benchmarks" / "results" / "cpu" / "topk_bench.csv")
+    assert report.insert(document, report.markdown(rows)) == document
 
 
 def test_quick_run_without_gpu(tmp_path: Path) -> None:
