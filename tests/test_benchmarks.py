@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gate, providers, record, report, targets, timing, topk_bench
+from benchmarks import gate, peers, providers, record, report, targets, timing, topk_bench
 from benchmarks.cases import QUICK, Shape
 from benchmarks.record import Row
 
@@ -108,6 +108,16 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
     assert [row.provider for row in failed] == ["wrong", "raises"]
     assert all(row.p50 is None and row.roofline_fraction is None for row in failed)
     assert {row.provider for row in rows.rows if row.correct} == set(built.providers)
+
+
+def test_a_peer_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"no-such-package": ("a", "b"), "pytest": ("no.such.module", "f")}
+    monkeypatch.setattr(peers, "PEERS", broken)
+    peers.load.cache_clear()
+    assert peers.load("no-such-package") == (None, "no-such-package: not installed")
+    function, why = peers.load("pytest")
+    assert function is None
+    assert "cannot be imported" in why
 
 
 def test_targets_are_ratios_of_medians() -> None:
