@@ -109,7 +109,7 @@ def device_name(device: torch.device) -> str:
     if info.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M)
         name = found[1].strip() if found else name
-    return f"CPU: {name}, {torch.get_num_threads()} threads"
+    return f"CPU: {name}, threads: {torch.get_num_threads()}"
 
 
 def results_folder(device: torch.device) -> Path:

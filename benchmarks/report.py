@@ -1,16 +1,24 @@
-"""Tables on the terminal and a figure from the rows of a run."""
+"""Tables on the terminal, a figure and a Markdown table from the rows of a run.
+
+    python -m benchmarks.report FILE.csv docs/performance.md
+
+puts the medians of a CSV file between the two marker comments of a Markdown file.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.record import Row
+from benchmarks.record import Row, read
 from benchmarks.targets import targets
 
+MARKERS = "<!-- medians -->", "<!-- /medians -->"
 Case = tuple[str, str, str, str]
 COLOURS = {"met": "green", "missed": "red", "not measured": "dim"}
 
@@ -58,7 +66,7 @@ def target_table(rows: list[Row], cuda: bool) -> Table:
     title = "Targets, from this run" if cuda else "Targets: set for an H100, not measured on a CPU"
     table = Table("target", "wanted", "got", "verdict", title=title)
     for target in targets():
-        got, verdict = target.verdict(rows)
+        got, verdict = target.verdict(rows if cuda else [])
         colour = COLOURS[verdict]
         table.add_row(target.what, target.wanted, got, f"[{colour}]{verdict}[/{colour}]")
     return table
@@ -104,3 +112,37 @@ def _timed(providers: dict[str, dict[str, Row]]) -> dict[str, float]:
 def show(console: Console, rows: list[Row], title: str, cuda: bool) -> None:
     console.print(measurements(rows, title))
     console.print(target_table(rows, cuda))
+
+
+def markdown(rows: list[Row]) -> str:
+    """The medians, and where and with what they were taken."""
+    first = rows[0]
+    lines = [
+        f"{first.device}; torch {first.torch}; triton {first.triton or 'not installed'}; "
+        f"commit {first.commit}; {first.date}",
+        "",
+        "| op | shape | provider | median | of the roofline |",
+        "|---|---|---|---|---|",
+    ]
+    for (op, mode, dtype, sizes), providers in by_case(rows).items():
+        for provider, metrics in providers.items():
+            row = metrics.get("time") or next(iter(metrics.values()))
+            taken = f"{_text(row.p50)} {row.unit}" if row.correct else "wrong result"
+            cells = f"{op} {mode}", f"{dtype} {sizes}".strip(), provider, taken
+            lines.append(f"| {' | '.join(cells)} | {_text(row.roofline_fraction)} |")
+    return "\n".join(lines)
+
+
+def insert(document: str, table: str) -> str:
+    """The document with `table` between its markers."""
+    begin, end = MARKERS
+    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    if not pattern.search(document):
+        raise ValueError(f"the document has no {begin} .. {end}")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", document)
+
+
+if __name__ == "__main__":
+    source, document = map(Path, sys.argv[1:])
+    text = document.read_text(encoding="utf-8")
+    document.write_text(insert(text, markdown(read(source))), encoding="utf-8")

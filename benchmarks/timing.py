@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,16 +41,18 @@ def alternate(
 ) -> tuple[dict[str, Quantiles], dict[str, Exception]]:
     """Times the runs in turns, about `seconds` each; a run that raises is left out and reported.
 
-    Turns spread a change of clocks or of the machine's load over all of them.
+    Turns spread a change of clocks or of the machine's load over all of them; their order is drawn
+    anew each round, since a run finds the caches as the one before it left them.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     errors: dict[str, Exception] = {}
     deadline = time.perf_counter() + seconds * len(runs)
+    shuffle = random.Random(0)
     while samples:
         fewest = min(map(len, samples.values()))
         if fewest >= MOST or (fewest >= LEAST and time.perf_counter() > deadline):
             break
-        for name in list(samples):
+        for name in shuffle.sample(list(samples), len(samples)):
             try:
                 samples[name] += _sample(runs[name], device)
             except Exception as error:

@@ -7,7 +7,7 @@
 # installation of this repository, no network. Each part has its own time limit and runs whether or
 # not an earlier one failed. Files go to $OUT (default: benchmarks/results/<gpu>/): evidence.txt
 # (versions and each part's outcome), tests.log, topk_bench.csv/.png/.log, sanitizer.log, train.*.
-# $PYTHON names another interpreter. Exit status: the number of parts that failed.
+# $PYTHON names another interpreter, $GIT_COMMIT the commit where there is no git. Exit status: the number of parts that failed.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import ssd_kernels as ours
 from benchmarks import gate
+from benchmarks.common import CUDA_ONLY
 from ssd_kernels import _dispatch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CUDA_ONLY = {"triton", "fused"}
 # Odd on purpose: [B, d] x [R, d], and a row that is a whole number of no tile.
 B, D, R, K, C = 5, 24, 517, 7, 13
 OPS = ("topk", "linear_topk", "linear_inhibit", "sparse_linear", "count_active", "row_update")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gate, providers, record, targets, timing, topk_bench
+from benchmarks import gate, peers, providers, record, report, targets, timing, topk_bench
 from benchmarks.cases import QUICK, Shape
 from benchmarks.record import Row
 
@@ -110,6 +110,16 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
     assert {row.provider for row in rows.rows if row.correct} == set(built.providers)
 
 
+def test_a_peer_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"no-such-package": ("a", "b"), "pytest": ("no.such.module", "f")}
+    monkeypatch.setattr(peers, "PEERS", broken)
+    peers.load.cache_clear()
+    assert peers.load("no-such-package") == (None, "no-such-package: not installed")
+    function, why = peers.load("pytest")
+    assert function is None
+    assert "cannot be imported" in why
+
+
 def test_targets_are_ratios_of_medians() -> None:
     target = next(iter(targets.targets()))
     sizes = {"B": 8192, "R": 131072, "k": 64}
@@ -119,6 +129,12 @@ def test_targets_are_ratios_of_medians() -> None:
     assert target.verdict([mine, replace(other, p50=7.0)]) == ("3.5", "missed")
     assert target.verdict([mine]) == ("", "not measured")
     assert target.verdict([replace(mine, correct=False), other]) == ("", "not measured")
+
+
+def test_documented_figures_are_those_of_the_file() -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = record.read(ROOT / "benchmarks" / "results" / "cpu" / "topk_bench.csv")
+    assert report.insert(document, report.markdown(rows)) == document
 
 
 def test_quick_run_without_gpu(tmp_path: Path) -> None:
