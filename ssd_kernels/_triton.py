@@ -28,7 +28,7 @@ class AotCase(NamedTuple):
     name: str
     kernel: Any
     # Argument -> Triton type ("*fp32", "i64"). "i32:16" says that the value is divisible by 16, as
-    # Triton specialises at run time; pointers always are. Constexprs are left out.
+    # Triton specialises at run time; pointers are, but for "*fp32:1". Constexprs are left out.
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     options: Mapping[str, int]  # num_warps, num_stages

@@ -18,13 +18,37 @@ Rows = tuple[tuple[Config, Config], ...]
 TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
-            ({"neurons": 512}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
-            ({"neurons": 1024}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
-            ({"neurons": 2048}, {"TILE": 2048, "PROGRAMS": 16, "num_warps": 2}),
-            ({}, {"TILE": 4096, "PROGRAMS": 8, "num_warps": 4}),
+            ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
+            ({"neurons": 1024, "k": 32}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
+            ({}, {"TILE": 2048, "PROGRAMS": 8, "num_warps": 4}),
         ),
     },
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
+    "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
+    "segments": {
+        "default": (
+            ({"width": 16}, {"SLOTS": 8, "BLOCK": 16, "num_warps": 1}),
+            ({"width": 64}, {"SLOTS": 4, "BLOCK": 64, "num_warps": 1}),
+            ({"width": 256}, {"SLOTS": 4, "BLOCK": 256, "num_warps": 2}),
+            ({}, {"SLOTS": 4, "BLOCK": 1024, "num_warps": 4}),
+        ),
+    },
+    "sparse_linear": {
+        "default": (
+            ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
+            ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
+            # A slice of weight 256 columns wide stays in L2 while every sample reads it.
+            ({}, {"SLOTS": 16, "BLOCK": 256, "num_warps": 4}),
+        ),
+    },
+    "row_update": {
+        "default": (
+            ({"width": 64}, {"BLOCK": 64, "num_warps": 1}),
+            ({"width": 256}, {"BLOCK": 256, "num_warps": 2}),
+            ({"width": 1024}, {"BLOCK": 1024, "num_warps": 4}),
+            ({}, {"BLOCK": 2048, "num_warps": 8}),
+        ),
+    },
 }
 
 FAMILIES = ("sm80", "sm90", "sm100", "sm120", "gfx942")

@@ -21,8 +21,7 @@ MAX_K = 256
 NOTHING = tl.constexpr(-(2**31))
 DISALLOWED = tl.constexpr(-(2**31) + 1)
 NAN = tl.constexpr(2**31 - 1)
-# Entries that are ranked against the buffer at a time.
-STEP = 8
+LAST = tl.constexpr(2**31 - 1)  # the largest index
 LEAST = tl.constexpr(-(2**63))
 
 
@@ -153,7 +152,7 @@ def _load_keys(
 
 @jit
 def _ranked(buffer, held, CAPACITY: tl.constexpr, STEP: tl.constexpr):
-    """The packed entries of the buffer, and how many entries exceed each."""
+    """The packed entries of the buffer and the rank of each; empty places come last."""
     slot = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # the appends of other threads
     packed = tl.load(buffer + slot, mask=slot < held, other=LEAST)
@@ -165,7 +164,7 @@ def _ranked(buffer, held, CAPACITY: tl.constexpr, STEP: tl.constexpr):
         rank += tl.sum((rival[:, None] > packed[None, :]).to(tl.int32), axis=0)
         start += STEP
     tl.debug_barrier()  # before anyone appends again
-    return packed, rank
+    return packed, tl.where(slot < held, rank, slot)
 
 
 @jit
@@ -184,7 +183,12 @@ def _bisect(key, k, low, room):
     return low, found
 
 
-@jit(do_not_specialize=["k", "tasks", "part_tiles"])
+# Unaligned, a load gives each thread one entry of a tile's row and so keeps the layout of the
+# scattered stores; 16-byte loads would have every tile converted through shared memory.
+@jit(
+    do_not_specialize=["k", "tasks", "part_tiles"],
+    do_not_specialize_on_alignment=["source_stride", "boost", "allowed"],
+)
 def _select_kernel(
     source,  # [B, R]: scores, or int32 keys
     boost,  # [R]
@@ -206,13 +210,13 @@ def _select_kernel(
     TO_KEYS: tl.constexpr,
     BOOST: tl.constexpr,
     MASK: tl.constexpr,
-    WAYS: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    WAYS: tl.constexpr,  # groups of the first bound, at least k
+    CAPACITY: tl.constexpr,  # places in the buffer, at least 2 k
     TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,  # a thread holds whole columns of the tile [TILE / COLUMNS, COLUMNS]
+    STEP: tl.constexpr,  # entries that are ranked against the buffer at a time
 ):
     lane = tl.arange(0, TILE)
-    slot = tl.arange(0, CAPACITY)
     buffer += tl.program_id(0) * CAPACITY
     task = tl.program_id(0)
     while task < tasks:
@@ -244,29 +248,34 @@ def _select_kernel(
             append_above = floor
             if held + found > CAPACITY:
                 # Each of WAYS >= k groups has an entry at or above the least of their maxima.
-                maxima = tl.max(tl.reshape(key, [TILE // WAYS, WAYS]), axis=0)
+                maxima = tl.max(tl.reshape(key, [TILE // COLUMNS, COLUMNS]), axis=0)
+                maxima = tl.max(tl.reshape(maxima, [COLUMNS // WAYS, WAYS]), axis=0)
                 low = tl.maximum(tl.min(maxima), floor + 1)
                 floor, found = _bisect(key, k, low, CAPACITY - held)
                 if held + found > CAPACITY:
                     # More ties for the k-th place than room: the lower indices win.
-                    tied = key == floor
                     places = k - tl.sum((key > floor).to(tl.int32))
-                    lost = tied & (tl.cumsum(tied.to(tl.int32), 0) > places)
-                    key = tl.where(lost, NOTHING, key)
+                    early = tl.where(key == floor, neuron ^ LAST, NOTHING)
+                    least, _ = _bisect(early, places, tl.minimum(places, 0), places)
+                    key = tl.where((key == floor) & (early < least), NOTHING, key)
                     found = k
                 append_above = floor - 1
             if found > 0:
+                # Places go down the columns, which lie inside a thread: one short scan is shared.
                 keep = key > append_above
-                position = held + tl.cumsum(keep.to(tl.int32), 0) - 1
-                packed = (key.to(tl.int64) << 32) | (0x7FFFFFFF - neuron).to(tl.int64)
+                ones = tl.reshape(keep.to(tl.int32), [TILE // COLUMNS, COLUMNS])
+                column = tl.sum(ones, axis=0)
+                above = held + tl.cumsum(column, 0) - column
+                position = tl.reshape(above[None, :] + tl.cumsum(ones, 0) - 1, [TILE])
+                packed = (key.to(tl.int64) << 32) | (neuron ^ LAST).to(tl.int64)
                 tl.store(buffer + position, packed, mask=keep)
                 held += found
             tile += 1
         packed, rank = _ranked(buffer, held, CAPACITY, STEP)
         key = (packed >> 32).to(tl.int32)
-        index = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+        index = (packed & LAST).to(tl.int32) ^ LAST
         out = task.to(tl.int64) * k + rank
-        chosen = (slot < held) & (rank < k)
+        chosen = rank < k
         if FROM_KEYS:
             index = tl.load(origin + row * source_stride + index, mask=chosen, other=0)
         if TO_KEYS:
@@ -277,13 +286,6 @@ def _select_kernel(
                 value = tl.where(key == DISALLOWED, 0.0, value)
             tl.store(values + out, value, mask=chosen)
         tl.store(indices + out, index, mask=chosen)
-        if TO_KEYS:  # a short part leaves slots that nothing may choose
-            empty = (slot >= held) & (slot < k)
-            tl.store(
-                values + task.to(tl.int64) * k + slot,
-                tl.full([CAPACITY], NOTHING, tl.int32),
-                mask=empty,
-            )
         task += tl.num_programs(0)
 
 
@@ -304,7 +306,7 @@ def select_triton(
         scores = scores.contiguous()
     boost = None if boost is None else boost.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
-    parts = _parts(batch, neurons, scores.device)
+    parts = _parts(batch, neurons, k, scores.device)
     if parts == 1:
         _launch(scores, None, scores, boost, mask, values, indices, k, parts)
         return values, indices
@@ -317,9 +319,9 @@ def select_triton(
     return values, indices
 
 
-def _parts(batch: int, neurons: int, device: torch.device) -> int:
+def _parts(batch: int, neurons: int, k: int, device: torch.device) -> int:
     """Programs that share a row; more than one where the rows alone do not fill the chip."""
-    chosen = _tuning.config("topk", device, neurons=neurons)
+    chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     multiprocessors = _tuning.multiprocessors(device)
     if tiles < 4 or batch >= 2 * multiprocessors:
@@ -340,12 +342,12 @@ def _launch(
 ) -> None:
     batch, neurons = source.shape
     device = source.device
-    chosen = _tuning.config("topk", device, neurons=neurons)
+    chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     part_tiles = _ceil_div(tiles, parts)
     programs = min(batch * parts, _tuning.multiprocessors(device) * chosen["PROGRAMS"])
-    ways, capacity = _sizes(k)
-    buffer = torch.empty(programs, capacity, dtype=torch.int64, device=device)
+    blocks = _blocks(k, chosen)
+    buffer = torch.empty(programs, blocks["CAPACITY"], dtype=torch.int64, device=device)
     with torch.cuda.device_of(source):
         _select_kernel[(programs,)](
             source,
@@ -368,18 +370,21 @@ def _launch(
             TO_KEYS=values.dtype == torch.int32,
             BOOST=boost is not None,
             MASK=mask is not None,
-            WAYS=ways,
-            CAPACITY=capacity,
-            TILE=chosen["TILE"],
-            STEP=STEP,
+            **blocks,
             num_warps=chosen["num_warps"],
         )
 
 
-def _sizes(k: int) -> tuple[int, int]:
-    """Groups of the first bound, and places in the buffer."""
-    ways = max(16, 1 << (k - 1).bit_length())
-    return ways, 2 * ways
+def _blocks(k: int, chosen: _tuning.Config) -> dict[str, int]:
+    ways = max(32, 1 << (k - 1).bit_length())
+    warps = chosen["num_warps"]
+    return {
+        "WAYS": ways,
+        "CAPACITY": 2 * ways,
+        "TILE": chosen["TILE"],
+        "COLUMNS": max(ways, 32 * warps),
+        "STEP": max(2, min(8, 256 * warps // ways)),
+    }
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -423,29 +428,50 @@ def _triton(
 
 
 def aot_cases(family: str) -> list[AotCase]:
-    return [
-        _aot_case(kind, k, bounds.get("neurons"), chosen)
-        for bounds, chosen in _tuning.rows("topk", family)
-        for kind in ("fp32", "bf16")
-        for k in (16, MAX_K)
-    ]
+    cases = []
+    for bounds, chosen in _tuning.rows("topk", family):
+        size = bounds.get("neurons", chosen["TILE"])
+        largest = bounds.get("k", MAX_K)
+        cases += [_aot_case(f"R<={size} k<={k}", chosen, k, tiles=1) for k in sorted({32, largest})]
+        if not bounds:
+            cases += [_aot_case(f"k<={k}", chosen, k) for k in (32, 64, MAX_K)]
+            cases += [_aot_case("bf16", chosen, kind="bf16")]
+            cases += [_aot_case("boost mask", chosen, BOOST=True, MASK=True)]
+            cases += [_aot_case("part", chosen, TO_KEYS=True)]
+            cases += [_aot_case("merge", chosen, FROM_KEYS=True, MASK=True)]
+    return cases
 
 
-def _aot_case(kind: str, k: int, neurons: int | None, chosen: _tuning.Config) -> AotCase:
-    ways, capacity = _sizes(k)
-    pointers = dict.fromkeys(("source", "boost", "scores", "values"), f"*{kind}")
-    pointers |= {"allowed": "*u8", "origin": "*i32", "buffer": "*i64", "indices": "*i64"}
-    sizes = {"k": "i32", "tasks": "i32", "neurons": "i32:16", "part_tiles": "i32"}
-    strides = dict.fromkeys(("source_stride", "scores_stride"), "i32:16")
-    tiles = {} if neurons else {"tiles": "i32"}
-    flags = dict.fromkeys(("FROM_KEYS", "TO_KEYS", "BOOST", "MASK"), False)
+def _aot_case(
+    name: str,
+    chosen: _tuning.Config,
+    k: int = 64,
+    kind: str = "fp32",
+    tiles: int = 0,
+    **flags: bool,
+) -> AotCase:
+    flags = dict.fromkeys(("FROM_KEYS", "TO_KEYS", "BOOST", "MASK"), False) | flags
+    signature = {
+        "source": "*i32" if flags["FROM_KEYS"] else f"*{kind}",
+        "boost": f"*{kind}:1",
+        "allowed": "*u8:1",
+        "origin": "*i32",
+        "scores": f"*{kind}",
+        "buffer": "*i64",
+        "values": "*i32" if flags["TO_KEYS"] else f"*{kind}",
+        "indices": "*i32" if flags["TO_KEYS"] else "*i64",
+        **dict.fromkeys(("k", "tasks", "source_stride", "part_tiles"), "i32"),
+        **dict.fromkeys(("neurons", "scores_stride"), "i32:16"),
+    }
+    # Triton takes a size of 1 for a constant.
+    constants = {} if flags["TO_KEYS"] else {"parts": 1}
+    constants |= {"tiles": 1} if tiles else {}
+    signature |= {name: "i32" for name in ("parts", "tiles") if name not in constants}
     return AotCase(
-        f"topk {kind} R<={neurons or 'any'} k<={k}",
+        f"topk {name}",
         _select_kernel,
-        pointers | sizes | strides | tiles,
-        flags
-        | {"parts": 1, "WAYS": ways, "CAPACITY": capacity, "TILE": chosen["TILE"], "STEP": STEP}
-        | ({"tiles": 1} if neurons else {}),
+        signature,
+        constants | flags | _blocks(k, chosen),
         {"num_warps": chosen["num_warps"]},
     )
 

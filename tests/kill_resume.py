@@ -51,24 +51,30 @@ def command(features: Path, out: Path) -> list[str]:
     ]
 
 
-def spread(kills: int, start: float, end: float, rng: random.Random) -> list[float]:
-    """Moments to kill at, in seconds: some while a process starts, most until a run has ended."""
-    early = round(START_SHARE * kills)
-    moments = [(i + rng.random()) / max(1, early) * start for i in range(early)]
-    late = kills - early
-    moments += [start + (i + rng.random()) / max(1, late) * (end - start) for i in range(late)]
-    rng.shuffle(moments)
-    return moments
+def start_and_kill(arguments: list[str], out: Path, training: bool, moment: float) -> int | None:
+    """Runs a command and kills it; its exit status if it ended before.
 
-
-def start_and_kill(arguments: list[str], moment: float) -> int | None:
-    """Runs a command and kills it after `moment` seconds; its exit status if it ended before."""
+    Args:
+        training: count the moment from the first checkpoint, otherwise from the start.
+        moment: seconds.
+    """
+    before = checkpoint_time(out)
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=ENVIRONMENT) as process:
+        while training and process.poll() is None and checkpoint_time(out) == before:
+            time.sleep(0.002)
         try:
             return process.wait(moment)
         except subprocess.TimeoutExpired:
             process.kill()
             return None
+
+
+def checkpoint_time(out: Path) -> int:
+    """When the last checkpoint was written, 0 if there is none."""
+    try:
+        return (out / "checkpoint.safetensors").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def timed_run(arguments: list[str], out: Path) -> tuple[float, float]:
@@ -113,25 +119,24 @@ def check(kills: int, seed: int, work: Path) -> int:
     write_features(features)
     start, end = timed_run(command(features, expected), expected)
     print(f"left alone: trains after {start:.1f} s, ends after {end:.1f} s", flush=True)
-    moments = spread(kills, start, end, rng)
     done = runs = wrong = 0
     while done < kills:
         runs += 1
         out, left = work / f"run{runs}", min(rng.randint(1, KILLS_PER_RUN), kills - done)
         again: list[str] = []
         while True:
+            training = rng.random() > START_SHARE
+            moment = rng.uniform(0, (end - start) if training else start) if left else 600.0
             arguments = command(features, out) + again
-            begin, moment = time.monotonic(), moments[done] if left else 600.0
-            status = start_and_kill(arguments, moment)
+            status = start_and_kill(arguments, out, training and left > 0, moment)
             if status == 0:
-                if left:  # it ended too early to be hit: another try, at another moment
-                    moments[done] = rng.uniform(0, time.monotonic() - begin)
                 break
             if status is not None:
                 print(f"run {runs}: resuming failed with status {status}")
                 return wrong + 1
             done, left, again = done + 1, left - 1, ["--resume"]
-            print(f"kill {done:2d} in run {runs} after {moment:5.2f} s: {progress_of(out)}")
+            since = "training began" if training else "the start"
+            print(f"kill {done:2d}, run {runs}, {moment:4.2f} s after {since}: {progress_of(out)}")
         changed = differences(expected, out)
         wrong += bool(changed)
         print(f"run {runs}: {'differs in ' + ', '.join(changed) if changed else 'identical'}")

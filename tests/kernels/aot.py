@@ -96,7 +96,7 @@ def _divisible(case: AotCase) -> dict[tuple[int, ...], list[list[Any]]]:
     return {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in case.signature.items()
-        if kind.startswith("*") or kind.endswith(":16")
+        if kind.endswith(":16") or (kind.startswith("*") and not kind.endswith(":1"))
     }
 
 
