@@ -19,6 +19,8 @@ from torch import Tensor
 ENVIRONMENT = "SSD_KERNELS_IMPL"
 TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What serves in place of "triton" while torch.compile traces; filled by _library.
+COMPILED: dict[str, Callable[..., Any]] = {}
 
 
 def interpreted() -> bool:
@@ -32,10 +34,15 @@ def choose(
     """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name."""
     if impl is None:
         forced = os.environ.get(ENVIRONMENT)
-        impl = forced if forced in implementations else _default(implementations, tensor)
+        impl = _default(implementations, tensor)
+        if forced is not None and forced in implementations:
+            impl = forced
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")
+    if impl == "triton" and torch.compiler.is_compiling():
+        # Without an operator of its own, what torch.compile can trace serves.
+        return COMPILED.get(op, implementations["reference"])
     return implementations[impl]
 
 

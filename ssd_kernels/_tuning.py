@@ -24,6 +24,31 @@ TABLE: dict[str, dict[str, Rows]] = {
         ),
     },
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
+    "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
+    "segments": {
+        "default": (
+            ({"width": 16}, {"SLOTS": 8, "BLOCK": 16, "num_warps": 1}),
+            ({"width": 64}, {"SLOTS": 4, "BLOCK": 64, "num_warps": 1}),
+            ({"width": 256}, {"SLOTS": 4, "BLOCK": 256, "num_warps": 2}),
+            ({}, {"SLOTS": 4, "BLOCK": 1024, "num_warps": 4}),
+        ),
+    },
+    "sparse_linear": {
+        "default": (
+            ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
+            ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
+            # A slice of weight 256 columns wide stays in L2 while every sample reads it.
+            ({}, {"SLOTS": 16, "BLOCK": 256, "num_warps": 4}),
+        ),
+    },
+    "row_update": {
+        "default": (
+            ({"width": 64}, {"BLOCK": 64, "num_warps": 1}),
+            ({"width": 256}, {"BLOCK": 256, "num_warps": 2}),
+            ({"width": 1024}, {"BLOCK": 1024, "num_warps": 4}),
+            ({}, {"BLOCK": 2048, "num_warps": 8}),
+        ),
+    },
 }
 
 FAMILIES = ("sm80", "sm90", "sm100", "sm120", "gfx942")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
 from ssd_kernels._segments import Segments, segments
+from ssd_kernels._triton import AotCase, jit, tl
 
 
 def row_update(
@@ -45,7 +47,7 @@ def row_update(
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
             Lazy: the buffer of an untouched row rests and does not move it.
-        impl: "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         The global gradient norm before clipping, 0-d.
@@ -72,6 +74,8 @@ def row_update(
 
 def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
     """reference.row_gradient at a cost of B K d plus one zeroed [R, d]."""
+    if _dispatch.TRITON and inputs.is_cuda and inputs.dtype in _dispatch.TRITON_DTYPES:
+        return _segments.row_gradients(coefficients, inputs, indices, neurons)[0]
     gradient = inputs.new_zeros(neurons, inputs.shape[-1])
     group = segments(indices, coefficients != 0)
     gradient[group.neurons] = _segment_sum(coefficients, inputs, group)
@@ -91,6 +95,19 @@ def _torch(
     momentum: float,
     buffers: Sequence[Tensor] | None,
 ) -> Tensor:
+    if torch.compiler.is_compiling():  # the number of touched rows is no static shape
+        return reference.row_update(
+            weights,
+            coefficients,
+            inputs,
+            indices,
+            lr=lr,
+            max_norm=max_norm,
+            nonnegative=nonnegative,
+            normalize=normalize,
+            momentum=momentum,
+            buffers=buffers,
+        )
     touched = torch.stack([c != 0 for c in coefficients]).any(0)
     group = segments(indices, touched)
     gradients = [_segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
@@ -121,6 +138,188 @@ def _segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tenso
     )
 
 
+@jit
+def _moved(
+    weight,
+    buffer,
+    gradient,
+    scale,
+    lr,
+    momentum,
+    MOMENTUM: tl.constexpr,
+    CLAMP: tl.constexpr,
+    inside,
+):
+    """The row after the step, before it is normalised; updates the buffer."""
+    direction = tl.load(gradient, mask=inside, other=0.0) * scale
+    if MOMENTUM:
+        direction += momentum * tl.load(buffer, mask=inside, other=0.0).to(tl.float32)
+        tl.store(buffer, direction, mask=inside)
+    moved = tl.load(weight, mask=inside, other=0.0).to(tl.float32) - lr * direction
+    if CLAMP:
+        moved = tl.maximum(moved, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return moved
+
+
+@jit(do_not_specialize=["count", "sharing"])
+def _apply_kernel(
+    neurons,  # [count], sorted
+    touched,  # [sharing, count] uint8: by a coefficient of each of the matrices
+    gradient,  # [count, D] fp32, in the place of a neuron's first slot
+    weight,  # [R, D]
+    buffer,  # [R, D]
+    norm,  # 0-d fp32
+    lr,
+    max_norm,
+    momentum,
+    count,
+    sharing,
+    width,
+    weight_stride,
+    buffer_stride,
+    CLIP: tl.constexpr,
+    CLAMP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    position = tl.program_id(0).to(tl.int64)
+    neuron = tl.load(neurons + position)
+    previous = tl.load(neurons + position - 1, mask=position > 0, other=-1)
+    if neuron != previous:
+        active = 0
+        for number in range(sharing):
+            active += tl.load(touched + number * count.to(tl.int64) + position).to(tl.int32)
+        if active > 0:
+            scale = 1.0
+            if CLIP:
+                scale = max_norm / (tl.load(norm) + 1e-6)
+                scale = tl.minimum(scale, 1.0, propagate_nan=tl.PropagateNan.ALL)
+            weight += neuron * weight_stride
+            buffer += neuron * buffer_stride
+            gradient += position * width
+            length = 0.0
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                inside = column < width
+                moved = _moved(
+                    weight + column,
+                    buffer + column,
+                    gradient + column,
+                    scale,
+                    lr,
+                    momentum,
+                    MOMENTUM,
+                    CLAMP,
+                    inside,
+                )
+                if NORMALIZE:
+                    moved = tl.where(inside, moved, 0.0)
+                    length += tl.sum(moved * moved)
+                    if ONE_TILE:
+                        moved /= tl.where(length > 0, tl.sqrt(length), 1.0)
+                        tl.store(weight + column, moved, mask=inside)
+                    else:
+                        tl.store(gradient + column, moved, mask=inside)
+                else:
+                    tl.store(weight + column, moved, mask=inside)
+            if NORMALIZE and not ONE_TILE:
+                tl.debug_barrier()  # a thread may read what another wrote
+                length = tl.where(length > 0, tl.sqrt(length), 1.0)
+                for start in range(0, width, BLOCK):
+                    column = start + tl.arange(0, BLOCK)
+                    inside = column < width
+                    moved = tl.load(gradient + column, mask=inside, other=0.0)
+                    tl.store(weight + column, moved / length, mask=inside)
+
+
+def _triton(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    *,
+    lr: float,
+    max_norm: float | None,
+    nonnegative: bool,
+    normalize: Sequence[bool] | None,
+    momentum: float,
+    buffers: Sequence[Tensor] | None,
+) -> Tensor:
+    in_place = [*weights, *(buffers or ())]
+    if any(t.dtype not in _dispatch.TRITON_DTYPES or t.stride(1) != 1 for t in in_place) or not (
+        indices.numel() and all(w.shape[1] for w in weights)
+    ):
+        return _torch(
+            weights,
+            coefficients,
+            inputs,
+            indices,
+            lr=lr,
+            max_norm=max_norm,
+            nonnegative=nonnegative,
+            normalize=normalize,
+            momentum=momentum,
+            buffers=buffers,
+        )
+    order = _segments.sorted_slots(indices)
+    gradients, touched, norm = _gradients(order, coefficients, inputs)
+    with torch.cuda.device_of(indices):
+        for number, weight in enumerate(weights):
+            count, width = gradients[number].shape
+            chosen = _tuning.config("row_update", weight.device, width=width)
+            buffer = weight if buffers is None else buffers[number]
+            _apply_kernel[(count,)](
+                order[0],
+                touched,
+                gradients[number],
+                weight,
+                buffer,
+                norm,
+                float(lr),
+                0.0 if max_norm is None else float(max_norm),
+                float(momentum),
+                count,
+                len(weights),
+                width,
+                weight.stride(0),
+                buffer.stride(0),
+                CLIP=max_norm is not None,
+                CLAMP=nonnegative,
+                NORMALIZE=normalize is not None and bool(normalize[number]),
+                MOMENTUM=buffers is not None,
+                ONE_TILE=width <= chosen["BLOCK"],
+                **chosen,
+            )
+    return norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
+
+
+def _gradients(
+    order: tuple[Tensor, Tensor], coefficients: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Each matrix's gradient [B K, D] fp32, what touched its rows, and the global norm."""
+    count, device = len(order[0]), order[0].device
+    tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
+    squares = torch.empty(sum(tiles), count, dtype=torch.float32, device=device)
+    touched = torch.empty(len(inputs), count, dtype=torch.uint8, device=device)
+    gradients = []
+    for number, (coefficient, vectors) in enumerate(zip(coefficients, inputs, strict=True)):
+        first = sum(tiles[:number])
+        gradient = torch.empty(count, vectors.shape[1], dtype=torch.float32, device=device)
+        _segments.walk(
+            order,
+            coefficient.shape[1],
+            _segments.unit_stride(vectors.detach()),
+            coefficients=coefficient.detach().contiguous(),
+            gradient=gradient,
+            squares=squares[first : first + tiles[number]],
+            touched=touched[number],
+        )
+        gradients.append(gradient)
+    return gradients, touched, squares.sum().sqrt()
+
+
 def _check(
     weights: Sequence[Tensor],
     coefficients: Sequence[Tensor],
@@ -143,18 +342,51 @@ def _check(
             raise ValueError(f"{op}: {len(given)} {name} for {len(weights)} weights")
     if (momentum != 0.0) != (buffers is not None):
         raise ValueError(f"{op}: momentum={momentum} and buffers must be given together")
-    neurons = weights[0].shape[0]
+    if indices.dim() != 2:
+        raise ValueError(f"{op}: indices have shape {list(indices.shape)}, expected [B, K]")
+    neurons = weights[0].shape[0] if weights[0].dim() else 0
     for number, weight in enumerate(weights):
         coefficient, vector = coefficients[number], inputs[number]
-        _checks.floating(op, weight=weight, coefficients=coefficient, inputs=vector)
+        buffer = None if buffers is None else buffers[number]
+        _checks.floating(op, weight=weight, coefficients=coefficient, inputs=vector, buffers=buffer)
         _checks.code(op, coefficient, indices)
         if weight.dim() != 2 or weight.shape[0] != neurons:
             raise ValueError(
                 f"{op}: weights[{number}] has shape {list(weight.shape)}, expected [{neurons}, d]"
             )
         _checks.shape(op, f"inputs[{number}]", vector, (len(indices), weight.shape[1]))
-        if buffers is not None:
-            _checks.shape(op, f"buffers[{number}]", buffers[number], tuple(weight.shape))
+        _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-IMPLEMENTATIONS = {"reference": reference.row_update, "torch": _torch}
+def aot_cases(family: str) -> list[AotCase]:
+    return [
+        _aot_case(kind, bounds.get("width"), everything, chosen)
+        for bounds, chosen in _tuning.rows("row_update", family)
+        for kind in ("fp32", "bf16")
+        for everything in (False, True)
+    ]
+
+
+def _aot_case(kind: str, width: int | None, everything: bool, chosen: _tuning.Config) -> AotCase:
+    pointers = dict.fromkeys(("weight", "buffer"), f"*{kind}")
+    pointers |= dict.fromkeys(("gradient", "norm"), "*fp32")
+    pointers |= {"neurons": "*i64", "touched": "*u8"}
+    scalars = dict.fromkeys(("lr", "max_norm", "momentum"), "fp32")
+    scalars |= dict.fromkeys(("count", "sharing"), "i32")
+    scalars |= dict.fromkeys(("width", "weight_stride", "buffer_stride"), "i32:16")
+    flags = dict.fromkeys(("CLIP", "CLAMP", "NORMALIZE", "MOMENTUM"), everything)
+    return AotCase(
+        f"row_update {kind} D<={width or 'any'}{' all' if everything else ''}",
+        _apply_kernel,
+        pointers | scalars,
+        flags | {"ONE_TILE": width is not None, "BLOCK": chosen["BLOCK"]},
+        {"num_warps": chosen["num_warps"]},
+    )
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.row_update,
+    "torch": _torch,
+}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton

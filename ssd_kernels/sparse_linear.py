@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
+from ssd_kernels._triton import AotCase, jit, tl
 
 
 def sparse_linear(
@@ -23,7 +28,7 @@ def sparse_linear(
         values: [.., K] floating; indices: [.., K] int64 in 0..R-1.
         weight: [R, C], as in torch.nn.EmbeddingBag: row j is what neuron j writes.
         bias: [C] or None.
-        impl: "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         [.., C] in the dtype of weight, differentiable in values, weight and bias.
@@ -55,4 +60,151 @@ def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
     return out if bias is None else out + bias
 
 
-IMPLEMENTATIONS = {"reference": reference.sparse_linear, "torch": _torch}
+@jit(do_not_specialize=["count"])
+def _gather_kernel(
+    values,  # [B, count]
+    indices,  # [B, count]
+    weight,  # [R, C]
+    bias,  # [C]
+    out,  # [B, C]
+    count,
+    outputs,
+    weight_stride,
+    BIAS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Samples come first, columns last: one slice of weight serves every sample from L2.
+    sample = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < outputs
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        value = tl.load(values + sample * count + slot, mask=slot < count, other=0.0)
+        neuron = tl.load(indices + sample * count + slot, mask=slot < count, other=0)
+        row = tl.load(
+            weight + neuron[:, None] * weight_stride + column[None, :],
+            mask=(slot < count)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(value.to(tl.float32)[:, None] * row.to(tl.float32), axis=0)
+    if BIAS:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + sample * outputs + column, total, mask=inside)
+
+
+def gather_triton(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """sparse_linear of a code [B, K], without autograd; every slot counts, those of value 0 too."""
+    batch, outputs = values.shape[0], weight.shape[1]
+    out = torch.empty(batch, outputs, dtype=weight.dtype, device=weight.device)
+    if out.numel() == 0:
+        return out
+    weight = _segments.unit_stride(weight.detach())
+    chosen = _tuning.config("sparse_linear", weight.device, outputs=outputs)
+    with torch.cuda.device_of(weight):
+        _gather_kernel[(batch, -(-outputs // chosen["BLOCK"]))](
+            values.detach().contiguous(),
+            indices.contiguous(),
+            weight,
+            weight if bias is None else bias.detach().contiguous(),
+            out,
+            values.shape[1],
+            outputs,
+            weight.stride(0),
+            BIAS=bias is not None,
+            **chosen,
+        )
+    return out
+
+
+def gradients_triton(
+    grad_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    need_values: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of values [B, K] and weight [R, C] in one walk over the slots by neuron.
+
+    A neuron's program holds its row of weight and reads each of its samples' grad_out once for
+    both, so the scattered reads fall on [B, C], which L2 holds more of than of [R, C].
+    """
+    grad_weight = weight.new_zeros(weight.shape) if need_weight else None
+    if values.numel() == 0 or weight.shape[1] == 0:
+        return torch.zeros_like(values) if need_values else None, grad_weight
+    products = None
+    if need_values:
+        tiles = _segments.tiles(weight.shape[1], weight.device)
+        shape = (tiles, *values.shape)
+        products = torch.empty(shape, dtype=torch.float32, device=values.device)
+    _segments.walk(
+        _segments.sorted_slots(indices),
+        indices.shape[1],
+        _segments.unit_stride(grad_out),
+        coefficients=values.contiguous(),
+        weight=_segments.unit_stride(weight),
+        gradient=grad_weight,
+        products=products,
+    )
+    return None if products is None else products.sum(0).to(values.dtype), grad_weight
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(values, indices, weight)
+        return gather_triton(values, indices, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        values, indices, weight = ctx.saved_tensors
+        need_values, _, need_weight, need_bias = ctx.needs_input_grad
+        grad_values = grad_weight = None
+        if need_values or need_weight:
+            grad_values, grad_weight = gradients_triton(
+                grad_out, values, indices, weight, need_values, need_weight
+            )
+        return grad_values, None, grad_weight, grad_out.sum(0) if need_bias else None
+
+
+def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if values.dtype not in _dispatch.TRITON_DTYPES or values.numel() == 0:
+        return _torch(values, indices, weight, bias)
+    slots = values.shape[-1]
+    serve = gather_triton
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (values, weight, bias)
+    ):
+        serve = _SparseLinear.apply
+    out = serve(values.reshape(-1, slots), indices.reshape(-1, slots), weight, bias)
+    return out.view(*values.shape[:-1], weight.shape[1])
+
+
+def aot_cases(family: str) -> list[AotCase]:
+    return [
+        AotCase(
+            f"sparse_linear {kind} C<={bounds.get('outputs', 'any')}",
+            _gather_kernel,
+            dict.fromkeys(("values", "weight", "bias", "out"), f"*{kind}")
+            | {"indices": "*i64", "count": "i32", "outputs": "i32:16", "weight_stride": "i32:16"},
+            {"BIAS": True, "SLOTS": chosen["SLOTS"], "BLOCK": chosen["BLOCK"]},
+            {"num_warps": chosen["num_warps"]},
+        )
+        for bounds, chosen in _tuning.rows("sparse_linear", family)
+        for kind in ("fp32", "bf16")
+    ]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.sparse_linear,
+    "torch": _torch,
+}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton

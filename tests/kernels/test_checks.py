@@ -1,0 +1,215 @@
+"""Every public function refuses what does not fit: clearly, and before it changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ssd_kernels as sk
+
+Arguments = dict[str, Any]
+BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 4, 2, 9, 5, 3
+
+
+def _topk() -> Arguments:
+    return {
+        "scores": torch.randn(BATCH, NEURONS),
+        "k": SLOTS,
+        "boost": torch.rand(NEURONS),
+        "mask": torch.ones(NEURONS, dtype=torch.bool),
+    }
+
+
+def _linear_topk() -> Arguments:
+    return {
+        "x": torch.randn(BATCH, INPUTS),
+        "weight": torch.randn(NEURONS, INPUTS),
+        "k": SLOTS,
+        "bias": torch.randn(NEURONS),
+        "counts": torch.zeros(NEURONS, dtype=torch.int64),
+    }
+
+
+def _linear_inhibit() -> Arguments:
+    return _linear_topk() | {"gaba": torch.rand(NEURONS)}
+
+
+def _code() -> Arguments:
+    return {
+        "values": torch.rand(BATCH, SLOTS),
+        "indices": torch.randint(NEURONS, (BATCH, SLOTS)),
+    }
+
+
+def _sparse_linear() -> Arguments:
+    return _code() | {"weight": torch.randn(NEURONS, OUTPUTS), "bias": torch.randn(OUTPUTS)}
+
+
+def _count_active() -> Arguments:
+    counts = torch.zeros(NEURONS, dtype=torch.int64)
+    return _code() | {"counts": counts, "last_active": counts.clone(), "step": 3}
+
+
+def _row_update() -> Arguments:
+    code = _code()
+    return {
+        "weights": [torch.rand(NEURONS, INPUTS), torch.rand(NEURONS, OUTPUTS)],
+        "coefficients": [code["values"], code["values"]],
+        "inputs": [torch.rand(BATCH, INPUTS), torch.rand(BATCH, OUTPUTS)],
+        "indices": code["indices"],
+        "lr": 0.1,
+        "momentum": 0.9,
+        "buffers": [torch.rand(NEURONS, INPUTS), torch.rand(NEURONS, OUTPUTS)],
+        "normalize": [True, True],
+    }
+
+
+GOOD: dict[str, Callable[[], Arguments]] = {
+    "topk": _topk,
+    "linear_topk": _linear_topk,
+    "linear_inhibit": _linear_inhibit,
+    "sparse_linear": _sparse_linear,
+    "count_active": _count_active,
+    "row_update": _row_update,
+}
+META = torch.device("meta")
+LAYER: list[tuple[Arguments, type[Exception], str]] = [
+    ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
+    ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
+    ({"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+    ({"weight": torch.ones(9, 5).half()}, TypeError, "weight has dtype torch.float16"),
+    ({"bias": torch.ones(9).double()}, TypeError, "bias has dtype torch.float64"),
+    ({"weight": torch.ones(9, 5, device=META)}, ValueError, "weight is on meta"),
+    ({"weight": torch.ones(9)}, ValueError, r"weight has shape \[9\], expected \[R, d\]"),
+    ({"x": torch.ones(4, 6)}, ValueError, r"x has shape \[4, 6\]"),
+    ({"x": torch.ones(())}, ValueError, r"x has shape \[\]"),
+    ({"bias": torch.ones(8)}, ValueError, r"bias has shape \[8\], expected \[9\]"),
+    ({"inhibition": "divide"}, ValueError, "inhibition='divide'"),
+    ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
+    ({"counts": torch.zeros(8).long()}, ValueError, r"counts has shape \[8\]"),
+    ({"counts": torch.zeros(9, device=META).long()}, ValueError, "counts is on meta"),
+]
+CODE: list[tuple[Arguments, type[Exception], str]] = [
+    ({"indices": torch.zeros(4, 2).int()}, TypeError, "indices have dtype torch.int32"),
+    ({"indices": torch.zeros(4, 3).long()}, ValueError, r"indices \[4, 3\]"),
+    ({"indices": torch.zeros(4, 2, device=META).long()}, ValueError, "indices is on meta"),
+]
+BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
+    "topk": [
+        ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
+        ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
+        ({"scores": torch.ones(4, 9).long()}, TypeError, "scores has dtype torch.int64"),
+        ({"scores": torch.ones(())}, ValueError, "at least one dimension"),
+        ({"boost": torch.ones(9).half()}, TypeError, "boost has dtype torch.float16"),
+        ({"boost": torch.ones(8)}, ValueError, r"boost has shape \[8\]"),
+        ({"boost": torch.ones(9, device=META)}, ValueError, "boost is on meta"),
+        ({"mask": torch.ones(9)}, TypeError, "mask has dtype torch.float32"),
+        ({"mask": torch.ones(8).bool()}, ValueError, r"mask has shape \[8\]"),
+        ({"mask": torch.ones(9, device=META).bool()}, ValueError, "mask is on meta"),
+    ],
+    "linear_topk": LAYER,
+    "linear_inhibit": [*LAYER, ({"gaba": torch.ones(8)}, ValueError, r"gaba has shape \[8\]")],
+    "sparse_linear": [
+        *CODE,
+        ({"values": torch.ones(4, 2).long()}, TypeError, "values has dtype torch.int64"),
+        ({"weight": torch.ones(9, 3).half()}, TypeError, "weight has dtype torch.float16"),
+        ({"weight": torch.ones(9)}, ValueError, r"weight has shape \[9\], expected \[R, C\]"),
+        ({"weight": torch.ones(9, 3, device=META)}, ValueError, "weight is on meta"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias has shape \[4\], expected \[3\]"),
+        ({"bias": torch.ones(3).half()}, TypeError, "bias has dtype torch.float16"),
+    ],
+    "count_active": [
+        *CODE,
+        ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
+        ({"counts": torch.zeros(9, device=META).long()}, ValueError, "counts is on meta"),
+        ({"counts": torch.zeros(()).long()}, ValueError, r"counts has shape \[\]"),
+        ({"last_active": torch.zeros(9)}, TypeError, "last_active has dtype torch.float32"),
+        ({"last_active": torch.zeros(8).long()}, ValueError, r"last_active has shape \[8\]"),
+    ],
+    "row_update": [
+        ({"weights": []}, ValueError, "weights is empty"),
+        ({"weights": [torch.rand(9, 5)]}, ValueError, "2 coefficients for 1 weights"),
+        ({"normalize": [True]}, ValueError, "1 normalize for 2 weights"),
+        ({"buffers": None}, ValueError, "momentum=0.9 and buffers must be given together"),
+        ({"momentum": 0.0}, ValueError, "momentum=0.0 and buffers must be given together"),
+        ({"indices": torch.zeros(4, 2).int()}, TypeError, "indices have dtype torch.int32"),
+        ({"indices": torch.zeros(4, 3).long()}, ValueError, r"indices \[4, 3\]"),
+        ({"indices": torch.zeros(4).long()}, ValueError, r"indices have shape \[4\]"),
+        ({"weights": [torch.rand(()), torch.rand(9, 3)]}, ValueError, r"weights\[0\] has shape"),
+        (
+            {"buffers": [torch.rand(9, 5), torch.rand(9, 3).half()]},
+            TypeError,
+            "buffers has dtype torch.float16",
+        ),
+        (
+            {"buffers": [torch.rand(9, 5), torch.rand(9, 3, device=META)]},
+            ValueError,
+            "buffers is on meta",
+        ),
+        (
+            {"weights": [torch.rand(9, 5), torch.rand(8, 3)]},
+            ValueError,
+            r"weights\[1\] has shape \[8, 3\]",
+        ),
+        (
+            {"weights": [torch.rand(9, 5), torch.rand(9, 3).half()]},
+            TypeError,
+            "coefficients has dtype torch.float32 but weight has torch.float16",
+        ),
+        (
+            {"inputs": [torch.rand(4, 5), torch.rand(4, 4)]},
+            ValueError,
+            r"inputs\[1\] has shape \[4, 4\], expected \[4, 3\]",
+        ),
+        (
+            {"inputs": [torch.rand(4, 5, device=META), torch.rand(4, 3)]},
+            ValueError,
+            "inputs is on meta",
+        ),
+        (
+            {"buffers": [torch.rand(9, 5), torch.rand(9, 4)]},
+            ValueError,
+            r"buffers\[1\] has shape \[9, 4\]",
+        ),
+    ],
+}
+GRID = [
+    pytest.param(op, *bad, id=f"{op}-{number}-{next(iter(bad[0]))}")
+    for op, cases in BAD.items()
+    for number, bad in enumerate(cases)
+]
+
+
+def tensors(arguments: Arguments) -> list[Tensor]:
+    values = [v for a in arguments.values() for v in (a if isinstance(a, list) else [a])]
+    return [v for v in values if isinstance(v, Tensor) and not v.is_meta]
+
+
+@pytest.mark.parametrize(("op", "wrong", "error", "message"), GRID)
+def test_refused(op: str, wrong: Arguments, error: type[Exception], message: str) -> None:
+    arguments = GOOD[op]() | wrong
+    before = [t.clone() for t in tensors(arguments)]
+    with pytest.raises(error, match=message) as raised:
+        getattr(sk, op)(**arguments)
+    assert str(raised.value).startswith(f"{op}: ")
+    for after, original in zip(tensors(arguments), before, strict=True):
+        assert torch.equal(after, original)
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_the_same_arguments_without_the_fault_are_served(op: str) -> None:
+    getattr(sk, op)(**GOOD[op]())
+
+
+@pytest.mark.parametrize("op", GOOD)
+def test_unknown_implementation(op: str) -> None:
+    arguments = GOOD[op]()
+    before = [t.clone() for t in tensors(arguments)]
+    with pytest.raises(ValueError, match=rf"{op}: impl='magic' is not one of .*reference"):
+        getattr(sk, op)(**arguments, impl="magic")
+    for after, original in zip(tensors(arguments), before, strict=True):
+        assert torch.equal(after, original)

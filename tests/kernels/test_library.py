@@ -1,0 +1,275 @@
+"""torch.compile, autocast and no_grad of every public function; opcheck of the Triton operators."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import INTERPRETED, triton_only
+from torch import Tensor
+
+import ssd_kernels as sk
+from ssd_kernels import _dispatch, _library
+
+# Compiled on CPU, the traceable path serves; "triton" is the operators of _library.
+IMPLS = [None, triton_only("triton")]
+BATCH, SLOTS, NEURONS, OUTPUTS, INPUTS = 6, 3, 17, 5, 8
+
+Run = Callable[[str | None], list[Tensor]]
+
+
+def _topk(device: str) -> Run:
+    scores = torch.randn(BATCH, NEURONS, device=device, requires_grad=True)
+    boost = torch.rand(NEURONS, device=device)
+    mask = torch.rand(NEURONS, device=device) > 0.3
+
+    def run(impl: str | None) -> list[Tensor]:
+        plain = sk.topk(scores, SLOTS, impl=impl)
+        chosen = sk.topk(scores, SLOTS, boost=boost, mask=mask, impl=impl)
+        return [*plain[:2], *chosen[:2]]
+
+    return run
+
+
+def _linear_topk(device: str) -> Run:
+    x, weight, bias = _layer(device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
+        out = sk.linear_topk(
+            x, weight, SLOTS, bias, inhibition="subtract", threshold=True, counts=counts
+        )
+        assert out.threshold is not None
+        return [out.values, out.indices, out.threshold, counts]
+
+    return run
+
+
+def _linear_inhibit(device: str) -> Run:
+    x, weight, bias = _layer(device)
+    gaba = torch.rand(NEURONS, device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
+        return [sk.linear_inhibit(x, weight, SLOTS, gaba, bias, counts=counts), counts]
+
+    return run
+
+
+def _layer(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    shapes: list[tuple[int, ...]] = [(BATCH, INPUTS), (NEURONS, INPUTS), (NEURONS,)]
+    x, weight, bias = (torch.randn(s, device=device, requires_grad=True) for s in shapes)
+    return x, weight, bias
+
+
+def _code(device: str) -> tuple[Tensor, Tensor]:
+    order = torch.rand(BATCH, NEURONS, device=device).argsort(dim=1)
+    return torch.rand(BATCH, SLOTS, device=device, requires_grad=True), order[:, :SLOTS]
+
+
+def _sparse_linear(device: str) -> Run:
+    values, indices = _code(device)
+    weight = torch.randn(NEURONS, OUTPUTS, device=device, requires_grad=True)
+    bias = torch.randn(OUTPUTS, device=device, requires_grad=True)
+    return lambda impl: [sk.sparse_linear(values, indices, weight, bias, impl=impl)]
+
+
+def _count_active(device: str) -> Run:
+    values, indices = _code(device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
+        last = torch.full_like(counts, -1)
+        sk.count_active(values, indices, counts, last, 4, impl=impl)
+        sk.count_active(values, indices, counts, impl=impl)
+        return [counts, last]
+
+    return run
+
+
+def _row_update(device: str) -> Run:
+    values, indices = _code(device)
+    widths = (INPUTS, OUTPUTS)
+    starts = [torch.rand(NEURONS, w, device=device) for w in widths]
+    inputs = [torch.randn(BATCH, w, device=device) for w in widths]
+
+    def run(impl: str | None) -> list[Tensor]:
+        weights, buffers = [w.clone() for w in starts], [w + 1 for w in starts]
+        settings: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "normalize": [True, False]}
+        norms = [
+            sk.row_update(weights, [values, values], inputs, indices, impl=impl, **settings),
+            sk.row_update(
+                weights,
+                [values, values],
+                inputs,
+                indices,
+                momentum=0.9,
+                buffers=buffers,
+                impl=impl,
+                **settings,
+            ),
+        ]
+        return [*norms, *weights, *buffers]
+
+    return run
+
+
+CASES = {
+    "topk": _topk,
+    "linear_topk": _linear_topk,
+    "linear_inhibit": _linear_inhibit,
+    "sparse_linear": _sparse_linear,
+    "count_active": _count_active,
+    "row_update": _row_update,
+}
+
+
+def gradients(outputs: list[Tensor]) -> list[Tensor]:
+    """Of every leaf that the differentiable outputs reach, in a fixed order."""
+    reached = [o for o in outputs if o.requires_grad]
+    leaves: dict[int, Tensor] = {}
+    pending = [o.grad_fn for o in reached]
+    while pending:
+        node = pending.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+        pending += [parent for parent, _ in node.next_functions]
+    ordered = sorted(leaves.values(), key=lambda leaf: tuple(leaf.shape))
+    loss = [o.double().square().sum() for o in reached]
+    return list(torch.autograd.grad(sum(loss), ordered)) if reached else []  # type: ignore[arg-type]
+
+
+def check_compiled(name: str, impl: str | None, backend: str, device: str) -> None:
+    torch._dynamo.reset()
+    run = CASES[name](device)
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    eager, traced = run(impl), compiled(impl)
+    for got, want in zip(traced, eager, strict=True):
+        torch.testing.assert_close(got, want)
+    expected = gradients(eager)
+    assert bool(expected) == any(o.is_floating_point() and o.requires_grad for o in eager)
+    for got, want in zip(gradients(traced), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_to_one_graph(name: str, impl: str | None, device: str) -> None:
+    check_compiled(name, impl, "aot_eager", device)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="inductor's own Triton kernels need the compiler")
+@pytest.mark.skipif(
+    not torch.cuda.is_available()
+    and shutil.which("g++") is None
+    and shutil.which("clang++") is None,
+    reason="inductor needs a C++ compiler, and neither g++ nor clang++ is installed here",
+)
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_with_inductor(name: str, device: str) -> None:
+    check_compiled(name, None, "inductor", device)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CASES)
+def test_no_grad(name: str, impl: str | None, device: str) -> None:
+    run = CASES[name](device)
+    with torch.no_grad():
+        without = run(impl)
+    for got, want in zip(without, run(impl), strict=True):
+        assert not got.requires_grad
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["linear_topk", "linear_inhibit", "sparse_linear"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(name: str, compiled: bool, device: str) -> None:
+    torch._dynamo.reset()
+    run = CASES[name](device)
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device, torch.bfloat16):
+        outputs = run(None)
+    assert outputs[0].dtype == torch.bfloat16
+    # The leaves are fp32, and so are their gradients.
+    leaf_gradients = gradients(outputs)
+    assert leaf_gradients
+    assert {g.dtype for g in leaf_gradients} == {torch.float32}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, device: str) -> None:
+    torch._dynamo.reset()
+    values, indices = _code(device)
+    inputs = torch.randn(BATCH, INPUTS, device=device)
+
+    def step(weight: Tensor, lr: float) -> Tensor:
+        return sk.row_update([weight], [values], [inputs], indices, lr=lr, impl=impl)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, expected = torch.ones(2, NEURONS, INPUTS, device=device)
+    for lr in (0.1, 0.05, 0.025):
+        torch.testing.assert_close(compiled(ours, lr), step(expected, lr))
+    torch.testing.assert_close(ours, expected)
+
+
+def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    values, indices = _code(device)
+    plain = values.detach()
+    scores = torch.randn(BATCH, NEURONS, device=device, requires_grad=True)
+    boost, mask = torch.rand(NEURONS, device=device), torch.rand(NEURONS, device=device) > 0.3
+    weight = torch.randn(NEURONS, OUTPUTS, device=device, requires_grad=True)
+    bias = torch.randn(OUTPUTS, device=device, requires_grad=True)
+    grad = torch.randn(BATCH, OUTPUTS, device=device)
+    counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
+    now = torch.tensor(3, device=device)
+    weights = [torch.rand(NEURONS, w, device=device) for w in (INPUTS, OUTPUTS)]
+    buffers = [w.clone() for w in weights]
+    inputs = [torch.randn(BATCH, w, device=device) for w in (INPUTS, OUTPUTS)]
+    update = (weights, [plain, plain], inputs, indices, 0.1)
+    backward = (grad, plain, indices, weight.detach())
+    return {
+        "topk": (_library.topk_op, (scores, SLOTS, None, None)),
+        "topk chosen": (_library.topk_op, (scores, SLOTS, boost, mask)),
+        "sparse_linear": (_library.sparse_linear_op, (values, indices, weight, bias)),
+        "sparse_linear no bias": (_library.sparse_linear_op, (values, indices, weight, None)),
+        "backward": (_library.sparse_linear_backward_op, (*backward, True, True)),
+        "backward of values": (_library.sparse_linear_backward_op, (*backward, True, False)),
+        "count_active": (_library.count_active_op, (plain, indices, counts, counts.clone(), now)),
+        "count_active only": (_library.count_active_op, (plain, indices, counts, None, now)),
+        "row_update": (_library.row_update_op, (*update, 0.5, True, [True, False], 0.9, buffers)),
+        "row_update plain": (_library.row_update_op, (*update, None, False, [False] * 2, 0.0, [])),
+    }
+
+
+@pytest.mark.parametrize("impl", [triton_only("triton")])
+@pytest.mark.parametrize("name", _opcheck_cases("cpu"))
+def test_opcheck(name: str, impl: str, device: str) -> None:
+    operator, arguments = _opcheck_cases(device)[name]
+    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("impl", [triton_only("triton")])
+@pytest.mark.parametrize("name", ["topk", "sparse_linear", "count_active", "row_update"])
+def test_operators_serve_compiled_calls_only(
+    name: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    called = []
+    operator = _dispatch.COMPILED[name]
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return operator(*args, **kwargs)
+
+    monkeypatch.setitem(_dispatch.COMPILED, name, spy)
+    run = CASES[name](device)
+    run(impl)
+    assert not called
+    torch.compile(lambda: run(impl), backend="eager")()
+    assert called

@@ -1,0 +1,285 @@
+"""row_update against the specification in fp64, over every implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import INTERPRETED, triton_only
+from torch import Tensor
+
+from ssd_kernels import _tuning, row_update
+
+IMPLS = ["reference", "torch", triton_only("triton")]
+FAST = ["torch", triton_only("triton")]
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"max_norm": 0.5},
+    {"max_norm": 1e6, "nonnegative": True},
+    {"normalize": [True, False]},
+    {"max_norm": 1.0, "nonnegative": True, "normalize": [True, True], "momentum": 0.9},
+]
+
+
+class Step:
+    """One update's inputs; `run` works on copies and returns the norm and all it wrote."""
+
+    def __init__(
+        self, batch: int, slots: int, neurons: int, widths: list[int], device: str = "cpu"
+    ) -> None:
+        self.weights = [torch.rand(neurons, w, device=device) for w in widths]
+        self.buffers = [torch.randn(neurons, w, device=device) for w in widths]
+        self.inputs = [torch.randn(batch, w, device=device) for w in widths]
+        self.indices = torch.randint(neurons, (batch, slots), device=device)
+        # Some slots are idle, each for its own matrices.
+        self.coefficients = [torch.randn(batch, slots, device=device).relu() for _ in widths]
+
+    def run(self, impl: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+        weights = [w.to(dtype, copy=True) for w in self.weights]
+        buffers = [b.to(dtype, copy=True) for b in self.buffers] if "momentum" in options else None
+        coefficients = [c.to(dtype) for c in self.coefficients]
+        inputs = [i.to(dtype) for i in self.inputs]
+        norm = row_update(
+            weights,
+            coefficients,
+            inputs,
+            self.indices,
+            lr=0.1,
+            buffers=buffers,
+            impl=impl,
+            **options,
+        )
+        return [norm, *weights, *(buffers or [])]
+
+    def round_to(self, dtype: torch.dtype) -> Step:
+        for tensors in (self.weights, self.buffers, self.inputs, self.coefficients):
+            tensors[:] = [t.to(dtype).to(t.dtype) for t in tensors]
+        return self
+
+
+def check_tolerance(step: Step, impl: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    step.round_to(dtype)
+    exact = step.run("reference", torch.float64, **options)
+    native = step.run("reference", dtype, **options)
+    for ours, plain, truth in zip(step.run(impl, dtype, **options), native, exact, strict=True):
+        assert ours.dtype == dtype
+        epsilon = torch.finfo(dtype).eps * truth.abs().max().clamp(min=1)
+        assert (ours - truth).abs().max() <= (plain - truth).abs().max() + epsilon
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_close_to_fp64(impl: str, dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
+    check_tolerance(Step(6, 4, 15, [20, 3], device), impl, dtype, options)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("widths", [[1], [2100], [300, 5, 70]])
+def test_widths(impl: str, widths: list[int], device: str) -> None:
+    normalize = [True] * len(widths)
+    options = {"max_norm": 1.0, "nonnegative": True, "normalize": normalize, "momentum": 0.5}
+    check_tolerance(Step(3, 4, 9, widths, device), impl, torch.float32, options)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "slots", "neurons", "widths"),
+    [(128, 10, 10_000, [256, 10]), (1024, 64, 65_536, [1024, 300]), (600, 33, 1001, [4097, 1])],
+)
+def test_close_to_fp64_on_cuda(
+    options: dict[str, Any], batch: int, slots: int, neurons: int, widths: list[int]
+) -> None:
+    check_tolerance(Step(batch, slots, neurons, widths, "cuda"), "triton", torch.float32, options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_hand_computed(impl: str, device: str) -> None:
+    weight = torch.tensor([[3.0, 4.0], [1.0, 1.0], [0.5, 0.5], [7.0, 7.0]], device=device)
+    norm = row_update(
+        [weight],
+        [torch.tensor([[1.0, 2.0], [1.0, 0.0]], device=device)],
+        [torch.tensor([[3.0, 0.0], [0.0, 4.0]], device=device)],
+        torch.tensor([[0, 1], [1, 3]], device=device),
+        lr=0.5,
+        nonnegative=True,
+        impl=impl,
+    )
+    # Row 0 moves by (3, 0), row 1 by (6, 4); row 3 has only an idle slot.
+    assert weight.tolist() == [[1.5, 4.0], [0.0, 0.0], [0.5, 0.5], [7.0, 7.0]]
+    assert norm.shape == ()
+    assert norm.item() == pytest.approx((9 + 36 + 16) ** 0.5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_untouched_rows_keep_their_bits(impl: str, device: str) -> None:
+    step = Step(4, 3, 40, [10, 6], device)
+    touched = torch.zeros(40, dtype=torch.bool, device=device)
+    for coefficient in step.coefficients:
+        touched[step.indices[coefficient != 0]] = True
+    assert not touched.all()
+    options = {"max_norm": 0.1, "nonnegative": True, "normalize": [True, True], "momentum": 0.9}
+    # Negative entries and rows off the unit sphere: projecting them would show.
+    step.weights = [w - 0.5 for w in step.weights]
+    _, *written = step.run(impl, torch.float32, **options)
+    for after, before in zip(written, step.weights + step.buffers, strict=True):
+        assert torch.equal(after[~touched], before[~touched])
+        assert (after[touched] != before[touched]).any(-1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_row_touched_through_one_matrix_moves_in_all(impl: str, device: str) -> None:
+    weights = [torch.full((2, 3), 2.0, device=device) for _ in range(2)]
+    row_update(
+        weights,
+        [torch.tensor([[1.0]], device=device), torch.tensor([[0.0]], device=device)],
+        [torch.zeros(1, 3, device=device), torch.ones(1, 3, device=device)],
+        torch.tensor([[1]], device=device),
+        lr=1.0,
+        normalize=[False, True],
+        impl=impl,
+    )
+    torch.testing.assert_close(weights[1][1].norm().item(), 1.0)
+    assert weights[1][0].tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_all_zero_row_stays_zero(impl: str, device: str) -> None:
+    weight = torch.ones(1, 3, device=device)
+    row_update(
+        [weight],
+        [torch.ones(1, 1, device=device)],
+        [torch.full((1, 3), 5.0, device=device)],
+        torch.zeros(1, 1, dtype=torch.int64, device=device),
+        lr=1.0,
+        nonnegative=True,
+        normalize=[True],
+        impl=impl,
+    )
+    assert weight.tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_active_changes_nothing(impl: str, batch: int, device: str) -> None:
+    step = Step(batch, 3, 5, [4, 2], device)
+    step.coefficients = [torch.zeros_like(c) for c in step.coefficients]
+    norm, *written = step.run(impl, torch.float32, max_norm=1.0, normalize=[True, True])
+    assert norm.item() == 0.0
+    for after, before in zip(written, step.weights, strict=True):
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_is_not_hidden(impl: str, device: str) -> None:
+    step = Step(2, 2, 4, [3, 2], device)
+    step.inputs[0][0, 0] = float("nan")
+    step.coefficients[0][:] = 1.0
+    norm, first, _ = step.run(impl, torch.float32, max_norm=1.0, nonnegative=True)
+    assert norm.isnan()
+    assert first[step.indices[0]].isnan().any()
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_strided_weights(impl: str, device: str) -> None:
+    step = Step(4, 3, 9, [6, 5], device)
+    expected = step.run(impl, torch.float32, max_norm=0.5)
+    padded = torch.zeros(9, 20, device=device)
+    weights = [padded[:, 3:9], step.weights[1].t().contiguous().t()]
+    for view, weight in zip(weights, step.weights, strict=True):
+        view.copy_(weight)
+    norm = row_update(
+        weights, step.coefficients, step.inputs, step.indices, lr=0.1, max_norm=0.5, impl=impl
+    )
+    for got, want in zip([norm, *weights], expected, strict=True):
+        torch.testing.assert_close(got, want)
+    assert not padded[:, :3].any()
+    assert not padded[:, 9:].any()
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_bit_identical_from_run_to_run(impl: str, device: str) -> None:
+    step = Step(20, 4, 3, [17, 5], device)
+    options = {"max_norm": 0.5, "normalize": [True, False], "momentum": 0.9}
+    first = step.run(impl, torch.float32, **options)
+    for _ in range(3 if INTERPRETED else 20):
+        for again, once in zip(step.run(impl, torch.float32, **options), first, strict=True):
+            assert torch.equal(again, once)
+
+
+@pytest.mark.parametrize("impl", [triton_only("triton")])
+def test_no_memory_is_read_before_it_is_written(
+    impl: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Step(5, 3, 4, [300, 6], device)
+    expected = step.run(impl, torch.float32, max_norm=0.5)
+
+    def poisoned(*shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        fill = float("nan") if dtype.is_floating_point else 1
+        return torch.full(shape, fill, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for got, want in zip(step.run(impl, torch.float32, max_norm=0.5), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", [triton_only("triton")])
+def test_rows_longer_than_a_tile(impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (({}, {"BLOCK": 16, "num_warps": 1}),)
+    monkeypatch.setitem(_tuning.TABLE, "row_update", {"default": rows})
+    options = OPTIONS[-1]
+    check_tolerance(Step(4, 3, 7, [50, 16], device), impl, torch.float32, options)
+
+
+@hypothesis.given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, 0.3]),
+    st.integers(0, 999),
+)
+def test_torch_equals_the_specification(
+    batch: int,
+    slots: int,
+    neurons: int,
+    nonnegative: bool,
+    normalize: bool,
+    max_norm: float | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    step = Step(batch, slots, neurons, [3, 2])
+    options = {"nonnegative": nonnegative, "normalize": [normalize] * 2, "max_norm": max_norm}
+    expected = step.run("reference", torch.float64, **options)
+    for got, want in zip(step.run("torch", torch.float64, **options), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.cuda
+def test_cuda_graph_capture() -> None:
+    step = Step(128, 10, 10_000, [256, 10], "cuda")
+    expected = step.run("triton", torch.float32, max_norm=1.0, normalize=[True, False])
+    weights = [w.clone() for w in step.weights]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = row_update(
+            weights,
+            step.coefficients,
+            step.inputs,
+            step.indices,
+            lr=0.1,
+            max_norm=1.0,
+            normalize=[True, False],
+            impl="triton",
+        )
+    graph.replay()
+    for got, want in zip([norm, *weights], expected, strict=True):
+        assert torch.equal(got, want)
