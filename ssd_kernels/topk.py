@@ -416,8 +416,7 @@ class _TopK(torch.autograd.Function):
 def _triton(
     scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
 ) -> TopKOutput:
-    served = k <= MAX_K and scores.dtype in _dispatch.TRITON_DTYPES
-    if not served or torch.compiler.is_compiling():
+    if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
         return _torch(scores, k, boost=boost, mask=mask)
     flat = scores.reshape(-1, scores.shape[-1])
     if flat.requires_grad and torch.is_grad_enabled():
