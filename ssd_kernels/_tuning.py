@@ -3,7 +3,7 @@
 A row is (upper bounds on the shape, configuration). The first row whose bounds all hold serves, so
 rows go from small to large and the last has no bounds. A GPU without rows of its own, or that
 nobody measured, takes "default": small tiles that fit the shared memory and registers of every
-supported architecture.
+supported architecture. PROGRAMS is the most that are launched per multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Rows = tuple[tuple[Config, Config], ...]
 TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
-            ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
-            ({"neurons": 1024, "k": 32}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
-            ({}, {"TILE": 2048, "PROGRAMS": 8, "num_warps": 4}),
+            ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 64, "num_warps": 1}),
+            ({"neurons": 1024, "k": 32}, {"TILE": 1024, "PROGRAMS": 64, "num_warps": 1}),
+            ({}, {"TILE": 2048, "PROGRAMS": 32, "num_warps": 4}),
         ),
     },
     # Tiles of the product whose epilogue takes group maxima, by rows of the slab.

@@ -114,9 +114,9 @@ def _candidates(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # best, and if the tile alone overflows it (the first one does), floor is raised by bisection on
 # the tile. A random row of R has about k (1 + ln(R / k)) entries above a running k-th, so cuts are
 # rare: an element costs its load, about 6 instructions for the key, 2 to be counted and, in a tile
-# that has a candidate, about 12 for the prefix sum and the predicated store. Entries
-# of the buffer, packed (key, ~index), are distinct: counting how many exceed each puts it in place,
-# and the outcome is exact whatever the order of execution.
+# that has a candidate, about 12 for the prefix sum and the predicated store. Entries of the buffer,
+# packed (key, ~index), are distinct, so the rank of each is the number of those that exceed it, and
+# the outcome is exact whatever the order of execution.
 
 
 @jit
@@ -324,9 +324,9 @@ def _parts(batch: int, neurons: int, k: int, device: torch.device) -> int:
     chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     multiprocessors = _tuning.multiprocessors(device)
-    if tiles < 4 or batch >= 2 * multiprocessors:
+    if tiles < 8 or batch >= 2 * multiprocessors:
         return 1
-    return min(tiles, max(1, multiprocessors * chosen["PROGRAMS"] // batch))
+    return min(tiles, 8 * multiprocessors // batch)
 
 
 def _launch(

@@ -19,7 +19,7 @@ IMPLS = ["reference", "torch", triton_only("triton")]
 FAST = ["torch", triton_only("triton")]
 # bfloat16 does not exist in Triton's interpreter.
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
-SHAPES = [(1, 1, 1), (3, 17, 17), (2, 63, 1), (4, 1000, 10), (2, 600, 256), (3, 2050, 64)]
+SHAPES = [(1, 1, 1), (2, 17, 17), (2, 63, 1), (3, 1000, 10), (1, 600, 256), (2, 2050, 64)]
 LARGE = [(512, 1024, 10), (64, 100_003, 128), (5, 131_072, 64), (2, 3_000_001, 200)]
 
 
@@ -121,24 +121,24 @@ def test_agrees_with_the_specification(
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "neurons", "k"), [(5, 1000, 10), (1, 1000, 33), (2, 130, 64)])
+@pytest.mark.parametrize("kind", ["normal", "zero", "ascending", "special"])
+@pytest.mark.parametrize(("batch", "neurons", "k"), [(5, 400, 10), (1, 515, 33), (2, 570, 20)])
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_many_tiles_and_parts(
     impl: str, batch: int, neurons: int, k: int, kind: str, device: str
 ) -> None:
-    """5 rows stream through few programs; 1 and 2 rows are shared out over parts and merged."""
+    """5 rows stream through 4 programs; 1 or 2 are shared out, over short and empty parts too."""
     scores = fill(kind, batch, neurons, torch.float32).to(device)
     agrees(scores, k, impl)
-    agrees(scores, k, impl, mask=torch.rand(neurons, device=device) < 0.05)
-    agrees(scores, k, impl, boost=torch.rand(neurons, device=device))
+    mask = torch.rand(neurons, device=device) < 0.05
+    agrees(scores, k, impl, mask=mask, boost=torch.rand(neurons, device=device))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("allowed", [0.0, 0.01, 0.5, 1.0])
 @pytest.mark.parametrize("impl", FAST)
 def test_mask_and_boost(impl: str, allowed: float, kind: str, device: str) -> None:
-    scores = fill(kind, 3, 300, torch.float32).to(device)
+    scores = fill(kind, 2, 300, torch.float32).to(device)
     boost = torch.rand(300, device=device)
     mask = torch.rand(300, device=device) < allowed
     agrees(scores, 20, impl, mask=mask)
@@ -147,12 +147,12 @@ def test_mask_and_boost(impl: str, allowed: float, kind: str, device: str) -> No
 
 @pytest.mark.parametrize("impl", FAST)
 def test_layouts(impl: str, device: str) -> None:
-    scores = torch.randn(6, 4, 90, device=device)
+    scores = torch.randn(2, 5, 40, device=device)
     agrees(scores, 5, impl)
     agrees(scores[:, 0], 5, impl)
     agrees(scores[..., ::2], 5, impl)
     agrees(scores[0, 0], 5, impl)
-    agrees(scores.transpose(0, 2), 3, impl)
+    agrees(scores.transpose(1, 2), 3, impl)
     agrees(scores[:, :0], 5, impl)
 
 
@@ -187,7 +187,7 @@ def test_gradcheck(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FAST)
 def test_repeats_are_bit_equal_and_overwrite_poison(impl: str, device: str) -> None:
-    scores = fill("ties", 4, 700, torch.float32).to(device).requires_grad_()
+    scores = fill("ties", 2, 700, torch.float32).to(device).requires_grad_()
     expected = reference.topk(scores, 30)
     (expected_grad,) = torch.autograd.grad(expected.values.square().sum(), scores)
     torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN

@@ -1,0 +1,1 @@
+"""Benchmarks of this repository; not part of the installed packages."""

@@ -1,0 +1,48 @@
+"""What the cases of every op share: implementations by name, compiled variants, inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Provider, Shape
+
+# What serves CUDA tensors alone; an implementation that is not named is tried on CPU too.
+CUDA_ONLY = {"triton", "fused"}
+
+
+def implementations(op: str, device: torch.device) -> list[str]:
+    """The names in the op's table, the specification left out: it is not meant to be fast."""
+    table: Mapping[str, Any] = import_module(f"ssd_kernels.{op}").IMPLEMENTATIONS
+    hidden = {"reference"} | (set() if device.type == "cuda" else CUDA_ONLY)
+    return [name for name in table if name not in hidden]
+
+
+def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, Provider]:
+    """`ours`, as a user gets it, and each implementation by name; call(set, impl=) -> result."""
+    named: dict[str, Provider] = {"ours": partial(call, impl=None)}
+    for impl in implementations(op, device):
+        named[f"ours:{impl}"] = partial(call, impl=impl)
+    return named
+
+
+def compiled(device: torch.device, name: str, provider: Provider) -> dict[str, Provider]:
+    """torch.compile of a provider, on CUDA: on CPU its compile time alone breaks the minute."""
+    if device.type != "cuda":
+        return {}
+    return {f"{name} (compile)": torch.compile(provider, dynamic=False)}
+
+
+def normal(shape: Shape, device: torch.device, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, device=device, dtype=torch.float32).to(shape.dtype)
+
+
+def distinct(batch: int, neurons: int, k: int, device: torch.device) -> Tensor:
+    """[B, k] int64: a random start a row and equal steps from there, so no neuron twice."""
+    start = torch.randint(neurons, (batch, 1), device=device)
+    return (start + torch.arange(k, device=device) * (neurons // k)) % neurons

@@ -1,0 +1,151 @@
+"""The one CSV schema of every benchmark in this project: one row a measurement."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MODES = ("forward", "backward", "full", "step")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. The figures are None where the provider failed its correctness gate."""
+
+    op: str
+    provider: str
+    mode: str  # one of MODES; full is forward + backward
+    dtype: str
+    shape: dict[str, int]
+    metric: str  # time | bandwidth | compute | memory, or a name of the benchmark's own
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    unit: str
+    roofline_fraction: float | None
+    correct: bool
+    device: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"Row: mode={self.mode!r} is not one of {', '.join(MODES)}")
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+NUMBERS = ("p20", "p50", "p80", "roofline_fraction")
+
+
+class Writer:
+    """Writes rows to a CSV file as they come, so that a killed run leaves what it had.
+
+    Each row is stamped with device, torch, triton, commit and date. Use as a context manager.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.stamp: dict[str, Any] = {
+            "device": device,
+            "torch": torch.__version__,
+            "triton": installed("triton"),
+            "commit": commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self.rows: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._csv = csv.writer(self._file)
+        self._csv.writerow(COLUMNS)
+
+    def write(self, row: Row) -> None:
+        row = replace(row, **self.stamp)
+        self.rows.append(row)
+        self._csv.writerow(_cells(row))
+        self._file.flush()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file; ValueError if its columns are not this schema's."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file)
+        if tuple(lines.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path.name}: columns {lines.fieldnames} are not {list(COLUMNS)}")
+        return [_row(line) for line in lines]
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's as the operating system gives it and the cores in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M)
+        name = found[1].strip() if found else name
+    return f"CPU: {name}, threads: {torch.get_num_threads()}"
+
+
+def results_folder(device: torch.device) -> Path:
+    """benchmarks/results/<gpu>, or benchmarks/results/cpu."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or an empty string."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """The commit of the checkout, '-dirty' if changed; GIT_COMMIT where git is not there."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cells(row: Row) -> list[str]:
+    cells = asdict(row) | {"shape": json.dumps(row.shape), "correct": str(row.correct).lower()}
+    for name in NUMBERS:
+        cells[name] = "" if cells[name] is None else f"{cells[name]:.6g}"
+    return [cells[name] for name in COLUMNS]
+
+
+def _row(line: Mapping[str, str]) -> Row:
+    parsed: dict[str, Any] = dict(line)
+    parsed |= {name: float(line[name]) if line[name] else None for name in NUMBERS}
+    parsed |= {"shape": json.loads(line["shape"]), "correct": line["correct"] == "true"}
+    return Row(**parsed)

@@ -1,0 +1,151 @@
+"""Cases of the ops that select: topk, linear_topk, linear_inhibit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import ssd_kernels as ours
+from benchmarks import gate, peers
+from benchmarks.cases import Case, Provider, Shape
+from benchmarks.common import compiled, impls, normal
+from ssd_kernels import reference
+
+
+def topk(shape: Shape, device: torch.device) -> Case:
+    batch, neurons, k = (shape.sizes[name] for name in ("B", "R", "k"))
+    bytes_each = shape.dtype.itemsize
+
+    def library(scores: Tensor) -> Any:
+        return torch.topk(scores, k)
+
+    providers: dict[str, Provider] = impls(
+        "topk", device, lambda scores, impl: ours.topk(scores, k, impl=impl)[:2]
+    )
+    providers["torch.topk"] = library
+    providers |= compiled(device, "torch.topk", library)
+    for name, peer in peers.topk(device).items():
+        providers[name] = partial(peer, k)
+    return Case(
+        shape.op,
+        shape.mode,
+        shape.dtype,
+        shape.sizes,
+        lambda: normal(shape, device, batch, neurons),
+        providers,
+        lambda _, scores, result: gate.topk(scores, *result),
+        batch * neurons * bytes_each + batch * k * (bytes_each + 8),
+    )
+
+
+def linear_topk(shape: Shape, device: torch.device) -> Case:
+    batch, d, neurons, k = (shape.sizes[name] for name in ("B", "d", "R", "k"))
+    full = shape.mode == "full"
+    counts = torch.zeros(neurons, dtype=torch.int64, device=device)
+
+    def inputs() -> Any:
+        x = normal(shape, device, batch, d).requires_grad_(full)
+        weight = normal(shape, device, neurons, d).requires_grad_(full)
+        bias = normal(shape, device, neurons).requires_grad_(full)
+        # One gradient a row: the neurons' order in it is then no provider's business.
+        return x, weight, bias, normal(shape, device, batch, 1).expand(-1, k).contiguous()
+
+    def mode(select: Callable[[Tensor, Tensor, Tensor], Any]) -> Provider:
+        def forward(given: Any) -> Any:
+            return tuple(select(*given[:3]))[:2]
+
+        def both(given: Any) -> Any:
+            values, indices = forward(given)
+            grads = torch.autograd.grad(values, given[:3], given[3])
+            return values.detach(), indices, *grads
+
+        return both if full else forward
+
+    def library(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        values, indices = torch.topk(F.linear(x, weight, bias), k)
+        return values.relu(), indices
+
+    def library_and_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        values, indices = ours.topk(F.linear(x, weight, bias), k)[:2]
+        return values.relu(), indices
+
+    def call(given: Any, impl: str | None, counts: Tensor | None = None) -> Any:
+        return mode(lambda x, w, b: ours.linear_topk(x, w, k, b, counts=counts, impl=impl))(given)
+
+    providers = impls("linear_topk", device, call)
+    providers["ours+counts"] = lambda given: call(given, None, counts)
+    providers["F.linear + torch.topk"] = mode(library)
+    providers["F.linear + our topk"] = mode(library_and_ours)
+    if not full:
+        providers |= compiled(device, "F.linear + torch.topk", mode(library))
+        providers["F.linear alone"] = lambda given: F.linear(*given[:3])
+    for name, peer in peers.encoder(device).items():
+        providers[name] = mode(partial(peer, k))
+
+    def check(name: str, given: Any, result: Any) -> str:
+        x, weight, bias = (t.detach() for t in given[:3])
+        if name == "F.linear alone":
+            return gate.linear(x, weight, bias, result)
+        values, indices, *grads = result
+        rounded = not name.startswith("ours")
+        return gate.linear_topk(x, weight, bias, values, indices, rounded=rounded) or (
+            gate.linear_topk_gradients(given[:3], values, indices, given[3][:, :1], grads)
+            if full
+            else ""
+        )
+
+    each = shape.dtype.itemsize
+    size = (batch * d + neurons * d + neurons) * each + batch * k * (each + 8)
+    operations = 2 * batch * d * neurons
+    if full:
+        # Read x and the active rows of W, write dx and dW.
+        size += (2 * batch * d + min(batch * k, neurons) * d + neurons * d) * each
+        operations += 4 * batch * k * d
+    return Case(
+        shape.op, shape.mode, shape.dtype, shape.sizes, inputs, providers, check, size, operations
+    )
+
+
+def linear_inhibit(shape: Shape, device: torch.device) -> Case:
+    batch, d, neurons, k = (shape.sizes[name] for name in ("B", "d", "R", "k"))
+
+    def inputs() -> Any:
+        gaba = torch.linspace(-1, 1, neurons, device=device, dtype=shape.dtype)
+        sizes = ((batch, d), (neurons, d), (neurons,))
+        return *(normal(shape, device, *size) for size in sizes), gaba
+
+    def library(given: Any) -> Tensor:
+        x, weight, bias, gaba = given
+        a = F.linear(x, weight, bias).relu()
+        return (a - gaba * torch.topk(a, k + 1).values[:, k:]).relu()
+
+    def call(given: Any, impl: str | None) -> Any:
+        x, weight, bias, gaba = given
+        return ours.linear_inhibit(x, weight, k, gaba, bias, impl=impl)
+
+    def check(_: str, given: Any, result: Tensor) -> str:
+        rows = gate.sample_rows(given[0])
+        x, weight, bias, gaba = (t.double() for t in given)
+        true = reference.linear_inhibit(x[rows], weight, k, gaba, bias)
+        return gate.close("h", result[rows], true)
+
+    named = "F.linear + torch.topk"
+    providers = impls("linear_inhibit", device, call) | {named: library}
+    each = shape.dtype.itemsize
+    size = (batch * d + neurons * d + 2 * neurons + batch * neurons) * each
+    return Case(
+        shape.op,
+        shape.mode,
+        shape.dtype,
+        shape.sizes,
+        inputs,
+        providers | compiled(device, named, library),
+        check,
+        size,
+        2 * batch * d * neurons,
+    )

@@ -1,0 +1,179 @@
+"""Every setting of a run, every number of the papers, and the named presets.
+
+SSD = Xue et al., AAAI 2026 (arXiv 2512.15267). SDMLP = Bricken et al., ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
+from typing import Any
+
+from ssd.errors import UserError
+
+METHODS = ("sdmlp", "ssd", "lwf", "ewc", "ssd+ewc", "lwf+ewc")
+
+# EWC importance (SDMLP code, "memory" variant): this many batches of this size; the squared
+# gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
+FISHER_BATCHES = 6
+FISHER_BATCH_SIZE = 512
+FISHER_DIVISOR = 5 * 512
+
+# Sizes and counts stay below this: neurons are indexed with 32 bits.
+LIMIT = 2**31
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that the command line offers under the same name."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers of one run; equal configs give equal results."""
+
+    dataset: str = _setting("mnist", "data set")
+    features: str | None = _setting(None, "feature file (.npz or .pt) for --dataset features")
+    method: str = _setting("ssd", "what is trained: SDMLP alone or with the named parts", METHODS)
+    tasks: int = _setting(5, "number of tasks; must divide the number of classes; 50 for cifar100")
+    seed: int = _setting(0, "seed of initialisation, data order and class order; 0: in order")
+    validation: float = _setting(
+        0.0, "evaluate on this fraction of the training data instead of the test set"
+    )
+
+    epochs: int = _setting(20, "epochs a task")
+    batch_size: int = _setting(128, "samples a step")
+    lr: float = _setting(0.05, "learning rate of SGD")
+    momentum: float = _setting(0.0, "momentum of SGD; also moves inactive neurons")
+    max_norm: float = _setting(1.0, "clip of the global gradient norm")
+
+    neurons: int = _setting(1000, "hidden neurons R")
+    k: int = _setting(10, "neurons active for an input")
+    inhibition: str = _setting("subtract", "how the top-k pass on", ("subtract", "mask"))
+    schedule: str = _setting(
+        "gaba",
+        "from dense to k-sparse: GABA switch, k falling linearly, or at once",
+        ("gaba", "linear", "flat"),
+    )
+    anneal_samples: int = _setting(
+        100_000, "GABA: activations of a neuron until it is inhibited in full; linear: samples"
+    )
+
+    alpha: float = _setting(0.7, "weight of the cross entropy; the rest distils")
+    lam: float = _setting(0.1, "lambda: share of the hidden term in the distillation; 0 is LwF")
+    temperature: float = _setting(8.0, "temperature T of both distillation terms")
+    subnetwork: float = _setting(1.0, "n / k: size of the distilled subnetwork in units of k")
+    kl: str = _setting(
+        "reverse",
+        "reverse: KL(student || teacher); forward: KL(teacher || student)",
+        ("reverse", "forward"),
+    )
+    hidden: str = _setting("after", "hidden z after or before inhibition", ("after", "before"))
+    logits: str = _setting("all", "logits distilled: all outputs or classes seen", ("all", "seen"))
+    frequency: str = _setting(
+        "last", "activation frequency of the last task or accumulated", ("last", "accumulated")
+    )
+
+    ewc_coefficient: float = _setting(200.0, "strength of the EWC penalty")
+    ewc_beta: float = _setting(0.005, "inverse temperature of the EWC importance")
+
+    eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The method's parts: any of ssd, lwf, ewc."""
+        return frozenset(self.method.split("+")) - {"sdmlp"}
+
+    def validate(self) -> None:
+        """Raises UserError for a value that no run could use."""
+        self._validate_types()
+        for name in ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every"):
+            self._require(name, 1 <= getattr(self, name) < LIMIT, f"in 1..{LIMIT - 1}")
+        self._require("k", self.k <= self.neurons, f"at most --neurons {self.neurons}")
+        for name in ("lr", "max_norm", "temperature"):
+            self._require(name, 0 < getattr(self, name) < inf, "above 0 and finite")
+        self._require("anneal_samples", 1 <= self.anneal_samples < 2**63, "in 1..2^63-1")
+        self._require("seed", 0 <= self.seed < 2**63, "in 0..2^63-1")
+        for name in ("alpha", "lam"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
+        for name in ("validation", "momentum"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
+        for name in ("ewc_coefficient", "ewc_beta"):
+            self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
+        limit = self.neurons / self.k
+        self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
+
+    def _validate_types(self) -> None:
+        """For settings that were read from a file: the command line has checked them before."""
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata["choices"]
+            kinds = {"int": (int,), "float": (int, float), "str": (str,)}.get(
+                str(setting.type), (str, type(None))
+            )
+            fits = isinstance(value, kinds) and not isinstance(value, bool)
+            self._require(setting.name, fits, f"of type {setting.type}")
+            if choices is not None:
+                self._require(setting.name, value in choices, f"one of {', '.join(choices)}")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise UserError(f"{option(name)} {getattr(self, name)} must be {rule}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "-k" if name == "k" else f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the papers and presets settle for one data set."""
+
+    tasks: int
+    paper: Mapping[str, Any]
+    quick: Mapping[str, Any] = field(default_factory=dict)
+
+
+# The SDMLP code: 500 epochs a task and N = 5,000,000 for MNIST; the paper: 2,000 on features.
+_MNIST = {"epochs": 500, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005}
+_CIFAR = {"epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0, "ewc_beta": 0.08}
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "mnist": Protocol(5, _MNIST),
+    "fashion-mnist": Protocol(5, _MNIST),
+    "mnist-5k": Protocol(5, _MNIST, {"epochs": 60, "anneal_samples": 25_000}),
+    "cifar10": Protocol(5, _CIFAR),
+    "cifar100": Protocol(50, _CIFAR),
+    "features": Protocol(5, _CIFAR, {"ewc_coefficient": 100.0, "ewc_beta": 0.02}),
+}
+DATASETS = tuple(PROTOCOLS)
+
+# R of the paper's two network sizes.
+PRESETS = ("quick", "paper-1k", "paper-10k")
+
+
+def preset(name: str, dataset: str) -> dict[str, Any]:
+    """The settings of a preset for a data set.
+
+    `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
+    `paper-1k` and `paper-10k` are the protocol of the paper at R = 1,000 and 10,000.
+    """
+    if dataset not in PROTOCOLS:
+        raise UserError(f"--dataset {dataset} is unknown; choose from {', '.join(DATASETS)}")
+    protocol = PROTOCOLS[dataset]
+    if name == "quick":
+        return {"tasks": protocol.tasks, **protocol.quick}
+    if name in PRESETS:
+        neurons = 1000 if name == "paper-1k" else 10_000
+        epochs = protocol.paper["epochs"]
+        return {
+            "tasks": protocol.tasks,
+            "neurons": neurons,
+            "eval_every": epochs // 20,
+            **protocol.paper,
+        }
+    raise UserError(f"--preset {name} is unknown; choose from {', '.join(PRESETS)}")

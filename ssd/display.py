@@ -1,0 +1,62 @@
+"""What a run shows while it is trained."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ssd.config import Config
+from ssd.trainer import Event, Trainer
+
+STEPS_PER_UPDATE = 10
+
+
+class Display:
+    """A progress bar on a terminal, else a line a task; fed by the trainer's events."""
+
+    def __init__(self, console: Console, config: Config, quiet: bool) -> None:
+        self.console, self.config = console, config
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self.plain = not quiet and not console.is_terminal
+        self.bar = self.progress.add_task("starting", total=None)
+        self.loss = self.train = self.test = float("nan")
+
+    def watch(self, trainer: Trainer, event: Event) -> None:
+        """Takes in an event."""
+        if event.kind == "epoch":
+            self.loss, self.train = event.record["loss"], event.record["train_accuracy"]
+            if "test_accuracy" in event.record:
+                self.test = mean(event.record["test_accuracy"][: event.task + 1])
+        if event.kind == "task" and self.plain:
+            self.console.print(
+                f"task {event.task + 1}/{self.config.tasks}: loss {self.loss:.3f}, "
+                f"train accuracy {self.train:.3f}, accuracy so far {self.test:.3f}"
+            )
+        if event.kind == "step" and event.step % STEPS_PER_UPDATE:
+            return
+        size = self.config.batch_size
+        steps = [-(-len(task.y_train) // size) for task in trainer.tasks]
+        epoch = min(event.epoch + 1, self.config.epochs)
+        self.progress.update(
+            self.bar,
+            description=f"task {event.task + 1}/{self.config.tasks} "
+            f"epoch {epoch}/{self.config.epochs} "
+            f"loss {_shown(self.loss)} accuracy {_shown(self.test)}",
+            completed=trainer.steps,
+            total=self.config.epochs * sum(steps),
+        )
+
+
+def _shown(value: float) -> str:
+    return "-.---" if value != value else f"{value:.3f}"

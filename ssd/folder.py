@@ -1,0 +1,121 @@
+"""The folder of a run: the names of its files, and whose it is."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ssd.checkpoint import temporary, write_atomically
+from ssd.config import Config
+from ssd.data import Dataset
+from ssd.errors import UserError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+MATRIX = "accuracy_matrix.csv"
+FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its training set
+SUMMARY = "summary.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("ssd-kernels", "torch", "triton", "torchvision", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of the source tree, "-dirty" if it was changed; "unknown" outside a checkout."""
+    here = Path(__file__)
+    try:
+        # An installed copy may lie inside the checkout of something else.
+        _git("ls-files", "--error-unmatch", here.name)
+        return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run; UserError if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); use another --out") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not an object); use another --out")
+    return content
+
+
+def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
+    """What makes a run this run; JSON-able."""
+    return {
+        "config": config.to_dict(),
+        "data": data.name,
+        "data_crc32": data.checksum(),
+        "seeds": seeds,
+    }
+
+
+def claim(folder: Path, described: Mapping[str, Any], resume: bool) -> None:
+    """Makes the folder of a run, or checks that it belongs to this very run.
+
+    Raises:
+        UserError: the folder holds something else. OSError: it cannot be made.
+    """
+    path = folder / CONFIG
+    if path.is_file():
+        if not resume:
+            raise UserError(f"{folder} already holds a run; add --resume or use another --out")
+        changed = difference(read_json(path), described)
+        if changed:
+            raise UserError(
+                f"{folder} belongs to another configuration ({changed}); use another --out"
+            )
+        return
+    if folder.exists() and not _is_empty(folder):
+        raise UserError(f"{folder} exists and is not the folder of a run; use another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**described, "versions": versions(), "commit": commit()}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of `now` was otherwise before, as text; empty if nothing was."""
+    found = []
+    for key, value in now.items():
+        earlier = before.get(key)
+        if isinstance(earlier, dict) and isinstance(value, dict):
+            found += [
+                f"{k} {earlier.get(k)}, now {value.get(k)}"
+                for k in sorted(earlier.keys() | value.keys())
+                if earlier.get(k) != value.get(k)
+            ]
+        elif earlier != value:
+            found.append(f"{key} {earlier}, now {value}")
+    return "; ".join(found)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run killed at its very start leaves."""
+    leftover = temporary(folder / CONFIG)
+    return folder.is_dir() and all(file == leftover for file in folder.iterdir())

@@ -1,0 +1,209 @@
+"""SDMLP: a k-sparse MLP whose inhibition is switched on gradually (Bricken et al., ICLR 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssd_kernels import TopKOutput, count_active, linear_code, linear_inhibit, linear_topk
+from ssd_kernels.linear_code import Shadow, fast_bfloat16
+from ssd_kernels.nn import SparseLinear, TopKLinear
+from ssd_kernels.reference import project
+
+# While the GABA switch is on its way, a sparse code has this many slots for each of the k.
+WIDTH = 4
+# A layer of which more than this share may be active is not worth a sparse code.
+SPARSE_SHARE = 1 / 8
+# After a code proved too narrow, so many steps pass before the next try.
+RETRY = 8
+# Weights of an encoder from which on the bfloat16 estimate of its scores pays.
+SHADOW_MIN = 2**20
+
+
+class AnnealedTopKLinear(TopKLinear):
+    """TopKLinear without bias that starts dense and becomes k-sparse while it is trained.
+
+    Args:
+        in_features: d. neurons: R. k: 1..R. inhibition: "subtract" or "mask".
+        schedule: "gaba": neuron j answers the inhibition I, the (k+1)-th largest activation, by
+            g_j = clamp(-1 + 2 c_j / anneal_samples, -1, 1), c_j = how often it was active in
+            training, so h = relu(a - g I): excited at first, so that no neuron dies, inhibited at
+            the end. "linear": k falls linearly from R to k over anneal_samples training samples.
+            "flat": k-sparse at once.
+
+    forward: x [B, d] -> TopKOutput once every neuron is inhibited in full, dense h [B, R] before.
+    Only training mode advances the schedule.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        neurons: int,
+        k: int,
+        inhibition: str = "subtract",
+        schedule: str = "gaba",
+        anneal_samples: int = 100_000,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, neurons, k, False, inhibition, device, dtype)
+        if schedule not in ("gaba", "linear", "flat"):
+            raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
+        self.schedule, self.anneal_samples = schedule, anneal_samples
+        self._shadow: Shadow | None = None
+        # Counted exactly: a floating counter stops at 2^24.
+        self.counts: Tensor
+        self.samples: Tensor
+        self.dense_until: Tensor
+        self.register_buffer("counts", torch.zeros(neurons, dtype=torch.int64, device=device))
+        self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("dense_until", torch.zeros((), dtype=torch.int64, device=device))
+
+    def gaba(self) -> Tensor:
+        """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
+        if self.schedule != "gaba":
+            return torch.ones_like(self.weight[:, 0])
+        counts = self.counts.to(self.weight.dtype)
+        return (2 * counts / self.anneal_samples - 1).clamp(-1, 1)
+
+    def current_k(self) -> int:
+        """The number of neurons that inhibition leaves active at this point of the schedule."""
+        if self.schedule != "linear":
+            return self.k
+        left = max(0.0, 1 - self.samples.item() / self.anneal_samples)
+        return self.k + round(left * (self.neurons - self.k))
+
+    def inhibited(self) -> bool:
+        """Whether the schedule has ended: the layer is exactly k-sparse."""
+        if self.schedule == "gaba":
+            return bool((self.counts >= self.anneal_samples).all())
+        return self.current_k() == self.k
+
+    def forward(self, x: Tensor) -> TopKOutput | Tensor:  # type: ignore[override]
+        counts = self.counts if self.training else None
+        hidden: TopKOutput | Tensor
+        if self.inhibited():
+            hidden = linear_topk(x, self.weight, self.k, inhibition=self.inhibition, counts=counts)
+        else:
+            gaba = self.gaba() if self.schedule == "gaba" else None
+            hidden = linear_inhibit(
+                x, self.weight, self.current_k(), gaba, inhibition=self.inhibition, counts=counts
+            )
+        if self.training:
+            self.samples += len(x)
+        return hidden
+
+    @torch.no_grad()
+    def code(self, x: Tensor) -> TopKOutput | None:
+        """What forward(x) returns, as an exact sparse code without gradient; None if too dense.
+
+        A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
+        k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
+        Advances the schedule as forward does, unless it returns None.
+        """
+        gaba, width = None, self.current_k()
+        if self.schedule == "gaba" and not self.inhibited():
+            gaba, width = self.gaba(), WIDTH * self.k
+        if width > self.neurons * SPARSE_SHARE or (gaba is not None and gaba.min() <= 0):
+            return None
+        if self.samples < self.dense_until:
+            return None
+        code, overflow = linear_code(
+            x,
+            self.weight,
+            self.current_k(),
+            width,
+            gaba,
+            inhibition=self.inhibition,
+            shadow=self._estimator(gaba),
+        )
+        if overflow:
+            if self.training:
+                self.dense_until = self.samples + RETRY * len(x)
+            return None
+        if self.training:
+            count_active(code.values, code.indices, self.counts)
+            self.samples += len(x)
+        return code
+
+    def updated(self, code: TopKOutput) -> None:
+        """Says that since code() only the rows of the code's active neurons were written to."""
+        if self._shadow is not None:
+            gaba = None if self.inhibited() else self.gaba()
+            self._shadow.update(self.weight, gaba, code.indices[code.values > 0].unique())
+
+    def _estimator(self, gaba: Tensor | None) -> Shadow | None:
+        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
+            return None
+        if self.weight.numel() < SHADOW_MIN or not fast_bfloat16():
+            return None
+        if self._shadow is None:
+            self._shadow = Shadow(self.weight)
+        if self._shadow.stale(self.weight):
+            self._shadow.update(self.weight, gaba)
+        return self._shadow
+
+
+class SDMLP(nn.Module):
+    """One hidden k-sparse layer, no biases, non-negative weights, unit-norm addresses.
+
+    Args:
+        in_features: d. neurons: R. classes: C. k: active neurons.
+        inhibition, schedule, anneal_samples: see AnnealedTopKLinear.
+        generator: source of the initial weights.
+
+    forward: x [B, d] -> logits [B, C]. Weights: encoder.weight [R, d] (addresses, paper's W1),
+    decoder.weight [R, C] (values, the transpose of the paper's W2).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        neurons: int,
+        classes: int,
+        k: int,
+        inhibition: str = "subtract",
+        schedule: str = "gaba",
+        anneal_samples: int = 100_000,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = AnnealedTopKLinear(
+            in_features, neurons, k, inhibition, schedule, anneal_samples, device, dtype
+        )
+        self.decoder = SparseLinear(neurons, classes, False, device, dtype)
+        with torch.no_grad():
+            for weight, fan_in in (
+                (self.encoder.weight, in_features),
+                (self.decoder.weight, neurons),
+            ):
+                drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+                weight.copy_((2 * drawn - 1) / fan_in**0.5)
+        self.constrain()
+
+    @property
+    def normalized(self) -> tuple[bool, bool]:
+        """Whether constrain() scales the rows of each parameter to unit norm."""
+        return (True, False)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Clamps all weights at 0, then scales each address to unit L2 norm."""
+        for weight, normalize in zip(self.parameters(), self.normalized, strict=True):
+            weight.copy_(project(weight, True, normalize))
+
+    def address(self, x: Tensor) -> Tensor:
+        """relu(x) scaled to unit L2 norm: what the encoder sees, [B, d]."""
+        return F.normalize(x.relu(), dim=-1)
+
+    def read(self, hidden: TopKOutput | Tensor) -> Tensor:
+        """Logits [B, C] of a hidden layer, sparse or dense."""
+        if isinstance(hidden, TopKOutput):
+            return self.decoder(hidden.values, hidden.indices)
+        return hidden @ self.decoder.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self.encoder(self.address(x)))

@@ -1,0 +1,295 @@
+"""python -m ssd.train: trains one method on one data set and reports it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import mean, stdev
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+
+from ssd.checkpoint import write_atomically
+from ssd.config import DATASETS, PRESETS, Config, option, preset
+from ssd.data import Dataset, default_root, load
+from ssd.display import Display
+from ssd.errors import UserError
+from ssd.folder import CONFIG, SUMMARY, claim, commit, describe, read_json, versions
+from ssd.report import accuracy_table, seeds_table, write_figures
+from ssd.run import Interrupted, RunOptions, make_tasks, run
+
+# The settings that have an option of their own, by the group of --help that shows them.
+GROUPS = {
+    "data": ("tasks", "validation"),
+    "run": ("seed",),
+    "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
+               "frequency", "ewc_coefficient", "ewc_beta"),
+    "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
+    "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
+}  # fmt: skip
+METAVARS = {int: "N", float: "X", str: None}
+
+# Options that a run may be resumed with: they do not change its numbers.
+CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: run control by hand, every setting of Config by itself."""
+    parser = _Parser(
+        prog="python -m ssd.train",
+        usage="%(prog)s [options]",
+        description="Train SDMLP / SSD on a class-incremental stream of tasks.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The defaults shown are those of --preset quick on MNIST.\n\n"
+        "examples:\n"
+        "  python -m ssd.train --dataset mnist --method ssd+ewc --seeds 3\n"
+        "  python -m ssd.train --dataset features --features cifar10.npz --tasks 5\n"
+        "  python -m ssd.train --out runs/mine --resume",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    add = groups["data"].add_argument
+    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default mnist)")
+    add("--features", metavar="FILE", help=".npz or .pt, for --dataset features")
+    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add("--strict-data", action="store_true", help="no fallback to the MNIST subset")
+    add = groups["run"].add_argument
+    add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")
+    add("--out", metavar="DIR", type=Path, help="folder of the run (default runs/<name>)")
+    add("--resume", action="store_true", help="go on with the run in the folder")
+    add("--seeds", metavar="N", type=int, help="N runs with seeds seed, seed + 1, ..")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
+    add("--checkpoint-every", metavar="X", type=float, help="seconds (default 30)")
+    add("--quiet", action="store_true", help="print the result line alone")
+    settings = {setting.name: setting for setting in fields(Config)}
+    for title, names in GROUPS.items():
+        for name in names:
+            default, choices = settings[name].default, settings[name].metadata["choices"]
+            groups[title].add_argument(
+                option(name),
+                type=type(default),
+                choices=choices,
+                metavar=METAVARS[type(default)],
+                help=f"{settings[name].metadata['help']} (default {default})",
+            )
+    return parser
+
+
+def resolve(given: dict[str, Any]) -> Config:
+    """The settings of a run: defaults, then the preset's, then what the command line names."""
+    names = {f.name for f in fields(Config)}
+    dataset = given.get("dataset", "features" if "features" in given else "mnist")
+    settings = preset(given.get("preset", "quick"), dataset)
+    settings |= {name: value for name, value in given.items() if name in names}
+    return Config(**{**settings, "dataset": dataset})
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device to train on; UserError where it is not to be had."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use cpu or cuda")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(f"--device {name} is not on this machine; use --device cpu")
+    return device
+
+
+def choose_folder(given: dict[str, Any], config: Config) -> Path:
+    """--out, or the first free runs/<dataset>-<method>-seed<n>; with --resume the last one used."""
+    if "out" in given:
+        return given["out"]
+    data = Path(config.features).stem if config.features else config.dataset
+    seeds = f"seeds{given['seeds']}" if given.get("seeds", 1) > 1 else f"seed{config.seed}"
+    base = Path("runs") / f"{data}-{config.method}-{seeds}"
+    folder, number, last = base, 1, None
+    while folder.exists():
+        number, last = number + 1, folder
+        folder = base.with_name(f"{base.name}-{number}")
+    return last if given.get("resume") and last is not None else folder
+
+
+def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """With --resume --out and nothing else, the settings are those of the folder."""
+    if not given.get("resume") or "out" not in given or not set(given) <= CONTROL:
+        return given
+    path = given["out"] / CONFIG
+    if not path.is_file():
+        raise UserError(f"{given['out']} holds no run to resume")
+    recorded = read_json(path)
+    try:
+        settings = Config(**recorded["config"]).to_dict()
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of this version ({error}); use another --out") from error
+    seeds = recorded.get("seeds")
+    if not isinstance(seeds, int):
+        raise UserError(f"{path} is not of this version (seeds {seeds}); use another --out")
+    return {**given, **settings, "seeds": seeds}
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Gives whether Ctrl-C was hit, so that a step is finished and saved; twice interrupts it."""
+    hits: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if hits:
+            raise KeyboardInterrupt
+        hits.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One invocation of the command line: what every run of it shares."""
+
+    data: Dataset
+    options: RunOptions
+    console: Console
+    quiet: bool
+    stopped: Callable[[], bool]
+
+    def train(self, config: Config, folder: Path) -> dict[str, Any]:
+        """One run with its display and figures."""
+        display = Display(self.console, config, self.quiet)
+        with display.progress:
+            summary = run(config, self.data, folder, self.options, display.watch, self.stopped)
+        write_figures(folder)
+        return summary
+
+    def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
+        """Runs with seeds seed, seed + 1, .. in folders of their own; mean and deviation."""
+        make_tasks(config, self.data)  # complains before there is a folder
+        claim(folder, describe(config, self.data, count), self.options.resume)
+        summaries = [
+            self.train(replace(config, seed=seed), folder / f"seed{seed}")
+            for seed in range(config.seed, config.seed + count)
+        ]
+        aggregate = summarize_seeds(summaries, config)
+        write_atomically(folder / SUMMARY, json.dumps(aggregate, indent=2) + "\n")
+        return aggregate
+
+
+def summarize_seeds(summaries: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """summary.json of runs that differ in their seed alone: mean and standard deviation."""
+    measures = {
+        measure: [summary[measure] for summary in summaries]
+        for measure in ("mean_accuracy", "bwt", "forgetting", "seconds")
+    }
+    return {
+        "dataset": summaries[0]["dataset"],
+        "method": config.method,
+        "seeds": [summary["seed"] for summary in summaries],
+        **{
+            measure: {"mean": mean(values), "std": stdev(values), "values": values}
+            for measure, values in measures.items()
+        },
+        "device": summaries[0]["device"],
+        "versions": versions(),
+        "commit": commit(),
+        "config": config.to_dict(),
+    }
+
+
+def execute(arguments: Sequence[str] | None) -> None:
+    """Parses, checks, loads, trains and reports; nothing is written before all checks are done."""
+    given = recorded_settings(vars(build_parser().parse_args(arguments)))
+    config = resolve(given)
+    config.validate()
+    count, every = given.get("seeds", 1), given.get("checkpoint_every", 30.0)
+    if count < 1:
+        raise UserError(f"--seeds {count} must be at least 1")
+    if not every >= 0:
+        raise UserError(f"--checkpoint-every {every} must be at least 0")
+    options = RunOptions(choose_device(given.get("device")), given.get("resume", False), every)
+    # soft_wrap: a line stays one line, however narrow the terminal.
+    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    features = Path(config.features) if config.features else None
+    root = given.get("data_root", default_root())
+    data = load(
+        config.dataset, root, features, given.get("strict_data", False),
+        lambda line: notices.print(f"note: {line}", style="yellow"),
+    )  # fmt: skip
+    if data.name != config.dataset:
+        # The subset stands in: everything that is written bears its name and its settings.
+        config = resolve({**given, "dataset": data.name})
+    if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
+        notices.print("note: a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
+    folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
+    try:
+        with stop_on_interrupt() as stopped:
+            session = Session(data, options, console, quiet, stopped)
+            if count == 1:
+                summary = session.train(config, folder)
+            else:
+                summary = session.train_seeds(config, count, folder)
+    except (Interrupted, KeyboardInterrupt):
+        resume = shlex.join(["python", "-m", "ssd.train", "--out", str(folder), "--resume"])
+        notices.print(f"interrupted; go on with: {resume}")
+        raise Interrupted from None
+    if not quiet:
+        console.print(seeds_table(summary) if count > 1 else accuracy_table(summary, console.width))
+    print(f"{data.name} {config.method}  {result_line(summary)}  -> {folder}")
+
+
+def result_line(summary: dict[str, Any]) -> str:
+    """Mean accuracy and BWT of one run, or of several with their deviation."""
+    if "seeds" not in summary:
+        return f"mean accuracy {summary['mean_accuracy']:.4f}  BWT {summary['bwt']:+.4f}"
+    return "  ".join(
+        f"{label} {summary[measure]['mean']:.4f} ± {summary[measure]['std']:.4f}"
+        for label, measure in (("mean accuracy", "mean_accuracy"), ("BWT", "bwt"))
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
+    try:
+        execute(arguments)
+    except UserError as error:
+        return fail(str(error))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return fail(f"{error.strerror or error}{where}; make room or use another --out")
+    except Interrupted:
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted before the run began", file=sys.stderr)
+        return 130
+    return 0
+
+
+def fail(reason: str) -> int:
+    """Says what was wrong in one line and gives the exit status."""
+    print("error: " + " ".join(reason.splitlines()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

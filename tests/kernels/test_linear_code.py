@@ -1,0 +1,130 @@
+"""linear_code: the firing neurons of a layer under graded inhibition, exactly."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd_kernels import linear_code, reference
+from ssd_kernels.linear_code import Shadow
+
+
+def layer(neurons: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs near some neurons, so that few fire; gaba in 0.9..1."""
+    weight = F.normalize(torch.rand(neurons, features, dtype=dtype) ** 4, dim=1)
+    x = F.normalize(weight[:9] + 0.05 * torch.rand(9, features, dtype=dtype), dim=1)
+    return x, weight, 0.9 + 0.1 * torch.rand(neurons, dtype=dtype)
+
+
+def scatter(code: reference.TopKOutput, neurons: int) -> Tensor:
+    dense = code.values.new_zeros(len(code.values), neurons)
+    return dense.scatter(1, code.indices, code.values)
+
+
+@pytest.mark.parametrize("inhibition", ["mask", "subtract"])
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize(("neurons", "width"), [(50, 20), (3001, 40), (4096, 64)])
+@pytest.mark.parametrize("shadowed", [False, True])
+def test_equals_the_dense_layer(
+    neurons: int, width: int, graded: bool, inhibition: str, shadowed: bool
+) -> None:
+    x, weight, gaba = layer(neurons, 32, torch.float32)
+    gaba = gaba if graded else None
+    shadow = None
+    if shadowed:
+        shadow = Shadow(weight)
+        shadow.update(weight, gaba)
+    code, overflow = linear_code(x, weight, 5, width, gaba, inhibition=inhibition, shadow=shadow)
+    expected = reference.linear_inhibit(
+        x.double(), weight.double(), 5, None if gaba is None else gaba.double(),
+        inhibition=inhibition,
+    )  # fmt: skip
+    assert bool(overflow) == bool(((expected > 0).sum(1) > width).any())
+    if not overflow:
+        error = (scatter(code, neurons) - expected).abs().max()
+        native = (
+            reference.linear_inhibit(x, weight, 5, gaba, inhibition=inhibition) - expected
+        ).abs()
+        assert error <= native.max() + 1e-6
+        assert (code.values.diff(dim=1) <= 0).all()
+    if shadowed:
+        plain, _ = linear_code(x, weight, 5, width, gaba, inhibition=inhibition)
+        assert torch.equal(code.values, plain.values)
+        active = code.values > 0
+        assert torch.equal(code.indices[active], plain.indices[active])
+
+
+def test_a_row_that_the_estimate_cannot_settle_is_still_exact() -> None:
+    """Hundreds of neurons within bfloat16 rounding of one another at the threshold."""
+    base = F.normalize(torch.rand(1, 64), dim=1)
+    length = 1 - 1e-6 * torch.randperm(4096)
+    weight = base * length[:, None]
+    shadow = Shadow(weight)
+    shadow.update(weight, None)
+    code, overflow = linear_code(base, weight, 10, 40, shadow=shadow)
+    assert not overflow
+    best = length.sort(descending=True)
+    assert code.indices[0, :10].tolist() == best.indices[:10].tolist()
+    torch.testing.assert_close(code.values[0, :10], best.values[:10] - best.values[10])
+    assert code.values[0, 10:].sum() == 0
+
+
+@pytest.mark.parametrize("shadowed", [False, True])
+def test_too_many_active_neurons_are_reported(shadowed: bool) -> None:
+    x, weight, _ = layer(4096, 32, torch.float32)
+    gaba = torch.full((4096,), 0.3)
+    shadow = Shadow(weight) if shadowed else None
+    if shadow is not None:
+        shadow.update(weight, gaba)
+    assert linear_code(x, weight, 5, 40, gaba, shadow=shadow)[1]
+
+
+def test_the_shadow_follows_the_rows_it_is_told_of() -> None:
+    _, weight, gaba = layer(300, 16, torch.float32)
+    shadow = Shadow(weight)
+    shadow.update(weight, gaba)
+    assert not shadow.stale(weight)
+    changed = torch.tensor([3, 200])
+    weight[changed] *= 0.5
+    gaba[changed] = 0.95
+    assert shadow.stale(weight)
+    shadow.update(weight, gaba, changed)
+    assert not shadow.stale(weight)
+    fresh = Shadow(weight)
+    fresh.update(weight, gaba)
+    assert torch.equal(shadow.rows, fresh.rows)
+
+
+def test_empty_batch_and_all_zero_rows() -> None:
+    _, weight, gaba = layer(3000, 16, torch.float32)
+    code, overflow = linear_code(torch.zeros(0, 16), weight, 5, 20, gaba)
+    assert code.values.shape == (0, 20)
+    assert not overflow
+    code, overflow = linear_code(torch.zeros(3, 16), weight, 5, 20, gaba)
+    assert not overflow
+    assert code.values.abs().sum() == 0
+
+
+def test_repeats_are_bit_equal() -> None:
+    x, weight, gaba = layer(4096, 32, torch.float32)
+    first, _ = linear_code(x, weight, 5, 40, gaba)
+    for _ in range(20):
+        again, _ = linear_code(x, weight, 5, 40, gaba)
+        assert torch.equal(first.values, again.values)
+        assert torch.equal(first.indices, again.indices)
+
+
+@pytest.mark.parametrize(("k", "width"), [(0, 4), (5, 4), (5, 51)])
+def test_bad_sizes(k: int, width: int) -> None:
+    with pytest.raises(ValueError, match="linear_code"):
+        linear_code(torch.rand(2, 8), torch.rand(50, 8), k, width)
+
+
+def test_the_shadow_refuses_negative_numbers() -> None:
+    weight = torch.rand(3000, 8)
+    shadow = Shadow(weight)
+    shadow.update(weight, None)
+    with pytest.raises(ValueError, match="negative"):
+        linear_code(-torch.rand(2, 8), weight, 5, 20, shadow=shadow)
+    with pytest.raises(ValueError, match="negative"):
+        shadow.update(-weight, None)

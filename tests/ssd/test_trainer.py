@@ -1,0 +1,89 @@
+"""The task loop: events, order of data, evaluation, and going on from a saved state."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ssd.config import Config
+from ssd.data import Task
+from ssd.trainer import Trainer, build_distiller, build_model, build_regularizers, generator
+
+CONFIG = Config(
+    dataset="features", features="none", method="ssd+ewc", tasks=2, epochs=3, batch_size=16,
+    neurons=40, k=4, anneal_samples=100, lr=0.2, eval_every=2,
+)  # fmt: skip
+
+
+def make_trainer(config: Config = CONFIG) -> Trainer:
+    draw = torch.Generator().manual_seed(1)
+    centres = 3 * torch.randn(4, 10, generator=draw)
+    tasks = []
+    for first in (0, 2):
+        y = torch.arange(50) % 2 + first
+        x = centres[y] + torch.randn(50, 10, generator=draw)
+        tasks.append(Task((first, first + 1), x[:40], y[:40], x[40:], y[40:]))
+    model = build_model(config, 10, 4)
+    return Trainer(
+        config, tasks, model, build_distiller(config, model), build_regularizers(config, model)
+    )
+
+
+def test_events_come_in_order_and_every_sample_is_seen_once_an_epoch() -> None:
+    trainer = make_trainer()
+    seen: list[torch.Tensor] = []
+    original = trainer.step
+    trainer.step = lambda x, y, samples: (seen.append(samples), original(x, y, samples))
+    kinds = [event.kind for event in trainer.run()]
+    epoch = ["step"] * 3 + ["epoch"]
+    assert kinds == (epoch * 3 + ["task"]) * 2
+    for first in range(0, len(seen), 3):
+        assert torch.cat(seen[first : first + 3]).sort().values.tolist() == list(range(40))
+    assert [len(s) for s in seen[:3]] == [16, 16, 8]  # the ragged batch is not dropped
+    assert not torch.equal(torch.cat(seen[:3]), torch.cat(seen[3:6]))
+
+
+def test_evaluation_is_over_all_classes_and_counts_nothing() -> None:
+    trainer = make_trainer()
+    before = trainer.model.encoder.counts.clone()
+    accuracy = trainer.evaluate(trainer.tasks)
+    for task, value in zip(trainer.tasks, accuracy, strict=True):
+        predicted = trainer.model.eval()(task.x_test).argmax(1)
+        assert value == (predicted == task.y_test).double().mean()
+    assert torch.equal(trainer.model.encoder.counts, before)
+
+
+def test_it_learns_and_records() -> None:
+    trainer = make_trainer(replace(CONFIG, epochs=20, method="sdmlp"))
+    for _ in trainer.run():
+        pass
+    assert trainer.accuracy[0, 0] > 0.9
+    assert trainer.accuracy[1, 1] > 0.9
+    assert 0 < trainer.frequency.sum(1).min() <= trainer.frequency.sum(1).max() <= 40
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("stop", [1, 9, 11, 13, 14, 24])
+def test_a_saved_state_goes_on_to_the_same_bits(stop: int, momentum: float) -> None:
+    config = replace(CONFIG, momentum=momentum)
+    whole, first, second = (make_trainer(config) for _ in range(3))
+    for _ in whole.run():
+        pass
+    for number, _ in enumerate(first.run()):
+        if number == stop:
+            break
+    tensors, numbers = first.state()
+    second.load_state({n: t.clone() for n, t in tensors.items()}, numbers)
+    for _ in second.run():
+        pass
+    expected, actual = whole.state()[0], second.state()[0]
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+    assert whole.steps == second.steps
+
+
+def test_generators_depend_on_every_part_of_the_key() -> None:
+    keys = [(0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1)]
+    draws = {tuple(torch.randint(2**40, (3,), generator=generator(*k)).tolist()) for k in keys}
+    assert len(draws) == len(keys)

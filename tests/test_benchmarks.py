@@ -1,0 +1,153 @@
+"""The benchmark's schema, its gate, and that it runs where there is no GPU."""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import gate, peers, providers, record, report, targets, timing, topk_bench
+from benchmarks.cases import QUICK, Shape
+from benchmarks.record import Row
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+ROW = Row("topk", "ours", "forward", "float32", {"B": 2, "R": 8}, "time", 1.0, 2.0, 3.0, "ms", 0.5,
+          True)  # fmt: skip
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    wrong = replace(ROW, p20=None, p50=None, p80=None, roofline_fraction=None, correct=False)
+    with record.Writer(tmp_path / "rows.csv", "a device, with a comma") as writer:
+        writer.write(ROW)
+        writer.write(wrong)
+        # Rows are on disk before the file is closed: a killed run keeps them.
+        assert record.read(tmp_path / "rows.csv") == writer.rows
+    assert [row.correct for row in writer.rows] == [True, False]
+    assert writer.rows[0].device == "a device, with a comma"
+    assert writer.rows[0].torch == torch.__version__
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("op,time\ntopk,1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="columns"):
+        record.read(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("shape", QUICK, ids=lambda shape: f"{shape.op}-{shape.mode}")
+def test_gate_passes_every_provider(shape: Shape) -> None:
+    case = providers.build(shape, CPU)
+    given = case.inputs()
+    found = {name: case.check(name, given, run(given)) for name, run in case.providers.items()}
+    assert len(found) >= 2
+    assert set(found.values()) == {""}
+
+
+def test_gate_rejects_wrong_selections() -> None:
+    scores = torch.randn(4, 50)
+    values, indices = scores.topk(5)
+    assert gate.topk(scores, values.flip(1), indices.flip(1)) == ""  # any order will do
+    second = scores.topk(6).indices[:, 1:]
+    assert "below" in gate.topk(scores, scores.gather(1, second), second)
+    assert "off by" in gate.topk(scores, values + 1e-6, indices)
+    assert "off by" in gate.topk(scores, values * torch.nan, indices)
+    assert "twice" in gate.topk(scores, values, indices[:, :1].expand(-1, 5))
+    assert "range" in gate.topk(scores, values, indices + 50)
+
+
+def test_gate_tells_fp32_from_tf32() -> None:
+    x, weight, bias = torch.randn(64, 256), torch.randn(2000, 256), torch.randn(2000)
+    fine = torch.topk(torch.addmm(bias, x, weight.T).relu(), 10)
+    assert gate.linear_topk(x, weight, bias, *fine, rounded=False) == ""
+    # TF32 keeps 10 of the 23 bits of each operand's mantissa.
+    x32, w32 = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x, weight))
+    coarse = torch.topk(torch.addmm(bias, x32, w32.T).relu(), 10)
+    assert gate.linear_topk(x, weight, bias, *coarse, rounded=False) != ""
+
+
+def test_gate_rejects_wrong_gradients() -> None:
+    shape = next(s for s in QUICK if (s.op, s.mode) == ("linear_topk", "full"))
+    case = providers.build(shape, CPU)
+    given = case.inputs()
+    right = case.providers["ours"](given)
+    for wrong in (2, 3, 4):  # dx, dW, db
+        result = [t * 1.01 if n == wrong else t for n, t in enumerate(right)]
+        assert case.check("ours", given, result) != ""
+
+
+def test_a_run_that_raises_is_reported() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    times, errors = timing.alternate({"good": lambda: None, "bad": broken}, 0.0, CPU)
+    assert set(times) == {"good"}
+    assert times["good"].p20 <= times["good"].p50 <= times["good"].p80
+    assert str(errors["bad"]) == "no such kernel"
+
+
+def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
+    def raises(given: object) -> None:
+        raise RuntimeError("no such kernel [R, d]")
+
+    shape = QUICK[0]
+    built = providers.build(shape, CPU)
+    wrong = {"wrong": lambda scores: torch.topk(-scores, 10), "raises": raises}
+    case = replace(built, providers=built.providers | wrong)
+    options = argparse.Namespace(quick=True, budget=60.0)
+    with (tmp_path / "log").open("w") as log, record.Writer(tmp_path / "rows.csv", "cpu") as rows:
+        bench = topk_bench.Bench(rows, CPU, Console(file=log, width=200), options)
+        bench.measure(case, timing.Roofline(1e9, {torch.float32: 1e9}))
+    said = (tmp_path / "log").read_text()
+    assert "no such kernel [R, d]" in said
+    assert "wrong is wrong" in said
+    failed = [row for row in record.read(tmp_path / "rows.csv") if not row.correct]
+    assert [row.provider for row in failed] == ["wrong", "raises"]
+    assert all(row.p50 is None and row.roofline_fraction is None for row in failed)
+    assert {row.provider for row in rows.rows if row.correct} == set(built.providers)
+
+
+def test_a_peer_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"no-such-package": ("a", "b"), "pytest": ("no.such.module", "f")}
+    monkeypatch.setattr(peers, "PEERS", broken)
+    peers.load.cache_clear()
+    assert peers.load("no-such-package") == (None, "no-such-package: not installed")
+    function, why = peers.load("pytest")
+    assert function is None
+    assert "cannot be imported" in why
+
+
+def test_targets_are_ratios_of_medians() -> None:
+    target = next(iter(targets.targets()))
+    sizes = {"B": 8192, "R": 131072, "k": 64}
+    mine = replace(ROW, shape=sizes, p50=2.0)
+    other = replace(mine, provider="torch.topk", p50=9.0)
+    assert target.verdict([mine, other]) == ("4.5", "met")
+    assert target.verdict([mine, replace(other, p50=7.0)]) == ("3.5", "missed")
+    assert target.verdict([mine]) == ("", "not measured")
+    assert target.verdict([replace(mine, correct=False), other]) == ("", "not measured")
+
+
+def test_documented_figures_are_those_of_the_file() -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = record.read(ROOT / "benchmarks" / "results" / "cpu" / "topk_bench.csv")
+    assert report.insert(document, report.markdown(rows)) == document
+
+
+def test_quick_run_without_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "bench.csv"
+    command = [sys.executable, "benchmarks/topk_bench.py", "--quick", "--out", str(out)]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=hidden, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CPU FIGURES" in done.stdout
+    assert "not measured" in done.stdout
+    rows = record.read(out)
+    assert {row.op for row in rows} == {"roofline", *providers.BUILDERS}
+    assert all(row.correct and row.p50 for row in rows)
+    assert out.with_suffix(".png").stat().st_size > 0
