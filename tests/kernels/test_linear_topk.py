@@ -1,0 +1,308 @@
+"""linear_topk against the specification in fp64, over every implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import INTERPRETED, triton_only
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd_kernels import _dispatch, _linear_slabs, reference
+from ssd_kernels import linear_topk as op
+from ssd_kernels.linear_topk import IMPLEMENTATIONS, heuristic
+
+TRITON = ["triton", "fused", "chunked", "rescore"]
+# The interpreter's run takes the tests with "triton" in their id.
+KERNELS = [
+    pytest.param(name, id=f"triton-{name}", marks=triton_only(name).marks)  # type: ignore[attr-defined]
+    for name in TRITON
+]
+FAST = ["torch", *KERNELS]
+IMPLS = ["reference", *FAST]
+# bfloat16 does not exist in Triton's interpreter.
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+# (B, R, d, k); 33 neurons are two groups, k = R has no threshold.
+SHAPES = [(1, 1, 1, 1), (3, 33, 7, 33), (2, 65, 5, 64), (3, 300, 32, 1), (2, 299, 17, 5)]
+LARGE = [(128, 10_000, 256, 10), (129, 4_099, 60, 32), (3, 300_003, 33, 64), (64, 8_192, 1024, 255)]
+
+
+def layer(batch: int, neurons: int, features: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    sizes = [(batch, features), (neurons, features), (neurons,)]
+    return [torch.randn(size, device=device).to(dtype) for size in sizes]
+
+
+def spec(x: Tensor, weight: Tensor, k: int, bias: Tensor | None, **options: Any) -> Any:
+    double = None if bias is None else bias.double()
+    return reference.linear_topk(x.double(), weight.double(), k, double, **options)
+
+
+def scale_of_rounding(x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """Largest error of native torch's fp32 scores, and an epsilon for another order of the sum."""
+    scores = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    epsilon = 4 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
+    return (scores - exact).abs().max().item() + epsilon
+
+
+def close(got: Tensor, exact: Tensor, native_error: float) -> None:
+    """Errors within those of native scores, and the rounding to the dtype of the output."""
+    rounding = torch.finfo(got.dtype).eps * exact.abs() + torch.finfo(got.dtype).tiny
+    assert ((got.double() - exact).abs() <= native_error + rounding).all()
+
+
+def check(
+    x: Tensor, weight: Tensor, k: int, bias: Tensor | None, impl: str, inhibition: str
+) -> None:
+    neurons = len(weight)
+    counts = torch.full((neurons,), 3, dtype=torch.int64, device=x.device)
+    got = op(x, weight, k, bias, inhibition=inhibition, threshold=True, counts=counts, impl=impl)
+    exact = spec(x, weight, k, bias, inhibition=inhibition, threshold=True)
+    error = scale_of_rounding(x, weight, bias)
+    assert got.values.dtype == x.dtype
+    assert got.values.shape == got.indices.shape == (*x.shape[:-1], k)
+    close(got.values, exact.values, 2 * error)  # subtraction has the errors of two scores
+    close(got.threshold, exact.threshold, error)
+    # The chosen neurons have the k largest scores up to rounding, each once, in order.
+    scores = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    best = scores.sort(dim=-1, descending=True).values[..., :k]
+    assert (scores.gather(-1, got.indices) - best).abs().max() <= 2 * error
+    assert (got.indices.sort(dim=-1).values.diff(dim=-1) > 0).all()
+    expected = torch.full_like(counts, 3)
+    reference.count_active(got.values, got.indices, expected)
+    assert torch.equal(counts, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("inhibition", ["mask", "subtract"])
+def test_outputs(device: str, impl: str, shape: tuple[int, int, int, int], inhibition: str) -> None:
+    batch, neurons, features, k = shape
+    for dtype in DTYPES:
+        x, weight, bias = layer(batch, neurons, features, dtype, device)
+        check(x, weight, k, bias if inhibition == "mask" else None, impl, inhibition)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("shape", LARGE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_large(
+    device: str, impl: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    batch, neurons, features, k = shape
+    x, weight, bias = layer(batch, neurons, features, dtype, device)
+    check(x, weight, k, bias, impl, "mask")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["ties", "zero", "negative", "special"])
+def test_equal_scores_go_to_the_lower_index(device: str, impl: str, kind: str) -> None:
+    """Scores that every order of summation computes exactly: the same indices everywhere."""
+    x = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [0.0, -0.0]], device=device)
+    weight = torch.randint(-2, 3, (130, 2), device=device).float()
+    bias = None
+    if kind == "zero":
+        weight.zero_()
+    elif kind == "negative":
+        bias = torch.full((130,), -50.0, device=device)
+    elif kind == "special":
+        bias = torch.zeros(130, device=device)
+        bias[::7], bias[3::11] = float("nan"), float("-inf")
+        bias[5] = float("inf")
+    for k in (1, 3, 40):
+        expected = reference.linear_topk(x, weight, k, bias, threshold=True)
+        got = op(x, weight, k, bias, threshold=True, impl=impl)
+        assert torch.equal(got.indices, expected.indices)
+        for a, b in zip(got[::2], expected[::2], strict=True):
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def gradients(
+    impl: str, inputs: list[Tensor], k: int, inhibition: str, double: bool
+) -> list[Tensor]:
+    x, weight, bias = (t.detach().to(torch.float64 if double else t.dtype) for t in inputs)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    out = op(x, weight, k, bias, inhibition=inhibition, threshold=True, impl=impl)
+    ramp = torch.arange(1, out.values.numel() + 1, device=x.device).view_as(out.values)
+    loss = (out.values * (ramp % 5 - 1.5)).sum() + (out.threshold * 0.75).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("inhibition", ["mask", "subtract"])
+def test_gradients(device: str, impl: str, inhibition: str) -> None:
+    inputs = layer(4, 299, 16, torch.float32, device)
+    exact = gradients("reference", inputs, 6, inhibition, double=True)
+    native = gradients("reference", inputs, 6, inhibition, double=False)
+    got = gradients(impl, inputs, 6, inhibition, double=False)
+    for ours, theirs, truth in zip(got, native, exact, strict=True):
+        epsilon = 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= (theirs - truth).abs().max() + epsilon
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_loss_on_the_threshold_alone(device: str, impl: str) -> None:
+    x, weight, bias = (t.requires_grad_() for t in layer(3, 99, 8, torch.float32, device))
+    op(x, weight, 4, bias, threshold=True, impl=impl).threshold.sum().backward()
+    expected = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    reference.linear_topk(
+        expected[0], expected[1], 4, expected[2], threshold=True
+    ).threshold.sum().backward()  # type: ignore[union-attr]
+    for got, want in zip((x, weight, bias), expected, strict=True):
+        assert want.grad is not None
+        assert want.grad.any()
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_preactivations_keep_their_gradient(device: str, impl: str) -> None:
+    x, weight, bias = (t.requires_grad_() for t in layer(2, 50, 8, torch.float32, device))
+    out = op(x, weight, 4, bias, preactivations=True, impl=impl)
+    assert out.preactivations is not None
+    out.preactivations.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 2.0))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_twenty_repeats_are_bit_equal(device: str, impl: str) -> None:
+    inputs = layer(4, 96, 8, torch.float32, device)
+    first = None
+    for _ in range(3 if INTERPRETED else 20):
+        out = op(inputs[0], inputs[1], 5, inputs[2], threshold=True, impl=impl)
+        every = [*out[:3], *gradients(impl, inputs, 5, "mask", double=False)]
+        first = first or every
+        assert all(torch.equal(a, b) for a, b in zip(first, every, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_empty_batch_strides_and_leading_dimensions(device: str, impl: str) -> None:
+    x, weight, bias = layer(6, 70, 8, torch.float32, device)
+    empty = op(x[:0].requires_grad_(), weight, 3, bias, threshold=True, impl=impl)
+    assert empty.values.shape == (0, 3)
+    assert empty.threshold is not None
+    assert empty.threshold.shape == (0,)
+    expected = op(x, weight, 3, bias, impl="reference")
+    turned = op(x.T.contiguous().T, weight.T.contiguous().T, 3, bias, impl=impl)
+    folded = op(x.view(2, 3, 8), weight, 3, bias, impl=impl)
+    assert torch.equal(turned.indices, expected.indices)
+    assert torch.equal(folded.indices, expected.indices.view(2, 3, 3))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_many_slabs_and_reused_memory(
+    device: str, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows a slab; what the kernels do not write would stay NaN."""
+    monkeypatch.setattr(_linear_slabs, "slab_rows", lambda *_: 2)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        x, weight, bias = layer(5, 200, 16, torch.float32, device)
+        check(x, weight, 4, bias, impl, "subtract")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_groups_that_one_program_cannot_hold(
+    device: str, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_linear_slabs, "MAX_GROUPS", 4)
+    x, weight, bias = layer(2, 200, 8, torch.float32, device)
+    check(x, weight, 3, bias, impl, "mask")
+
+
+@pytest.mark.parametrize("impl", KERNELS[3:])
+def test_rescoring_gives_up_what_it_cannot_prove(device: str, impl: str) -> None:
+    """Rows of near-equal scores overflow the candidates; the others do not."""
+    x, weight, bias = layer(3, 6000, 8, torch.float32, device)
+    base = torch.rand(8, device=device)
+    weight[:4500] = base + 1e-5 * torch.rand(4500, 8, device=device)
+    x[0] = base
+    x[1] = float("inf")
+    weight = weight.abs()
+    calls = _linear_slabs.Scores(x, weight, bias, 3, "rescore")
+    calls.fill(slice(0, 3))
+    assert (calls.held[:2] == -1).all()
+    expected = reference.linear_topk(x[1:2], weight, 3, bias)
+    assert torch.equal(op(x, weight, 3, bias, impl=impl).indices[1:2], expected.indices)
+    check(x[::2], weight, 3, bias, impl, "mask")
+
+
+def test_slack_bounds_the_error_of_estimates(device: str) -> None:
+    """Half the slack is at least the error of bf16 scores, even where all rounding adds up."""
+    for scale in (1e-3, 1.0, 1e6):
+        x = torch.full((3, 256), scale * (1 + 2.0**-8 - 2.0**-20), device=device)
+        weight = torch.cat([x, torch.rand(50, 256, device=device)])
+        estimate = x.bfloat16().double() @ weight.bfloat16().double().T
+        error = (estimate - x.double() @ weight.double().T).abs().amax(1)
+        slack = _linear_slabs.slack(x, weight).double()
+        assert (2 * error <= slack).all()
+        assert (slack <= 2.5 * error).all()
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_autocast_and_no_grad(device: str, impl: str) -> None:
+    x, weight, bias = layer(2, 70, 8, torch.float32, device)
+    with torch.no_grad():
+        assert not op(x.requires_grad_(), weight, 3, bias, impl=impl).values.requires_grad
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    with torch.autocast(device, dtype=dtype):
+        out = op(x, weight, 3, bias, impl=impl)
+    assert out.values.dtype == dtype
+    plain = op(x.to(dtype), weight.to(dtype), 3, bias.to(dtype), impl=impl)
+    assert torch.equal(out.values, plain.values)
+
+
+@hypothesis.given(st.integers(0, 5), st.integers(1, 40), st.integers(1, 6), st.data())
+def test_torch_path_on_any_shape(batch: int, neurons: int, features: int, data: Any) -> None:
+    k = data.draw(st.integers(1, neurons))
+    x = torch.randint(-3, 4, (batch, features)).double()
+    weight = torch.randint(-3, 4, (neurons, features)).double()
+    got = op(x, weight, k, threshold=True, impl="torch")
+    expected = reference.linear_topk(x, weight, k, threshold=True)
+    assert torch.equal(got.indices, expected.indices)
+    assert torch.equal(got.values, expected.values)
+    assert torch.equal(got.threshold, expected.threshold)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inhibition", ["mask", "subtract"])
+def test_gradcheck(inhibition: str) -> None:
+    """I carries no gradient under "subtract", so there only the threshold is compared."""
+    x, weight, bias = (t.requires_grad_() for t in layer(3, 12, 5, torch.float64, "cpu"))
+
+    def run(*inputs: Tensor) -> Any:
+        out = op(
+            inputs[0], inputs[1], 4, inputs[2], inhibition=inhibition, threshold=True, impl="torch"
+        )
+        return (out.values, out.threshold) if inhibition == "mask" else out.threshold
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias))
+
+
+def test_heuristic_names_what_can_serve() -> None:
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        for features in (8, 1024, 4096):
+            x, weight = (
+                torch.empty(4, features, dtype=dtype),
+                torch.empty(9000, features, dtype=dtype),
+            )
+            for k in (1, 64, 255, 256):
+                chosen = heuristic(x, weight, k)
+                assert chosen == "torch" or _linear_slabs.possible(chosen, x, weight, k)
+    assert heuristic(torch.empty(4, 8), torch.empty(9000, 8), 256) == "torch"
+
+
+@pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
+def test_slab_is_a_small_share_of_the_logits() -> None:
+    for size in (2, 4):
+        rows = _linear_slabs.slab_rows(8192, 131_072, size)
+        slab = rows * 131_072 * (4 + 4 / 32)
+        assert slab <= 0.05 * 8192 * 131_072 * size
+    assert set(TRITON) <= set(IMPLEMENTATIONS)
