@@ -116,11 +116,11 @@ def _torch(
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
         direction *= scale
         if buffers is not None:
-            direction += momentum * buffers[number][group.neurons]
-            buffers[number][group.neurons] = direction
+            direction += momentum * buffers[number].index_select(0, group.neurons)
+            buffers[number].index_copy_(0, group.neurons, direction)
         row_norm = normalize is not None and normalize[number]
-        rows = weight[group.neurons].sub_(direction, alpha=lr)
-        weight[group.neurons] = reference.project(rows, nonnegative, row_norm)
+        rows = weight.index_select(0, group.neurons).sub_(direction, alpha=lr)
+        weight.index_copy_(0, group.neurons, reference.project(rows, nonnegative, row_norm))
     return norm
 
 

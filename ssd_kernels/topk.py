@@ -12,9 +12,6 @@ from ssd_kernels import _checks, _dispatch, _tuning, reference
 from ssd_kernels._triton import AotCase, jit, tl
 from ssd_kernels.reference import TopKOutput
 
-# Neurons per group of the group-maxima filter; rows shorter than MIN_GROUPED are ranked directly.
-GROUP = 64
-MIN_GROUPED = 2048
 # The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.
 MAX_K = 256
 # Keys below that of -inf: what is no neuron, and a neuron that the mask disallows.
@@ -78,11 +75,11 @@ def _torch(
 
 
 def select(keys: Tensor, k: int) -> Tensor:
-    """reference.select by torch.topk over group maxima; keys [.., R] -> [.., k] int64."""
+    """reference.select by torch.topk; keys [.., R] -> [.., k] int64."""
     if torch.compiler.is_compiling() or keys.shape[-1] == k:
         return reference.select(keys, k)
     flat = keys.detach().reshape(-1, keys.shape[-1]) + 0.0
-    values, indices = _candidates(flat, k + 1)
+    values, indices = torch.topk(flat, k + 1)
     # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose k-th
     # and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
     ambiguous = ~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()
@@ -92,21 +89,6 @@ def select(keys: Tensor, k: int) -> Tensor:
     if ambiguous.any():
         chosen[ambiguous] = reference.select(flat[ambiguous], k)
     return chosen.view(*keys.shape[:-1], k)
-
-
-def _candidates(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk of keys [B, R]; the k largest lie in the k groups with the largest maxima."""
-    batch, neurons = keys.shape
-    groups = neurons // GROUP
-    if neurons < MIN_GROUPED or 4 * k * GROUP > neurons:
-        return torch.topk(keys, k)
-    body = keys[:, : groups * GROUP].view(batch, groups, GROUP)
-    chosen = torch.topk(body.amax(-1), k).indices
-    members = (chosen.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=keys.device)).flatten(1)
-    rest = torch.arange(groups * GROUP, neurons, device=keys.device).expand(batch, -1)
-    members = torch.cat([members, rest], dim=1)
-    values, slots = torch.topk(keys.gather(1, members), k)
-    return values, members.gather(1, slots)
 
 
 # The Triton path reads a row once, tile by tile, and appends to a small buffer what exceeds
