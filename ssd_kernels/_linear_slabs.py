@@ -334,7 +334,7 @@ def slab_rows(batch: int, neurons: int, element_size: int) -> int:
     cached = L2_BYTES // (4 * neurons)
     share = int(MEMORY_SHARE * batch * element_size) // 4
     rows = max(128, cached, share)
-    return min(batch, rows // 64 * 64)
+    return min(max(batch, 1), rows // 64 * 64)
 
 
 def _groups(weight: Tensor) -> int:
