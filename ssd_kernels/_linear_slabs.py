@@ -315,7 +315,7 @@ class Scores:
                 CANDIDATES=self.candidates,
                 CAPACITY=capacity,
                 STEP=8,
-                num_warps=_warps(max(members, self.groups if pick else 1)),
+                num_warps=_warps(max(members, self.groups if pick else 1) // 2),
             )
 
 
@@ -450,7 +450,7 @@ def _decide_case(k: int, groups: int, listed: bool) -> AotCase:
         _decide_kernel,
         signature,
         {"counts_stride": 1, "LISTED": listed} | flags | sizes,
-        {"num_warps": _warps(max(members, groups))},
+        {"num_warps": _warps(max(members, groups) // 2)},
     )
 
 
