@@ -315,7 +315,7 @@ class Scores:
                 CANDIDATES=self.candidates,
                 CAPACITY=capacity,
                 STEP=8,
-                num_warps=_warps(max(members, self.groups if pick else 1)),
+                num_warps=_warps(max(members, self.groups if pick else 1) // 2),
             )
 
 
@@ -334,7 +334,7 @@ def slab_rows(batch: int, neurons: int, element_size: int) -> int:
     cached = L2_BYTES // (4 * neurons)
     share = int(MEMORY_SHARE * batch * element_size) // 4
     rows = max(128, cached, share)
-    return min(batch, rows // 64 * 64)
+    return min(max(batch, 1), rows // 64 * 64)
 
 
 def _groups(weight: Tensor) -> int:
@@ -450,7 +450,7 @@ def _decide_case(k: int, groups: int, listed: bool) -> AotCase:
         _decide_kernel,
         signature,
         {"counts_stride": 1, "LISTED": listed} | flags | sizes,
-        {"num_warps": _warps(max(members, groups))},
+        {"num_warps": _warps(max(members, groups) // 2)},
     )
 
 

@@ -222,11 +222,11 @@ def test_groups_that_one_program_cannot_hold(
 def test_rescoring_gives_up_what_it_cannot_prove(device: str, impl: str) -> None:
     """Rows of near-equal scores overflow the candidates; the others do not."""
     x, weight, bias = layer(3, 6000, 8, torch.float32, device)
-    base = torch.rand(8, device=device)
+    base = 10 + torch.rand(8, device=device)
     weight[:4500] = base + 1e-5 * torch.rand(4500, 8, device=device)
     x[0] = base
     x[1] = float("inf")
-    weight = weight.abs()
+    weight, bias = weight.abs(), torch.zeros_like(bias)
     calls = _linear_slabs.Scores(x, weight, bias, 3, "rescore")
     calls.fill(slice(0, 3))
     assert (calls.held[:2] == -1).all()
@@ -237,9 +237,9 @@ def test_rescoring_gives_up_what_it_cannot_prove(device: str, impl: str) -> None
 
 def test_slack_bounds_the_error_of_estimates(device: str) -> None:
     """Half the slack is at least the error of bf16 scores, even where all rounding adds up."""
-    for scale in (1e-3, 1.0, 1e6):
+    for scale in (2.0**-10, 1.0, 2.0**20):
         x = torch.full((3, 256), scale * (1 + 2.0**-8 - 2.0**-20), device=device)
-        weight = torch.cat([x, torch.rand(50, 256, device=device)])
+        weight = torch.cat([x, scale * torch.rand(50, 256, device=device)])
         estimate = x.bfloat16().double() @ weight.bfloat16().double().T
         error = (estimate - x.double() @ weight.double().T).abs().amax(1)
         slack = _linear_slabs.slack(x, weight).double()
