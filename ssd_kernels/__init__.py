@@ -6,7 +6,8 @@ from ssd_kernels.linear_code import linear_code
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.row_update import row_gradient, row_update
+from ssd_kernels.row_gradient import row_gradient
+from ssd_kernels.row_update import row_update
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import topk
 

@@ -415,11 +415,17 @@ def linear_inhibit(
     return hidden.view(*x.shape[:-1], weight.shape[0])
 
 
+def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
+    gradient: Tensor = row_gradients_op(coefficients, inputs, indices, neurons)[0]
+    return gradient
+
+
 _OPERATORS: tuple[Callable[..., Any], ...] = (
     topk,
     linear_topk,
     linear_inhibit,
     sparse_linear,
+    row_gradient,
     count_active,
     row_update,
 )

@@ -252,7 +252,7 @@ def _aot_walk(kind: str, width: int | None, compact: bool, chosen: _tuning.Confi
     sizes = {"count": "i32", "width": "i32:16"}
     strides = dict.fromkeys(("vectors_stride", "weight_stride", "gradient_stride"), "i32:16")
     return AotCase(
-        f"segments {kind} D<={width or 'any'}{' compact' if compact else ''}",
+        f"row_gradient {kind} D<={width or 'any'}{' compact' if compact else ''}",
         segment_kernel,
         pointers | sizes | strides,
         {

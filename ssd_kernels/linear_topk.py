@@ -13,7 +13,7 @@ from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels._triton import AotCase
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.row_update import row_gradient
+from ssd_kernels.row_gradient import row_gradient
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import MAX_K, select
 

@@ -7,11 +7,11 @@ from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
-from ssd_kernels._segments import Segments, segments
+from ssd_kernels._segments import segments
 from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels.row_gradient import segment_sum
 
 
 def row_update(
@@ -72,16 +72,6 @@ def row_update(
         )
 
 
-def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
-    """reference.row_gradient at a cost of B K d plus one zeroed [R, d]."""
-    if _dispatch.TRITON and inputs.is_cuda and inputs.dtype in _dispatch.TRITON_DTYPES:
-        return _segments.row_gradients(coefficients, inputs, indices, neurons)[0]
-    gradient = inputs.new_zeros(neurons, inputs.shape[-1])
-    group = segments(indices, coefficients != 0)
-    gradient[group.neurons] = _segment_sum(coefficients, inputs, group)
-    return gradient
-
-
 def _torch(
     weights: Sequence[Tensor],
     coefficients: Sequence[Tensor],
@@ -110,7 +100,7 @@ def _torch(
         )
     touched = torch.stack([c != 0 for c in coefficients]).any(0)
     group = segments(indices, touched)
-    gradients = [_segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
+    gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     scale = reference.clip_scale(norm, max_norm)
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
@@ -122,20 +112,6 @@ def _torch(
         rows = weight.index_select(0, group.neurons).sub_(direction, alpha=lr)
         weight.index_copy_(0, group.neurons, reference.project(rows, nonnegative, row_norm))
     return norm
-
-
-def _segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor:
-    """[n, d]: for each neuron of the group, the sum of coefficient * input over its slots."""
-    if not len(group.slots):
-        return inputs.new_zeros(0, inputs.shape[-1])
-    samples = group.slots // coefficients.shape[-1]
-    return F.embedding_bag(
-        samples,
-        inputs,
-        group.offsets,
-        mode="sum",
-        per_sample_weights=coefficients.flatten()[group.slots],
-    )
 
 
 @jit

@@ -8,7 +8,6 @@ from conftest import INTERPRETED, triton_only
 
 from ssd_kernels import _segments, reference
 from ssd_kernels._segments import row_gradients, segments, sorted_slots
-from ssd_kernels.row_update import row_gradient
 
 
 def test_segments_by_hand() -> None:
@@ -81,13 +80,3 @@ def test_row_gradients_of_nothing(impl: str, device: str) -> None:
     gradient, sums = row_gradients(empty, torch.zeros(0, 3, device=device), empty.long(), 5, True)
     assert torch.equal(gradient, torch.zeros(5, 3, device=device))
     assert torch.equal(sums, torch.zeros(5, device=device))
-
-
-def test_row_gradient_equals_the_specification(device: str) -> None:
-    indices = torch.randint(6, (7, 5), device=device)
-    coefficients = torch.randn(7, 5, device=device).relu()
-    inputs = torch.randn(7, 12, device=device)
-    torch.testing.assert_close(
-        row_gradient(coefficients, inputs, indices, 9),
-        reference.row_gradient(coefficients, inputs, indices, 9),
-    )

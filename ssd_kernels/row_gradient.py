@@ -1,0 +1,80 @@
+"""The gradient of a matrix of which a sparse code picks rows: zero where no neuron is active."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels._segments import Segments, row_gradients, segments
+
+
+def row_gradient(
+    coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int, *, impl: str | None = None
+) -> Tensor:
+    """Row j is the sum of coefficients[b, s] * inputs[b] over the slots (b, s) of neuron j.
+
+    The whole weight gradient of a k-sparse layer: for an encoder the inputs are x and the
+    coefficients the gradients of the values; for a decoder the gradients of the output and the
+    values. Slots are summed in order: the result has the same bits every time.
+
+    Args:
+        coefficients: [B, K] floating. inputs: [B, d], the same dtype. indices: [B, K] int64.
+        neurons: R.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+
+    Returns:
+        [R, d] in the dtype of inputs, without gradient.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
+    """
+    _checks.floating("row_gradient", coefficients=coefficients, inputs=inputs)
+    _checks.code("row_gradient", coefficients, indices)
+    if indices.dim() != 2:
+        raise ValueError(f"row_gradient: indices have shape {list(indices.shape)}, expected [B, K]")
+    if inputs.dim() != 2 or inputs.shape[0] != indices.shape[0]:
+        raise ValueError(
+            f"row_gradient: inputs have shape {list(inputs.shape)}, "
+            f"expected [{indices.shape[0]}, d]"
+        )
+    serve = _dispatch.choose("row_gradient", IMPLEMENTATIONS, impl, inputs)
+    with torch.no_grad():
+        return serve(coefficients, inputs, indices, neurons)
+
+
+def _torch(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
+    if torch.compiler.is_compiling():  # the number of touched rows is no static shape
+        return reference.row_gradient(coefficients, inputs, indices, neurons)
+    gradient = inputs.new_zeros(neurons, inputs.shape[-1])
+    group = segments(indices, coefficients != 0)
+    return gradient.index_copy_(0, group.neurons, segment_sum(coefficients, inputs, group))
+
+
+def segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor:
+    """For each neuron of the group the sum of coefficient * input over its slots, [n, d]."""
+    if not len(group.slots):
+        return inputs.new_zeros(0, inputs.shape[-1])
+    samples = group.slots // coefficients.shape[-1]
+    return F.embedding_bag(
+        samples,
+        inputs,
+        group.offsets,
+        mode="sum",
+        per_sample_weights=coefficients.flatten()[group.slots],
+    )
+
+
+def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
+    return row_gradients(coefficients, inputs, indices, neurons)[0]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference.row_gradient,
+    "torch": _torch,
+}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton
