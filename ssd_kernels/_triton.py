@@ -15,6 +15,11 @@ try:
     jit: Any = triton.jit
 except ImportError:  # the torch implementations serve
 
+    class tl:  # type: ignore[no-redef]
+        """What modules name outside their kernels."""
+
+        constexpr = int
+
     def jit(fn: Any = None, **_: Any) -> Any:
         return fn if fn is not None else jit
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 
 from ssd_kernels import count_active, reference
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 IMPLS = ["reference", triton_only("triton")]
 INTEGERS = [torch.int64, torch.int32]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 
 import ssd_kernels as sk
 from ssd_kernels import _dispatch, _library, _linear_slabs
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 # Compiled on CPU, the traceable path serves; "triton" is the operators of _library.
 IMPLS = [None, triton_only("triton")]

@@ -8,12 +8,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _linear_slabs, linear_topk, reference
 from ssd_kernels import linear_inhibit as op
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 FAST = ["torch", triton_only("triton")]
 IMPLS = ["reference", *FAST]

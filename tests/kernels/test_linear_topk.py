@@ -8,13 +8,13 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _dispatch, _linear_slabs, reference
 from ssd_kernels import linear_topk as op
 from ssd_kernels.linear_topk import IMPLEMENTATIONS, heuristic
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 TRITON = ["triton", "fused", "chunked", "rescore"]
 # The interpreter's run takes the tests with "triton" in their id.

@@ -36,7 +36,7 @@ def test_equals_the_specification(
 
 
 def test_is_the_gradient_of_both_layers() -> None:
-    """The encoder's and the decoder's weight gradients of values picked from x W1^T, by autograd."""
+    """Encoder and decoder weight gradients of values picked from x W1^T, by autograd."""
     x, w1 = torch.randn(6, 5).double(), torch.randn(8, 5).double().requires_grad_()
     w2 = torch.randn(8, 3).double().requires_grad_()
     indices = torch.stack([torch.randperm(8)[:4] for _ in range(6)])

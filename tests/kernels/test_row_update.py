@@ -8,10 +8,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 
 from ssd_kernels import _tuning, row_update
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
 FAST = ["torch", triton_only("triton")]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 
 from ssd_kernels import _segments, reference
 from ssd_kernels._segments import row_gradients, segments, sorted_slots
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 
 def test_segments_by_hand() -> None:

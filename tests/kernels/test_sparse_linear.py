@@ -8,11 +8,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 
 from ssd_kernels import _dispatch, _segments, reference, sparse_linear
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
 FAST = ["torch", triton_only("triton")]

@@ -8,11 +8,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import INTERPRETED, triton_only
 from torch import Tensor
 
 from ssd_kernels import _dispatch, _tuning, reference
 from ssd_kernels import topk as topk_op
+from tests.kernels.conftest import INTERPRETED, triton_only
 
 INF, NAN = float("inf"), float("nan")
 IMPLS = ["reference", "torch", triton_only("triton")]
