@@ -18,7 +18,6 @@ from rich.table import Table
 from benchmarks.record import Row, read
 from benchmarks.targets import targets
 
-MARKERS = "<!-- medians -->", "<!-- /medians -->"
 Case = tuple[str, str, str, str]
 COLOURS = {"met": "green", "missed": "red", "not measured": "dim"}
 
@@ -133,9 +132,9 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def insert(document: str, table: str) -> str:
-    """The document with `table` between its markers."""
-    begin, end = MARKERS
+def insert(document: str, table: str, name: str) -> str:
+    """The document with `table` between the markers of the benchmark `name`."""
+    begin, end = f"<!-- medians {name} -->", f"<!-- /medians {name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     if not pattern.search(document):
         raise ValueError(f"the document has no {begin} .. {end}")
@@ -145,4 +144,4 @@ def insert(document: str, table: str) -> str:
 if __name__ == "__main__":
     source, document = map(Path, sys.argv[1:])
     text = document.read_text(encoding="utf-8")
-    document.write_text(insert(text, markdown(read(source))), encoding="utf-8")
+    document.write_text(insert(text, markdown(read(source)), source.stem), encoding="utf-8")

@@ -23,7 +23,7 @@ from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.topk import select
+from ssd_kernels.topk import select, topk
 
 # Neurons per group whose maximum is looked at first; group i of n holds i, i + n, i + 2n, ..
 GROUP = 16
@@ -143,7 +143,7 @@ def _torch(
         code = linear_topk(x, weight, k, inhibition=inhibition)
         return code, torch.zeros((), dtype=torch.bool, device=x.device)
     count = max(width, CANDIDATES * k) + k
-    if len(x) == 0 or count * DENSE_SHARE > weight.shape[0]:
+    if not x.is_cpu or len(x) == 0 or count * DENSE_SHARE > weight.shape[0]:
         return _compress(linear_inhibit(x, weight, k, gaba, inhibition=inhibition), width)
 
     def decide(x: Tensor, candidates: Tensor) -> tuple[TopKOutput, Tensor, Tensor]:
@@ -208,9 +208,7 @@ def _candidates(estimates: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _compress(hidden: Tensor, width: int) -> tuple[TopKOutput, Tensor]:
-    indices = select(hidden, width)
-    overflow = ((hidden > 0).sum(-1) > width).any()
-    return TopKOutput(hidden.gather(-1, indices), indices), overflow
+    return topk(hidden, width), ((hidden > 0).sum(-1) > width).any()
 
 
 IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}
