@@ -73,7 +73,7 @@ def _torch(
     surplus = a - (cut if gaba is None else gaba.to(a.dtype) * cut)
     hidden = a * (surplus > 0) if inhibition == "mask" else surplus.relu()
     if counts is not None:
-        counts += (hidden > 0).flatten(0, -2).sum(0)
+        counts += (hidden > 0).reshape(-1, hidden.shape[-1]).sum(0)
     return hidden.to(x.dtype)
 
 

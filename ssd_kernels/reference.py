@@ -108,7 +108,7 @@ def linear_inhibit(
     else:
         hidden = surplus.relu()
     if counts is not None:
-        counts += (hidden > 0).flatten(0, -2).sum(0)
+        counts += (hidden > 0).reshape(-1, hidden.shape[-1]).sum(0)
     return hidden.to(x.dtype)
 
 

@@ -134,6 +134,11 @@ def test_shapes_and_strides(device: str, impl: str) -> None:
     expected = op(x, weight, 3, gaba, bias, impl="reference").view(2, 3, 70)
     got = op(x.T.contiguous().T.view(2, 3, 8), weight, 3, gaba, bias, impl=impl)
     torch.testing.assert_close(got, expected)
+    counts = torch.zeros(70, dtype=torch.int64, device=device)
+    torch.testing.assert_close(
+        op(x[0], weight, 3, gaba, bias, counts=counts, impl=impl), expected[0, 0]
+    )
+    assert torch.equal(counts, (expected[0, 0] > 0).long())
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
