@@ -44,7 +44,7 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({"width": 16}, {"SLOTS": 8, "BLOCK": 16, "num_warps": 1}),
             ({"width": 64}, {"SLOTS": 4, "BLOCK": 64, "num_warps": 1}),
             ({"width": 256}, {"SLOTS": 4, "BLOCK": 256, "num_warps": 2}),
-            ({}, {"SLOTS": 4, "BLOCK": 1024, "num_warps": 4}),
+            ({}, {"SLOTS": 4, "BLOCK": 512, "num_warps": 4}),
         ),
     },
     "sparse_linear": {

@@ -28,7 +28,7 @@ from ssd_kernels.topk import select, topk
 # Neurons per group whose maximum is looked at first; group i of n holds i, i + n, i + 2n, ..
 GROUP = 16
 # Candidates are at least so many for each of the k: enough to settle almost every row.
-CANDIDATES = 4
+CANDIDATES = 3
 TINY = 1e-30
 # More candidates than one in so many neurons cost more than all scores.
 DENSE_SHARE = 32
