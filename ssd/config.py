@@ -145,7 +145,7 @@ _CIFAR = {"epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0,
 PROTOCOLS: Mapping[str, Protocol] = {
     "mnist": Protocol(5, _MNIST),
     "fashion-mnist": Protocol(5, _MNIST),
-    "mnist-5k": Protocol(5, _MNIST, {"epochs": 60, "anneal_samples": 25_000}),
+    "mnist-5k": Protocol(5, _MNIST, {"epochs": 200, "anneal_samples": 70_000, "eval_every": 20}),
     "cifar10": Protocol(5, _CIFAR),
     "cifar100": Protocol(50, _CIFAR),
     "features": Protocol(5, _CIFAR, {"ewc_coefficient": 100.0, "ewc_beta": 0.02}),

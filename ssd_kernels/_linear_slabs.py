@@ -35,6 +35,7 @@ L2_BYTES = 32 * 2**20
 MEMORY_SHARE = 0.045
 # Group maxima that one program of the selecting kernels can hold.
 MAX_GROUPS = 8192
+RESCORE_GROUPS = 4096  # of the filter, which also holds the members of the groups it keeps
 MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
 RECOVER_PARTS = 8
 
@@ -49,7 +50,7 @@ def possible(path: str, x: Tensor, weight: Tensor, k: int) -> bool:
 
 
 def rescorable(weight: Tensor, k: int) -> bool:
-    return k < _groups(weight) <= MAX_GROUPS and 2 * (k + 1) * GROUP <= 8192
+    return k < _groups(weight) <= RESCORE_GROUPS and 2 * (k + 1) * GROUP <= 8192
 
 
 def code(
@@ -379,7 +380,9 @@ def topk_aot_cases(family: str) -> list[AotCase]:
     for k, groups in ((10, 313), (32, 4096), (64, 2048), (MAX_K - 1, MAX_GROUPS)):
         cases.append(_decide_case(k, groups, listed=False))
     cases.append(_decide_case(32, 2048, listed=True))
-    cases += [_filter_case(k, groups) for k, groups in ((10, 313), (32, 2048), (127, MAX_GROUPS))]
+    cases += [
+        _filter_case(k, groups) for k, groups in ((10, 313), (32, 2048), (127, RESCORE_GROUPS))
+    ]
     return [*cases, _maxima_case(), *_rescore_cases()]
 
 
