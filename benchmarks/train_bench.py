@@ -299,7 +299,7 @@ def main() -> int:
             for method in ("ssd", "sdmlp"):
                 problem = Problem(R=neurons)
                 runs = step_runs(problem, method, device, compiled=not options.quick)
-                steps[method, neurons] = bench.measure(f"{method} step", runs, problem.shape())
+                steps[method, neurons] = bench.measure(method, runs, problem.shape())
         grown = growth(bench, options.quick)
     draw(grown, path.with_suffix(".png"), title)
     measured = [

@@ -140,7 +140,7 @@ def test_documented_figures_are_those_of_the_file(name: str) -> None:
 
 OPS = {
     "topk_bench": {"roofline", *providers.BUILDERS},
-    "train_bench": {"ssd step", "sdmlp step", "growth R", "growth B", "growth k", "growth d"},
+    "train_bench": {"ssd", "sdmlp", "growth R", "growth B", "growth k", "growth d"},
 }
 
 
