@@ -17,7 +17,7 @@ from kill_resume import write_features
 from rich.console import Console
 
 from ssd import train
-from ssd.config import Config
+from ssd.config import Config, preset
 from ssd.display import Display
 from ssd.folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
 from ssd.run import RunOptions, run
@@ -376,7 +376,7 @@ def test_strict_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_subset_has_settings_of_its_own() -> None:
     given = {"dataset": "mnist", "lr": 0.1}
     subset = train.resolve({**given, "dataset": "mnist-5k"})
-    assert subset.epochs == 60
+    assert subset.epochs == preset("quick", "mnist-5k")["epochs"] != Config().epochs
     assert train.resolve(given).epochs == Config().epochs
     assert train.resolve({**given, "epochs": 3, "dataset": "mnist-5k"}).epochs == 3
     assert subset.lr == 0.1
