@@ -42,7 +42,8 @@ def linear_topk(
         preactivations: also return x weight^T + bias [.., R], differentiable. Allocates it.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
         impl: "triton" (picks one of the next three), "fused", "chunked", "rescore", "torch" or
-            "reference"; by default the fastest for the device.
+            "reference"; by default the fastest for the device. A forced path that cannot serve
+            these shapes gives way to what "triton" would pick; every path is exact.
 
     Returns:
         TopKOutput: values [.., k] >= 0 in the dtype of x, descending; indices [.., k] int64 of the
