@@ -144,20 +144,21 @@ class Trainer:
     def step(self, samples: Sequence[Tensor]) -> None:
         """One step on the samples [B] of each learner, positions in its task's training set."""
         self._load_task()
-        codes: dict[int, TopKOutput] = {}
+        codes: dict[int, tuple[Tensor, TopKOutput]] = {}
         before = self._teaches and self._distils_hidden and self.config.hidden == "before"
         for number, (each, chosen) in enumerate(zip(self.learners, samples, strict=True)):
             if len(chosen) == 0:  # its epoch is over
                 continue
+            address = each.inputs.index_select(0, chosen)
             for regularizer in each.regularizers:
-                regularizer.before_step(each.inputs[chosen], each.labels[chosen])
+                regularizer.before_step(address, each.labels[chosen])
             code = None
             if isinstance(each.model, SDMLP) and not before:
-                code = each.model.encoder.code(each.inputs[chosen])
+                code = each.model.encoder.code(address)
             if code is None:
-                self._dense_step(each, chosen)
+                self._dense_step(each, address, chosen)
             else:
-                codes[number] = code
+                codes[number] = address, code
         if codes:
             self._sparse_step(codes, samples)
         for each, chosen in zip(self.learners, samples, strict=True):
@@ -165,10 +166,10 @@ class Trainer:
                 regularizer.after_step()
         self.steps += 1
 
-    def _dense_step(self, each: Learner, samples: Tensor) -> None:
+    def _dense_step(self, each: Learner, address: Tensor, samples: Tensor) -> None:
         """Autograd through the whole network."""
         labels = each.labels[samples]
-        logits = each.model.respond(each.inputs[samples])
+        logits = each.model.respond(address)
         if each.distiller is None:
             loss = F.cross_entropy(logits, labels)
         else:
@@ -176,16 +177,18 @@ class Trainer:
         self._update(each, list(torch.autograd.grad(loss, each.parameters)))
         self._note(each, loss.detach() * len(labels), logits.detach(), labels)
 
-    def _sparse_step(self, codes: Mapping[int, TopKOutput], samples: Sequence[Tensor]) -> None:
+    def _sparse_step(
+        self, codes: Mapping[int, tuple[Tensor, TopKOutput]], samples: Sequence[Tensor]
+    ) -> None:
         """Backward and update on the rows of the active neurons: the dense step at less cost."""
         numbers = list(codes)
         learners = [self.learners[number] for number in numbers]
         chosen = [samples[number] for number in numbers]
         sizes = [len(s) for s in chosen]
-        address = _joined([each.inputs[s] for each, s in zip(learners, chosen, strict=True)])
+        address = _joined([codes[number][0] for number in numbers])
         labels = _joined([each.labels[s] for each, s in zip(learners, chosen, strict=True)])
-        values = _joined([codes[number].values for number in numbers]).requires_grad_()
-        indices = _joined([codes[n].indices + n * self.config.neurons for n in numbers])
+        values = _joined([codes[number][1].values for number in numbers]).requires_grad_()
+        indices = _joined([_shifted(codes[n][1].indices, n * self.config.neurons) for n in numbers])
         encoder, decoder = self.weights
         logits = sparse_linear(values, indices, decoder)
         hidden, terms = self._targets(numbers, chosen, sizes, values.detach(), indices)
@@ -230,7 +233,7 @@ class Trainer:
                 blocks=len(self.learners),
             )
             for each, number in zip(learners, numbers, strict=True):
-                _sdmlp(each).encoder.updated(codes[number])
+                _sdmlp(each).encoder.updated(codes[number][1])
         for each, rows in zip(learners, _slices(sizes), strict=True):
             self._note(each, output.loss[rows].sum(), logits.detach()[rows], labels[rows])
 
@@ -322,6 +325,10 @@ def _sdmlp(learner: Learner) -> SDMLP:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _shifted(indices: Tensor, offset: int) -> Tensor:
+    return indices + offset if offset else indices
 
 
 def _spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
