@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ssd.config import FISHER_BATCH_SIZE, FISHER_BATCHES
+from ssd.config import IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
 from ssd.regularizers import EWC
 
 
@@ -46,7 +46,7 @@ def test_two_buffers_equal_the_sum_over_tasks() -> None:
 def test_importance_is_the_squared_gradient_of_batch_sums() -> None:
     """Six batches of 512 at most; label = own prediction; divided by 5 * 512."""
     model, beta = small_model(), 0.4
-    x = torch.randn(FISHER_BATCHES * FISHER_BATCH_SIZE + 100, 6).double()
+    x = torch.randn(IMPORTANCE_BATCHES * IMPORTANCE_BATCH_SIZE + 100, 6).double()
     order = torch.randperm(len(x))
     expected = [torch.zeros_like(p) for p in model.parameters()]
     for number in range(6):
