@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES, SI_DAMPING
 from ssd.distillation import evaluating
 
+Map = Callable[[Tensor], Tensor]
+
 
 class Regularizer(Protocol):
     """What the trainer asks of a regulariser; parameters are those of the model, in order."""
@@ -35,10 +37,7 @@ class Regularizer(Protocol):
         ...
 
     def rows(self) -> Tensor | None:
-        """The neurons outside of which the penalty's gradient is 0, [n] ascending; None: all.
-
-        Neuron j owns row j of every parameter [R, ..].
-        """
+        """Ascending rows [n] of the parameters [R, ..] where its gradient is not 0; None: all."""
         ...
 
     def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
@@ -74,6 +73,8 @@ class Quadratic:
         coefficient: strength.
     """
 
+    BUFFERS: tuple[str, ...] = ("curvature", "anchor")  # one tensor a parameter, in checkpoints
+
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         self.model, self.coefficient = model, coefficient
         self.parameters = list(model.parameters())
@@ -90,15 +91,13 @@ class Quadratic:
     @torch.no_grad()
     def penalty(self) -> Tensor:
         total = self.constant.clone()
-        for p, curvature, anchor in zip(self.parameters, self.curvature, self.anchor, strict=True):
+        for p, curvature, anchor in self._terms():
             total += (curvature.double() * (p.double() - anchor.double()).square()).sum() / 2
         return total
 
     @torch.no_grad()
     def add_gradient(self, gradients: Sequence[Tensor]) -> None:
-        for gradient, p, curvature, anchor in zip(
-            gradients, self.parameters, self.curvature, self.anchor, strict=True
-        ):
+        for gradient, (p, curvature, anchor) in zip(gradients, self._terms(), strict=True):
             gradient.addcmul_(curvature, p - anchor)
 
     def rows(self) -> Tensor | None:
@@ -106,46 +105,40 @@ class Quadratic:
 
     @torch.no_grad()
     def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
-        for gradient, p, curvature, anchor in zip(
-            gradients, self.parameters, self.curvature, self.anchor, strict=True
-        ):
-            gradient.addcmul_(curvature[rows], p[rows] - anchor[rows])
+        for gradient, term in zip(gradients, self._terms(), strict=True):
+            p, curvature, anchor = (tensor.index_select(0, rows) for tensor in term)
+            gradient.addcmul_(curvature, p.sub_(anchor))
 
     def before_step(self, x: Tensor, y: Tensor) -> None: ...
 
     def after_step(self) -> None: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"constant": self.constant, "tasks": torch.tensor(self.tasks)}
-        return state | {name: tensor for name, tensor in self._named_buffers()}
+        numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks)}
+        return numbers | self._buffers()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.constant.copy_(state["constant"])
         self.tasks = int(state["tasks"])
-        for name, tensor in self._named_buffers():
+        for name, tensor in self._buffers().items():
             tensor.copy_(state[name])
         self._rows = self._find_rows()
 
-    def _buffers(self) -> dict[str, list[Tensor]]:
-        """What a checkpoint keeps, one tensor a parameter."""
-        return {"curvature": self.curvature, "anchor": self.anchor}
+    def _buffers(self) -> dict[str, Tensor]:
+        return {f"{b}/{n}": t for b in self.BUFFERS for n, t in enumerate(getattr(self, b))}
 
-    def _named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        for group, tensors in self._buffers().items():
-            for number, tensor in enumerate(tensors):
-                yield f"{group}/{number}", tensor
+    def _terms(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return zip(self.parameters, self.curvature, self.anchor, strict=True)
 
     @torch.no_grad()
     def _accumulate(self, importance: Sequence[Tensor]) -> None:
         """One accumulating term: adds its importance and moves the anchor to the parameters."""
-        for p, curvature, anchor, added in zip(
-            self.parameters, self.curvature, self.anchor, importance, strict=True
-        ):
+        for (p, curvature, anchor), added in zip(self._terms(), importance, strict=True):
             curvature.add_(added, alpha=2 * self.coefficient)
             anchor.copy_(p)
-        self._end_task()
+        self._count_task()
 
-    def _end_task(self) -> None:
+    def _count_task(self) -> None:
         self.tasks += 1
         self._rows = self._find_rows()
 
@@ -155,20 +148,24 @@ class Quadratic:
         pulled = torch.stack([c.reshape(len(c), -1).any(1) for c in self.curvature]).any(0)
         return None if pulled.all() else pulled.nonzero().squeeze(1)
 
-    def _gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    def _gradient(self, x: Tensor, loss: Map) -> tuple[Tensor, ...]:
         """Gradient of loss(logits), in evaluation mode: the GABA counters must not advance."""
         with evaluating(self.model), torch.enable_grad():
             return torch.autograd.grad(loss(self.model(x)), self.parameters)
 
+    def _measure(self, x: Tensor, order: Tensor, loss: Map, importance: Map) -> list[Tensor]:
+        """importance(gradient of loss(logits)) of each parameter, added up over the batches."""
+        totals = [torch.zeros_like(p) for p in self.parameters]
+        sampled = order[: IMPORTANCE_BATCHES * IMPORTANCE_BATCH_SIZE]
+        for batch in sampled.split(IMPORTANCE_BATCH_SIZE):
+            for total, gradient in zip(totals, self._gradient(x[batch], loss), strict=True):
+                total += importance(gradient)
+        return totals
 
-def beta_softmax_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
+
+def beta_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
     """nll(log_softmax(beta logits), labels) summed over the batch, 0-d."""
     return F.nll_loss(F.log_softmax(beta * logits, dim=-1), labels, reduction="sum")
-
-
-def importance_batches(x: Tensor, order: Tensor) -> tuple[Tensor, ...]:
-    """The batches [<= 512, d] of a task's inputs [N, d] that importance is measured on."""
-    return x[order[: IMPORTANCE_BATCHES * IMPORTANCE_BATCH_SIZE]].split(IMPORTANCE_BATCH_SIZE)
 
 
 class EWC(Quadratic):
@@ -185,30 +182,24 @@ class EWC(Quadratic):
     @torch.no_grad()
     def end_task(self, x: Tensor, order: Tensor) -> None:
         """Merges the task's term: the anchor becomes the mean of both, weighed by importance."""
-        for p, curvature, anchor, fisher in zip(
-            self.parameters, self.curvature, self.anchor, self.fisher(x, order), strict=True
-        ):
+        importance = self.fisher(x, order)
+        for (p, curvature, anchor), fisher in zip(self._terms(), importance, strict=True):
             added = 2 * self.coefficient * fisher
             total = curvature + added
             share = torch.where(total > 0, added / total, 0)
             self.constant += ((curvature * share).double() * (p - anchor).double() ** 2).sum() / 2
             curvature.copy_(total)
             anchor.lerp_(p, share)
-        self._end_task()
+        self._count_task()
 
     def fisher(self, x: Tensor, order: Tensor) -> list[Tensor]:
-        """Importance of each parameter: squared gradients of batch sums of the beta-softmax loss.
-
-        The label is the model's own prediction.
-        """
-        fisher = [torch.zeros_like(p) for p in self.parameters]
-        for batch in importance_batches(x, order):
-            gradients = self._gradient(
-                batch, lambda logits: beta_softmax_loss(logits, logits.argmax(-1), self.beta)
-            )
-            for total, gradient in zip(fisher, gradients, strict=True):
-                total += gradient.square() / FISHER_DIVISOR
-        return fisher
+        """Squared gradients of batch sums of the beta-softmax loss, label = own prediction."""
+        return self._measure(
+            x,
+            order,
+            lambda z: beta_loss(z, z.argmax(-1), self.beta),
+            lambda g: g**2 / FISHER_DIVISOR,
+        )
 
 
 class MAS(Quadratic):
@@ -219,12 +210,10 @@ class MAS(Quadratic):
     """
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        importance = [torch.zeros_like(p) for p in self.parameters]
-        for batch in importance_batches(x, order):
-            gradients = self._gradient(batch, lambda logits: logits.square().mean())
-            for total, gradient in zip(importance, gradients, strict=True):
-                total += gradient.abs() / ceil(len(x) / IMPORTANCE_BATCH_SIZE)
-        self._accumulate(importance)
+        batches = ceil(len(x) / IMPORTANCE_BATCH_SIZE)
+        self._accumulate(
+            self._measure(x, order, lambda z: z.square().mean(), lambda g: g.abs() / batches)
+        )
 
 
 class SI(Quadratic):
@@ -238,6 +227,8 @@ class SI(Quadratic):
         model, coefficient: see Quadratic. beta: inverse temperature of the loss.
     """
 
+    BUFFERS = (*Quadratic.BUFFERS, "path")
+
     def __init__(self, model: nn.Module, coefficient: float, beta: float) -> None:
         super().__init__(model, coefficient)
         self.beta = beta
@@ -246,7 +237,7 @@ class SI(Quadratic):
         self.gradient: tuple[Tensor, ...] = ()
 
     def before_step(self, x: Tensor, y: Tensor) -> None:
-        self.gradient = self._gradient(x, lambda logits: beta_softmax_loss(logits, y, self.beta))
+        self.gradient = self._gradient(x, lambda logits: beta_loss(logits, y, self.beta))
         for before, p in zip(self.before, self.parameters, strict=True):
             before.copy_(p.detach())
 
@@ -259,23 +250,16 @@ class SI(Quadratic):
 
     @torch.no_grad()
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        self._accumulate(
-            [
-                w / ((p - anchor).square() + SI_DAMPING)
-                for w, p, anchor in zip(self.path, self.parameters, self.anchor, strict=True)
-            ]
-        )
+        for w, (p, _, anchor) in zip(self.path, self._terms(), strict=True):
+            w /= (p - anchor).square() + SI_DAMPING
+        self._accumulate(self.path)
         for w in self.path:
             w.zero_()
-
-    def _buffers(self) -> dict[str, list[Tensor]]:
-        return super()._buffers() | {"path": self.path}
 
 
 class L2(Quadratic):
     """Pull to the parameters at the end of the last task, the same on every parameter."""
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        for curvature in self.curvature:
-            curvature.zero_()
-        self._accumulate([torch.ones_like(p) for p in self.parameters])
+        added = torch.zeros_like if self.active else torch.ones_like
+        self._accumulate([added(p) for p in self.parameters])
