@@ -221,7 +221,7 @@ class SI(Quadratic):
 
     At every step w -= g * (change of p), with g the gradient of the beta-softmax loss of the batch
     without penalty; at the end of a task importance += w / ((change of p in the task)^2 + 0.1).
-    As published it is not clamped: where a step went uphill, importance can be negative.
+    It is not clamped: where a step went uphill, importance can be negative.
 
     Args:
         model, coefficient: see Quadratic. beta: inverse temperature of the loss.
