@@ -20,7 +20,7 @@ from ssd.learner import ENCODER, Learner, part
 from ssd.resident import ResidentEpochs
 from ssd.sdmlp import SDMLP
 from ssd_kernels import TopKOutput, distill, row_gradient, row_update, sparse_linear
-from ssd_kernels.reference import clip_scale
+from ssd_kernels.reference import clip_scale, project
 
 # Settings in which learners that are trained together may differ.
 OWN = ("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples",
@@ -218,7 +218,6 @@ class Trainer:
         )
         for number, rows in zip(numbers, _slices(sizes), strict=True):
             each = self.learners[number]
-            _sdmlp(each).encoder.updated(codes[number][1])
             self._note(each, loss[rows].sum(), logits[rows], each.labels[samples[number]])
 
     def learn(
@@ -260,24 +259,65 @@ class Trainer:
         if penalized or self.config.momentum > 0:
             for each, number, own in zip(learners, numbers, rows, strict=True):
                 local = _shifted(indices[own], -number * self.config.neurons)
-                gradients = [
-                    row_gradient(c[own], i[own], local, self.config.neurons)
-                    for c, i in zip(coefficients, inputs, strict=True)
-                ]
-                self.update(each, gradients)
-        else:
-            row_update(
-                self.weights,
-                coefficients,
-                inputs,
-                indices,
-                lr=self.lr,
-                max_norm=self.max_norm,
-                nonnegative=True,
-                normalize=(True, False),
-                blocks=len(self.learners),
-            )
+                self._penalized_update(
+                    each, [c[own] for c in coefficients], [i[own] for i in inputs], local
+                )
+            return logits.detach(), output.loss
+        row_update(
+            self.weights,
+            coefficients,
+            inputs,
+            indices,
+            lr=self.lr,
+            max_norm=self.max_norm,
+            nonnegative=True,
+            normalize=(True, False),
+            blocks=len(self.learners),
+        )
+        for each, number, own in zip(learners, numbers, rows, strict=True):
+            encoder = _sdmlp(each).encoder
+            if encoder.shadowed:
+                active = indices[own][values[own] > 0].unique()
+                encoder.updated(_shifted(active, -number * self.config.neurons))
         return logits.detach(), output.loss
+
+    def _penalized_update(
+        self,
+        each: Learner,
+        coefficients: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        indices: Tensor,
+    ) -> None:
+        """The update under penalties, on the rows where anything pulls if they are few."""
+        count = self.config.neurons
+        # The dense step serves momentum, which moves every row, and CUDA, where no shape may vary.
+        dense = self.config.momentum > 0 or self.device.type != "cpu"
+        rows = None if dense else each.penalized_rows()
+        if rows is None:
+            gradients = [
+                row_gradient(c, i, indices, count)
+                for c, i in zip(coefficients, inputs, strict=True)
+            ]
+            self.update(each, gradients)
+            return
+        active = coefficients[1] > 0
+        rows = torch.cat([rows, indices[active]]).unique()
+        # Slots that are not active add nothing, wherever they point.
+        places = torch.searchsorted(rows, indices).clamp_(max=len(rows) - 1)
+        gradients = [
+            row_gradient(c, i, places, len(rows)) for c, i in zip(coefficients, inputs, strict=True)
+        ]
+        for regularizer in each.regularizers:
+            if regularizer.active:
+                regularizer.add_row_gradient(gradients, rows)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        step = clip_scale(norm, each.config.max_norm) * each.config.lr
+        normalized = _sdmlp(each).normalized
+        for weight, gradient, norms in zip(each.parameters, gradients, normalized, strict=True):
+            moved = weight.detach().index_select(0, rows).sub_(gradient.mul_(step))
+            weight.detach().index_copy_(0, rows, project(moved, True, norms))
+        if _sdmlp(each).encoder.shadowed:
+            _sdmlp(each).encoder.updated(rows)
 
     def _targets(
         self,

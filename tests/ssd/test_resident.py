@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(variant: str, dtype: torch.dtype, count: int, epochs: int = 12) -> Trainer:
+def make_trainer(variant: str, dtype: torch.dtype, count: int, epochs: int = 7) -> Trainer:
     configs = [
         replace(BASE, **{"method": "ssd", "epochs": epochs, "eval_every": epochs,
                          **SETTINGS[variant], **own})
@@ -63,10 +63,10 @@ def test_equal_to_the_trainers_steps(
                 torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
             assert torch.equal(ours.model.encoder.counts, theirs.model.encoder.counts)
         epochs += event.kind == "epoch"
-    assert epochs == 36
+    assert epochs == 21
     assert trainer.steps == plain.steps
     if SETTINGS[variant].get("schedule") == "flat":
-        assert taken == {DENSE: 0, GRADED: 0, EXACT: 36 * count}
+        assert taken == {DENSE: 0, GRADED: 0, EXACT: 21 * count}
     else:
         assert taken[DENSE] > 0
         assert variant == "before" or taken[GRADED] > 0
