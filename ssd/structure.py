@@ -1,11 +1,11 @@
 """What becomes of a network's structure over tasks: subnetworks, their overlap, coverage.
 
     recorder = StructureRecorder(size=10)
-    for x_train, x_test in tasks:
-        ...                                           # training
-        recorder.end_task(model, x_test, frequency)   # frequency [R] on x_train
-    recorder.summary()                                # JSON-able, one value a task
-    recorder.save(folder / STRUCTURE)                 # what figures are drawn from
+    for x_train, y_train in tasks:
+        ...                                       # training
+        recorder.end_task(model, x, frequency)    # x: the same every time; frequency on x_train
+    recorder.summary()                            # JSON-able, one value a task
+    recorder.save(folder / STRUCTURE)             # what figures are drawn from
 
 The measures themselves are in ssd.metrics.
 """
@@ -115,7 +115,10 @@ class StructureRecorder:
         self.snapshots: list[Snapshot] = []
 
     def end_task(self, model: SDMLP, x: Tensor, frequency: Tensor) -> None:
-        """Measures the network as it stands, see measure()."""
+        """Measures the network as it stands, see measure().
+
+        Coverage is comparable between tasks only on the same inputs x: it grows with their number.
+        """
         self.snapshots.append(measure(model, x, frequency, self.size))
 
     def summary(self) -> dict[str, Any]:
