@@ -155,7 +155,7 @@ def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
         norm=LogNorm(USED, 1),  # most frequencies are small
         interpolation="nearest",
     )
-    image.cmap.set_extremes(bad="black")
+    axes.set_facecolor("black")  # a frequency of 0 has no logarithm and is not drawn
     axes.set(
         xlabel="neuron, sorted by its busiest task; dead ones last", ylabel="after training task"
     )

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from ssd import metrics
 from ssd.errors import UserError
@@ -45,6 +45,8 @@ def write_comparison(runs: Sequence[Path], folder: Path) -> None:
     Raises:
         UserError: no run, a summary that is missing or damaged, or of unequal numbers of tasks.
     """
+    if not runs:
+        raise UserError("no runs to compare; name at least one folder of a finished run")
     summaries = [read_structure_summary(run) for run in runs]
     tasks = {len(s["structure"]["mean_entropy_bits"]) for s in summaries}
     if len(tasks) != 1:
@@ -120,9 +122,8 @@ def draw_entropy(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     """Mean activation entropy over tasks, a line a method."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     _lines(axes, summaries, "mean_entropy_bits")
-    axes.set(ylabel="mean activation entropy (bits)", yscale="log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.set(ylabel="mean activation entropy (bits)")
+    axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return figure
 
@@ -132,7 +133,7 @@ def draw_coverage(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     figure, row = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     labels = {
         "effective_rank": "effective rank of the code",
-        "used_fraction": f"neurons active for {metrics.USED:.1%} of inputs",
+        "used_fraction": f"share of neurons active\nfor {metrics.USED:.1%} of inputs or more",
     }
     for axes, (name, label) in zip(row, labels.items(), strict=True):
         _lines(axes, summaries, name)
