@@ -26,6 +26,7 @@ from ssd.folder import (
     FREQUENCY,
     MATRIX,
     METRICS,
+    STRUCTURE,
     SUMMARY,
     claim,
     commit,
@@ -218,6 +219,8 @@ def run_together(
         summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
         write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
         write_atomically(folder / FREQUENCY, npy(learner.frequency))
+        if learner.structure is not None:
+            learner.structure.save(folder / STRUCTURE)
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         summaries.append(summary)
     return summaries
@@ -243,6 +246,7 @@ def summarize(
         "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
         "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
         "mean_active": frequency.sum(-1).tolist(),
+        "structure": None if learner.structure is None else learner.structure.summary(),
         "trained_together": beside,
         "seconds": seconds,  # of all that were trained together
         "steps_per_second": steps / seconds,

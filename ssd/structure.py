@@ -29,7 +29,7 @@ from ssd.errors import UserError
 from ssd.sdmlp import SDMLP
 
 # Inputs that the effective rank is computed on, drawn without replacement with seed 0.
-RANK_SAMPLES = 2000
+RANK_SAMPLES = 500
 
 
 @dataclass(frozen=True)
