@@ -1,4 +1,4 @@
-"""Sparse code and analytic readout: a k-sparse layer that stays as it is, and a closed-form decoder.
+"""Sparse code and analytic readout: a fixed k-sparse layer and a decoder in closed form.
 
 The decoder is the solution for all the data seen so far and needs of it only the code's Gram
 matrix, its sums over classes and the class counts, to which each task adds (ssd_kernels.code_gram).
@@ -7,8 +7,6 @@ what the encoder takes from the first one.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,8 +18,6 @@ from ssd_kernels import TopKOutput, code_gram, linear_topk, sparse_linear
 
 # Samples whose scores are held at a time.
 CHUNK = 2048
-
-Encoder = Callable[[Tensor], TopKOutput]
 
 
 def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -87,24 +83,109 @@ def local_addresses(
 
 
 class RandomCode:
-    """Top-K code of random addresses: the k largest scores less the (k+1)-th.
+    """Top-K code of fixed random addresses: the k largest scores less the (k+1)-th.
 
-    The input is centred by the mean of the first task and scaled to unit L2 norm.
+    The input x >= 0 is raised to `power`, centred by its mean over the first task and scaled to
+    unit L2 norm.
 
     Args:
-        addresses: [R, d] float32. k: 1..R.
-
-    begin takes the first task's x [N, d]; a call maps x [N, d] to the code, [N, k] twice.
+        addresses: [R, d] float32. k: 1..R. power: of the input; 1 takes inputs of any sign.
     """
 
     def __init__(self, addresses: Tensor, k: int, power: float = 1.0) -> None:
-        self.addresses, self.k = addresses, k
+        self.addresses, self.k, self.power = addresses, k, power
         self.mean: Tensor | None = None
 
+    @property
+    def neurons(self) -> int:
+        return len(self.addresses)
+
+    def _raised(self, x: Tensor) -> Tensor:
+        return x.float() if self.power == 1 else x.float().clamp(min=0).pow(self.power)
+
     def begin(self, x: Tensor) -> None:
-        self.mean = x.double().mean(0).float()
+        """Takes the mean from the first task's data x [N, d]; later tasks leave it as it is."""
+        if self.mean is None:
+            self.mean = self._raised(x).double().mean(0).float()
 
     def __call__(self, x: Tensor) -> TopKOutput:
+        """x [N, d] -> values and indices [N, k]."""
         assert self.mean is not None
-        centred = F.normalize(x.float() - self.mean, dim=1)
+        centred = F.normalize(self._raised(x) - self.mean, dim=1)
         return linear_topk(centred, self.addresses, self.k, inhibition="subtract")
+
+
+class LearnedCode:
+    """The hidden layer of a trained SDMLP, all of its neurons inhibited in full."""
+
+    def __init__(self, model: SDMLP) -> None:
+        self.model = model
+
+    @property
+    def neurons(self) -> int:
+        return self.model.encoder.neurons
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> TopKOutput:
+        """x [N, d] -> values and indices [N, k]."""
+        layer = self.model.encoder
+        address = self.model.address(x.to(layer.weight.dtype))
+        return linear_topk(address, layer.weight, layer.k, inhibition=layer.inhibition)
+
+
+class CodeReadout:
+    """A sparse code and a closed-form decoder, as a learner of ssd.peers.
+
+    Args:
+        encoder: RandomCode or LearnedCode. classes: C.
+        readout: "lda" (linear discriminant analysis) or "ridge" (on one-hot labels).
+        strength: shrinkage of the one, or ridge of the other in units of the mean diagonal entry.
+        dtype: of the Gram matrix [R, R]; the solution is float64.
+
+    Raises:
+        UserError: readout is neither.
+    """
+
+    def __init__(
+        self,
+        encoder: RandomCode | LearnedCode,
+        classes: int,
+        readout: str = "lda",
+        strength: float = 1e-3,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if readout not in ("lda", "ridge"):
+            raise UserError(f"readout {readout!r} is unknown; use lda or ridge")
+        self.encoder, self.readout, self.strength = encoder, readout, strength
+        neurons = encoder.neurons
+        self.gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
+        self.cross = torch.zeros(neurons, classes, dtype=dtype, device=device)
+        self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
+
+    def fit_task(self, x: Tensor, y: Tensor) -> None:
+        if isinstance(self.encoder, RandomCode):
+            self.encoder.begin(x)
+        for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            values, indices, *_ = self.encoder(part)
+            code_gram(values, indices, self.gram, self.cross, labels)
+        self.counts += y.bincount(minlength=len(self.counts))
+
+    def decoder(self) -> tuple[Tensor, Tensor]:
+        """Weight [R, C] and bias [C], float32, for all that was learned so far."""
+        if self.readout == "lda":
+            weight, bias = discriminant(self.gram, self.cross, self.counts, self.strength)
+        else:
+            weight = ridge_solution(self.gram, self.cross, self.strength)
+            bias = torch.zeros_like(weight[0])
+        # Scaled to the range of float32; the largest score stays the largest.
+        scale = weight.abs().max().clamp(min=1e-300)
+        return (weight / scale).float(), (bias / scale).float()
+
+    def predict(self, x: Tensor) -> Tensor:
+        weight, bias = self.decoder()
+        scores = []
+        for part in x.split(CHUNK):
+            values, indices, *_ = self.encoder(part)
+            scores.append(sparse_linear(values, indices, weight, bias))
+        return only_seen(torch.cat(scores), self.counts)
