@@ -266,8 +266,8 @@ class Row:
     commit: str
 
 
-def entries(features: int) -> list[Entry]:
-    """The learners compared on inputs of this width."""
+def entries(features: int, neurons: int) -> list[Entry]:
+    """The learners compared on d inputs with R neurons, all of a width where they have one."""
     strengths = (1e-4, 1e-3, 1e-2, 1e-1)
     shares = (0.1, 0.2, 0.3, 0.4)
     late = [{"readout": r, "strength": s} for r in ("lda", "ridge") for s in strengths[:3]]
@@ -295,6 +295,12 @@ def entries(features: int) -> list[Entry]:
     if side * side == features and features >= 784:  # a square image, not 256 features
         local = [{"share": s, "width": w} for w in (3.0, 6.0) for s in shares]
         found.append(Entry("sparse code, local addresses", _local_readout, local, late))
+    if neurons >= 2 * features:
+        beside = [{"share": s, "power": p} for p in (1.0, 0.5) for s in (0.1, 0.2, 0.4)]
+        found.append(Entry("sparse code beside the input", _beside_readout, beside, late[:3]))
+        # What the same readout makes of units that are not sparse: share 1 is a plain ReLU.
+        dense = [{"share": 1.0, "power": p} for p in (1.0, 0.5)]
+        found.append(Entry("control: ReLU beside the input", _beside_readout, dense, late[:3]))
     return found
 
 
@@ -307,6 +313,14 @@ def _gaussian_readout(
 ) -> Learner:
     addresses = gaussian_addresses(neurons, d, generator)
     code = RandomCode(addresses, max(1, round(share * neurons)), power)
+    return CodeReadout(code, classes, dtype=_dtype(neurons))
+
+
+def _beside_readout(
+    d: int, classes: int, neurons: int, generator: torch.Generator, share: float, power: float
+) -> Learner:
+    addresses = gaussian_addresses(neurons - d, d, generator)
+    code = RandomCode(addresses, max(1, round(share * len(addresses))), power, beside=True)
     return CodeReadout(code, classes, dtype=_dtype(neurons))
 
 
@@ -502,7 +516,7 @@ def main(arguments: Sequence[str]) -> int:
         study = Study(name, data, given.tasks, given.out, console)
         measured = {
             entry.name: study.measure(entry, given.neurons, given.seeds)
-            for entry in entries(data.x_train.shape[1])
+            for entry in entries(data.x_train.shape[1], given.neurons)
         }
         title = f"{name}, {given.tasks} tasks, R = {given.neurons:,}, {given.seeds} seeds"
         Console().print(result_table(measured, title))

@@ -89,16 +89,18 @@ class RandomCode:
     unit L2 norm.
 
     Args:
-        addresses: [R, d] float32. k: 1..R. power: of the input; 1 takes inputs of any sign.
+        addresses: [A, d] float32. k: 1..A. power: of the input; 1 takes inputs of any sign.
+        beside: appends the centred input itself as d neurons that are always active; R = A + d.
     """
 
-    def __init__(self, addresses: Tensor, k: int, power: float = 1.0) -> None:
-        self.addresses, self.k, self.power = addresses, k, power
+    def __init__(self, addresses: Tensor, k: int, power: float = 1.0, beside: bool = False) -> None:
+        self.addresses, self.k, self.power, self.beside = addresses, k, power, beside
         self.mean: Tensor | None = None
 
     @property
     def neurons(self) -> int:
-        return len(self.addresses)
+        count, features = self.addresses.shape
+        return count + features * self.beside
 
     def _raised(self, x: Tensor) -> Tensor:
         return x.float() if self.power == 1 else x.float().clamp(min=0).pow(self.power)
@@ -109,10 +111,17 @@ class RandomCode:
             self.mean = self._raised(x).double().mean(0).float()
 
     def __call__(self, x: Tensor) -> TopKOutput:
-        """x [N, d] -> values and indices [N, k]."""
+        """x [N, d] -> values and indices [N, k], or [N, k + d] with the input beside the code."""
         assert self.mean is not None
         centred = F.normalize(self._raised(x) - self.mean, dim=1)
-        return linear_topk(centred, self.addresses, self.k, inhibition="subtract")
+        code = linear_topk(centred, self.addresses, self.k, inhibition="subtract")
+        if not self.beside:
+            return code
+        count, features = self.addresses.shape
+        # Unit mean square, as the scores have: one penalty is to suit both.
+        values = torch.cat([code.values, features**0.5 * centred], dim=1)
+        inputs = torch.arange(count, count + features, device=x.device).expand(len(x), -1)
+        return TopKOutput(values, torch.cat([code.indices, inputs], dim=1))
 
 
 class LearnedCode:

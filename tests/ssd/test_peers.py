@@ -159,8 +159,8 @@ def archive(path: Path) -> Path:
 def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some = [replace(e, early=e.early[:2], late=e.late[:2]) for e in peers.entries(D)]
-    monkeypatch.setattr(peers, "entries", lambda _: some)
+    some = [replace(e, early=e.early[:2], late=e.late[:2]) for e in peers.entries(D, 20)]
+    monkeypatch.setattr(peers, "entries", lambda *_: some)
     out = tmp_path / "sub" / "tiny.csv"
     arguments = ["--features", str(archive(tmp_path / "tiny.npz")), "--tasks", "2"]
     arguments += ["--neurons", "20", "--seeds", "2", "--out", str(out)]

@@ -109,6 +109,19 @@ def test_random_code_by_hand() -> None:
     assert values[0, 0] == pytest.approx(1.0 - 0.8)
 
 
+def test_the_input_beside_the_code() -> None:
+    x, _ = data()
+    plain = random_code()
+    both = RandomCode(plain.addresses, K, beside=True)
+    for code in (plain, both):
+        code.begin(x[:100])
+    hidden = dense(both, x)
+    assert hidden.shape == (len(x), R + D)
+    assert torch.equal(hidden[:, :R], dense(plain, x))
+    centred = torch.nn.functional.normalize(x - x[:100].mean(0), dim=1)
+    torch.testing.assert_close(hidden[:, R:].float(), D**0.5 * centred)
+
+
 def test_classes_not_seen_are_never_predicted() -> None:
     x, y = data()
     scores = fitted(x, y, [[1], [3]]).predict(x)
