@@ -145,7 +145,7 @@ class FlyModel:
         features: int,
         classes: int,
         neurons: int,
-        share: float = 0.01,
+        share: float = 0.05,
         connections: float = 0.1,
         lr: float = 0.005,
         generator: torch.Generator | None = None,
@@ -282,7 +282,7 @@ def entries(features: int, neurons: int) -> list[Entry]:
         Entry(
             "FlyModel",
             lambda d, c, r, g, **s: FlyModel(d, c, r, generator=g, **s),
-            [{"share": s, "lr": lr} for s in (0.01, 0.05, 0.1) for lr in (1e-4, 1e-3, 5e-3)],
+            [{"share": s, "lr": lr} for s in (0.01, 0.05, 0.1) for lr in (1e-4, 1e-3, 5e-3, 2e-2)],
         ),
         Entry(
             "random ReLU + ridge",
