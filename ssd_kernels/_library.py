@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssd_kernels import _dispatch, _linear_slabs, reference
 from ssd_kernels._segments import row_gradients
+from ssd_kernels.code_gram import _triton as gram_triton
 from ssd_kernels.count_active import _triton as count_triton
 from ssd_kernels.distill import DistillOutput
 from ssd_kernels.distill import _triton as distill_triton
@@ -265,6 +266,28 @@ def _(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> tu
     return inputs.new_empty(neurons, inputs.shape[1]), inputs.new_empty(neurons)
 
 
+@torch.library.custom_op("ssd_kernels::code_gram", mutates_args=("gram", "cross"))
+def code_gram_op(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    gram_triton(values, indices, gram, cross, targets)
+
+
+@code_gram_op.register_fake
+def _(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    return None
+
+
+def code_gram(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    if targets is not None:
+        targets = targets.detach()
+    code_gram_op(values.detach(), indices, gram, cross, targets)
+
+
 @torch.library.custom_op("ssd_kernels::linear_topk", mutates_args=())
 def linear_topk_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str
@@ -506,6 +529,7 @@ _OPERATORS: tuple[Callable[..., Any], ...] = (
     linear_inhibit,
     sparse_linear,
     row_gradient,
+    code_gram,
     count_active,
     distill,
     row_update,

@@ -97,6 +97,22 @@ def _count_active(device: str) -> Run:
     return run
 
 
+def _code_gram(device: str) -> Run:
+    values, indices = _code(device)
+    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
+    targets = torch.randn(BATCH, OUTPUTS, device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        gram = torch.zeros(NEURONS, NEURONS, device=device)
+        crosses = torch.zeros(2, NEURONS, OUTPUTS, device=device)
+        sk.code_gram(values, indices, gram, crosses[0], labels, impl=impl)
+        sk.code_gram(values, indices, gram, crosses[1], targets, impl=impl)
+        sk.code_gram(values, indices, gram, impl=impl)
+        return [gram, crosses]
+
+    return run
+
+
 def _row_update(device: str) -> Run:
     values, indices = _code(device)
     widths = (INPUTS, OUTPUTS)
@@ -145,6 +161,7 @@ CASES = {
     "linear_topk": _linear_topk,
     "linear_inhibit": _linear_inhibit,
     "sparse_linear": _sparse_linear,
+    "code_gram": _code_gram,
     "count_active": _count_active,
     "distill": _distill,
     "row_update": _row_update,
@@ -257,6 +274,8 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     grad = torch.randn(BATCH, OUTPUTS, device=device)
     counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
     now = torch.tensor(3, device=device)
+    gram = torch.zeros(NEURONS, NEURONS, device=device)
+    cross, labels = gram[:, :OUTPUTS].contiguous(), indices[:, 0] % OUTPUTS
     weights = [torch.rand(NEURONS, w, device=device) for w in (INPUTS, OUTPUTS)]
     buffers = [w.clone() for w in weights]
     inputs = [torch.randn(BATCH, w, device=device) for w in (INPUTS, OUTPUTS)]
@@ -275,6 +294,8 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "backward": (_library.sparse_linear_backward_op, (*backward, True, True)),
         "backward of values": (_library.sparse_linear_backward_op, (*backward, True, False)),
         "row_gradients": (_library.row_gradients_op, (plain, inputs[0], indices, NEURONS)),
+        "code_gram": (_library.code_gram_op, (plain, indices, gram, cross, labels)),
+        "code_gram only": (_library.code_gram_op, (plain, indices, gram, None, None)),
         "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", "fused")),
         "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", "fused")),
         "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract")),
