@@ -156,7 +156,7 @@ def check(given: dict[str, Any]) -> Request:
     for option, value, holds, rule in (
         ("--epochs", settings.epochs, settings.epochs >= 1, "at least 1"),
         ("--batch-size", settings.batch_size, settings.batch_size >= 1, "at least 1"),
-        ("--lr", settings.lr, 0 < settings.lr < float("inf"), "above 0"),
+        ("--lr", settings.lr, 0 < settings.lr <= 1, "in 0..1, not 0"),
         ("--seed", settings.seed, 0 <= settings.seed < 2**32, "in 0..2^32-1"),
         ("--checkpoint-every", every, every >= 0, "at least 0"),
     ):
@@ -264,6 +264,7 @@ class Session:
         origin, make = self.prepare()
         if request.out.is_file():
             self.check_finished(origin)
+            request.partial.unlink(missing_ok=True)  # of a process killed at its very end
             return f"{request.out} is finished already"
         extractor = make()
         refuse_channels(request.dataset, extractor.channels, f"--extractor {request.extractor}")
