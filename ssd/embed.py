@@ -3,8 +3,8 @@
 The extractor `convmixer` is pretrained here, on another data set than the one it embeds, so that it
 has never seen a label of that: CIFAR-10 is embedded by a network pretrained on CIFAR-100, CIFAR-100
 by one pretrained on CIFAR-10, MNIST and Fashion-MNIST likewise. The paper pretrains on ImageNet32,
-which may not be passed on; those who have it name its folder with --pretrain-folder. The extractors
-`torchvision:<model>` are torchvision's classifiers with their default weights.
+which may not be redistributed; those who have it name its folder with --pretrain-folder. The
+extractors `torchvision:<model>` are torchvision's classifiers with their default weights.
 """
 
 from __future__ import annotations

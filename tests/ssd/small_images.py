@@ -1,11 +1,7 @@
-"""Small image data sets in memory, in the place of ssd.data.load."""
+"""Small image data sets in memory."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
-from ssd import convmixer, data
 from ssd.data import Dataset
 
 SIZES = {"cifar10": 3072, "cifar100": 3072, "mnist": 784, "fashion-mnist": 784, "mnist-5k": 784}
@@ -23,16 +19,3 @@ def make(name: str) -> Dataset:
         return (noise + 50 * labels[:, None]).float() / 255, labels
 
     return Dataset(name, *part(TRAIN), *part(TEST))
-
-
-@pytest.fixture
-def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ssd.data.load gives the sets above, and reads files as ever; ConvMixer is a tiny one."""
-    load = data.load
-
-    def load_small(name: str, root: Path, features: Path | None = None, **options: object):
-        return load(name, root, features) if name == "features" else make(name)
-
-    monkeypatch.setattr(data, "load", load_small)
-    monkeypatch.setattr(convmixer, "FEATURES", 8)
-    monkeypatch.setattr(convmixer, "DEPTH", 2)

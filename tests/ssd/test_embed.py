@@ -9,18 +9,30 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from small_images import TEST, TRAIN, make, small_images
+from small_images import TEST, TRAIN, make
 from torch import nn
 from torchvision import models
 
 from ssd import convmixer, data, embed, train
 from ssd.data import load
 
-__all__ = ["small_images"]
 SMALL = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
 CONVMIXER = ["--dataset", "cifar10", "--extractor", "convmixer", "--out", "f.npz", *SMALL]
 RESNET = [*("--dataset", "mnist", "--extractor", "torchvision:resnet18"),
           *("--out", "r.npz", "--batch-size", "10", "--device", "cpu")]  # fmt: skip
+
+
+@pytest.fixture
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssd.data.load gives small sets, and reads files as ever; ConvMixer is a tiny one."""
+    load = data.load
+
+    def load_small(name: str, root: Path, features: Path | None = None, **options: object):
+        return load(name, root, features) if name == "features" else make(name)
+
+    monkeypatch.setattr(data, "load", load_small)
+    monkeypatch.setattr(convmixer, "FEATURES", 8)
+    monkeypatch.setattr(convmixer, "DEPTH", 2)
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +43,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_images: None) 
 
 
 @pytest.fixture
-def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's models with initial weights in the place of the downloaded ones."""
-    get_model = models.get_model
+def no_download(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """torchvision's models with weights drawn from a seed in the place of the downloaded ones."""
+    get_model, drawn = models.get_model, {"seed": 0}
 
     def without_weights(name: str, weights: object, progress: bool) -> nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(drawn["seed"])
         return get_model(name)
 
     monkeypatch.setattr(models, "get_model", without_weights)
+    return drawn
 
 
 @pytest.fixture
@@ -207,13 +220,16 @@ def test_resume_of_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_partial_features_of_something_else(
-    stop_after: object, no_download: None, capsys: pytest.CaptureFixture[str]
+    stop_after: object, no_download: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(2)
     assert embed.main(RESNET) == 130
     assert set(files()) == {"r.partial.safetensors"}
     other = [*RESNET, "--resume", "--extractor", "torchvision:resnet34"]
     assert "is of another command (extractor " in refused(capsys, other)
+    no_download["seed"] = 1
+    assert "is of another command (weights_crc32 " in refused(capsys, [*RESNET, "--resume"])
+    no_download["seed"] = 0
     assert "r.partial.safetensors exists already" in refused(capsys, RESNET)
     whole = Path("r.partial.safetensors").read_bytes()
     Path("r.partial.safetensors").write_bytes(whole[:-1])
@@ -224,7 +240,7 @@ def test_partial_features_of_something_else(
     assert set(files()) == {"r.npz"}
 
 
-def test_torchvision_features(no_download: None) -> None:
+def test_torchvision_features(no_download: dict[str, int]) -> None:
     assert embed.main(RESNET) == 0
     written, images = load("features", Path(), Path("r.npz")), make("mnist")
     weights = models.ResNet18_Weights.DEFAULT
