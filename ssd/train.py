@@ -54,14 +54,16 @@ METAVARS = {int: "N", float: "X", str: None}
 CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Complains like the rest of the program: in one line."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: run control by hand, every setting of Config by itself."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m ssd.train",
         usage="%(prog)s [options]",
         description="Train SDMLP / SSD on a class-incremental stream of tasks.",
@@ -298,9 +300,20 @@ def result_line(summary: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
+    """The command line of training; returns the exit status."""
+    return exit_status(execute, arguments)
+
+
+def exit_status(
+    command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None
+) -> int:
+    """Runs a command line: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted.
+
+    Args:
+        command: takes the arguments. arguments: None for those of the process.
+    """
     try:
-        execute(arguments)
+        command(arguments)
     except UserError as error:
         return fail(str(error))
     except OSError as error:
