@@ -180,11 +180,11 @@ class SweepDisplay:
         """Takes in an event of the run in training."""
         if event.kind == "step":
             return
-        config = trainer.config
+        config, beside = trainer.config, len(trainer.learners)
         task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
         self.progress.update(
             self.bar,
-            description=f"{config.method} seed {config.seed} task {task}/{config.tasks} "
+            description=f"{config.method}, {beside} side by side: task {task}/{config.tasks} "
             f"epoch {epoch}/{config.epochs}",
         )
         if event.kind == "task":
@@ -215,6 +215,8 @@ def rank(
         record = {name: getattr(config, name) for name in sweep.varied}
         for measure in MEASURES:
             values = [summary[measure] for summary in group]
+            if measure == "seconds":  # of all runs that were trained side by side
+                values = [summary["seconds"] / summary["trained_together"] for summary in group]
             record[measure] = mean(values)
             record[f"{measure}_std"] = stdev(values) if len(values) > 1 else nan
         record |= {"seeds": len(group), "evaluated_on": group[0]["evaluated_on"]}
