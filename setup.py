@@ -25,6 +25,7 @@ setup(
         "matplotlib>=3.8",
         "safetensors>=0.4",
         "mlxtend>=0.23",
+        "tomli>=2; python_version < '3.11'",
     ],
     extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.9", "mypy>=1.11", "pre-commit>=3"]},
 )

@@ -44,7 +44,7 @@ from ssd.images import (
     refuse_same,
 )
 from ssd.run import Interrupted
-from ssd.train import Parser, choose_device, exit_status, stop_on_interrupt
+from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 
 TORCHVISION_BATCH = 64
 
@@ -55,7 +55,7 @@ CONVERTING = ("convert", "out", "quiet")
 
 def build_parser() -> Parser:
     """The command line; an option that is not given is absent from the result."""
-    parser = Parser(
+    parser = ArgumentParser(
         prog="python -m ssd.embed",
         usage="%(prog)s --dataset NAME --extractor NAME --out FILE.npz [options]\n"
         "       %(prog)s --convert PATH --out FILE.npz",
@@ -392,7 +392,7 @@ def execute(arguments: Sequence[str] | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of embedding; returns the exit status."""
-    return exit_status(execute, arguments)
+    return exit_status(lambda: execute(arguments))
 
 
 if __name__ == "__main__":

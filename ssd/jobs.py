@@ -47,7 +47,8 @@ def run_jobs(
     for config in configs:
         config.validate()
     resumed = replace(options, resume=True)
-    for batch in _batches(configs):
+    waiting = [c for c in configs if not (job_folder(root, c, data) / SUMMARY).is_file()]
+    for batch in _batches(waiting):
         folders = [job_folder(root, config, data) for config in batch]
         names = "\n".join(folder.name for folder in folders)
         checkpoint = root / f"together-{_digest(names)}.safetensors"

@@ -1,0 +1,353 @@
+"""python -m ssd.sweep FILE.toml: trains a grid of settings and ranks them.
+
+    dataset = "mnist"           # or features = "FILE.npz"; preset = NAME, if not quick
+    seeds = 3                   # runs of each row, with seeds seed, seed + 1, ..
+
+    [base]                      # settings of every run: any field of ssd.config.Config
+    validation = 0.1
+
+    [grid]                      # lists; every combination is a row
+    alpha = [0.5, 0.7]
+
+    [[runs]]                    # optional: each table is crossed with the grid
+    method = "ssd"
+
+A run lies in a folder named by its settings: a file that has grown trains only what is new.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from itertools import product
+from math import nan
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ssd.checkpoint import write_atomically
+from ssd.config import Config, resolve
+from ssd.data import Dataset, default_root, load
+from ssd.errors import UserError
+from ssd.folder import SUMMARY, commit, versions
+from ssd.jobs import job_folder, run_jobs
+from ssd.run import Interrupted, RunOptions, make_tasks
+from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
+from ssd.trainer import Event, Trainer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CSV, MARKDOWN = "sweep.csv", "sweep.md"
+SECTIONS = {
+    "dataset": str, "features": str, "preset": str, "seeds": int,
+    "base": dict, "grid": dict, "runs": list,
+}  # fmt: skip
+# Settings that belong at the top of the file: they are the same for the whole sweep.
+SHARED = {"dataset", "features"}
+MEASURES = ("mean_accuracy", "bwt", "forgetting", "seconds")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file: what its rows share, and the settings of each row that vary."""
+
+    shared: dict[str, Any]
+    rows: list[dict[str, Any]]
+    seeds: int
+
+    @property
+    def varied(self) -> list[str]:
+        """The settings that rows name, in the file's order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def config(self, row: Mapping[str, Any], dataset: str | None = None) -> Config:
+        """The settings of a row's first run; dataset: what stands in for the file's."""
+        instead = {} if dataset is None else {"dataset": dataset}
+        return resolve({**self.shared, **row, **instead})
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Reads a sweep file and checks all of it.
+
+    Raises:
+        UserError: it is absent or not TOML, or holds an unknown name or a value no run could use.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from error
+    try:
+        sweep = _parse(content)
+        configs = [sweep.config(row) for row in sweep.rows]
+        for config in configs:
+            config.validate()
+            replace(config, seed=config.seed + sweep.seeds - 1).validate()
+        for number, config in enumerate(configs):
+            if config in configs[:number]:
+                raise UserError(f"{_shown(sweep.rows[number])} is listed twice")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return sweep
+
+
+def _parse(content: Mapping[str, Any]) -> Sweep:
+    for name, value in content.items():
+        _require_known(name, SECTIONS, "the file")
+        kind = SECTIONS[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            called = {str: "a string", int: "an integer", dict: "a table", list: "[[runs]] tables"}
+            raise UserError(f"{name} must be {called[kind]}, not {value!r}")
+    seeds, base = content.get("seeds", 1), content.get("base", {})
+    grid, runs = content.get("grid", {}), content.get("runs", [{}])
+    if seeds < 1:
+        raise UserError(f"seeds {seeds} must be at least 1")
+    if not runs or not all(isinstance(run, dict) for run in runs):
+        raise UserError(f"runs must be [[runs]] tables, not {runs!r}")
+    _require_settings(base, "[base]", SHARED)
+    _require_settings(grid, "[grid]", SHARED | {"seed"}, [("[base]", base)])
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"[grid] {name} must be a list of values, not {values!r}")
+    for run in runs:
+        _require_settings(run, "[[runs]]", SHARED | {"seed"}, [("[base]", base), ("[grid]", grid)])
+    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    shared = {n: v for n, v in content.items() if n in {"dataset", "features", "preset"}} | base
+    return Sweep(shared, [{**run, **cell} for run in runs for cell in combinations], seeds)
+
+
+def _require_settings(
+    table: Mapping[str, Any],
+    where: str,
+    elsewhere: set[str],
+    others: Sequence[tuple[str, Mapping[str, Any]]] = (),
+) -> None:
+    """Every name is a setting, belongs there and is not in another table too."""
+    for name in table:
+        _require_known(name, [setting.name for setting in fields(Config)], where)
+        if name in elsewhere:
+            place = "[base], with seeds = N at the top" if name == "seed" else "the top of the file"
+            raise UserError(f"{name} belongs in {place}, not in {where}")
+        for other, values in others:
+            if name in values:
+                raise UserError(f"{name} is in both {other} and {where}; leave it in one")
+
+
+def _require_known(name: str, known: Any, where: str) -> None:
+    if name not in known:
+        close = get_close_matches(name, list(known), 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+        raise UserError(f"{name} in {where} is unknown; {hint}")
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.items()) or "the only row"
+
+
+class SweepDisplay:
+    """How far a sweep is: a bar on a terminal, else a line a finished run."""
+
+    def __init__(self, console: Console, folders: Mapping[Path, str], quiet: bool) -> None:
+        self.console, self.waiting, self.total = console, dict(folders), len(folders)
+        self.plain = not quiet and not console.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total} runs"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self.bar = self.progress.add_task("starting", total=self.total)
+        self.advance(announce=False)
+
+    def watch(self, trainer: Trainer, event: Event) -> None:
+        """Takes in an event of the run in training."""
+        if event.kind == "step":
+            return
+        config, beside = trainer.config, len(trainer.learners)
+        task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
+        self.progress.update(
+            self.bar,
+            description=f"{config.method}, {beside} side by side: task {task}/{config.tasks} "
+            f"epoch {epoch}/{config.epochs}",
+        )
+        if event.kind == "task":
+            self.advance()
+
+    def advance(self, announce: bool = True) -> None:
+        """Looks which runs have ended; the last one shows when it is called after the sweep."""
+        for folder in [folder for folder in self.waiting if (folder / SUMMARY).is_file()]:
+            text = self.waiting.pop(folder)
+            if self.plain and announce:
+                self.console.print(f"{self.total - len(self.waiting)}/{self.total} {text}")
+        self.progress.update(self.bar, completed=self.total - len(self.waiting))
+
+
+def rank(
+    sweep: Sweep, configs: Sequence[Config], summaries: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """One record a row: its varied settings, then mean and std of each measure over the seeds.
+
+    Args:
+        configs: of each row. summaries: of each row's runs.
+
+    Returns:
+        records, the highest mean accuracy first; the std of a single run is NaN.
+    """
+    records = []
+    for config, group in zip(configs, summaries, strict=True):
+        record = {name: getattr(config, name) for name in sweep.varied}
+        for measure in MEASURES:
+            values = [summary[measure] for summary in group]
+            if measure == "seconds":  # of all runs that were trained side by side
+                values = [summary["seconds"] / summary["trained_together"] for summary in group]
+            record[measure] = mean(values)
+            record[f"{measure}_std"] = stdev(values) if len(values) > 1 else nan
+        record |= {"seeds": len(group), "evaluated_on": group[0]["evaluated_on"]}
+        records.append(record)
+    return sorted(records, key=lambda record: -record["mean_accuracy"])
+
+
+def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
+    """A record as texts: settings, then `mean ± std` of each measure."""
+    texts = [f"{record[n]:g}" if isinstance(record[n], float) else str(record[n]) for n in varied]
+    for measure in MEASURES:
+        digits = 1 if measure == "seconds" else 4
+        text, deviation = f"{record[measure]:.{digits}f}", record[f"{measure}_std"]
+        texts.append(text if deviation != deviation else f"{text} ± {deviation:.{digits}f}")
+    return texts
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """sweep.csv: full precision; a deviation that is not known is empty."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({n: "" if v != v else v for n, v in record.items()} for record in records)
+    return stream.getvalue()
+
+
+def markdown_text(title: str, varied: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
+    """sweep.md: the table, the best row in bold, and what it was measured with."""
+    header = [*varied, *(measure.replace("_", " ") for measure in MEASURES)]
+    lines = [f"# {title}", "", " | ".join(["", *header, ""]).strip(), "|---" * len(header) + "|"]
+    for number, record in enumerate(records):
+        texts = cells(record, varied)
+        texts = [f"**{text}**" for text in texts] if number == 0 else texts
+        lines.append("| " + " | ".join(texts) + " |")
+    found = versions()
+    lines += ["", f"torch {found['torch']}, Python {found['python']}, commit {commit()}."]
+    return "\n".join(lines) + "\n"
+
+
+def result_table(title: str, varied: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Table:
+    """The ranking for a terminal; * marks the best."""
+    table = Table(title=title, title_style="bold")
+    table.add_column("")
+    for name in (*varied, *(measure.replace("_", " ") for measure in MEASURES)):
+        table.add_column(name, justify="right", overflow="fold")
+    for number, record in enumerate(records):
+        best = number == 0
+        table.add_row("*" if best else "", *cells(record, varied), style="bold" if best else None)
+    return table
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m ssd.sweep",
+        description="Train a grid of settings and rank them by mean accuracy. "
+        "The same command goes on with a sweep that was interrupted.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE.toml", type=Path, help="dataset, seeds, [base], [grid], [[runs]]")
+    add("--out", metavar="DIR", type=Path, help="runs and tables (default runs/sweep-<FILE>)")
+    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
+    add("--quiet", action="store_true", help="print the result line alone")
+    return parser
+
+
+def execute(arguments: Sequence[str] | None) -> None:
+    """Reads, checks, loads, trains and ranks; nothing is written before all checks are done."""
+    given = build_parser().parse_args(arguments)
+    sweep = read_sweep(given.file)
+    options = RunOptions(choose_device(given.device))
+    folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is not a folder; use another --out")
+    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    data, configs = _load(sweep, given.data_root or default_root(), notices)
+    jobs = [
+        replace(config, seed=config.seed + number)
+        for config in configs
+        for number in range(sweep.seeds)
+    ]
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    rows = [row for row in sweep.rows for _ in range(sweep.seeds)]
+    display = SweepDisplay(
+        console,
+        {
+            job_folder(folder, job, data): f"{_shown(row)} seed {job.seed}"
+            for job, row in zip(jobs, rows, strict=True)
+        },
+        given.quiet,
+    )
+    try:
+        with stop_on_interrupt() as stopped, display.progress:
+            summaries = run_jobs(jobs, data, folder, options, display.watch, stopped)
+            display.advance()
+    except (Interrupted, KeyboardInterrupt):
+        again = ["python", "-m", "ssd.sweep", *map(str, arguments or sys.argv[1:])]
+        notices.print(f"interrupted; go on with: {shlex.join(again)}")
+        raise Interrupted from None
+    groups = [summaries[i : i + sweep.seeds] for i in range(0, len(jobs), sweep.seeds)]
+    records = rank(sweep, configs, groups)
+    measured = " and ".join(sorted({record["evaluated_on"] for record in records}))
+    title = f"{given.file.stem}: {data.name}, accuracy on {measured} data, {sweep.seeds} seeds"
+    write_atomically(folder / CSV, csv_text(records))
+    write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records))
+    if not given.quiet:
+        Console().print(result_table(title, sweep.varied, records))
+    best = {name: records[0][name] for name in sweep.varied}
+    accuracy = records[0]["mean_accuracy"]
+    print(f"best of {len(records)} ({measured}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
+
+
+def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Config]]:
+    """The data and each row's settings, which suit one another."""
+    first = sweep.config(sweep.rows[0])
+    features = Path(first.features) if first.features else None
+    data = load(
+        first.dataset, root, features,
+        notice=lambda line: notices.print(f"note: {line}", style="yellow"),
+    )  # fmt: skip
+    # The subset may stand in for MNIST: the settings are then the subset's.
+    configs = [sweep.config(row, data.name) for row in sweep.rows]
+    for config in {(c.tasks, c.validation): c for c in configs}.values():
+        make_tasks(config, data)
+    return data, configs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return exit_status(lambda: execute(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""A sweep: what its file may say, which runs it trains, and how it ranks them."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isnan
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+from kill_resume import write_features
+
+from ssd import sweep
+from ssd.config import Config
+from ssd.folder import METRICS, SUMMARY
+from ssd.run import run
+from ssd.sweep import cells, csv_text, markdown_text, rank, read_sweep
+
+BASE = """
+features = "f.npz"
+seeds = 2
+[base]
+tasks = 2
+neurons = 32
+k = 3
+epochs = 2
+batch_size = 64
+anneal_samples = 300
+validation = 0.25
+"""
+GRID = (
+    BASE
+    + """
+[grid]
+method = ["sdmlp", "ssd"]
+lr = [0.05, 1]
+"""
+)
+SWEPT = ["s.toml", "--device", "cpu", "--out", "out"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a feature file f.npz and a sweep s.toml in it."""
+    monkeypatch.chdir(tmp_path)
+    write_features(Path("f.npz"), 256)
+    Path("s.toml").write_text(GRID)
+    return tmp_path
+
+
+def summaries() -> dict[str, dict[str, Any]]:
+    return {p.parent.name: json.loads(p.read_text()) for p in Path("out").glob(f"*/{SUMMARY}")}
+
+
+def rows() -> list[dict[str, str]]:
+    return list(csv.DictReader(Path("out/sweep.csv").read_text().splitlines()))
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one line with which a sweep is refused, leaving everything as it was."""
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+    assert sweep.main(arguments) == 2
+    assert sorted(Path().rglob("*")) == before
+    printed, said = capsys.readouterr()
+    assert printed == ""
+    assert re.fullmatch(r"error: .*\n", said)
+    return said
+
+
+def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(SWEPT) == 0
+    found = summaries()
+    assert len(found) == 8
+    table = rows()
+    assert len(table) == 4
+    for row in table:
+        group = [
+            s for s in found.values()
+            if s["method"] == row["method"] and s["config"]["lr"] == float(row["lr"])
+        ]  # fmt: skip
+        assert sorted(s["seed"] for s in group) == [0, 1]
+        for measure in ("mean_accuracy", "bwt", "forgetting", "seconds"):
+            share = "trained_together" if measure == "seconds" else None
+            values = [s[measure] / s.get(share, 1) for s in group]
+            assert float(row[measure]) == pytest.approx(mean(values))
+            assert float(row[f"{measure}_std"]) == pytest.approx(stdev(values))
+        assert row["seeds"] == "2"
+        assert row["evaluated_on"] == "validation"
+    accuracies = [float(row["mean_accuracy"]) for row in table]
+    assert accuracies == sorted(accuracies, reverse=True)
+    printed = capsys.readouterr().out
+    assert printed.count("seed 0") == printed.count("seed 1") == 4
+    assert "8/8 method=ssd lr=1 seed 1" in printed
+    best = f"best of 4 (validation): method={table[0]['method']} lr={table[0]['lr']}"
+    assert printed.splitlines()[-1].startswith(best)
+    marked = [line for line in printed.splitlines() if "*" in line]
+    assert len(marked) == 1
+    assert f"{accuracies[0]:.4f}" in marked[0]
+    markdown = Path("out/sweep.md").read_text().splitlines()
+    assert "validation" in markdown[0]
+    assert markdown[4].startswith(f"| **{table[0]['method']}** |")
+
+
+def test_only_what_is_new_is_trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    before = {p: p.stat().st_mtime_ns for p in Path("out").glob("*/*")}
+    Path("s.toml").write_text(GRID.replace("lr = [0.05, 1]", "lr = [0.05, 0.2, 1]"))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert len(summaries()) == 12
+    assert len(rows()) == 6
+
+
+def test_interrupted_in_the_middle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    whole = {name: s["accuracy_matrix"] for name, s in summaries().items()}
+    logs = {p.parent.name: p.read_bytes() for p in Path("out").glob(f"*/{METRICS}")}
+    Path("out").rename("whole")
+    events = iter(range(1, 1000))
+
+    @contextmanager
+    def after_a_few() -> Iterator[Any]:
+        yield lambda: next(events) > 20
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "stop_on_interrupt", after_a_few)
+        assert sweep.main([*SWEPT, "--quiet"]) == 130
+    assert 0 < len(summaries()) < 8
+    assert not Path("out/sweep.csv").exists()
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert {name: s["accuracy_matrix"] for name, s in summaries().items()} == whole
+    assert {p.parent.name: p.read_bytes() for p in Path("out").glob(f"*/{METRICS}")} == logs
+
+
+def test_interruption_says_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run_jobs", stop)
+    assert sweep.main(SWEPT) == 130
+    said = capsys.readouterr().err
+    assert said == ("interrupted; go on with: python -m ssd.sweep s.toml --device cpu --out out\n")
+
+
+def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
+    """The sweep changes nothing of a run: same settings, same numbers."""
+    Path("s.toml").write_text(BASE.replace("seeds = 2", "") + 'method = "ssd"\n')
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    (summary,) = summaries().values()
+    config = Config(**summary["config"])
+    data, _ = sweep._load(read_sweep(Path("s.toml")), Path(), sweep.Console())
+    options = sweep.RunOptions(sweep.choose_device("cpu"))
+    assert (
+        run(config, data, Path("alone"), options)["accuracy_matrix"] == (summary["accuracy_matrix"])
+    )
+    (row,) = rows()
+    assert row["mean_accuracy_std"] == ""
+
+
+def test_runs_are_crossed_with_the_grid(folder: Path) -> None:
+    path = Path("s.toml")
+    runs = '[[runs]]\nmethod = "ssd"\nlam = 0.5\n[[runs]]\nmethod = "ewc"\n'
+    path.write_text(f"{BASE}[grid]\nmax_norm = [1.0, 2.0]\n{runs}")
+    found = read_sweep(path)
+    assert found.rows == [
+        {"method": "ssd", "lam": 0.5, "max_norm": 1.0},
+        {"method": "ssd", "lam": 0.5, "max_norm": 2.0},
+        {"method": "ewc", "max_norm": 1.0},
+        {"method": "ewc", "max_norm": 2.0},
+    ]
+    assert found.varied == ["method", "lam", "max_norm"]
+    config = found.config(found.rows[2])
+    assert (config.method, config.max_norm, config.lam) == ("ewc", 1.0, Config().lam)
+    assert config.ewc_coefficient == 100.0  # of the preset for features
+
+
+def test_rank_of_single_runs() -> None:
+    found = sweep.Sweep({}, [{"k": 1}, {"k": 2}], 1)
+    summary = {"bwt": -0.5, "forgetting": 0.5, "seconds": 8.0, "evaluated_on": "test"}
+    summary["trained_together"] = 4
+    records = rank(
+        found,
+        [Config(k=1), Config(k=2)],
+        [[{**summary, "mean_accuracy": 0.25}], [{**summary, "mean_accuracy": 0.75}]],
+    )
+    assert [r["k"] for r in records] == [2, 1]
+    assert all(isnan(r["bwt_std"]) for r in records)
+    assert cells(records[0], ["k"]) == ["2", "0.7500", "-0.5000", "0.5000", "2.0"]
+    assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,1,test"
+    table = markdown_text("title", ["k"], records).splitlines()
+    assert table[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
+    assert table[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
+    assert table[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
+
+
+FILES = {
+    "not TOML": ("seeds = = 2", "not valid TOML: .*line 1"),
+    "unknown section": ("sedes = 2", "sedes in the file is unknown; did you mean seeds?"),
+    "strange section": ("zzz = 2", "zzz in the file is unknown; choose from dataset,"),
+    "seeds of a wrong type": ('seeds = "2"', "seeds must be an integer, not '2'"),
+    "seeds true": ("seeds = true", "seeds must be an integer, not True"),
+    "no seeds": ("seeds = 0", "seeds 0 must be at least 1"),
+    "base of a wrong type": ("base = 3", "base must be a table, not 3"),
+    "runs of a wrong type": ("runs = [3]", r"runs must be \[\[runs\]\] tables"),
+    "no runs": ("runs = []", r"runs must be \[\[runs\]\] tables"),
+    "unknown setting": ("[base]\nepoch = 2", r"epoch in \[base\] is unknown; did you mean epochs"),
+    "unknown in the grid": ("[grid]\nalhpa = [1.0]", r"alhpa in \[grid\] is unknown; .* alpha"),
+    "unknown in a run": ("[[runs]]\nlamda = 1", r"lamda in \[\[runs\]\] is unknown; did .* lam"),
+    "wrong type": ('[base]\nepochs = "20"', "--epochs 20 must be of type int"),
+    "wrong type in the grid": ('[grid]\nlr = [0.1, "a"]', "--lr a must be of type float"),
+    "wrong value": ("[grid]\nalpha = [0.5, 1.5]", "--alpha 1.5 must be in 0..1"),
+    "empty list": ("[grid]\nalpha = []", "alpha must be a list of values, not \\[\\]"),
+    "no list": ("[grid]\nalpha = 0.5", "alpha must be a list of values, not 0.5"),
+    "twice": ("[grid]\nalpha = [0.5, 0.5]", "alpha=0.5 is listed twice"),
+    "in two tables": ("[base]\nk = 3\n[grid]\nk = [3]", r"k is in both \[base\] and \[grid\]"),
+    "seed in the grid": ("[grid]\nseed = [1]", r"seed belongs in \[base\], with seeds = N"),
+    "data set in the base": ('[base]\ndataset = "mnist"', "dataset belongs in the top of the"),
+    "unknown data set": ('dataset = "mnits"', "--dataset mnits is unknown"),
+    "unknown preset": ('preset = "fast"', "--preset fast is unknown"),
+    "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", "--seed 92233720368547"),
+    "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "--tasks 3 does not divide"),
+    "absent features": ('features = "g.npz"', "--features g.npz is not a file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_file(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    content, message = FILES[case]
+    Path("bad.toml").write_text(content)
+    assert re.search(message, refused(capsys, ["bad.toml", "--device", "cpu"]))
+
+
+def test_bad_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "g.toml cannot be read: No such file" in refused(capsys, ["g.toml"])
+    assert "f.npz cannot be read: not UTF-8" in refused(capsys, ["f.npz"])
+    assert "arguments are required: FILE.toml" in refused(capsys, [])
+    assert "--device gpu is not a device" in refused(capsys, ["s.toml", "--device", "gpu"])
+    outs = ["s.toml", "--device", "cpu", "--out", "f.npz"]
+    assert "--out f.npz is not a folder" in refused(capsys, outs)
