@@ -177,3 +177,16 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
             **protocol.paper,
         }
     raise UserError(f"--preset {name} is unknown; choose from {', '.join(PRESETS)}")
+
+
+def resolve(given: Mapping[str, Any]) -> Config:
+    """The settings of a run: defaults, then the preset's, then those given.
+
+    Args:
+        given: settings by name; "preset" names the preset; what is no setting is passed over.
+    """
+    names = {setting.name for setting in fields(Config)}
+    dataset = given.get("dataset", "features" if "features" in given else "mnist")
+    settings = preset(given.get("preset", "quick"), dataset)
+    settings |= {name: value for name, value in given.items() if name in names}
+    return Config(**{**settings, "dataset": dataset})

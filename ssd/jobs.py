@@ -17,7 +17,7 @@ from ssd.trainer import Event, Trainer
 
 
 def job_folder(root: Path, config: Config, data: Dataset) -> Path:
-    """Where the run of these settings on these data lies: its name tells method, seed and digest."""
+    """Where the run of these settings on these data lies: method, seed and a digest."""
     text = json.dumps(describe(config, data), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     return root / f"{data.name}-{config.method}-seed{config.seed}-{digest}"

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from ssd.checkpoint import write_atomically
-from ssd.config import DATASETS, PRESETS, Config, option, preset
+from ssd.config import DATASETS, PRESETS, Config, option, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.display import Display
 from ssd.errors import UserError
@@ -42,14 +42,16 @@ METAVARS = {int: "N", float: "X", str: None}
 CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
 
 
-class _Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and exit."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: run control by hand, every setting of Config by itself."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m ssd.train",
         usage="%(prog)s [options]",
         description="Train SDMLP / SSD on a class-incremental stream of tasks.",
@@ -88,15 +90,6 @@ def build_parser() -> argparse.ArgumentParser:
                 help=f"{settings[name].metadata['help']} (default {default})",
             )
     return parser
-
-
-def resolve(given: dict[str, Any]) -> Config:
-    """The settings of a run: defaults, then the preset's, then what the command line names."""
-    names = {f.name for f in fields(Config)}
-    dataset = given.get("dataset", "features" if "features" in given else "mnist")
-    settings = preset(given.get("preset", "quick"), dataset)
-    settings |= {name: value for name, value in given.items() if name in names}
-    return Config(**{**settings, "dataset": dataset})
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -269,9 +262,13 @@ def result_line(summary: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
+    return exit_status(lambda: execute(arguments))
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """Does the work: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
     try:
-        execute(arguments)
+        work()
     except UserError as error:
         return fail(str(error))
     except OSError as error:

@@ -17,7 +17,7 @@ from kill_resume import write_features
 from rich.console import Console
 
 from ssd import train
-from ssd.config import Config, preset
+from ssd.config import Config, preset, resolve
 from ssd.display import Display
 from ssd.folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
 from ssd.run import RunOptions, run
@@ -139,7 +139,7 @@ def test_truncated_idx(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 def half(folder: Path) -> Path:
     """A run of `small()` that was stopped half-way."""
     events = iter(range(1000))
-    config = train.resolve(vars(train.build_parser().parse_args(small())))
+    config = resolve(vars(train.build_parser().parse_args(small())))
     data = train.load("features", folder, Path("f.npz"))
     with pytest.raises(train.Interrupted):
         run(config, data, folder / "half", RunOptions(torch.device("cpu")),
@@ -375,10 +375,10 @@ def test_strict_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_subset_has_settings_of_its_own() -> None:
     given = {"dataset": "mnist", "lr": 0.1}
-    subset = train.resolve({**given, "dataset": "mnist-5k"})
+    subset = resolve({**given, "dataset": "mnist-5k"})
     assert subset.epochs == preset("quick", "mnist-5k")["epochs"] != Config().epochs
-    assert train.resolve(given).epochs == Config().epochs
-    assert train.resolve({**given, "epochs": 3, "dataset": "mnist-5k"}).epochs == 3
+    assert resolve(given).epochs == Config().epochs
+    assert resolve({**given, "epochs": 3, "dataset": "mnist-5k"}).epochs == 3
     assert subset.lr == 0.1
 
 
@@ -405,7 +405,7 @@ def test_progress_bar(folder: Path) -> None:
     """On a terminal: task, epoch, loss, accuracy so far, time left."""
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100, color_system=None)
-    config = train.resolve(vars(train.build_parser().parse_args(small())))
+    config = resolve(vars(train.build_parser().parse_args(small())))
     data = train.load("features", folder, Path("f.npz"))
     display = Display(console, config, quiet=False)
     with display.progress:
