@@ -62,7 +62,7 @@ ABLATIONS: Mapping[str, Sequence[Any]] = {
 DEFAULT = "default"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Peer:
     """A learner of another kind, measured on the same streams.
 
@@ -195,6 +195,7 @@ class Result:
     title: str
     rows: Callable[[bool, Mapping[str, str]], list[Row]]
     measures: tuple[str, ...]
+    per_task: bool = False  # whether a table over tasks and a figure over tasks belong to it
 
 
 RESULTS: Mapping[str, Result] = {
@@ -204,6 +205,7 @@ RESULTS: Mapping[str, Result] = {
         "Structure of the code, mean over tasks",
         table1,
         ("mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits"),
+        per_task=True,
     ),
     "table2": Result(
         "Peers on the same streams", table2, ("mean_accuracy", "forgetting", "seconds")
@@ -213,9 +215,7 @@ RESULTS: Mapping[str, Result] = {
 }  # fmt: skip
 
 
-def _config(
-    benchmark: Benchmark, short: bool, neurons: int, features: Mapping[str, str]
-) -> Config:
+def _config(benchmark: Benchmark, short: bool, neurons: int, features: Mapping[str, str]) -> Config:
     name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
     config = resolve({"preset": name, "dataset": benchmark.protocol})
     return replace(

@@ -65,7 +65,7 @@ def seeds_table(aggregate: dict[str, Any]) -> Table:
 
 
 def write_figures(folder: Path) -> None:
-    """Draws the four figures of a finished run into its folder."""
+    """Draws the four figures of a finished run into its folder, as PNG and PDF."""
     summary = read_json(folder / SUMMARY)
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
@@ -74,22 +74,27 @@ def write_figures(folder: Path) -> None:
     except ValueError as error:
         raise UserError(f"{folder} is damaged ({error}); use another --out") from error
     drawings = {
-        "accuracy_over_time.png": lambda axes: _accuracy_over_time(axes, summary, records),
-        "accuracy_matrix.png": lambda axes: _accuracy_matrix(axes, summary),
-        "activation_heatmap.png": lambda axes: _activation_heatmap(axes, frequency),
-        "entropy_histogram.png": lambda axes: _entropy_histogram(axes, frequency),
+        "accuracy_over_time": lambda axes: _accuracy_over_time(axes, summary, records),
+        "accuracy_matrix": lambda axes: _accuracy_matrix(axes, summary),
+        "activation_heatmap": lambda axes: _activation_heatmap(axes, frequency),
+        "entropy_histogram": lambda axes: _entropy_histogram(axes, frequency),
     }
     for name, draw in drawings.items():
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         draw(axes)
-        _save(figure, folder / name)
+        save_figure(figure, folder / name)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes path.png and path.pdf, and closes the figure."""
+    formats: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
+    for suffix, metadata in formats.items():
+        stream = io.BytesIO()
+        # Type 42 fonts stay text in a PDF; print shops refuse matplotlib's default, type 3.
+        with plt.rc_context({"pdf.fonttype": 42}):
+            figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
+        write_atomically(path.with_name(f"{path.name}.{suffix}"), stream.getvalue())
     plt.close(figure)
-    write_atomically(path, stream.getvalue())
 
 
 def _accuracy_over_time(

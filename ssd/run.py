@@ -181,11 +181,15 @@ def run(
     return summary
 
 
+def device_name(device: torch.device) -> str:
+    """A device with the name of its hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
+
+
 def summarize(config: Config, dataset: str, trainer: Trainer, seconds: float) -> dict[str, Any]:
     """The content of summary.json."""
     accuracy, frequency = trainer.accuracy, trainer.frequency
-    device = trainer.parameters[0].device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "dataset": dataset,
         "method": config.method,
@@ -201,7 +205,7 @@ def summarize(config: Config, dataset: str, trainer: Trainer, seconds: float) ->
         "mean_active": frequency.sum(-1).tolist(),
         "seconds": seconds,
         "steps_per_second": trainer.steps / seconds,
-        "device": f"{device.type} ({name})",
+        "device": device_name(trainer.parameters[0].device),
         "versions": versions(),
         "commit": commit(),
         "config": config.to_dict(),
