@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ssd import metrics
 from ssd.checkpoint import write_atomically
 from ssd.config import Config
-from ssd.data import Dataset
+from ssd.data import Dataset, load
 from ssd.errors import UserError
 from ssd.experiments import Row
 from ssd.folder import SUMMARY, commit, read_json, versions
@@ -140,6 +140,29 @@ class Campaign:
         data = self.data[job.row.benchmark.name]
         epochs = 1 if job.row.peer is not None else job.row.config.epochs
         return float(data.x_train.numel()) * epochs * max(1, job.row.neurons)
+
+
+def load_benchmarks(
+    rows: Sequence[Row], root: Path, features: Mapping[str, str]
+) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """The data of the rows' benchmarks by name, and why others have none.
+
+    Raises:
+        UserError: none of them has data.
+    """
+    data: dict[str, Dataset] = {}
+    absent: dict[str, str] = {}
+    for benchmark, config in {row.benchmark: row.config for row in rows}.items():
+        path = Path(features[benchmark.name]) if benchmark.features else None
+        try:
+            found = load(benchmark.dataset, root, path, strict=True)
+            make_tasks(config, found)
+            data[benchmark.name] = found
+        except UserError as error:
+            absent[benchmark.name] = str(error)
+    if not data:
+        raise UserError(f"no data: {'; '.join(absent.values())}")
+    return data, absent
 
 
 class CampaignDisplay:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from ssd.config import Config, resolve
-from ssd.data import Task
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,8 @@ def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
     rows = [Row(benchmark, "ssd", config, seeds, DEFAULT)]
     for factor, values in ABLATIONS.items():
         for value in values:
-            number = config.neurons / config.k if value == "R/k" else value
-            changed = replace(config, **{factor: number})
+            setting = config.neurons / config.k if value == "R/k" else value
+            changed = Config(**{**config.to_dict(), factor: setting})
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
     return rows

@@ -1,4 +1,4 @@
-"""Figures of a reproduction: ours as filled marks with standard errors, the paper's as open ones."""
+"""Figures of a reproduction: filled marks are ours, with standard errors; open ones published."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ssd.experiments import DEFAULT, Result
+from ssd.lines import Line, estimate
 from ssd.report import NAMED
-from ssd.tables import Line, estimate
 
 # Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

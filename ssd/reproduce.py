@@ -15,25 +15,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ssd.campaign import Campaign, CampaignDisplay, Job
+from ssd.campaign import Campaign, CampaignDisplay, Job, load_benchmarks
 from ssd.checkpoint import write_atomically
-from ssd.data import Dataset, default_root, load
+from ssd.claims import verdicts
+from ssd.data import default_root
 from ssd.errors import UserError
 from ssd.experiments import ABLATIONS, BENCHMARKS, PEERS, RESULTS, SIZES, TABLE1, Row
 from ssd.figures import draw
+from ssd.lines import NOT_RUN, Line
 from ssd.report import save_figure
-from ssd.run import Interrupted, RunOptions, make_tasks
-from ssd.tables import (
-    NOT_RUN,
-    Line,
-    csv_text,
-    markdown_text,
-    provenance,
-    records,
-    rich_table,
-    task_records,
-    verdicts,
-)
+from ssd.run import Interrupted, RunOptions
+from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 
 ALL = "all"
@@ -181,29 +173,6 @@ class Reproduction:
         for stem, figure in draw(name, result, lines):
             save_figure(figure, self.out / stem)
         return lines
-
-
-def load_benchmarks(
-    rows: Sequence[Row], root: Path, features: Mapping[str, str]
-) -> tuple[dict[str, Dataset], dict[str, str]]:
-    """The data of the rows' benchmarks by name, and why others have none.
-
-    Raises:
-        UserError: none of them has data.
-    """
-    data: dict[str, Dataset] = {}
-    absent: dict[str, str] = {}
-    for benchmark, config in {row.benchmark: row.config for row in rows}.items():
-        path = Path(features[benchmark.name]) if benchmark.features else None
-        try:
-            found = load(benchmark.dataset, root, path, strict=True)
-            make_tasks(config, found)
-            data[benchmark.name] = found
-        except UserError as error:
-            absent[benchmark.name] = str(error)
-    if not data:
-        raise UserError(f"no data: {'; '.join(absent.values())}")
-    return data, absent
 
 
 def execute(arguments: Sequence[str]) -> None:

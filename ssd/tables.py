@@ -6,63 +6,17 @@ import csv
 import io
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import sqrt
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.table import Table
 
+from ssd.claims import verdicts
 from ssd.experiments import DEFAULT, PAPER_ENTROPY, Result, Row
 from ssd.folder import commit, versions
-
-NOT_RUN = "not run"
-DIGITS = {"seconds": 1, "mean_active": 1}  # all else: 4
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row with what has been measured of it.
-
-    Args:
-        summaries: of the seeds that were run. missing: why others were not; empty if all were.
-    """
-
-    row: Row
-    summaries: Sequence[Mapping[str, Any]]
-    missing: str = ""
-
-    def per_task(self, measure: str) -> list[list[float]]:
-        """A measure of each run that has it, one value a task; a scalar is a list of one."""
-        found = (_measured(summary, measure) for summary in self.summaries)
-        return [values for values in found if values]
-
-    def values(self, measure: str) -> list[float]:
-        """A measure of each run that has it, lists over tasks averaged."""
-        return [mean(values) for values in self.per_task(measure)]
-
-
-def _measured(summary: Mapping[str, Any], measure: str) -> list[float]:
-    value = summary.get("structure", {}).get(measure, summary.get(measure))
-    values = value if isinstance(value, list) else [value]
-    # The first task has nothing to be compared with.
-    return [v for v in values if v is not None]
-
-
-def estimate(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error s / sqrt(n); None for the error of a single value."""
-    return mean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else None
-
-
-def _shown(measure: str, values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    center, error = estimate(values)
-    digits = DIGITS.get(measure, 4)
-    text = f"{center:.{digits}f}"
-    return text if error is None else f"{text} ± {error:.{digits}f}"
+from ssd.lines import NOT_RUN, Line, estimate, shown
 
 
 def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -111,7 +65,7 @@ def cells(result: Result, lines: Sequence[Line]) -> tuple[list[str], list[list[s
         row = line.row
         texts = [row.benchmark.title, f"{row.neurons:,}" if row.neurons else "", row.method]
         texts += [row.factor, row.value] if ablated else []
-        texts += [_shown(m, line.values(m)) or _why_empty(line) for m in result.measures]
+        texts += [shown(m, line.values(m)) or _why_empty(line) for m in result.measures]
         if ablated:
             texts.append(_signed(record["difference_to_default"]))
         else:
@@ -130,59 +84,10 @@ def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.4f}"
 
 
-def verdicts(lines: Sequence[Line]) -> Iterator[str]:
-    """The paper's claims on each benchmark and size, and whether our figures bear them out."""
-    by_key = {
-        (line.row.benchmark, line.row.neurons, line.row.method): line
-        for line in lines
-        if line.row.factor in ("", DEFAULT) and line.row.peer is None
-    }
-    for benchmark, neurons in dict.fromkeys((b, n) for b, n, _ in by_key):
-        where = f"{benchmark.title}, R = {neurons:,}"
-        found = [by_key.get((benchmark, neurons, m)) for m in ("sdmlp", "ssd", "ssd+ewc")]
-        group = [line for line in found if line is not None]
-        if len(group) < len(found):
-            continue
-        accuracy = [line.values("mean_accuracy") for line in group]
-        forgetting = [line.values("forgetting") for line in group]
-        yield f"{where}: SDMLP < SSD < SSD+EWC, standard errors apart: {_ordered(accuracy)}"
-        yield f"{where}: SSD - SDMLP >= 0.05: {_gained(accuracy)}"
-        yield f"{where}: SSD forgets at least 30 % less than SDMLP: {_kept(forgetting)}"
-
-
-def _ordered(groups: Sequence[Sequence[float]]) -> str:
-    if not all(groups):
-        return NOT_RUN
-    shown = " / ".join(_shown("mean_accuracy", values) for values in groups)
-    if any(len(values) == 1 for values in groups):
-        return f"undecided, one seed has no standard error ({shown})"
-    bounds = [(m - e, m + e) for m, e in map(estimate, groups) if e is not None]
-    apart = all(low[1] < high[0] for low, high in zip(bounds, bounds[1:], strict=False))
-    return f"{'yes' if apart else 'no'} ({shown})"
-
-
-def _gained(groups: Sequence[Sequence[float]]) -> str:
-    if not (groups[0] and groups[1]):
-        return NOT_RUN
-    gain = mean(groups[1]) - mean(groups[0])
-    return f"{'yes' if gain >= 0.05 else 'no'} ({gain:+.4f})"
-
-
-def _kept(groups: Sequence[Sequence[float]]) -> str:
-    if not (groups[0] and groups[1]):
-        return NOT_RUN
-    before, after = mean(groups[0]), mean(groups[1])
-    if before <= 0:
-        return f"undecided, SDMLP does not forget ({before:.4f})"
-    change = after / before - 1
-    return f"{'yes' if change <= -0.3 else 'no'} ({before:.4f} to {after:.4f}, {change:+.0%})"
-
-
 def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
     """Where the figures come from: command, commits, machines, versions, seeds, time."""
     summaries = [summary for line in lines for summary in line.summaries]
-    # The runs of several results are the same: each is counted once.
-    seconds = sum({id(s): s["seconds"] for s in summaries}.values())
+    seconds = sum(s["seconds"] for s in summaries)
     seeds = sorted({s["seed"] for s in summaries})
     commits = sorted({s["commit"] for s in summaries})
     return {
