@@ -33,12 +33,12 @@ def verdicts(lines: Sequence[Line]) -> Iterator[str]:
 def _ordered(groups: Sequence[Sequence[float]]) -> str:
     if not all(groups):
         return NOT_RUN
-    shown = " / ".join(shown("mean_accuracy", values) for values in groups)
+    figures = " / ".join(shown("mean_accuracy", values) for values in groups)
     if any(len(values) == 1 for values in groups):
-        return f"undecided, one seed has no standard error ({shown})"
+        return f"undecided, one seed has no standard error ({figures})"
     bounds = [(m - e, m + e) for m, e in map(estimate, groups) if e is not None]
     apart = all(low[1] < high[0] for low, high in pairwise(bounds))
-    return f"{'yes' if apart else 'no'} ({shown})"
+    return f"{'yes' if apart else 'no'} ({figures})"
 
 
 def _gained(groups: Sequence[Sequence[float]]) -> str:

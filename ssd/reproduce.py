@@ -86,11 +86,12 @@ class Selection:
         return cls(*(frozenset(names) & group for group in known))
 
     def holds(self, row: Row) -> bool:
+        """Whether a row may be trained; a peer without neurons is of every size."""
         return all(
             not names or name in names
             for names, name in (
                 (self.benchmarks, row.benchmark.name),
-                (self.sizes, str(row.neurons)),
+                (self.sizes if row.neurons else (), str(row.neurons)),
                 (self.methods, row.method),
                 (self.factors, row.factor),
             )
@@ -217,9 +218,9 @@ def run_all(reproduction: Reproduction, notices: Console) -> None:
     try:
         for name, group in waiting.items():
             reproduction.train(display, group)
-            lines = reproduction.write(name)
-            Console().print(rich_table(f"{name}: {RESULTS[name].title}", RESULTS[name], lines))
-            for claim in verdicts(lines):
+            result, lines = RESULTS[name], reproduction.write(name)
+            console.print(rich_table(f"{name}: {result.title}", result, lines))
+            for claim in verdicts(lines) if result.claims else ():
                 console.print(claim)
     except (Interrupted, KeyboardInterrupt):
         for name in waiting:

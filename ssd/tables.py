@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from ssd.claims import verdicts
@@ -139,9 +140,8 @@ def markdown_text(
                  "reading."]  # fmt: skip
     if "mean_entropy_bits" in result.measures:
         text += [f"For comparison, {PAPER_ENTROPY} (data set and size are not named)."]
-    claims = list(verdicts(lines))
-    if claims:
-        text += ["", "## Claims of the paper", "", *(f"- {claim}" for claim in claims)]
+    if result.claims:
+        text += ["", "## Claims of the paper", "", *(f"- {claim}" for claim in verdicts(lines))]
     text += ["", "## Origin", "", *(f"- {name}: {value}" for name, value in origin.items())]
     return "\n".join(text) + "\n"
 
@@ -163,11 +163,23 @@ def task_records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def rich_table(title: str, result: Result, lines: Sequence[Line]) -> Table:
-    """The table for a terminal."""
-    header, body = cells(result, lines)
-    table = Table(title=title, title_style="bold")
-    for name in header:
-        table.add_column(name, justify="right" if name in ("R", "seeds") else "left")
-    for row in body:
-        table.add_row(*row)
+    """The first measure of the table, for a terminal; * marks what is inferred."""
+    measure, ablated = result.measures[0], any(line.row.factor for line in lines)
+    header = ["benchmark", "R", "method", *(["factor", "value"] if ablated else [])]
+    header += [measure.replace("_", " ")]
+    header += ["to default"] if ablated else ["paper", "ours - paper"]
+    table = Table(title=title, title_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in [*header, "seeds"]:
+        table.add_column(name, no_wrap=True)
+    for line, record in zip(lines, records(result, lines), strict=True):
+        row, mark = line.row, "*" if record["paper_inferred"] else ""
+        texts = [row.benchmark.name, f"{row.neurons:,}" if row.neurons else "", row.method]
+        texts += [row.factor, row.value] if ablated else []
+        texts.append(shown(measure, line.values(measure)) or _why_empty(line))
+        if ablated:
+            texts.append(_signed(record["difference_to_default"]))
+        else:
+            paper = "" if record["paper"] is None else f"{record['paper']:g}{mark}"
+            texts += [paper, _signed(record["difference"])]
+        table.add_row(*texts, f"{len(line.summaries)} of {len(row.seeds)}")
     return table
