@@ -12,7 +12,15 @@ from typing import Any
 
 from ssd.errors import UserError
 
-METHODS = ("sdmlp", "ssd", "lwf", "ewc", "ssd+ewc", "lwf+ewc")
+# What a method is put together from, joined by "+": at most one network and one distillation.
+NETWORKS = ("sdmlp", "topk-mlp", "relu-mlp")
+DISTILLATIONS = ("ssd", "lwf")
+PENALTIES = ("ewc", "mas", "si", "l2")
+# Trains each task on the data of all tasks up to it: what no learner without replay can beat.
+JOINT = "joint"
+# The plain MLP, one task after the other.
+ALIASES = {"naive": "relu-mlp"}
+PARTS = (*NETWORKS, *DISTILLATIONS, *PENALTIES, JOINT, *ALIASES)
 
 # EWC importance (SDMLP code, "memory" variant): this many batches of this size; the squared
 # gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
@@ -35,7 +43,7 @@ class Config:
 
     dataset: str = _setting("mnist", "data set")
     features: str | None = _setting(None, "feature file (.npz or .pt) for --dataset features")
-    method: str = _setting("ssd", "what is trained: SDMLP alone or with the named parts", METHODS)
+    method: str = _setting("ssd", f"parts joined by +, of {', '.join(PARTS)}")
     tasks: int = _setting(5, "number of tasks; must divide the number of classes; 50 for cifar100")
     seed: int = _setting(0, "seed of initialisation, data order and class order; 0: in order")
     validation: float = _setting(
@@ -82,12 +90,21 @@ class Config:
 
     @property
     def parts(self) -> frozenset[str]:
-        """The method's parts: any of ssd, lwf, ewc."""
-        return frozenset(self.method.split("+")) - {"sdmlp"}
+        """The method's parts without its network: any of DISTILLATIONS, PENALTIES and joint."""
+        return frozenset(self._names()) - set(NETWORKS)
+
+    @property
+    def network(self) -> str:
+        """The method's network; SDMLP unless another is named."""
+        return next((name for name in self._names() if name in NETWORKS), "sdmlp")
+
+    def _names(self) -> list[str]:
+        return [ALIASES.get(name, name) for name in self.method.split("+")]
 
     def validate(self) -> None:
         """Raises UserError for a value that no run could use."""
         self._validate_types()
+        self._validate_method()
         for name in ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every"):
             self._require(name, 1 <= getattr(self, name) < LIMIT, f"in 1..{LIMIT - 1}")
         self._require("k", self.k <= self.neurons, f"at most --neurons {self.neurons}")
@@ -103,6 +120,18 @@ class Config:
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
         limit = self.neurons / self.k
         self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
+
+    def _validate_method(self) -> None:
+        names = self._names()
+        self._require(
+            "method", all(n in PARTS for n in names), f"any of {', '.join(PARTS)} joined by +"
+        )
+        for group in (NETWORKS, DISTILLATIONS):
+            several = len([n for n in names if n in group]) > 1
+            self._require("method", not several, f"made with one of {', '.join(group)}")
+        self._require("method", len(set(names)) == len(names), "made of different parts")
+        layered = self.network != "relu-mlp" or not self.parts & set(DISTILLATIONS)
+        self._require("method", layered, "made with a Top-K network: ssd and lwf distil its layer")
 
     def _validate_types(self) -> None:
         """For settings that were read from a file: the command line has checked them before."""

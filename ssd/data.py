@@ -8,7 +8,7 @@ import socket
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -102,6 +102,21 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
                 data.y_train[train],
                 data.x_test[test],
                 data.y_test[test],
+            )
+        )
+    return stream
+
+
+def cumulated(tasks: Sequence[Task]) -> list[Task]:
+    """The stream with each task's training data joined to that of all tasks before it."""
+    stream = []
+    for number, task in enumerate(tasks):
+        past = tasks[: number + 1]
+        stream.append(
+            replace(
+                task,
+                x_train=torch.cat([each.x_train for each in past]),
+                y_train=torch.cat([each.y_train for each in past]),
             )
         )
     return stream

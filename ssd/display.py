@@ -35,9 +35,11 @@ class Display:
     def watch(self, trainer: Trainer, event: Event) -> None:
         """Takes in an event."""
         if event.kind == "epoch":
-            self.loss, self.train = event.record["loss"], event.record["train_accuracy"]
-            if "test_accuracy" in event.record:
-                self.test = mean(event.record["test_accuracy"][: event.task + 1])
+            self.loss = mean(record["loss"] for record in event.records)
+            self.train = mean(record["train_accuracy"] for record in event.records)
+            if "test_accuracy" in event.records[0]:
+                seen = [record["test_accuracy"][: event.task + 1] for record in event.records]
+                self.test = mean(map(mean, seen))
         if event.kind == "task" and self.plain:
             self.console.print(
                 f"task {event.task + 1}/{self.config.tasks}: loss {self.loss:.3f}, "
@@ -45,8 +47,7 @@ class Display:
             )
         if event.kind == "step" and event.step % STEPS_PER_UPDATE:
             return
-        size = self.config.batch_size
-        steps = [-(-len(task.y_train) // size) for task in trainer.tasks]
+        steps = trainer.steps_per_epoch()
         epoch = min(event.epoch + 1, self.config.epochs)
         self.progress.update(
             self.bar,

@@ -191,6 +191,11 @@ class Distiller:
         """Whether there is a teacher: a task has begun after another had ended."""
         return self.teacher_logits is not None
 
+    def taught(self, samples: Tensor) -> Tensor:
+        """The teacher's logits [B, C] for samples [B] of the task; only while there is one."""
+        assert self.teacher_logits is not None
+        return self.teacher_logits[samples]
+
     def begin_task(self, x: Tensor) -> None:
         """Keeps the outputs of the teacher, the model as it stands, on a task's inputs [N, ..]."""
         if not self.neurons:

@@ -33,6 +33,10 @@ class Regularizer(Protocol):
         """Adds the penalty's gradient to the gradients of the parameters, in place."""
         ...
 
+    def before_step(self, x: Tensor, y: Tensor) -> None: ...
+
+    def after_step(self) -> None: ...
+
     def end_task(self, x: Tensor, order: Tensor) -> None:
         """Takes in a finished task: inputs [N, d] and a random order [N] to sample them in."""
         ...
@@ -64,6 +68,10 @@ class EWC:
     @property
     def active(self) -> bool:
         return self.tasks > 0
+
+    def before_step(self, x: Tensor, y: Tensor) -> None: ...
+
+    def after_step(self) -> None: ...
 
     def penalty(self) -> Tensor:
         """The penalty at the present parameters, 0-d float64 (differences of large sums)."""

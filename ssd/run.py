@@ -1,4 +1,4 @@
-"""One run in its folder: trained, logged, checkpointed, summarised; resumable."""
+"""Runs in their folders: trained side by side, logged, checkpointed, summarised; resumable."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ssd import metrics
 from ssd.checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from ssd.config import Config
-from ssd.data import Dataset, Task, class_order, hold_out, split
+from ssd.config import JOINT, Config
+from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
 from ssd.errors import UserError
 from ssd.folder import (
     CHECKPOINT,
@@ -34,7 +34,8 @@ from ssd.folder import (
     read_json,
     versions,
 )
-from ssd.trainer import Event, Trainer, build_distiller, build_model, build_regularizers
+from ssd.learner import Learner, build_model
+from ssd.trainer import Event, Trainer
 
 
 class Interrupted(Exception):
@@ -53,19 +54,18 @@ class RunOptions:
 def make_tasks(config: Config, data: Dataset) -> list[Task]:
     """The stream of a run; UserError if the data set does not suit the settings."""
     shown = hold_out(data, config.validation) if config.validation > 0 else data
-    return split(shown, config.tasks, class_order(data.classes, config.seed))
+    tasks = split(shown, config.tasks, class_order(data.classes, config.seed))
+    return cumulated(tasks) if JOINT in config.parts else tasks
 
 
-def make_trainer(
+def make_learner(
     config: Config, tasks: Sequence[Task], classes: int, device: torch.device
-) -> Trainer:
-    """The trainer of a run; UserError if it does not fit into memory."""
+) -> Learner:
+    """The learner of a run; UserError if it does not fit into memory."""
     try:
         tasks = [task.to(device) for task in tasks]
         model = build_model(config, tasks[0].x_train.shape[1], classes).to(device)
-        return Trainer(
-            config, tasks, model, build_distiller(config, model), build_regularizers(config, model)
-        )
+        return Learner(config, tasks, model)
     except (RuntimeError, MemoryError) as error:
         raise UserError(
             f"--neurons {config.neurons} does not fit into the memory of {device}"
@@ -73,49 +73,53 @@ def make_trainer(
 
 
 class Journal:
-    """The metrics log and the checkpoint of a run, kept in step with one another.
+    """The metrics logs and the checkpoint of runs, kept in step with one another.
 
     Args:
-        folder: of the run. described: whose checkpoint it is, see folder.describe.
+        checkpoint: the file. folders: of the runs. described: what they are, see folder.describe.
     """
 
-    def __init__(self, folder: Path, described: Mapping[str, Any]) -> None:
-        self.path, self.described = folder / CHECKPOINT, described
-        self.log = folder / METRICS
+    def __init__(
+        self, checkpoint: Path, folders: Sequence[Path], described: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.path, self.described = checkpoint, described
+        self.logs = [folder / METRICS for folder in folders]
         self.seconds = 0.0  # trained before this process
         self.start = self.saved = time.perf_counter()
 
     def restore(self, trainer: Trainer, device: torch.device) -> None:
-        """Puts the trainer where the checkpoint was taken; without one, starts the log anew."""
+        """Puts the trainer where the checkpoint was taken; without one, starts the logs anew."""
         if not self.path.is_file():
-            write_atomically(self.log, "")
+            for log in self.logs:
+                write_atomically(log, "")
             return
         tensors, state = load_checkpoint(self.path, device)
-        changed = difference(state.get("run", {}), self.described)
-        if changed:
+        before = state.get("runs", [])
+        changed = "; ".join(
+            difference(b, now) for b, now in zip(before, self.described, strict=False)
+        )
+        if changed.strip("; ") or len(before) != len(self.described):
             raise UserError(
                 f"checkpoint {self.path} is of another run ({changed}); use another --out"
             )
         try:
             trainer.load_state(tensors, state["numbers"])
-            self.seconds, size = float(state["seconds"]), int(state["metrics_bytes"])
+            self.seconds = float(state["seconds"])
+            sizes = [int(size) for size in state["metrics_bytes"]]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             line = " ".join(str(error).split())
             raise UserError(
                 f"checkpoint {self.path} is not of this model ({line[:200]}); use another --out"
             ) from error
-        self._rewind(size)
+        for log, size in zip(self.logs, sizes, strict=True):
+            _rewind(log, size)
 
-    def _rewind(self, size: int) -> None:
-        """Cuts off what was logged after the checkpoint: it comes again."""
-        if not self.log.is_file() or self.log.stat().st_size < size:
-            raise UserError(f"{self.log} is damaged (it lacks lines); use another --out")
-        with open(self.log, "r+b") as stream:
-            stream.truncate(size)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        with open(self.log, "ab") as stream:
-            stream.write(json.dumps(record).encode() + b"\n")
+    def write(self, event: Event) -> None:
+        """Logs an epoch of each run."""
+        for log, record in zip(self.logs, event.records, strict=True):
+            line = json.dumps({"task": event.task, "epoch": event.epoch, **record})
+            with open(log, "ab") as stream:
+                stream.write(line.encode() + b"\n")
 
     def elapsed(self) -> float:
         """Seconds trained up to now, those before a resumption included."""
@@ -126,17 +130,26 @@ class Journal:
         return time.perf_counter() - self.saved > every
 
     def save(self, trainer: Trainer) -> None:
-        with open(self.log, "rb") as stream:
-            os.fsync(stream.fileno())  # the log must not fall behind the checkpoint
+        for log in self.logs:
+            with open(log, "rb") as stream:
+                os.fsync(stream.fileno())  # the log must not fall behind the checkpoint
         tensors, numbers = trainer.state()
         state = {
-            "run": self.described,
+            "runs": self.described,
             "numbers": numbers,
             "seconds": self.elapsed(),
-            "metrics_bytes": self.log.stat().st_size,
+            "metrics_bytes": [log.stat().st_size for log in self.logs],
         }
         save_checkpoint(self.path, tensors, state)
         self.saved = time.perf_counter()
+
+
+def _rewind(log: Path, size: int) -> None:
+    """Cuts off what was logged after the checkpoint: it comes again."""
+    if not log.is_file() or log.stat().st_size < size:
+        raise UserError(f"{log} is damaged (it lacks lines); use another --out")
+    with open(log, "r+b") as stream:
+        stream.truncate(size)
 
 
 def run(
@@ -147,38 +160,67 @@ def run(
     watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Trains one run to its end, from its checkpoint if there is one, and returns its summary.
+    """run_together for one run, its checkpoint in its own folder."""
+    (summary,) = run_together(
+        [config], data, [folder], folder / CHECKPOINT, options, watch, stopped
+    )
+    return summary
+
+
+def run_together(
+    configs: Sequence[Config],
+    data: Dataset,
+    folders: Sequence[Path],
+    checkpoint: Path,
+    options: RunOptions,
+    watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Trains runs side by side to their end, from their checkpoint if there is one.
 
     Args:
-        config, data, folder, options: see there. watch: called at every event.
+        configs: settings, equal in trainer.together. data: of all. folders: one for each run.
+        checkpoint: file of the common state. options: see there. watch: called at every event.
         stopped: asked at every event; when true a checkpoint is written.
+
+    Returns:
+        The summary of each run.
 
     Raises:
         UserError: bad settings or a folder that is not this run's. Interrupted: it was stopped.
         OSError: a file could not be written.
     """
-    config.validate()
-    trainer = make_trainer(config, make_tasks(config, data), data.classes, options.device)
-    described = describe(config, data)
-    claim(folder, described, options.resume)
-    if (folder / SUMMARY).is_file():
-        return read_json(folder / SUMMARY)
-    journal = Journal(folder, described)
+    for config in configs:
+        config.validate()
+    learners = [
+        make_learner(config, make_tasks(config, data), data.classes, options.device)
+        for config in configs
+    ]
+    trainer = Trainer(learners)
+    described = [describe(config, data) for config in configs]
+    for folder, each in zip(folders, described, strict=True):
+        claim(folder, each, options.resume)
+    if all((folder / SUMMARY).is_file() for folder in folders):
+        return [read_json(folder / SUMMARY) for folder in folders]
+    journal = Journal(checkpoint, folders, described)
     journal.restore(trainer, options.device)
     for event in trainer.run():
         if event.kind == "epoch":
-            journal.write({"task": event.task, "epoch": event.epoch, **event.record})
+            journal.write(event)
         watch(trainer, event)
         stop = stopped()
         if stop or event.kind == "task" or journal.due(options.checkpoint_every):
             journal.save(trainer)
-        if stop and trainer.task < config.tasks:
+        if stop and trainer.task < trainer.config.tasks:
             raise Interrupted
-    summary = summarize(config, data.name, trainer, journal.elapsed())
-    write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
-    write_atomically(folder / FREQUENCY, npy(trainer.frequency))
-    write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-    return summary
+    summaries = []
+    for folder, learner in zip(folders, learners, strict=True):
+        summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
+        write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
+        write_atomically(folder / FREQUENCY, npy(learner.frequency))
+        write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        summaries.append(summary)
+    return summaries
 
 
 def device_name(device: torch.device) -> str:
@@ -187,15 +229,17 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({name})"
 
 
-def summarize(config: Config, dataset: str, trainer: Trainer, seconds: float) -> dict[str, Any]:
+def summarize(
+    learner: Learner, dataset: str, steps: int, seconds: float, beside: int
+) -> dict[str, Any]:
     """The content of summary.json."""
-    accuracy, frequency = trainer.accuracy, trainer.frequency
+    config, accuracy, frequency = learner.config, learner.accuracy, learner.frequency
     return {
         "dataset": dataset,
         "method": config.method,
         "seed": config.seed,
         "evaluated_on": "validation" if config.validation > 0 else "test",
-        "classes_per_task": [list(task.classes) for task in trainer.tasks],
+        "classes_per_task": [list(task.classes) for task in learner.tasks],
         "accuracy_matrix": accuracy.tolist(),
         "mean_accuracy": metrics.mean_accuracy(accuracy),
         "bwt": metrics.backward_transfer(accuracy),
@@ -203,9 +247,10 @@ def summarize(config: Config, dataset: str, trainer: Trainer, seconds: float) ->
         "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
         "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
         "mean_active": frequency.sum(-1).tolist(),
-        "seconds": seconds,
-        "steps_per_second": trainer.steps / seconds,
-        "device": device_name(trainer.parameters[0].device),
+        "trained_together": beside,
+        "seconds": seconds,  # of all that were trained together
+        "steps_per_second": steps / seconds,
+        "device": device_name(learner.device),
         "versions": versions(),
         "commit": commit(),
         "config": config.to_dict(),

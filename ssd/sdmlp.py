@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from ssd.networks import Network
 from ssd_kernels import TopKOutput, count_active, linear_code, linear_inhibit, linear_topk
 from ssd_kernels.linear_code import Shadow, fast_bfloat16
 from ssd_kernels.nn import SparseLinear, TopKLinear
@@ -52,6 +53,9 @@ class AnnealedTopKLinear(TopKLinear):
             raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
+        self._response: Tensor | None = None
+        self._excited = True
+        self._responded = -1
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -94,6 +98,18 @@ class AnnealedTopKLinear(TopKLinear):
             self.samples += len(x)
         return hidden
 
+    def response(self) -> tuple[Tensor | None, bool]:
+        """gaba(), None once it is 1 everywhere, and whether any neuron is excited (g <= 0)."""
+        if self.schedule != "gaba":
+            return None, False
+        if self._responded != self.counts._version:
+            gaba = self.gaba()
+            least = gaba.min()
+            self._response = None if least >= 1 else gaba
+            self._excited = bool(least <= 0)
+            self._responded = self.counts._version
+        return self._response, self._excited
+
     @torch.no_grad()
     def code(self, x: Tensor) -> TopKOutput | None:
         """What forward(x) returns, as an exact sparse code without gradient; None if too dense.
@@ -102,21 +118,14 @@ class AnnealedTopKLinear(TopKLinear):
         k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
         Advances the schedule as forward does, unless it returns None.
         """
-        gaba, width = None, self.current_k()
-        if self.schedule == "gaba" and not self.inhibited():
-            gaba, width = self.gaba(), WIDTH * self.k
-        if width > self.neurons * SPARSE_SHARE or (gaba is not None and gaba.min() <= 0):
-            return None
-        if self.samples < self.dense_until:
+        gaba, excited = self.response()
+        k = self.current_k()
+        # One width for the whole schedule, so that the steps of all learners have one shape.
+        width = WIDTH * k if self.schedule == "gaba" else k
+        if excited or width > self.neurons * SPARSE_SHARE or self.samples < self.dense_until:
             return None
         code, overflow = linear_code(
-            x,
-            self.weight,
-            self.current_k(),
-            width,
-            gaba,
-            inhibition=self.inhibition,
-            shadow=self._estimator(gaba),
+            x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=self._estimator(gaba)
         )
         if overflow:
             if self.training:
@@ -130,8 +139,8 @@ class AnnealedTopKLinear(TopKLinear):
     def updated(self, code: TopKOutput) -> None:
         """Says that since code() only the rows of the code's active neurons were written to."""
         if self._shadow is not None:
-            gaba = None if self.inhibited() else self.gaba()
-            self._shadow.update(self.weight, gaba, code.indices[code.values > 0].unique())
+            neurons = code.indices[code.values > 0].unique()
+            self._shadow.update(self.weight, self.response()[0], neurons)
 
     def _estimator(self, gaba: Tensor | None) -> Shadow | None:
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
@@ -145,7 +154,7 @@ class AnnealedTopKLinear(TopKLinear):
         return self._shadow
 
 
-class SDMLP(nn.Module):
+class SDMLP(Network):
     """One hidden k-sparse layer, no biases, non-negative weights, unit-norm addresses.
 
     Args:
@@ -156,6 +165,8 @@ class SDMLP(nn.Module):
     forward: x [B, d] -> logits [B, C]. Weights: encoder.weight [R, d] (addresses, paper's W1),
     decoder.weight [R, C] (values, the transpose of the paper's W2).
     """
+
+    encoder: AnnealedTopKLinear
 
     def __init__(
         self,
@@ -205,5 +216,6 @@ class SDMLP(nn.Module):
             return self.decoder(hidden.values, hidden.indices)
         return hidden @ self.decoder.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.read(self.encoder(self.address(x)))
+    def respond(self, address: Tensor) -> Tensor:
+        """Logits [B, C] of an address [B, d]."""
+        return self.read(self.encoder(address))

@@ -23,9 +23,9 @@ from ssd.config import DATASETS, PRESETS, Config, option, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.display import Display
 from ssd.errors import UserError
-from ssd.folder import CONFIG, SUMMARY, claim, commit, describe, read_json, versions
+from ssd.folder import CHECKPOINT, CONFIG, SUMMARY, claim, commit, describe, read_json, versions
 from ssd.report import accuracy_table, seeds_table, write_figures
-from ssd.run import Interrupted, RunOptions, make_tasks, run
+from ssd.run import Interrupted, RunOptions, make_tasks, run, run_together
 
 # The settings that have an option of their own, by the group of --help that shows them.
 GROUPS = {
@@ -177,13 +177,23 @@ class Session:
         return summary
 
     def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
-        """Runs with seeds seed, seed + 1, .. in folders of their own; mean and deviation."""
+        """Seeds seed, seed + 1, .. side by side, each in its folder; mean and deviation."""
         make_tasks(config, self.data)  # complains before there is a folder
         claim(folder, describe(config, self.data, count), self.options.resume)
-        summaries = [
-            self.train(replace(config, seed=seed), folder / f"seed{seed}")
-            for seed in range(config.seed, config.seed + count)
-        ]
+        configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
+        folders = [folder / f"seed{each.seed}" for each in configs]
+        display = Display(self.console, config, self.quiet)
+        # The folder is this run's: what lies in it is gone on with.
+        options = replace(self.options, resume=True)
+        with display.progress:
+            summaries = run_together(
+                configs, self.data, folders, folder / CHECKPOINT, options, display.watch,
+                self.stopped,
+            )  # fmt: skip
+        for each in folders:
+            write_figures(each)
+            if self.stopped():
+                raise Interrupted
         aggregate = summarize_seeds(summaries, config)
         write_atomically(folder / SUMMARY, json.dumps(aggregate, indent=2) + "\n")
         return aggregate

@@ -1,4 +1,9 @@
-"""The task loop: one step, teacher hand-over, regularisers, evaluation; resumable at every step."""
+"""The task loop for one or several learners side by side; resumable at every step.
+
+The learners share their settings' shape (see `together`), not their numbers: each has its own
+weights, stream and order of samples. Whatever is batched over them is computed row by row, and a
+gradient's norm over one learner's rows alone, so that no learner sees its companions.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd.config import Config
-from ssd.data import Task
-from ssd.distillation import CHUNK, Distiller, activations_of, count_activations, evaluating
-from ssd.regularizers import EWC, Regularizer
+from ssd.learner import ENCODER, Learner, part
 from ssd.sdmlp import SDMLP
-from ssd_kernels import TopKOutput, row_gradient, row_update, sparse_linear
-from ssd_kernels.reference import clip_scale, project
+from ssd_kernels import TopKOutput, distill, row_gradient, row_update, sparse_linear
+from ssd_kernels.reference import clip_scale
 
-ENCODER = "encoder"
+# Settings in which learners that are trained together may differ.
+OWN = ("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples",
+       "ewc_coefficient", "ewc_beta", "mas_coefficient", "si_coefficient", "si_beta",
+       "l2_coefficient")  # fmt: skip
+
+
+def together(config: Config) -> tuple[Any, ...]:
+    """Configs for which this is equal can be trained as one program."""
+    return tuple(value for name, value in config.to_dict().items() if name not in OWN)
 
 
 @dataclass(frozen=True)
@@ -29,264 +40,307 @@ class Event:
     task: int
     epoch: int
     step: int
-    record: Mapping[str, Any]
-
-
-def build_model(config: Config, in_features: int, classes: int) -> SDMLP:
-    """The network of a run, its weights drawn from the run's seed."""
-    return SDMLP(
-        in_features,
-        config.neurons,
-        classes,
-        config.k,
-        config.inhibition,
-        config.schedule,
-        config.anneal_samples,
-        generator=generator(config.seed, 0),
-    )
-
-
-def build_distiller(config: Config, model: SDMLP) -> Distiller | None:
-    if not config.parts & {"ssd", "lwf"}:
-        return None
-    return Distiller(
-        model,
-        config.alpha,
-        0.0 if "lwf" in config.parts else config.lam,
-        config.temperature,
-        config.subnetwork,
-        config.kl,
-        config.hidden,
-        config.logits,
-        config.frequency,
-    )
-
-
-def build_regularizers(config: Config, model: SDMLP) -> list[Regularizer]:
-    if "ewc" not in config.parts:
-        return []
-    return [EWC(model, config.ewc_coefficient, config.ewc_beta)]
-
-
-def generator(*key: int) -> torch.Generator:
-    """A generator that depends on the key alone, so that a resumed run draws the same numbers."""
-    seed = 0
-    for part in key:
-        # Odd multiplier of a 64-bit linear congruential generator: mixes every part into the seed.
-        seed = (seed * 6364136223846793005 + part + 1442695040888963407) % 2**63
-    return torch.Generator().manual_seed(seed)
+    records: Sequence[Mapping[str, Any]] = ()  # of an epoch: one for each learner
 
 
 class Trainer:
-    """Trains a model on a stream of tasks.
+    """Trains learners on their streams of tasks, in step.
 
     Args:
-        config: settings. tasks: the stream. model: on the device of the tasks' tensors.
-        distiller, regularizers: the method's parts.
+        learners: at least one; their configs agree in `together` and their networks in shape.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        tasks: Sequence[Task],
-        model: SDMLP,
-        distiller: Distiller | None = None,
-        regularizers: Sequence[Regularizer] = (),
-    ) -> None:
-        self.config, self.tasks, self.model = config, tasks, model
-        self.distiller, self.regularizers = distiller, regularizers
-        self.parameters = list(model.parameters())
-        self.momentum = (
-            [torch.zeros_like(p) for p in self.parameters] if config.momentum > 0 else None
-        )
-        device = self.parameters[0].device
-        count = len(tasks)
-        self.accuracy = torch.zeros(count, count, dtype=torch.float64)
-        self.frequency = torch.zeros(count, config.neurons, dtype=torch.float64)
+    def __init__(self, learners: Sequence[Learner]) -> None:
+        self.learners = list(learners)
+        self.config = self.learners[0].config
+        if any(together(each.config) != together(self.config) for each in self.learners):
+            raise ValueError(f"Trainer: learners may differ in {', '.join(OWN)} alone")
+        self.device = self.learners[0].device
         self.task = self.epoch = self.position = self.steps = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._loaded = -1
+        self._positions: Tensor | None = None
+        self.sparse = all(isinstance(each.model, SDMLP) for each in self.learners)
+        if self.sparse:
+            self._stack()
+
+    def _stack(self) -> None:
+        """Puts all learners' weights into one tensor, of which theirs become views."""
+        self.weights = []
+        for name in ("encoder", "decoder"):
+            own = [getattr(each.model, name).weight for each in self.learners]
+            stacked = own[0].detach() if len(own) == 1 else torch.cat([w.detach() for w in own])
+            for weight, view in zip(own, stacked.chunk(len(own)), strict=True):
+                weight.data = view
+            self.weights.append(stacked)  # [S R, d], [S R, C]
+
+        def settings(name: str) -> Tensor:
+            values = [getattr(each.config, name) for each in self.learners]
+            return torch.tensor(values, dtype=self.weights[0].dtype, device=self.device)
+
+        self.lr, self.max_norm = settings("lr"), settings("max_norm")
+        lam = settings("lam") * (0.0 if "lwf" in self.config.parts else 1.0)
+        self.losses = {
+            "alpha": settings("alpha"),
+            "lam": lam,
+            "temperature": settings("temperature"),
+        }
 
     def run(self) -> Iterator[Event]:
         """Trains from where the trainer stands; at each event its state can be saved."""
         config = self.config
-        self.model.train()
-        while self.task < len(self.tasks):
-            task = self.tasks[self.task]
-            if self.distiller is not None and self.epoch == self.position == 0:
-                self.distiller.begin_task(task.x_train)
+        for each in self.learners:
+            each.model.train()
+        while self.task < len(self.learners[0].tasks):
+            if self.epoch == self.position == 0:
+                for each in self.learners:
+                    each.begin_task(self.task)
+            self._load_task()
             while self.epoch < config.epochs:
-                order = self._order(self.epoch)
-                batches = order.split(config.batch_size)
-                while self.position < len(batches):
-                    samples = batches[self.position]
-                    self.step(task.x_train[samples], task.y_train[samples], samples)
+                orders = [each.order(self.task, self.epoch) for each in self.learners]
+                batches = self.steps_per_epoch()[self.task]
+                while self.position < batches:
+                    first = self.position * config.batch_size
+                    self.step([order[first : first + config.batch_size] for order in orders])
                     self.position += 1
-                    yield Event("step", self.task, self.epoch, self.position, {})
-                record = self._end_epoch(len(order))
-                yield Event("epoch", self.task, self.epoch - 1, len(batches), record)
-            self._end_task(task)
-            yield Event("task", self.task - 1, config.epochs, 0, {})
+                    yield Event("step", self.task, self.epoch, self.position)
+                records = self._end_epoch()
+                yield Event("epoch", self.task, self.epoch - 1, batches, records)
+            for each in self.learners:
+                each.end_task(self.task)
+            self.task, self.epoch = self.task + 1, 0
+            yield Event("task", self.task - 1, config.epochs, 0)
 
-    def step(self, x: Tensor, y: Tensor, samples: Tensor) -> None:
-        """One step on inputs [B, d], labels [B] at positions [B] of the task's training set."""
-        address = self.model.address(x)
-        code = None if self._hidden_reaches_encoder() else self.model.encoder.code(address)
-        if code is None:
-            logits = self.model.read(self.model.encoder(address))
-            loss = self._loss(logits, y, samples)
-            self._update(list(torch.autograd.grad(loss, self.parameters)))
-        else:
-            logits, loss = self._sparse_step(address, code, y, samples)
+    def steps_per_epoch(self) -> list[int]:
+        """Of each task: as many as the learner with the most samples needs."""
+        streams = zip(*(each.tasks for each in self.learners), strict=True)
+        size = self.config.batch_size
+        return [-(-max(len(t.y_train) for t in tasks) // size) for tasks in streams]
+
+    def _load_task(self) -> None:
+        """Readies the learners' data, and where each neuron stands in the distilled subnetwork."""
+        if self._loaded == self.task:
+            return
+        for each in self.learners:
+            each.load_task(self.task)
+        self._loaded, self._positions = self.task, None
+        if not (self.sparse and self._teaches and self._distils_hidden):
+            return
+        neurons = [each.distiller.neurons[ENCODER] for each in self.learners]  # type: ignore[union-attr]
+        size, count = len(neurons[0]), self.config.neurons
+        positions = torch.full((len(neurons) * count,), size, device=self.device)
+        for number, chosen in enumerate(neurons):
+            positions[number * count + chosen] = torch.arange(size, device=self.device)
+        self._positions = positions
+
+    @property
+    def _teaches(self) -> bool:
+        distiller = self.learners[0].distiller
+        return distiller is not None and distiller.teaches
+
+    @property
+    def _distils_hidden(self) -> bool:
+        return "ssd" in self.config.parts and any(each.config.lam > 0 for each in self.learners)
+
+    def step(self, samples: Sequence[Tensor]) -> None:
+        """One step on the samples [B] of each learner, positions in its task's training set."""
+        self._load_task()
+        codes: dict[int, tuple[Tensor, TopKOutput]] = {}
+        before = self._teaches and self._distils_hidden and self.config.hidden == "before"
+        for number, (each, chosen) in enumerate(zip(self.learners, samples, strict=True)):
+            if len(chosen) == 0:  # its epoch is over
+                continue
+            address = each.inputs.index_select(0, chosen)
+            for regularizer in each.regularizers:
+                regularizer.before_step(address, each.labels[chosen])
+            code = None
+            if isinstance(each.model, SDMLP) and not before:
+                code = each.model.encoder.code(address)
+            if code is None:
+                self._dense_step(each, address, chosen)
+            else:
+                codes[number] = address, code
+        if codes:
+            self._sparse_step(codes, samples)
+        for each, chosen in zip(self.learners, samples, strict=True):
+            for regularizer in each.regularizers if len(chosen) else ():
+                regularizer.after_step()
         self.steps += 1
-        self.loss_sum += loss.detach() * len(y)
-        self.correct += (logits.detach().argmax(-1) == y).sum()
 
-    def _hidden_reaches_encoder(self) -> bool:
-        """Whether the loss reads the encoder beside its code: z before inhibition."""
-        return (
-            self.distiller is not None
-            and self.distiller.teaches
-            and self.distiller.hidden == "before"
-            and self.distiller.lam > 0
-        )
+    def _dense_step(self, each: Learner, address: Tensor, samples: Tensor) -> None:
+        """Autograd through the whole network."""
+        labels = each.labels[samples]
+        logits = each.model.respond(address)
+        if each.distiller is None:
+            loss = F.cross_entropy(logits, labels)
+        else:
+            loss = each.distiller.loss(logits, labels, samples)
+        self._update(each, list(torch.autograd.grad(loss, each.parameters)))
+        self._note(each, loss.detach() * len(labels), logits.detach(), labels)
 
     def _sparse_step(
-        self, address: Tensor, code: TopKOutput, y: Tensor, samples: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, codes: Mapping[int, tuple[Tensor, TopKOutput]], samples: Sequence[Tensor]
+    ) -> None:
         """Backward and update on the rows of the active neurons: the dense step at less cost."""
-        encoder, decoder = (p.detach() for p in self.parameters)
-        values, indices = code.values.requires_grad_(), code.indices
+        numbers = list(codes)
+        learners = [self.learners[number] for number in numbers]
+        chosen = [samples[number] for number in numbers]
+        sizes = [len(s) for s in chosen]
+        address = _joined([codes[number][0] for number in numbers])
+        labels = _joined([each.labels[s] for each, s in zip(learners, chosen, strict=True)])
+        values = _joined([codes[number][1].values for number in numbers]).requires_grad_()
+        indices = _joined([_shifted(codes[n][1].indices, n * self.config.neurons) for n in numbers])
+        encoder, decoder = self.weights
         logits = sparse_linear(values, indices, decoder)
-        loss = self._loss(logits, y, samples, TopKOutput(values, indices))
-        grad_values, grad_logits = torch.autograd.grad(loss, [values, logits])
+        hidden, terms = self._targets(numbers, chosen, sizes, values.detach(), indices)
+        output = distill(logits.detach(), labels, **terms)
+        # The loss is the mean over a learner's own samples.
+        share: float | Tensor = float(sizes[0])
+        if len(sizes) > 1:
+            counts = torch.tensor(sizes, dtype=values.dtype, device=self.device)
+            share = _spread(counts, sizes).unsqueeze(1)
+        grad_logits = output.grad_logits / share
+        (grad_values,) = torch.autograd.grad(logits, values, grad_logits)
         values = values.detach()
+        if hidden is not None and output.grad_hidden is not None:
+            slopes = F.pad(output.grad_hidden / share, (0, 1))
+            grad_values = grad_values + slopes.gather(1, hidden)
         coefficients = [grad_values * (values > 0), values]
-        inputs = [address, grad_logits]
-        if self.momentum is not None or any(r.active for r in self.regularizers):
-            self._update(
-                [
-                    row_gradient(c, i, indices, self.config.neurons)
-                    for c, i in zip(coefficients, inputs, strict=True)
-                ]
-            )
+        penalized = any(r.active for each in learners for r in each.regularizers)
+        if penalized or self.learners[0].momentum is not None:
+            for each, number, rows in zip(learners, numbers, _slices(sizes), strict=True):
+                self._update(
+                    each,
+                    [
+                        row_gradient(
+                            c[rows],
+                            i[rows],
+                            indices[rows] - number * self.config.neurons,
+                            self.config.neurons,
+                        )
+                        for c, i in zip(coefficients, (address, grad_logits), strict=True)
+                    ],
+                )
         else:
             row_update(
                 [encoder, decoder],
                 coefficients,
-                inputs,
+                [address, grad_logits],
                 indices,
-                lr=self.config.lr,
-                max_norm=self.config.max_norm,
+                lr=self.lr,
+                max_norm=self.max_norm,
                 nonnegative=True,
-                normalize=self.model.normalized,
+                normalize=(True, False),
+                blocks=len(self.learners),
             )
-            self.model.encoder.updated(code._replace(values=values))
-        return logits, loss
+            for each, number in zip(learners, numbers, strict=True):
+                _sdmlp(each).encoder.updated(codes[number][1])
+        for each, rows in zip(learners, _slices(sizes), strict=True):
+            self._note(each, output.loss[rows].sum(), logits.detach()[rows], labels[rows])
 
-    def _loss(
-        self, logits: Tensor, y: Tensor, samples: Tensor, code: TopKOutput | None = None
-    ) -> Tensor:
-        if self.distiller is None:
-            return F.cross_entropy(logits, y)
-        hidden = None
-        if code is not None:
-            hidden = {n: activations_of(code, i) for n, i in self.distiller.neurons.items()}
-        return self.distiller.loss(logits, y, samples, hidden)
+    def _targets(
+        self,
+        numbers: Sequence[int],
+        chosen: Sequence[Tensor],
+        sizes: Sequence[int],
+        values: Tensor,
+        indices: Tensor,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Where each slot stands in the subnetwork [B, K], and the teacher's part of the loss."""
+        if not self._teaches:
+            return None, {}
+        distillers = [d for n in numbers if (d := self.learners[n].distiller) is not None]
+        pairs = list(zip(distillers, chosen, strict=True))
+        terms: dict[str, Any] = {
+            "target_logits": _joined([d.taught(s) for d, s in pairs]),
+            "kl": self.config.kl,
+        }
+        everyone = len(numbers) == len(self.learners)
+        terms |= {
+            name: _spread(value if everyone else value[list(numbers)], sizes)
+            for name, value in self.losses.items()
+        }
+        if self.config.logits == "seen":
+            classes = terms["target_logits"].shape[1]
+            seen = torch.zeros(len(numbers), classes, dtype=torch.bool, device=self.device)
+            for row, (distiller, _) in zip(seen, pairs, strict=True):
+                row[distiller.classes_seen] = True
+            terms["columns"] = _spread(seen, sizes)
+        if self._positions is None:
+            return None, terms
+        terms["target_hidden"] = _joined([d.teacher_hidden[ENCODER][s] for d, s in pairs])
+        positions = self._positions[indices]
+        wide = values.new_zeros(len(values), terms["target_hidden"].shape[1] + 1)
+        # Slots of other neurons go to an extra column that is cut off.
+        terms["hidden"] = wide.scatter_add_(1, positions, values)[:, :-1]
+        return positions, terms
 
     @torch.no_grad()
-    def _update(self, gradients: list[Tensor]) -> None:
+    def _update(self, each: Learner, gradients: list[Tensor]) -> None:
         """Dense step: penalties, global-norm clip, SGD, projection."""
-        for regularizer in self.regularizers:
+        for regularizer in each.regularizers:
             if regularizer.active:
                 regularizer.add_gradient(gradients)
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        scale = clip_scale(norm, self.config.max_norm)
+        scale = clip_scale(norm, each.config.max_norm)
         for number, (parameter, gradient) in enumerate(
-            zip(self.parameters, gradients, strict=True)
+            zip(each.parameters, gradients, strict=True)
         ):
             gradient *= scale
-            if self.momentum is not None:
-                buffer = self.momentum[number]
-                gradient = buffer.mul_(self.config.momentum).add_(gradient)
-            parameter.sub_(gradient, alpha=self.config.lr)
-            parameter.copy_(project(parameter, True, self.model.normalized[number]))
+            if each.momentum is not None:
+                buffer = each.momentum[number]
+                gradient = buffer.mul_(each.config.momentum).add_(gradient)
+            parameter.sub_(gradient, alpha=each.config.lr)
+        each.model.constrain()
 
-    def evaluate(self, tasks: Sequence[Task]) -> list[float]:
-        """Accuracy on the test set of each task, all classes in play."""
-        accuracies = []
-        with evaluating(self.model):
-            for task in tasks:
-                correct = sum(
-                    int((self.model(x).argmax(-1) == y).sum())
-                    for x, y in zip(task.x_test.split(CHUNK), task.y_test.split(CHUNK), strict=True)
-                )
-                accuracies.append(correct / len(task.y_test))
-        return accuracies
+    def _note(self, each: Learner, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        each.loss_sum += loss
+        each.correct += (logits.argmax(-1) == labels).sum()
 
-    def _order(self, epoch: int) -> Tensor:
-        """The order of the training samples in an epoch; epoch -1 is drawn at the task's end."""
-        task = self.tasks[self.task]
-        drawn = torch.randperm(
-            len(task.y_train), generator=generator(self.config.seed, 1 + self.task, 1 + epoch)
-        )
-        return drawn.to(task.y_train.device)
-
-    def _end_epoch(self, samples: int) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "loss": self.loss_sum.item() / samples,
-            "train_accuracy": self.correct.item() / samples,
-        }
+    def _end_epoch(self) -> list[dict[str, Any]]:
         self.epoch, self.position = self.epoch + 1, 0
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
-            record["test_accuracy"] = self.evaluate(self.tasks)
-            self.accuracy[self.task] = torch.tensor(record["test_accuracy"], dtype=torch.float64)
-        return record
-
-    def _end_task(self, task: Task) -> None:
-        counts = count_activations(self.model, [ENCODER], task.x_train)
-        self.frequency[self.task] = counts[ENCODER].double().cpu() / len(task.y_train)
-        if self.distiller is not None:
-            self.distiller.end_task(task.x_train, task.y_train, counts)
-        for regularizer in self.regularizers:
-            regularizer.end_task(task.x_train, self._order(-1))
-        self.task, self.epoch = self.task + 1, 0
+        evaluate = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
+        return [each.end_epoch(self.task, evaluate) for each in self.learners]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors and numbers that load_state needs to go on from here."""
-        tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
-        tensors |= {
-            "accuracy": self.accuracy,
-            "frequency": self.frequency,
-            "loss_sum": self.loss_sum,
-            "correct": self.correct,
+        tensors = {
+            f"{number}/{name}": tensor
+            for number, each in enumerate(self.learners)
+            for name, tensor in each.state().items()
         }
-        if self.distiller is not None:
-            tensors |= {f"distiller/{n}": t for n, t in self.distiller.state_dict().items()}
-        for number, regularizer in enumerate(self.regularizers):
-            tensors |= {f"regularizer{number}/{n}": t for n, t in regularizer.state_dict().items()}
-        for number, buffer in enumerate(self.momentum or []):
-            tensors[f"momentum/{number}"] = buffer
-        numbers = {n: getattr(self, n) for n in ("task", "epoch", "position", "steps")}
-        return tensors, numbers
+        return tensors, {n: getattr(self, n) for n in ("task", "epoch", "position", "steps")}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
         """Puts the trainer where state() was taken; KeyError or RuntimeError for another model."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            prefix += "/"
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-        self.model.load_state_dict(part("model"))
-        for name in ("accuracy", "frequency", "loss_sum", "correct"):
-            getattr(self, name).copy_(tensors[name])
-        if self.distiller is not None:
-            self.distiller.load_state_dict(part("distiller"))
-        for number, regularizer in enumerate(self.regularizers):
-            regularizer.load_state_dict(part(f"regularizer{number}"))
-        for number, buffer in enumerate(self.momentum or []):
-            buffer.copy_(tensors[f"momentum/{number}"])
+        for number, each in enumerate(self.learners):
+            each.load_state(part(tensors, str(number)))
         for name in ("task", "epoch", "position", "steps"):
             setattr(self, name, int(numbers[name]))
+
+
+def _sdmlp(learner: Learner) -> SDMLP:
+    assert isinstance(learner.model, SDMLP)
+    return learner.model
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _shifted(indices: Tensor, offset: int) -> Tensor:
+    return indices + offset if offset else indices
+
+
+def _spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Each learner's value [S, ..] for each of its samples [B, ..]."""
+    if len(sizes) == 1:
+        return values.expand(sizes[0], *values.shape[1:])
+    return values.repeat_interleave(torch.tensor(sizes, device=values.device), dim=0)
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    slices, first = [], 0
+    for size in sizes:
+        slices.append(slice(first, first + size))
+        first += size
+    return slices

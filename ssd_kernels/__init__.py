@@ -2,6 +2,7 @@
 
 from ssd_kernels import _library, nn, reference  # noqa: F401 (_library registers)
 from ssd_kernels.count_active import count_active
+from ssd_kernels.distill import distill
 from ssd_kernels.linear_code import linear_code
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
@@ -14,6 +15,7 @@ from ssd_kernels.topk import topk
 __all__ = [
     "TopKOutput",
     "count_active",
+    "distill",
     "linear_code",
     "linear_inhibit",
     "linear_topk",

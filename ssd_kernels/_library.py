@@ -20,6 +20,7 @@ from ssd_kernels.count_active import _triton as count_triton
 from ssd_kernels.linear_topk import heuristic
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import _triton as update_triton
+from ssd_kernels.row_update import per_block
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
 from ssd_kernels.topk import MAX_K, select_triton
 
@@ -174,12 +175,13 @@ def row_update_op(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    lr: float,
-    max_norm: float | None,
+    lr: Tensor,
+    max_norm: Tensor | None,
     nonnegative: bool,
     normalize: Sequence[bool],
     momentum: float,
     buffers: Sequence[Tensor],
+    blocks: int,
 ) -> Tensor:
     return update_triton(
         weights,
@@ -192,6 +194,7 @@ def row_update_op(
         normalize=normalize,
         momentum=momentum,
         buffers=buffers or None,
+        blocks=blocks,
     )
 
 
@@ -201,17 +204,18 @@ def _(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    lr: float,
-    max_norm: float | None,
+    lr: Tensor,
+    max_norm: Tensor | None,
     nonnegative: bool,
     normalize: Sequence[bool],
     momentum: float,
     buffers: Sequence[Tensor],
+    blocks: int,
 ) -> Tensor:
     dtype = weights[0].dtype
     for weight in weights[1:]:
         dtype = torch.promote_types(dtype, weight.dtype)
-    return weights[0].new_empty((), dtype=dtype)
+    return weights[0].new_empty((blocks,) if blocks > 1 else (), dtype=dtype)
 
 
 def row_update(
@@ -220,24 +224,27 @@ def row_update(
     inputs: Sequence[Tensor],
     indices: Tensor,
     *,
-    lr: float,
-    max_norm: float | None,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
     nonnegative: bool,
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
+    blocks: int,
 ) -> Tensor:
+    device = indices.device
     return row_update_op(
         list(weights),
         [c.detach() for c in coefficients],
         [i.detach() for i in inputs],
         indices,
-        lr,
-        max_norm,
+        per_block(lr, blocks, device),
+        None if max_norm is None else per_block(max_norm, blocks, device),
         nonnegative,
         [False] * len(weights) if normalize is None else list(normalize),
         momentum,
         [] if buffers is None else list(buffers),
+        blocks,
     )
 
 

@@ -55,6 +55,13 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({}, {"SLOTS": 16, "BLOCK": 256, "num_warps": 4}),
         ),
     },
+    "distill": {
+        "default": (
+            ({"columns": 32}, {"num_warps": 1}),
+            ({"columns": 256}, {"num_warps": 2}),
+            ({}, {"num_warps": 8}),
+        ),
+    },
     "row_update": {
         "default": (
             ({"width": 64}, {"BLOCK": 64, "num_warps": 1}),

@@ -15,6 +15,8 @@ bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,10 +25,8 @@ from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.topk import select, topk
+from ssd_kernels.topk import GROUP, select, topk
 
-# Neurons per group whose maximum is looked at first; group i of n holds i, i + n, i + 2n, ..
-GROUP = 16
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
 TINY = 1e-30
@@ -44,6 +44,15 @@ class Shadow:
     def __init__(self, weight: Tensor) -> None:
         self.rows = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
         self._version = -1
+        # Kept from call to call: the operating system zeroes each page of fresh memory.
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def buffer(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Uninitialised memory of this shape; valid until the next call with this dtype."""
+        size = math.prod(shape)
+        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
+            self._buffers[dtype] = torch.empty(size, dtype=dtype)
+        return self._buffers[dtype][:size].view(shape)
 
     def update(self, weight: Tensor, gaba: Tensor | None, neurons: Tensor | None = None) -> None:
         """Copies all rows, or those of `neurons` [n], distinct, if no others changed.
@@ -147,7 +156,7 @@ def _torch(
         return _compress(linear_inhibit(x, weight, k, gaba, inhibition=inhibition), width)
 
     def decide(x: Tensor, candidates: Tensor) -> tuple[TopKOutput, Tensor, Tensor]:
-        return _decide(x, weight, candidates, k, width, gaba, inhibition)
+        return _decide(x, weight, candidates, k, width, gaba, inhibition, shadow)
 
     def rank(x: Tensor) -> Tensor:
         scores = x @ weight.T
@@ -156,7 +165,10 @@ def _torch(
     if shadow is None:
         code, _, fires = decide(x, rank(x))
     else:
-        candidates, beaten = _candidates(x.bfloat16() @ shadow.rows.T, count)
+        # Neurons first: the faster order of the product, and of the maxima over groups.
+        estimates = shadow.buffer(torch.bfloat16, len(weight), len(x))
+        torch.mm(shadow.rows, x.bfloat16().T, out=estimates)
+        candidates, beaten = _candidates(estimates, count)
         code, cut, fires = decide(x, candidates)
         # TINY covers products that underflow to 0.
         doubtful = ~(beaten * (1 + _relative_error(x.shape[1])) + TINY < cut)
@@ -174,15 +186,23 @@ def _decide(
     width: int,
     gaba: Tensor | None,
     inhibition: str,
+    shadow: Shadow | None,
 ) -> tuple[TopKOutput, Tensor, Tensor]:
     """The code of the candidates [B, m], the inhibition I [B], and how many fire [B]."""
+    shape = (*candidates.shape, x.shape[1])
+    if shadow is None:
+        rows = F.embedding(candidates, weight)
+    else:
+        rows = shadow.buffer(weight.dtype, *shape)
+        torch.index_select(weight, 0, candidates.view(-1), out=rows.view(-1, shape[2]))
     # One product and sum a neuron, in one order whatever the candidates are.
-    a = (F.embedding(candidates, weight) * x.unsqueeze(1)).sum(-1).relu()
+    a = rows.mul_(x.unsqueeze(1)).sum(-1).relu()
     cut = a.topk(k + 1).values[:, k:]
     surplus = a - (cut if gaba is None else gaba[candidates] * cut)
     fired = torch.where(surplus > 0, a, 0.0) if inhibition == "mask" else surplus.relu()
-    order = select(fired, width)
-    code = TopKOutput(fired.gather(1, order), candidates.gather(1, order))
+    # Candidates ascend, so that a stable sort gives ties to the lower index.
+    values, order = fired.sort(dim=1, descending=True, stable=True)
+    code = TopKOutput(values[:, :width], candidates.gather(1, order[:, :width]))
     return code, cut.squeeze(1), (fired > 0).sum(1)
 
 
@@ -194,15 +214,16 @@ def _relative_error(features: int) -> float:
 
 
 def _candidates(estimates: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ascending indices [B, count] of large estimates, and a bound [B] on all the others."""
-    batch, neurons = estimates.shape
+    """Ascending indices [B, count] of large estimates [R, B], and a bound [B] on all the others."""
+    neurons, batch = estimates.shape
     groups = neurons // GROUP
-    body = estimates[:, : groups * GROUP].view(batch, GROUP, groups)
-    best = torch.topk(body.amax(1).float(), count + 1)
+    body = estimates[: groups * GROUP].view(GROUP, groups, batch)
+    best = torch.topk(body.amax(0).float().T.contiguous(), count + 1)
     members = (best.indices[:, None, :count] + groups * torch.arange(GROUP).unsqueeze(1)).flatten(1)
-    rest = torch.arange(groups * GROUP, neurons).expand(batch, -1)
-    members = torch.cat([members, rest], dim=1)
-    top = torch.topk(estimates.gather(1, members).float(), count + 1)
+    rest = torch.arange(groups * GROUP, neurons)
+    if len(rest):
+        members = torch.cat([members, rest.expand(batch, -1)], dim=1)
+    top = torch.topk(estimates.T.gather(1, members).float(), count + 1)
     beaten = torch.maximum(best.values[:, count], top.values[:, count])
     return members.gather(1, top.indices[:, :count]).sort(dim=1).values, beaten
 

@@ -155,12 +155,13 @@ def row_update(
     inputs: Sequence[Tensor],
     indices: Tensor,
     *,
-    lr: float,
-    max_norm: float | None = None,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None = None,
     nonnegative: bool = False,
     normalize: Sequence[bool] | None = None,
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
+    blocks: int = 1,
 ) -> Tensor:
     """One projected SGD step on the rows that the code touches; the others keep their bits."""
     neurons = weights[0].shape[0]
@@ -171,8 +172,11 @@ def row_update(
         row_gradient(c.to(w.dtype), i.to(w.dtype), indices, neurons)
         for w, c, i in zip(weights, coefficients, inputs, strict=True)
     ]
-    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    scale = clip_scale(norm, max_norm)
+    squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
+    norm = squares.view(blocks, -1).sum(1).sqrt()
+    block = torch.arange(neurons, device=norm.device) // (neurons // blocks)
+    scale = clip_scale(norm, max_norm)[block].unsqueeze(1)
+    rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
         direction = gradient * scale
         if buffers is not None:
@@ -180,12 +184,56 @@ def row_update(
             direction = torch.where(touched[:, None], momentum * buffer + direction, buffer)
             buffer.copy_(direction)
         row_norm = normalize is not None and normalize[number]
-        updated = project(weight - lr * direction, nonnegative, row_norm)
+        updated = project(weight - rate * direction, nonnegative, row_norm)
         weight.copy_(torch.where(touched[:, None], updated, weight))
-    return norm
+    return norm if blocks > 1 else norm[0]
 
 
-def clip_scale(norm: Tensor, max_norm: float | None) -> Tensor:
+def distill(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None = None,
+    hidden: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.0,
+    lam: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    kl: str = "reverse",
+    columns: Tensor | None = None,
+) -> Tensor:
+    """alpha CE + (1 - alpha) ((1 - lam) KL of the logits + lam KL of the hidden), per sample."""
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    if target_logits is None:
+        return loss
+    distilled = (1 - lam) * divergence(logits, target_logits, temperature, kl, columns)
+    if hidden is not None and target_hidden is not None:
+        distilled = distilled + lam * divergence(hidden, target_hidden, temperature, kl)
+    return alpha * loss + (1 - alpha) * distilled
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """T^2 KL between softmax(student / T) and softmax(teacher / T), over the columns that count."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    student, teacher = student / scale, teacher / scale
+    if columns is not None:
+        # Finite, so that autograd meets no inf - inf; its softmax is 0 all the same.
+        least = torch.finfo(student.dtype).min / 4
+        student = student.masked_fill(~columns, least)
+        teacher = teacher.masked_fill(~columns, least)
+    p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    if kl == "forward":
+        p, q = q, p
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+
+def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
     """The factor that clips a gradient of this global norm, as torch.nn.utils.clip_grad_norm_."""
     if max_norm is None:
         return torch.ones_like(norm)

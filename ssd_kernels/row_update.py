@@ -20,12 +20,13 @@ def row_update(
     inputs: Sequence[Tensor],
     indices: Tensor,
     *,
-    lr: float,
-    max_norm: float | None = None,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None = None,
     nonnegative: bool = False,
     normalize: Sequence[bool] | None = None,
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
+    blocks: int = 1,
     impl: str | None = None,
 ) -> Tensor:
     """One step of clipped, projected SGD on several matrices that share the neurons of one code.
@@ -40,22 +41,26 @@ def row_update(
     Args:
         weights: matrices [R, d_i], updated in place.
         coefficients: [B, K] each. inputs: [B, d_i] each. indices: [B, K] int64.
-        lr: learning rate.
-        max_norm: clips the global L2 norm of the gradients, as clip_grad_norm_; None: no clip.
+        lr: learning rate, or one for each block [blocks].
+        max_norm: clips the global L2 norm of the gradients, as clip_grad_norm_, or one for each
+            block [blocks]; None: no clip.
         nonnegative: clamp touched rows at 0 after the step (SDMLP).
         normalize: for each matrix, whether touched rows are then scaled to unit L2 norm; an
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
             Lazy: the buffer of an untouched row rests and does not move it.
+        blocks: number of networks whose rows follow one another, R / blocks each; every one is
+            clipped by itself.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
-        The global gradient norm before clipping, 0-d.
+        The global gradient norm before clipping: 0-d, or [blocks] if there are several.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit, before any work.
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
+    _check_blocks(weights, lr, max_norm, blocks)
     serve = _dispatch.choose("row_update", IMPLEMENTATIONS, impl, weights[0])
     with torch.no_grad():
         return serve(
@@ -69,6 +74,7 @@ def row_update(
             normalize=normalize,
             momentum=momentum,
             buffers=buffers,
+            blocks=blocks,
         )
 
 
@@ -78,12 +84,13 @@ def _torch(
     inputs: Sequence[Tensor],
     indices: Tensor,
     *,
-    lr: float,
-    max_norm: float | None,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
     nonnegative: bool,
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
+    blocks: int,
 ) -> Tensor:
     if torch.compiler.is_compiling():  # the number of touched rows is no static shape
         return reference.row_update(
@@ -97,21 +104,33 @@ def _torch(
             normalize=normalize,
             momentum=momentum,
             buffers=buffers,
+            blocks=blocks,
         )
     touched = torch.stack([c != 0 for c in coefficients]).any(0)
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
-    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    scale = reference.clip_scale(norm, max_norm)
+    squares = sum(g.square().sum(1) for g in gradients)
+    assert isinstance(squares, Tensor)
+    block = group.neurons // (weights[0].shape[0] // blocks)
+    # Summed in order within a block, so that a block's norm does not depend on the others.
+    norm = torch.segment_reduce(
+        squares, "sum", lengths=torch.bincount(block, minlength=blocks), initial=0.0
+    ).sqrt()
+    scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
+    rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
         direction *= scale
         if buffers is not None:
             direction += momentum * buffers[number].index_select(0, group.neurons)
             buffers[number].index_copy_(0, group.neurons, direction)
-        row_norm = normalize is not None and normalize[number]
-        rows = weight.index_select(0, group.neurons).sub_(direction, alpha=lr)
-        weight.index_copy_(0, group.neurons, reference.project(rows, nonnegative, row_norm))
-    return norm
+        rows = weight.index_select(0, group.neurons).sub_(direction.mul_(rate))
+        if nonnegative:
+            rows.clamp_(min=0)
+        if normalize is not None and normalize[number]:
+            length = rows.norm(dim=-1, keepdim=True)
+            rows.div_(torch.where(length > 0, length, 1.0))
+        weight.index_copy_(0, group.neurons, rows)
+    return norm if blocks > 1 else norm[0]
 
 
 @jit
@@ -137,18 +156,19 @@ def _moved(
     return moved
 
 
-@jit(do_not_specialize=["count"])
+@jit(do_not_specialize=["count", "block_rows"])
 def _apply_kernel(
     neurons,  # [count], sorted
     touched,  # [SHARING, count] uint8: by a coefficient of each of the matrices
     gradient,  # [count, D] fp32, in the place of a neuron's first slot
     weight,  # [R, D]
     buffer,  # [R, D]
-    norm,  # 0-d fp32
-    lr,
-    max_norm,
+    norm,  # [blocks] fp32
+    lr,  # [blocks] fp32
+    max_norm,  # [blocks] fp32
     momentum,
     count,
+    block_rows,
     weight_stride,
     buffer_stride,
     SHARING: tl.constexpr,
@@ -167,9 +187,11 @@ def _apply_kernel(
         for number in range(SHARING):
             active += tl.load(touched + count.to(tl.int64) * number + position).to(tl.int32)
         if active > 0:
+            block = neuron // block_rows
+            rate = tl.load(lr + block)
             scale = 1.0
             if CLIP:
-                scale = max_norm / (tl.load(norm) + 1e-6)
+                scale = tl.load(max_norm + block) / (tl.load(norm + block) + 1e-6)
                 scale = tl.minimum(scale, 1.0, propagate_nan=tl.PropagateNan.ALL)
             weight += neuron * weight_stride
             buffer += neuron * buffer_stride
@@ -183,7 +205,7 @@ def _apply_kernel(
                     buffer + column,
                     gradient + column,
                     scale,
-                    lr,
+                    rate,
                     momentum,
                     MOMENTUM,
                     CLAMP,
@@ -215,12 +237,13 @@ def _triton(
     inputs: Sequence[Tensor],
     indices: Tensor,
     *,
-    lr: float,
-    max_norm: float | None,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
     nonnegative: bool,
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
+    blocks: int,
 ) -> Tensor:
     in_place = [*weights, *(buffers or ())]
     if any(t.dtype not in _dispatch.TRITON_DTYPES or t.stride(1) != 1 for t in in_place) or not (
@@ -237,9 +260,18 @@ def _triton(
             normalize=normalize,
             momentum=momentum,
             buffers=buffers,
+            blocks=blocks,
         )
     order = _segments.sorted_slots(indices)
-    gradients, touched, norm = _gradients(order, coefficients, inputs)
+    gradients, touched, squares = _gradients(order, coefficients, inputs)
+    if blocks == 1:
+        norm = squares.sum().sqrt().unsqueeze(0)
+    else:
+        block = order[0] // (weights[0].shape[0] // blocks)
+        own = block == torch.arange(blocks, device=block.device).unsqueeze(1)
+        norm = torch.where(own, squares.sum(0), 0.0).sum(1).sqrt()
+    rates = per_block(lr, blocks, indices.device)
+    bounds = norm if max_norm is None else per_block(max_norm, blocks, indices.device)
     with torch.cuda.device_of(indices):
         for number, weight in enumerate(weights):
             count, width = gradients[number].shape
@@ -252,10 +284,11 @@ def _triton(
                 weight,
                 buffer,
                 norm,
-                float(lr),
-                0.0 if max_norm is None else float(max_norm),
+                rates,
+                bounds,
                 float(momentum),
                 count,
+                weight.shape[0] // blocks,
                 weight.stride(0),
                 buffer.stride(0),
                 SHARING=len(weights),
@@ -266,13 +299,23 @@ def _triton(
                 MOMENTUM=buffers is not None,
                 **chosen,
             )
-    return norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
+    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
+    return norm if blocks > 1 else norm[0]
+
+
+def per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
+    """One float32 value for each block."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32)
+    return torch.full((blocks,), float(value), device=device)
 
 
 def _gradients(
-    order: tuple[Tensor, Tensor], coefficients: Sequence[Tensor], inputs: Sequence[Tensor]
+    order: tuple[Tensor, Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Each matrix's gradient [B K, D] fp32, what touched its rows, and the global norm."""
+    """Each matrix's gradient [B K, D] fp32, what touched its rows, and their squared norms."""
     count, device = len(order[0]), order[0].device
     tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
     squares = torch.empty(sum(tiles), count, dtype=torch.float32, device=device)
@@ -291,7 +334,19 @@ def _gradients(
             touched=touched[number],
         )
         gradients.append(gradient)
-    return gradients, touched, squares.sum().sqrt()
+    return gradients, touched, squares
+
+
+def _check_blocks(
+    weights: Sequence[Tensor], lr: float | Tensor, max_norm: float | Tensor | None, blocks: int
+) -> None:
+    if blocks < 1 or weights[0].shape[0] % blocks:
+        raise ValueError(
+            f"row_update: blocks={blocks} must divide the {weights[0].shape[0]} rows of the weights"
+        )
+    for name, value in (("lr", lr), ("max_norm", max_norm)):
+        if isinstance(value, Tensor):
+            _checks.shape("row_update", name, value, (blocks,))
 
 
 def _check(
@@ -345,8 +400,14 @@ def _aot_case(kind: str, width: int | None, everything: bool, chosen: _tuning.Co
     pointers = dict.fromkeys(("weight", "buffer"), f"*{kind}")
     pointers |= dict.fromkeys(("gradient", "norm"), "*fp32")
     pointers |= {"neurons": "*i64", "touched": "*u8"}
-    scalars = dict.fromkeys(("lr", "max_norm", "momentum"), "fp32")
-    scalars |= {"count": "i32", "weight_stride": "i32:16", "buffer_stride": "i32:16"}
+    pointers |= dict.fromkeys(("lr", "max_norm"), "*fp32")
+    scalars = {
+        "momentum": "fp32",
+        "count": "i32",
+        "block_rows": "i32",
+        "weight_stride": "i32:16",
+        "buffer_stride": "i32:16",
+    }
     flags = dict.fromkeys(("CLIP", "CLAMP", "NORMALIZE", "MOMENTUM"), everything)
     return AotCase(
         f"row_update {kind} D<={width or 'any'}{' all' if everything else ''}",

@@ -78,6 +78,40 @@ def test_close_to_fp64(impl: str, dtype: torch.dtype, options: dict[str, Any], d
     check_tolerance(Step(6, 4, 15, [20, 3], device), impl, dtype, options)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
+    """Three networks in one call, each with its rate and clip, equal three calls."""
+    step, rates, bounds = Step(9, 4, 5, [20, 3], device), [0.1, 0.2, 0.05], [0.5, 1e6, 0.01]
+    network = torch.tensor([0, 1, 1, 2, 0, 2, 2, 2, 1], device=device)  # of each sample
+    weights = [torch.rand(15, w, device=device) for w in (20, 3)]
+    expected = [w.double() for w in weights]
+    options = {"nonnegative": True, "normalize": [True, False]}
+    norms = []
+    for number in range(3):
+        own = network == number
+        norms.append(row_update(
+            [w[5 * number : 5 * number + 5] for w in expected],
+            [c[own].double() for c in step.coefficients], [i[own].double() for i in step.inputs],
+            step.indices[own], lr=rates[number], max_norm=bounds[number], impl="reference",
+            **options,
+        ))  # fmt: skip
+    norm = row_update(
+        weights, step.coefficients, step.inputs, step.indices + 5 * network.unsqueeze(1),
+        lr=torch.tensor(rates, device=device), max_norm=torch.tensor(bounds, device=device),
+        blocks=3, impl=impl, **options,
+    )  # fmt: skip
+    torch.testing.assert_close(norm.double(), torch.stack(norms), rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(weights, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [0, 4])
+def test_blocks_must_divide_the_rows(blocks: int) -> None:
+    step = Step(2, 2, 15, [4])
+    with pytest.raises(ValueError, match="must divide the 15 rows"):
+        step.run("torch", torch.float32, blocks=blocks)
+
+
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("widths", [[1], [2100], [300, 5, 70]])
 def test_widths(impl: str, widths: list[int], device: str) -> None:

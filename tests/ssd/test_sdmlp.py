@@ -118,7 +118,8 @@ def test_the_bfloat16_estimate_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     from ssd import sdmlp
     from ssd.config import Config
     from ssd.data import Task
-    from ssd.trainer import Trainer, build_model
+    from ssd.learner import Learner, build_model
+    from ssd.trainer import Trainer
 
     y = torch.arange(60) % 2
     x = torch.rand(60, 16) + 2 * torch.nn.functional.one_hot(y * 5, 16)
@@ -129,10 +130,11 @@ def test_the_bfloat16_estimate_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     for smallest, fast in ((1, True), (10**9, False)):
         monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)
         monkeypatch.setattr(sdmlp, "fast_bfloat16", lambda fast=fast: fast)
-        trainer = Trainer(config, [Task((0, 1), x, y, x, y)], build_model(config, 16, 2))
+        learner = Learner(config, [Task((0, 1), x, y, x, y)], build_model(config, 16, 2))
+        trainer = Trainer([learner])
         for _ in trainer.run():
             pass
-        assert (trainer.model.encoder._shadow is not None) == fast
+        assert (learner.model.encoder._shadow is not None) == fast
         ends.append(trainer.state()[0])
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ssd.config import Config
 from ssd.data import Task
+from ssd.learner import Learner
+from ssd.order import shuffled
 from ssd.sdmlp import SDMLP
-from ssd.trainer import Trainer, build_distiller, build_regularizers, generator
+from ssd.trainer import Trainer
 
 FEATURES, CLASSES = 20, 6
 BASE = Config(
@@ -178,12 +180,11 @@ def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.Monk
     tasks = make_tasks()
     model = SDMLP(
         FEATURES, config.neurons, CLASSES, config.k, config.inhibition, config.schedule,
-        config.anneal_samples, generator=generator(7), dtype=torch.float64,
+        config.anneal_samples, generator=torch.Generator().manual_seed(7), dtype=torch.float64,
     )  # fmt: skip
     naive = Naive(config, model)
-    trainer = Trainer(
-        config, tasks, model, build_distiller(config, model), build_regularizers(config, model)
-    )
+    trainer = Trainer([Learner(config, tasks, model)])
+    (learner,) = trainer.learners
     taken = {"sparse": 0}
     original = Trainer._sparse_step
 
@@ -197,9 +198,7 @@ def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.Monk
     for event in trainer.run():
         task = tasks[event.task]
         if event.kind == "step":
-            order = torch.randperm(
-                100, generator=generator(config.seed, 1 + event.task, 1 + event.epoch)
-            )
+            order = shuffled(100, config.seed, event.task, 1 + event.epoch)
             batch = order.split(config.batch_size)[event.step - 1]
             naive.step(task.x_train[batch], task.y_train[batch])
             steps += 1
@@ -210,10 +209,10 @@ def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.Monk
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
             assert torch.equal(model.encoder.counts.double(), naive.active)
         elif event.kind == "task":
-            order = torch.randperm(100, generator=generator(config.seed, 1 + event.task, 0))
+            order = shuffled(100, config.seed, event.task, 0)
             naive.end_task(task.x_train, task.y_train, order)
-            if trainer.distiller is not None:
-                chosen = trainer.distiller.neurons["encoder"]
+            if learner.distiller is not None:
+                chosen = learner.distiller.neurons["encoder"]
                 assert torch.equal(chosen, naive.chosen.sort().values)
     assert steps == 210
     # The comparison must have covered both paths and real learning.
@@ -233,12 +232,17 @@ def test_untouched_rows_keep_their_bits() -> None:
     config = replace(BASE, method="sdmlp", schedule="flat")
     task = make_tasks()[0]
     model = SDMLP(
-        FEATURES, config.neurons, CLASSES, config.k, schedule="flat", generator=generator(7)
+        FEATURES,
+        config.neurons,
+        CLASSES,
+        config.k,
+        schedule="flat",
+        generator=torch.Generator().manual_seed(7),
     )
     task = replace(task, x_train=task.x_train.float())
-    trainer = Trainer(config, [task], model)
+    trainer = Trainer([Learner(replace(config, tasks=1), [task], model)])
     before = [p.detach().clone() for p in model.parameters()]
-    trainer.step(task.x_train[:4], task.y_train[:4], torch.arange(4))
+    trainer.step([torch.arange(4)])
     active = model.encoder.counts > 0
     assert 0 < active.sum() <= 4 * config.k
     for old, new in zip(before, model.parameters(), strict=True):

@@ -73,7 +73,7 @@ OPTIONS = {
     "missing value": (["--epochs"], "--epochs: expected one argument"),
     "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     "not an integer": (["-k", "2.5"], "-k: invalid int value: '2.5'"),
-    "unknown method": (["--method", "sgd"], "--method: invalid choice: 'sgd'"),
+    "unknown method": (["--method", "sgd"], "--method sgd must be any of sdmlp"),
     "k > neurons": (["-k", "33"], "-k 33 must be at most --neurons 32"),
     "k = 0": (["-k", "0"], "-k 0 must be in 1.."),
     "no epochs": (["--epochs", "0"], "--epochs 0 must be in 1.."),
@@ -314,7 +314,7 @@ def test_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_interrupt_between_seeds_is_not_lost(
+def test_interrupt_while_figures_are_drawn_is_not_lost(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while the figures of a finished seed are drawn."""
@@ -325,8 +325,9 @@ def test_interrupt_between_seeds_is_not_lost(
     assert train.main(small("--seeds", "3", "--out", "s", "--quiet")) == 130
     assert [path.name for path in drawn] == ["seed0"]
     assert "--out s --resume" in capsys.readouterr().err
-    assert (folder / "s" / "seed1" / CHECKPOINT).is_file()
-    assert not (folder / "s" / "seed2").exists()
+    monkeypatch.setattr(train, "write_figures", drawn.append)
+    assert train.main(["--out", "s", "--resume", "--quiet"]) == 0
+    assert [path.name for path in drawn[1:]] == ["seed0", "seed1", "seed2"]
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 
 from ssd.config import Config
 from ssd.data import Task
-from ssd.trainer import Trainer, build_distiller, build_model, build_regularizers, generator
+from ssd.learner import Learner, build_model
+from ssd.trainer import Trainer
 
 CONFIG = Config(
     dataset="features", features="none", method="ssd+ewc", tasks=2, epochs=3, batch_size=16,
@@ -23,17 +24,14 @@ def make_trainer(config: Config = CONFIG) -> Trainer:
         y = torch.arange(50) % 2 + first
         x = centres[y] + torch.randn(50, 10, generator=draw)
         tasks.append(Task((first, first + 1), x[:40], y[:40], x[40:], y[40:]))
-    model = build_model(config, 10, 4)
-    return Trainer(
-        config, tasks, model, build_distiller(config, model), build_regularizers(config, model)
-    )
+    return Trainer([Learner(config, tasks, build_model(config, 10, 4))])
 
 
 def test_events_come_in_order_and_every_sample_is_seen_once_an_epoch() -> None:
     trainer = make_trainer()
     seen: list[torch.Tensor] = []
     original = trainer.step
-    trainer.step = lambda x, y, samples: (seen.append(samples), original(x, y, samples))
+    trainer.step = lambda samples: (seen.append(samples[0]), original(samples))
     kinds = [event.kind for event in trainer.run()]
     epoch = ["step"] * 3 + ["epoch"]
     assert kinds == (epoch * 3 + ["task"]) * 2
@@ -44,22 +42,23 @@ def test_events_come_in_order_and_every_sample_is_seen_once_an_epoch() -> None:
 
 
 def test_evaluation_is_over_all_classes_and_counts_nothing() -> None:
-    trainer = make_trainer()
-    before = trainer.model.encoder.counts.clone()
-    accuracy = trainer.evaluate(trainer.tasks)
-    for task, value in zip(trainer.tasks, accuracy, strict=True):
-        predicted = trainer.model.eval()(task.x_test).argmax(1)
+    (learner,) = make_trainer().learners
+    before = learner.model.encoder.counts.clone()
+    accuracy = learner.evaluate()
+    for task, value in zip(learner.tasks, accuracy, strict=True):
+        predicted = learner.model.eval()(task.x_test).argmax(1)
         assert value == (predicted == task.y_test).double().mean()
-    assert torch.equal(trainer.model.encoder.counts, before)
+    assert torch.equal(learner.model.encoder.counts, before)
 
 
 def test_it_learns_and_records() -> None:
     trainer = make_trainer(replace(CONFIG, epochs=20, method="sdmlp"))
     for _ in trainer.run():
         pass
-    assert trainer.accuracy[0, 0] > 0.9
-    assert trainer.accuracy[1, 1] > 0.9
-    assert 0 < trainer.frequency.sum(1).min() <= trainer.frequency.sum(1).max() <= 40
+    (learner,) = trainer.learners
+    assert learner.accuracy[0, 0] > 0.9
+    assert learner.accuracy[1, 1] > 0.9
+    assert 0 < learner.frequency.sum(1).min() <= learner.frequency.sum(1).max() <= 40
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -81,9 +80,3 @@ def test_a_saved_state_goes_on_to_the_same_bits(stop: int, momentum: float) -> N
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
     assert whole.steps == second.steps
-
-
-def test_generators_depend_on_every_part_of_the_key() -> None:
-    keys = [(0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1)]
-    draws = {tuple(torch.randint(2**40, (3,), generator=generator(*k)).tolist()) for k in keys}
-    assert len(draws) == len(keys)

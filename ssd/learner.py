@@ -1,0 +1,182 @@
+"""One learner: a network, its method's parts, its stream of tasks and what it has achieved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd.config import Config
+from ssd.data import Task
+from ssd.distillation import CHUNK, Distiller, count_activations, evaluating
+from ssd.networks import Network, ReLUMLP, TopKMLP
+from ssd.order import shuffled
+from ssd.regularizers import EWC, Regularizer
+from ssd.sdmlp import SDMLP
+
+ENCODER = "encoder"
+
+
+def build_model(config: Config, in_features: int, classes: int) -> Network:
+    """The network of a run, its weights drawn from the run's seed."""
+    draw = torch.Generator().manual_seed(config.seed)
+    if config.network == "relu-mlp":
+        return ReLUMLP(in_features, config.neurons, classes, draw)
+    if config.network == "topk-mlp":
+        return TopKMLP(in_features, config.neurons, classes, config.k, draw)
+    return SDMLP(
+        in_features,
+        config.neurons,
+        classes,
+        config.k,
+        config.inhibition,
+        config.schedule,
+        config.anneal_samples,
+        generator=draw,
+    )
+
+
+def build_distiller(config: Config, model: Network) -> Distiller | None:
+    if not config.parts & {"ssd", "lwf"}:
+        return None
+    return Distiller(
+        model,
+        config.alpha,
+        0.0 if "lwf" in config.parts else config.lam,
+        config.temperature,
+        config.subnetwork,
+        config.kl,
+        config.hidden,
+        config.logits,
+        config.frequency,
+    )
+
+
+def build_regularizers(config: Config, model: Network) -> list[Regularizer]:
+    built: list[Regularizer] = []
+    if "ewc" in config.parts:
+        built.append(EWC(model, config.ewc_coefficient, config.ewc_beta))
+    return built
+
+
+class Learner:
+    """What belongs to one run, of which the trainer may train several at once.
+
+    Args:
+        config: settings. tasks: the stream. model: on the device of the tasks' tensors.
+        distiller, regularizers: the method's parts; None builds what config.method names.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tasks: Sequence[Task],
+        model: Network,
+        distiller: Distiller | None = None,
+        regularizers: Sequence[Regularizer] | None = None,
+    ) -> None:
+        self.config, self.tasks, self.model = config, tasks, model
+        self.distiller = build_distiller(config, model) if distiller is None else distiller
+        self.regularizers = (
+            build_regularizers(config, model) if regularizers is None else list(regularizers)
+        )
+        self.parameters = list(model.parameters())
+        self.momentum = (
+            [torch.zeros_like(p) for p in self.parameters] if config.momentum > 0 else None
+        )
+        self.device = self.parameters[0].device
+        count = len(tasks)
+        self.accuracy = torch.zeros(count, count, dtype=torch.float64)
+        self.frequency = torch.zeros(count, config.neurons, dtype=torch.float64)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.inputs = torch.empty(0)  # what the first layer sees of the task, [N, d]
+        self.labels = torch.empty(0)
+
+    def load_task(self, number: int) -> None:
+        """Makes a task the one that is trained."""
+        task = self.tasks[number]
+        self.inputs, self.labels = self.model.address(task.x_train), task.y_train
+
+    def begin_task(self, number: int) -> None:
+        """Takes the teacher's outputs on a new task."""
+        if self.distiller is not None:
+            self.distiller.begin_task(self.tasks[number].x_train)
+
+    def order(self, task: int, epoch: int) -> Tensor:
+        """The order of a task's samples in an epoch; epoch -1 is drawn at the task's end."""
+        count = len(self.tasks[task].y_train)
+        return shuffled(count, self.config.seed, task, 1 + epoch, device=self.device)
+
+    def evaluate(self) -> list[float]:
+        """Accuracy on the test set of each task, all classes in play."""
+        accuracies = []
+        with evaluating(self.model):
+            for task in self.tasks:
+                correct = sum(
+                    int((self.model(x).argmax(-1) == y).sum())
+                    for x, y in zip(task.x_test.split(CHUNK), task.y_test.split(CHUNK), strict=True)
+                )
+                accuracies.append(correct / len(task.y_test))
+        return accuracies
+
+    def end_epoch(self, task: int, evaluate: bool) -> dict[str, Any]:
+        """What is logged of an epoch; starts the sums anew."""
+        samples = len(self.tasks[task].y_train)
+        record: dict[str, Any] = {
+            "loss": self.loss_sum.item() / samples,
+            "train_accuracy": self.correct.item() / samples,
+        }
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        if evaluate:
+            record["test_accuracy"] = self.evaluate()
+            self.accuracy[task] = torch.tensor(record["test_accuracy"], dtype=torch.float64)
+        return record
+
+    def end_task(self, number: int) -> None:
+        """Counts activations, selects the subnetwork, takes in the task's importances."""
+        task = self.tasks[number]
+        counts = count_activations(self.model, [ENCODER], task.x_train)
+        self.frequency[number] = counts[ENCODER].double().cpu() / len(task.y_train)
+        if self.distiller is not None:
+            self.distiller.end_task(task.x_train, task.y_train, counts)
+        for regularizer in self.regularizers:
+            regularizer.end_task(task.x_train, self.order(number, -1))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that load_state needs to go on from here."""
+        tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
+        tensors |= {
+            "accuracy": self.accuracy,
+            "frequency": self.frequency,
+            "loss_sum": self.loss_sum,
+            "correct": self.correct,
+        }
+        if self.distiller is not None:
+            tensors |= {f"distiller/{n}": t for n, t in self.distiller.state_dict().items()}
+        for number, regularizer in enumerate(self.regularizers):
+            tensors |= {f"regularizer{number}/{n}": t for n, t in regularizer.state_dict().items()}
+        for number, buffer in enumerate(self.momentum or []):
+            tensors[f"momentum/{number}"] = buffer
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts the learner where state() was taken; KeyError or RuntimeError for another one's."""
+        self.model.load_state_dict(part(tensors, "model"))
+        for name in ("accuracy", "frequency", "loss_sum", "correct"):
+            getattr(self, name).copy_(tensors[name])
+        if self.distiller is not None:
+            self.distiller.load_state_dict(part(tensors, "distiller"))
+        for number, regularizer in enumerate(self.regularizers):
+            regularizer.load_state_dict(part(tensors, f"regularizer{number}"))
+        for number, buffer in enumerate(self.momentum or []):
+            buffer.copy_(tensors[f"momentum/{number}"])
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with prefix/, without it."""
+    prefix += "/"
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,371 @@
+"""Cross entropy and the two distillation terms with their gradients, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels._triton import AotCase, jit, tl
+
+# One program holds a sample's row; beyond so many columns the torch path serves.
+MAX_COLUMNS = 4096
+
+
+class DistillOutput(NamedTuple):
+    """What `distill` returns; gradients are those of loss[b] with respect to row b."""
+
+    loss: Tensor  # [B]
+    grad_logits: Tensor  # [B, C]
+    grad_hidden: Tensor | None  # [B, n]
+
+
+def distill(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None = None,
+    hidden: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.0,
+    lam: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    kl: str = "reverse",
+    columns: Tensor | None = None,
+    impl: str | None = None,
+) -> DistillOutput:
+    """alpha CE + (1 - alpha) [(1 - lam) D(logits) + lam D(hidden)] for each sample.
+
+    D = T^2 KL between the softmaxes of student / T and teacher / T. Without target_logits the loss
+    is the cross entropy alone, whatever alpha is; without hidden the last term is left out.
+
+    Args:
+        logits, target_logits: [B, C] floating. labels: [B] int64 in 0..C-1.
+        hidden, target_hidden: [B, n].
+        alpha, lam, temperature: numbers, or one for each sample [B].
+        kl: "reverse" is KL(student || teacher), "forward" KL(teacher || student).
+        columns: [B, C] bool, the logits that D compares; None: all. At least one a sample.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+
+    Returns:
+        The loss of each sample and its gradients, without autograd.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or option that does not fit, before any work.
+    """
+    _check(logits, labels, target_logits, hidden, target_hidden, kl, columns)
+    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits)
+    with torch.no_grad():
+        return serve(
+            logits,
+            labels,
+            target_logits,
+            hidden,
+            target_hidden,
+            alpha=alpha,
+            lam=lam,
+            temperature=temperature,
+            kl=kl,
+            columns=columns,
+        )
+
+
+def _reference(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    **options: object,
+) -> DistillOutput:
+    leaves = [t.detach().requires_grad_() for t in (logits, hidden) if t is not None]
+    with torch.enable_grad():
+        student = leaves[1] if hidden is not None else None
+        loss = reference.distill(
+            leaves[0], labels, target_logits, student, target_hidden, **options  # type: ignore[arg-type]
+        )  # fmt: skip
+        gradients = torch.autograd.grad(
+            loss.sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+    return DistillOutput(loss.detach(), gradients[0], None if hidden is None else gradients[1])
+
+
+def _torch(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    alpha: float | Tensor,
+    lam: float | Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None,
+) -> DistillOutput:
+    log_p = F.log_softmax(logits, dim=-1)
+    target = labels.unsqueeze(1)
+    loss = -log_p.gather(1, target).squeeze(1)
+    one = torch.ones((), dtype=logits.dtype, device=logits.device)
+    gradient = log_p.exp_().scatter_add_(1, target, -one.expand(len(labels), 1))
+    if target_logits is None:
+        return DistillOutput(loss, gradient, None if hidden is None else torch.zeros_like(hidden))
+    a, share = _column(alpha), _column(lam)
+    logits_loss, logits_gradient = _divergence(logits, target_logits, temperature, kl, columns)
+    distilled = (1 - lam) * logits_loss
+    gradient = a * gradient + (1 - a) * (1 - share) * logits_gradient
+    hidden_gradient = None
+    if hidden is not None and target_hidden is not None:
+        hidden_loss, hidden_gradient = _divergence(hidden, target_hidden, temperature, kl, None)
+        distilled = distilled + lam * hidden_loss
+        hidden_gradient = (1 - a) * share * hidden_gradient
+    return DistillOutput(alpha * loss + (1 - alpha) * distilled, gradient, hidden_gradient)
+
+
+def _column(value: float | Tensor) -> float | Tensor:
+    return value.unsqueeze(1) if isinstance(value, Tensor) else value
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """T^2 KL of each row [B], and its gradient with respect to the student's row."""
+    scale = _column(temperature)
+    student, teacher = student / scale, teacher / scale
+    if columns is not None:
+        student = student.masked_fill(~columns, -torch.inf)
+        teacher = teacher.masked_fill(~columns, -torch.inf)
+    p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    ratio = p - q
+    if columns is not None:
+        ratio = ratio.masked_fill(~columns, 0.0)
+    if kl == "forward":
+        p_exp, q_exp = p.exp_(), q.exp_()
+        loss = -(q_exp * ratio).sum(-1)
+        return temperature**2 * loss, scale * (p_exp - q_exp)
+    p_exp = p.exp_()
+    loss = (p_exp * ratio).sum(-1)
+    return temperature**2 * loss, scale * p_exp * (ratio - loss.unsqueeze(1))
+
+
+@jit
+def _log_softmax(row, counts):
+    row = tl.where(counts, row, float("-inf"))
+    shifted = row - tl.max(row, axis=0)
+    return shifted - tl.log(tl.sum(tl.exp(shifted), axis=0))
+
+
+@jit
+def _row_divergence(student, teacher, counts, t, FORWARD: tl.constexpr):
+    """T^2 KL of a row and its gradient; 0 where a column does not count."""
+    p = _log_softmax(student / t, counts)
+    q = _log_softmax(teacher / t, counts)
+    ratio = tl.where(counts, p - q, 0.0)
+    p_exp = tl.where(counts, tl.exp(p), 0.0)
+    q_exp = tl.where(counts, tl.exp(q), 0.0)
+    if FORWARD:
+        loss = -tl.sum(q_exp * ratio, axis=0)
+        gradient = t * (p_exp - q_exp)
+    else:
+        loss = tl.sum(p_exp * ratio, axis=0)
+        gradient = t * p_exp * (ratio - loss)
+    return t * t * loss, gradient
+
+
+@jit
+def _distill_kernel(
+    logits,  # [B, C]
+    labels,  # [B]
+    target_logits,  # [B, C]
+    hidden,  # [B, n]
+    target_hidden,  # [B, n]
+    columns,  # [B, C] bool
+    settings,  # [3, B] fp32: alpha, lam, temperature
+    loss,  # [B]
+    grad_logits,  # [B, C]
+    grad_hidden,  # [B, n]
+    C: tl.constexpr,
+    N: tl.constexpr,
+    TEACHER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    batch = tl.num_programs(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < C
+    at = row * C + column
+    student = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    label = tl.load(labels + row)
+    log_p = _log_softmax(student, inside)
+    chosen = column == label
+    total = -tl.sum(tl.where(chosen, log_p, 0.0), axis=0)
+    gradient = tl.exp(log_p) - tl.where(chosen, 1.0, 0.0)
+    if TEACHER:
+        alpha = tl.load(settings + row)
+        lam = tl.load(settings + batch + row)
+        t = tl.load(settings + 2 * batch + row)
+        counts = inside
+        if COLUMNS:
+            counts = tl.load(columns + at, mask=inside, other=0) != 0
+        teacher = tl.load(target_logits + at, mask=inside, other=0.0).to(tl.float32)
+        term, slope = _row_divergence(student, teacher, counts, t, FORWARD)
+        distilled = (1 - lam) * term
+        gradient = alpha * gradient + (1 - alpha) * (1 - lam) * slope
+        if HIDDEN:
+            unit = tl.arange(0, BLOCK_N)
+            real = unit < N
+            here = row * N + unit
+            z = tl.load(hidden + here, mask=real, other=0.0).to(tl.float32)
+            target = tl.load(target_hidden + here, mask=real, other=0.0).to(tl.float32)
+            term, slope = _row_divergence(z, target, real, t, FORWARD)
+            distilled += lam * term
+            tl.store(grad_hidden + here, (1 - alpha) * lam * slope, mask=real)
+        total = alpha * total + (1 - alpha) * distilled
+    tl.store(loss + row, total)
+    tl.store(grad_logits + at, gradient, mask=inside)
+
+
+def _triton(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    alpha: float | Tensor,
+    lam: float | Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None,
+) -> DistillOutput:
+    batch, classes = logits.shape
+    given = [t for t in (logits, target_logits, hidden, target_hidden) if t is not None]
+    units = 1 if hidden is None else hidden.shape[1]
+    if (
+        max(classes, units) > MAX_COLUMNS
+        or not (batch and classes and units)
+        or any(t.dtype not in _dispatch.TRITON_DTYPES for t in given)
+    ):
+        return _torch(
+            logits, labels, target_logits, hidden, target_hidden, alpha=alpha, lam=lam,
+            temperature=temperature, kl=kl, columns=columns,
+        )  # fmt: skip
+    loss = torch.empty(batch, dtype=logits.dtype, device=logits.device)
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad_hidden = None
+    if hidden is not None:
+        taught = target_logits is not None and target_hidden is not None
+        grad_hidden = torch.empty_like(hidden) if taught else torch.zeros_like(hidden)
+    settings = loss
+    if target_logits is not None:
+        settings = torch.stack(
+            [
+                value.to(torch.float32).expand(batch)
+                if isinstance(value, Tensor)
+                else torch.full((batch,), float(value), device=logits.device)
+                for value in (alpha, lam, temperature)
+            ]
+        )
+    optional = [
+        logits if t is None else t.contiguous() for t in (target_logits, hidden, target_hidden)
+    ]
+    chosen = _tuning.config("distill", logits.device, columns=max(classes, units))
+    with torch.cuda.device_of(logits):
+        _distill_kernel[(batch,)](
+            logits.contiguous(),
+            labels.contiguous(),
+            *optional,
+            logits if columns is None else columns.contiguous().view(torch.uint8),
+            settings,
+            loss,
+            grad_logits,
+            logits if grad_hidden is None else grad_hidden,
+            C=classes,
+            N=units,
+            TEACHER=target_logits is not None,
+            HIDDEN=hidden is not None and target_hidden is not None,
+            COLUMNS=columns is not None,
+            FORWARD=kl == "forward",
+            BLOCK_C=_power(classes),
+            BLOCK_N=_power(units),
+            **chosen,
+        )
+    return DistillOutput(loss, grad_logits, grad_hidden)
+
+
+def _power(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    kl: str,
+    columns: Tensor | None,
+) -> None:
+    op = "distill"
+    if logits.dim() != 2:
+        raise ValueError(f"{op}: logits have shape {list(logits.shape)}, expected [B, C]")
+    _checks.floating(op, logits=logits, target_logits=target_logits, hidden=hidden)
+    _checks.shape(op, "labels", labels, (len(logits),))
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{op}: labels have dtype {labels.dtype}; use torch.int64")
+    _checks.shape(op, "target_logits", target_logits, tuple(logits.shape))
+    _checks.shape(op, "columns", columns, tuple(logits.shape))
+    if columns is not None and columns.dtype != torch.bool:
+        raise TypeError(f"{op}: columns has dtype {columns.dtype}; use torch.bool")
+    if (hidden is None) != (target_hidden is None):
+        raise ValueError(f"{op}: hidden and target_hidden must be given together")
+    if hidden is not None and (hidden.dim() != 2 or len(hidden) != len(logits)):
+        raise ValueError(
+            f"{op}: hidden has shape {list(hidden.shape)}, expected [{len(logits)}, n]"
+        )
+    if hidden is not None:
+        _checks.shape(op, "target_hidden", target_hidden, tuple(hidden.shape))
+    if kl not in ("reverse", "forward"):
+        raise ValueError(f"{op}: kl={kl!r} is not one of reverse, forward")
+
+
+def aot_cases(family: str) -> list[AotCase]:
+    pointers = ("logits", "target_logits", "hidden", "target_hidden", "loss", "grad_logits")
+    return [
+        AotCase(
+            f"distill {kind} columns<={bounds.get('columns', MAX_COLUMNS)}",
+            _distill_kernel,
+            dict.fromkeys((*pointers, "grad_hidden"), f"*{kind}")
+            | {"labels": "*i64", "columns": "*u8", "settings": "*fp32"},
+            {
+                "C": bounds.get("columns", MAX_COLUMNS),
+                "N": bounds.get("columns", MAX_COLUMNS),
+                **dict.fromkeys(("TEACHER", "HIDDEN", "COLUMNS"), True),
+                "FORWARD": False,
+                **dict.fromkeys(("BLOCK_C", "BLOCK_N"), bounds.get("columns", MAX_COLUMNS)),
+            },
+            {"num_warps": chosen["num_warps"]},
+        )
+        for bounds, chosen in _tuning.rows("distill", family)
+        for kind in ("fp32", "bf16")
+    ]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., DistillOutput]] = {
+    "reference": _reference,
+    "torch": _torch,
+}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton

@@ -1,0 +1,148 @@
+"""distill: loss and gradients against autograd through the specification in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd_kernels import distill, reference
+from tests.kernels.conftest import INTERPRETED, triton_only
+
+FAST = ["torch", triton_only("triton")]
+IMPLS = ["reference", *FAST]
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+
+
+def problem(
+    batch: int, classes: int, units: int, device: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Inputs already rounded to dtype, so that fp64 sees the same numbers."""
+
+    def draw(size: int) -> Tensor:
+        return (3 * torch.randn(batch, size, device=device)).to(dtype)
+
+    return {
+        "logits": draw(classes),
+        "labels": torch.randint(classes, (batch,), device=device),
+        "target_logits": draw(classes),
+        "hidden": draw(units).relu(),
+        "target_hidden": draw(units).relu(),
+    }
+
+
+def truth(inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
+    options = {
+        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for n, v in options.items()
+    }
+    for name in ("logits", "hidden"):
+        if name in wide:
+            wide[name].requires_grad_()
+    loss = reference.distill(**wide, **options)
+    leaves = [wide[n] for n in ("logits", "hidden") if n in wide]
+    gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return loss.detach(), *gradients
+
+
+def check(inputs: dict[str, Tensor], impl: str, **options: Any) -> None:
+    output = distill(**inputs, impl=impl, **options)
+    scale = 8.0  # terms are multiplied by T^2
+    epsilon = 16 * scale * torch.finfo(inputs["logits"].dtype).eps
+    for ours, exact in zip([t for t in output if t is not None], truth(inputs, **options),
+                           strict=True):  # fmt: skip
+        assert ours.dtype == inputs["logits"].dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=epsilon, atol=epsilon)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_close_to_fp64(impl: str, dtype: torch.dtype, kl: str, device: str) -> None:
+    inputs = problem(7, 10, 13, device, dtype)
+    check(inputs, impl, alpha=0.7, lam=0.25, temperature=2.0, kl=kl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_exact_in_fp64(impl: str, device: str) -> None:
+    inputs = {n: t.double() if t.is_floating_point() else t
+              for n, t in problem(7, 10, 13, device).items()}  # fmt: skip
+    output = distill(**inputs, impl=impl, alpha=0.7, lam=0.1, temperature=8.0)
+    for ours, exact in zip(output, truth(inputs, alpha=0.7, lam=0.1, temperature=8.0), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize(("classes", "units"), [(2, 1), (10, 40), (100, 3), (3, 3000), (16, 16)])
+def test_widths(impl: str, classes: int, units: int, device: str) -> None:
+    check(problem(5, classes, units, device), impl, alpha=0.5, lam=0.5, temperature=3.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_some_columns(impl: str, kl: str, device: str) -> None:
+    columns = torch.rand(6, 9, device=device) < 0.4
+    columns[:, 4] = True
+    columns[0] = columns[0].new_tensor([False] * 4 + [True] + [False] * 4)  # one column: no term
+    check(problem(6, 9, 4, device), impl, alpha=0.5, lam=0.2, temperature=2.0, kl=kl,
+          columns=columns)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_settings_of_each_sample(impl: str, device: str) -> None:
+    inputs = problem(6, 5, 4, device)
+    options = {
+        "alpha": torch.rand(6, device=device),
+        "lam": torch.rand(6, device=device),
+        "temperature": 1 + torch.rand(6, device=device),
+    }
+    check(inputs, impl, **options)
+    alone = distill(**{n: t[2:3] for n, t in inputs.items()}, impl=impl,
+                    **{n: t[2].item() for n, t in options.items()})  # fmt: skip
+    together = distill(**inputs, impl=impl, **options)
+    for one, all_ in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, all_[2:3])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_teacher_or_hidden(impl: str, device: str) -> None:
+    inputs = problem(6, 5, 4, device)
+    bare = {n: inputs[n] for n in ("logits", "labels")}
+    output = distill(**bare, impl=impl, alpha=0.3)
+    assert output.grad_hidden is None
+    for ours, exact in zip(output, truth(bare), strict=False):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    check({n: inputs[n] for n in ("logits", "labels", "target_logits")}, impl, alpha=0.3, lam=0.1,
+          temperature=4.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_rows_and_empty_batch(impl: str, device: str) -> None:
+    inputs = problem(6, 5, 4, device)
+    strided = {n: t.repeat_interleave(2, -1)[..., ::2] if t.is_floating_point() else t
+               for n, t in inputs.items()}  # fmt: skip
+    assert not strided["logits"].is_contiguous()
+    check(strided, impl, alpha=0.5, lam=0.1, temperature=2.0)
+    empty = distill(**{n: t[:0] for n, t in inputs.items()}, impl=impl, alpha=0.5, lam=0.1)
+    assert [tuple(t.shape) for t in empty if t is not None] == [(0,), (0, 5), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels have|labels has"),
+        ({"labels": torch.zeros(6, dtype=torch.int32)}, "int64"),
+        ({"target_logits": torch.zeros(6, 4)}, "target_logits"),
+        ({"target_hidden": None}, "together"),
+        ({"hidden": torch.zeros(6, 3)}, "target_hidden"),
+        ({"kl": "backward"}, "backward"),
+        ({"columns": torch.zeros(6, 5)}, "torch.bool"),
+    ],
+)
+def test_errors_come_first(change: dict[str, Any], message: str) -> None:
+    inputs: dict[str, Any] = problem(6, 5, 4, "cpu")
+    with pytest.raises((TypeError, ValueError), match=message):
+        distill(**(inputs | change))

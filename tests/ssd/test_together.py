@@ -1,0 +1,132 @@
+"""Learners trained side by side: equal to separate runs, and blind to their companions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kill_resume
+import pytest
+import torch
+
+from ssd.config import Config
+from ssd.data import Dataset, class_order, load, split
+from ssd.jobs import run_jobs
+from ssd.learner import Learner, build_model
+from ssd.run import Interrupted, RunOptions, run
+from ssd.trainer import Trainer
+
+CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
+BASE = Config(
+    dataset="features", features="none", tasks=3, epochs=12, batch_size=15, neurons=200, k=5,
+    anneal_samples=500, lr=0.3, temperature=2.0, lam=0.4, subnetwork=2.0, eval_every=12,
+    ewc_coefficient=3.0, ewc_beta=0.5,
+)  # fmt: skip
+OWN: list[dict[str, Any]] = [
+    {"seed": 0},
+    {"seed": 4, "alpha": 0.5, "lr": 0.2, "anneal_samples": 300},
+    {"seed": 9, "lam": 0.0, "temperature": 5.0, "max_norm": 0.05},
+]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ssd": {},
+    "sdmlp": {"method": "sdmlp"},
+    "lwf+ewc": {"method": "lwf+ewc"},
+    "seen, forward, mask": {"logits": "seen", "kl": "forward", "inhibition": "mask"},
+    "before": {"hidden": "before"},
+    "flat": {"schedule": "flat"},
+    "momentum": {"momentum": 0.9},
+    "topk-mlp": {"method": "topk-mlp+lwf"},
+}
+
+
+def make_data(dtype: torch.dtype) -> Dataset:
+    """Classes of different sizes, so that the learners' epochs differ in length."""
+    draw = torch.Generator().manual_seed(3)
+    y = torch.cat([torch.full((40 + 6 * c,), c) for c in range(6)])
+    centres = torch.randn(6, 20, generator=draw, dtype=dtype)
+    x = centres[y] + 0.7 * torch.randn(len(y), 20, generator=draw, dtype=dtype)
+    return Dataset("features", x, y, x, y)
+
+
+def make_learner(config: Config, dtype: torch.dtype) -> Learner:
+    data = make_data(dtype)
+    tasks = split(data, config.tasks, class_order(6, config.seed))
+    return Learner(config, tasks, build_model(config, 20, 6).to(dtype))
+
+
+def weights(learner: Learner) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in learner.model.parameters()]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_to_separate_runs_step_by_step(variant: str) -> None:
+    """fp64, three tasks, more than 250 steps, through the GABA switch."""
+    configs = [replace(BASE, **{"method": "ssd", **VARIANTS[variant], **own}) for own in OWN]
+    batched = Trainer([make_learner(config, torch.float64) for config in configs])
+    alone = [Trainer([make_learner(config, torch.float64)]) for config in configs]
+    streams = [trainer.run() for trainer in alone]
+    steps = 0
+    for event in batched.run():
+        for number, (trainer, stream) in enumerate(zip(alone, streams, strict=True)):
+            if event.kind != "step" or event.step <= trainer.steps_per_epoch()[event.task]:
+                assert next(stream).kind == event.kind
+            ours, theirs = weights(batched.learners[number]), weights(trainer.learners[0])
+            for one, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        steps += event.kind == "step"
+    assert steps > 250
+    for together, trainer in zip(batched.learners, alone, strict=True):
+        assert torch.equal(together.accuracy, trainer.learners[0].accuracy)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_bit_depends_on_the_companions(variant: str) -> None:
+    configs = [replace(BASE, **{"method": "ssd", **VARIANTS[variant], **own}) for own in OWN]
+    ends = []
+    for companions in ([0, 1, 2], [1], [2, 1]):
+        trainer = Trainer([make_learner(configs[c], torch.float32) for c in companions])
+        for _ in trainer.run():
+            pass
+        ends.append(weights(trainer.learners[companions.index(1)]))
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+
+
+def test_learners_of_another_shape_are_refused() -> None:
+    learners = [make_learner(replace(BASE, k=k), torch.float32) for k in (5, 6)]
+    with pytest.raises(ValueError, match="may differ in seed"):
+        Trainer(learners)
+
+
+def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None:
+    """Two programs, of three and one runs, stopped at every tenth event."""
+    kill_resume.write_features(tmp_path / "f.npz", 256)
+    data = load("features", tmp_path, tmp_path / "f.npz")
+    small = Config(
+        dataset="features", method="ssd+ewc", tasks=2, epochs=3, batch_size=32, neurons=32, k=3,
+        anneal_samples=300, eval_every=1,
+    )  # fmt: skip
+    configs = [replace(small, seed=s, alpha=0.5 + s / 10) for s in range(3)]
+    configs.append(replace(small, k=2))
+    stops = 0
+    while True:
+        events = iter([*[False] * 9, True])
+        try:
+            summaries = run_jobs(configs, data, tmp_path / "jobs", CPU, stopped=events.__next__)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops > 3
+    assert not list((tmp_path / "jobs").glob("*.safetensors"))
+    for number, (config, summary) in enumerate(zip(configs, summaries, strict=True)):
+        single = run(config, data, tmp_path / f"single{number}", CPU)
+        for name in ("accuracy_matrix", "bwt", "mean_active", "config"):
+            assert single[name] == summary[name]
+        folder = next(
+            path.parent for path in (tmp_path / "jobs").glob("*/config.json")
+            if json.loads(path.read_text())["config"] == config.to_dict()
+        )  # fmt: skip
+        log = (tmp_path / f"single{number}" / "metrics.jsonl").read_text()
+        assert (folder / "metrics.jsonl").read_text() == log
