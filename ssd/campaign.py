@@ -20,9 +20,9 @@ from ssd.data import Dataset, load
 from ssd.errors import UserError
 from ssd.experiments import Row
 from ssd.folder import SUMMARY, commit, read_json, versions
-from ssd.jobs import job_folder, run_jobs
+from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
-from ssd.trainer import Event, Trainer
+from ssd.trainer import Event, Trainer, together
 
 STEPS_PER_UPDATE = 10
 
@@ -79,7 +79,8 @@ class Campaign:
             return job_folder(self.root, job.config, data)
         described = {
             "peer": row.method,
-            "settings": dict(row.peer.settings),
+            "neurons": row.neurons,
+            "settings": row.settings,
             "tasks": row.config.tasks,
             "seed": job.seed,
             "data_crc32": data.checksum(),
@@ -95,29 +96,32 @@ class Campaign:
 
     def train(
         self,
-        job: Job,
+        jobs: Sequence[Job],
         watch: Callable[[Trainer, Event], None],
         stopped: Callable[[], bool],
-    ) -> dict[str, Any]:
-        """Trains a run, from its checkpoint if it has one, and returns its summary.
+    ) -> None:
+        """Trains the runs of a batch, from their checkpoint if they have one.
 
         Raises:
             UserError, Interrupted, OSError: see ssd.run.run.
         """
-        if job.row.peer is not None:
-            return self._evaluate_peer(job)
-        data = self.data[job.row.benchmark.name]
-        return run_jobs([job.config], data, self.root, self.options, watch, stopped)[0]
+        if jobs[0].row.peer is not None:
+            for job in jobs:
+                self._evaluate_peer(job)
+            return
+        data, configs = self.data[jobs[0].row.benchmark.name], [job.config for job in jobs]
+        run_jobs(configs, data, self.root, self.options, watch, stopped)
 
-    def _evaluate_peer(self, job: Job) -> dict[str, Any]:
-        peer, data = job.row.peer, self.data[job.row.benchmark.name]
-        assert peer is not None
+    def _evaluate_peer(self, job: Job) -> None:
+        row, data = job.row, self.data[job.row.benchmark.name]
+        assert row.peer is not None
         tasks = [task.to(self.options.device) for task in make_tasks(job.config, data)]
         start = time.perf_counter()
-        accuracy = peer.evaluate(tasks, data.classes, job.seed, **peer.settings).cpu()
+        matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.seed, **row.settings)
+        accuracy = matrix.cpu()
         summary = {
             "dataset": data.name,
-            "method": job.row.method,
+            "method": row.method,
             "seed": job.seed,
             "evaluated_on": "test",
             "accuracy_matrix": accuracy.tolist(),
@@ -128,12 +132,12 @@ class Campaign:
             "device": device_name(self.options.device),
             "versions": versions(),
             "commit": commit(),
-            "settings": dict(peer.settings),
+            "neurons": row.neurons,
+            "settings": row.settings,
         }
         folder = self.folder(job)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        return summary
 
     def work(self, job: Job) -> float:
         """Size of a run for the time left: the encoder's multiplications."""
@@ -165,13 +169,27 @@ def load_benchmarks(
     return data, absent
 
 
+def batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups that are trained side by side; peers one by one."""
+    groups: dict[tuple[Any, ...], list[Job]] = {}
+    for job in jobs:
+        alone = job if job.row.peer is not None else None
+        groups.setdefault((job.row.benchmark, alone, together(job.config)), []).append(job)
+    return [
+        group[first : first + MOST]
+        for group in groups.values()
+        for first in range(0, len(group), MOST)
+    ]
+
+
 class CampaignDisplay:
     """How far all runs are: a bar on a terminal, else a line a finished run."""
 
     def __init__(self, console: Console, work: Mapping[Job, float]) -> None:
         self.console, self.work = console, work
-        self.number = 0  # of the run in training
+        self.ended = 0  # runs
         self.done, self.total = 0.0, sum(work.values())
+        self.jobs: Sequence[Job] = ()  # in training
         self.start = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -182,45 +200,47 @@ class CampaignDisplay:
             disable=not console.is_terminal,
         )
         self.bar = self.progress.add_task("starting", total=self.total, left="")
-        self.job: Job | None = None
 
-    def begin(self, job: Job) -> None:
-        """A run begins."""
-        self.job, self.number = job, self.number + 1
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """The runs of a batch begin."""
+        self.jobs = jobs
         self._update(0.0, "")
 
     def watch(self, trainer: Trainer, event: Event) -> None:
-        """Takes in an event of the run in training."""
+        """Takes in an event of the runs in training."""
         if event.kind == "step" and event.step % STEPS_PER_UPDATE:
             return
         config = trainer.config
-        tasks = len(trainer.tasks)
-        task, epoch = min(event.task + 1, tasks), min(event.epoch + 1, config.epochs)
-        share = (trainer.task + trainer.epoch / config.epochs) / tasks
-        self._update(share, f" task {task}/{tasks} epoch {epoch}/{config.epochs}")
+        task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
+        share = (trainer.task + trainer.epoch / config.epochs) / config.tasks
+        self._update(share, f" task {task}/{config.tasks} epoch {epoch}/{config.epochs}")
 
-    def end(self, job: Job, summary: Mapping[str, Any]) -> None:
-        """A run has ended."""
-        self.done += self.work[job]
-        if not self.console.is_terminal:
-            self.console.print(
-                f"run {self.number} of {len(self.work)}: {job}: accuracy "
-                f"{summary['mean_accuracy']:.4f} in {summary['seconds']:.0f} s; {self.left(0.0)}"
-            )
+    def end(self, summaries: Sequence[Mapping[str, Any]]) -> None:
+        """The runs of the batch have ended, with these summaries."""
+        self.done += sum(self.work[job] for job in self.jobs)
+        jobs, self.jobs = self.jobs, ()
+        for job, summary in zip(jobs, summaries, strict=True):
+            self.ended += 1
+            if not self.console.is_terminal:
+                self.console.print(
+                    f"run {self.ended} of {len(self.work)}: {job}: "
+                    f"accuracy {summary['mean_accuracy']:.4f}; {self.left(0.0)}"
+                )
 
     def left(self, share: float) -> str:
-        """The time left, judged by the time taken, when a share of the run in training is done."""
-        done = self.done + (self.work[self.job] * share if self.job else 0.0)
+        """The time left, judged by the time taken, when this share of the batch is done."""
+        done = self.done + share * sum(self.work[job] for job in self.jobs)
         if done <= 0:
             return "left -:--:--"
         seconds = round((time.perf_counter() - self.start) * (self.total - done) / done)
         return f"left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
     def _update(self, share: float, where: str) -> None:
-        assert self.job is not None
+        first, last = self.ended + 1, self.ended + len(self.jobs)
+        numbers = f"run {first}" if first == last else f"runs {first} to {last}"
         self.progress.update(
             self.bar,
-            description=f"run {self.number} of {len(self.work)}: {self.job}{where}",
-            completed=self.done + share * self.work[self.job],
+            description=f"{numbers} of {len(self.work)}: {self.jobs[0]}{where}",
+            completed=self.done + share * sum(self.work[job] for job in self.jobs),
             left=self.left(share),
         )

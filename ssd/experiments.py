@@ -66,15 +66,17 @@ class Peer:
     """A learner of another kind, measured on the same streams.
 
     Args:
-        evaluate: (tasks, classes C, seed, **settings) -> accuracy matrix [T, T].
-        settings: what its figures depend on; part of the name under which they are kept.
+        evaluate: (tasks, classes C, neurons R, seed, **settings) -> accuracy matrix [T, T].
+        sizes: R of its rows; a peer without neurons has none, and is given R = 0.
+        settings: by the benchmark's name; chosen on a validation split, never here.
     """
 
     evaluate: Callable[..., Tensor]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-# By name. evaluate is called as peer.evaluate(tasks, classes, seed, **peer.settings).
+# By name, in the order of the table.
 PEERS: dict[str, Peer] = {}
 
 
@@ -91,7 +93,7 @@ _SSD = "Xue et al., AAAI 2026"
 _LISTED = "secondary listing of the tables of Xue et al., AAAI 2026"
 _FLY = "result files of TrentBrick/SDMContinualLearner"
 
-# (benchmark, R, method, measure); R of a peer is that of its settings, 0 if it has none.
+# (benchmark, R, method, measure); R of a peer without neurons is 0.
 PAPER: Mapping[tuple[str, int, str, str], Published] = {
     ("cifar10", 10_000, "sdmlp", "mean_accuracy"): Published(0.71, _SSD),
     ("cifar10", 10_000, "ssd", "mean_accuracy"): Published(0.81, _SSD),
@@ -126,7 +128,12 @@ class Row:
     @property
     def neurons(self) -> int:
         """R; 0 for a peer without neurons."""
-        return self.config.neurons if self.peer is None else self.peer.settings.get("neurons", 0)
+        return self.config.neurons if self.peer is None or self.peer.sizes else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a peer's figures depend on beside its stream."""
+        return {} if self.peer is None else dict(self.peer.settings.get(self.benchmark.name, {}))
 
     def published(self, measure: str) -> Published | None:
         """The publication's figure for this line; ablations have none but the default's."""
@@ -158,13 +165,17 @@ def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
 
 
 def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
-    """Peers beside SDMLP and the paper's methods at R = 1,000."""
+    """Peers beside SDMLP and the paper's methods at R = 1,000; --short: peers of that size too."""
     rows = []
     for benchmark in BENCHMARKS:
         config = _config(benchmark, short, SIZES[0], features)
         seeds = SHORT_SEEDS if short else SEEDS
         rows += [Row(benchmark, m, replace(config, method=m), seeds) for m in SHORT_LARGE]
-        rows += [Row(benchmark, name, config, seeds, peer=peer) for name, peer in PEERS.items()]
+        for name, peer in PEERS.items():
+            sizes = [r for r in peer.sizes if r <= SIZES[0] or not short]
+            for neurons in sizes if peer.sizes else (SIZES[0],):
+                sized = replace(config, neurons=neurons)
+                rows.append(Row(benchmark, name, sized, seeds, peer=peer))
     return rows
 
 

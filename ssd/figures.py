@@ -20,6 +20,7 @@ from ssd.report import NAMED
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
+WIDE = 20  # ratio of values from which an axis is logarithmic
 AXIS = {
     "mean_accuracy": "accuracy after the last task",
     "bwt": "backward transfer (BWT)",
@@ -81,8 +82,8 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
             axes.set_axisbelow(True)
             if measure == measures[0]:
                 axes.set_title(benchmark.title, fontsize="medium")
-            if measure == "mean_accuracy":
-                axes.set_xlim(-0.02, 1.02)
+        if measure == "mean_accuracy":
+            row[0].set_xlim(-0.02, 1.02)  # for the whole row
     named = any(line.row.published(result.measures[0]) for line in lines)
     figure.legend(handles=_legend(sizes, named), loc="outside lower center", ncols=4, frameon=False)
     return figure
@@ -138,7 +139,8 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
                 axes.axhline(height + 0.5, color="0.92", lw=1)
         axes.set(xlabel=AXIS[measure], yticks=range(len(names)), yticklabels=names)
     if default is not None:
-        row[0][0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+        handles, labels = row[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", frameon=False)
         figure.suptitle(
             f"SSD on {default.row.benchmark.title}, R = {default.row.neurons:,}", fontsize="medium"
         )
@@ -148,18 +150,27 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
 def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
     """A panel a measure that was recorded, a line a method, a band of one standard error."""
     recorded = [m for m in result.measures if any(line.per_task(m) for line in lines)]
+    columns = min(3, len(recorded))
+    rows = -(-len(recorded) // columns)
     figure, grid = plt.subplots(
-        1, len(recorded), figsize=(1.2 + 3.1 * len(recorded), 3.4), squeeze=False,
+        rows,
+        columns,
+        figsize=(1.4 + 3.2 * columns, 0.4 + 2.9 * rows),
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
-    for axes, measure in zip(grid[0], recorded, strict=True):
+    )
+    for axes, measure in zip(grid.flat, recorded, strict=False):
         for number, line in enumerate(lines):
             _curve(axes, line, measure, number)
-        axes.set(xlabel="after training task", title=AXIS[measure])
-        axes.title.set_fontsize("medium")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if measure in ("mean_entropy_bits", "mean_active"):
+        axes.set(xlabel="after training task", ylabel=AXIS[measure])
+        low, high = axes.dataLim.intervaly
+        if low > 0 and high > WIDE * low:
             axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid.flat[len(recorded) :]:
+        axes.set_axis_off()
     row = lines[0].row
     figure.suptitle(f"{row.benchmark.title}, R = {row.neurons:,}", fontsize="medium")
     handles, labels = grid[0][0].get_legend_handles_labels()

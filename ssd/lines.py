@@ -36,7 +36,14 @@ class Line:
         return [mean(values) for values in self.per_task(measure)]
 
 
+def seconds(summary: Mapping[str, Any]) -> float:
+    """A run's part of the time of all that were trained side by side with it."""
+    return summary["seconds"] / summary.get("trained_together", 1)
+
+
 def _measured(summary: Mapping[str, Any], measure: str) -> list[float]:
+    if measure == "seconds":
+        return [seconds(summary)]
     value = summary.get("structure", {}).get(measure, summary.get(measure))
     values = value if isinstance(value, list) else [value]
     # The first task has nothing to be compared with.

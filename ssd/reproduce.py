@@ -15,12 +15,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ssd.campaign import Campaign, CampaignDisplay, Job, load_benchmarks
+from ssd import experiments
+from ssd.campaign import Campaign, CampaignDisplay, Job, batches, load_benchmarks
 from ssd.checkpoint import write_atomically
 from ssd.claims import verdicts
 from ssd.data import default_root
 from ssd.errors import UserError
-from ssd.experiments import ABLATIONS, BENCHMARKS, PEERS, RESULTS, SIZES, TABLE1, Row
+from ssd.experiments import RESULTS, Row
 from ssd.figures import draw
 from ssd.lines import NOT_RUN, Line
 from ssd.report import save_figure
@@ -74,10 +75,10 @@ class Selection:
     def of(cls, names: Sequence[str]) -> Selection:
         """Sorts the names by what they name; UserError for one that names nothing."""
         known = [
-            {benchmark.name for benchmark in BENCHMARKS},
-            set(map(str, SIZES)),
-            {*TABLE1, *PEERS},
-            set(ABLATIONS),
+            {benchmark.name for benchmark in experiments.BENCHMARKS},
+            set(map(str, experiments.SIZES)),
+            {*experiments.TABLE1, *experiments.PEERS},
+            set(experiments.ABLATIONS),
         ]
         for name in names:
             if not any(name in group for group in known):
@@ -136,11 +137,12 @@ class Reproduction:
     def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
         """Trains the jobs; Interrupted if Ctrl-C is hit."""
         with stop_on_interrupt() as stopped, display.progress:
-            for job in jobs:
+            for batch in batches(jobs):
                 if stopped():
                     raise Interrupted
-                display.begin(job)
-                display.end(job, self.campaign.train(job, display.watch, stopped))
+                display.begin(batch)
+                self.campaign.train(batch, display.watch, stopped)
+                display.end([s for job in batch if (s := self.campaign.find(job)) is not None])
 
     def lines(self, name: str) -> list[Line]:
         """The rows of a result with the runs that exist."""
@@ -154,7 +156,8 @@ class Reproduction:
         if len(summaries) == len(found):
             return Line(row, summaries)
         left_out = "" if self.selection.holds(row) else " (left out by --only)"
-        return Line(row, summaries, f"{len(found) - len(summaries)} seeds {NOT_RUN}{left_out}")
+        count = f"{len(found) - len(summaries)} of {len(found)} seeds"
+        return Line(row, summaries, f"{count} {NOT_RUN}{left_out}")
 
     def write(self, name: str) -> list[Line]:
         """Writes a result's tables and figures, with what exists of its runs."""
@@ -191,7 +194,7 @@ def execute(arguments: Sequence[str]) -> None:
             raise UserError(f"{place} {path} is not a folder; use another {place}")
     root = given.data_root or default_root()
     folder = given.features_folder or root / "features"
-    features = {b.name: str(folder / b.features) for b in BENCHMARKS if b.features}
+    features = {b.name: str(folder / b.features) for b in experiments.BENCHMARKS if b.features}
     results = {name: RESULTS[name].rows(given.short, features) for name in names}
     data, absent = load_benchmarks([r for rows in results.values() for r in rows], root, features)
     command = shlex.join(["python", "-m", "ssd.reproduce", *arguments])
@@ -200,7 +203,7 @@ def execute(arguments: Sequence[str]) -> None:
     notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     for reason in dict.fromkeys(reproduction.refused.values()):
         notices.print(f"note: left out, {reason}", style="yellow")
-    if "table2" in names and not PEERS:
+    if "table2" in names and not experiments.PEERS:
         notices.print("note: table2 has no peers yet", style="yellow")
     run_all(reproduction, notices)
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from ssd.claims import verdicts
 from ssd.experiments import DEFAULT, PAPER_ENTROPY, Result, Row
 from ssd.folder import commit, versions
-from ssd.lines import NOT_RUN, Line, estimate, shown
+from ssd.lines import NOT_RUN, Line, estimate, seconds, shown
 
 
 def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -88,7 +88,6 @@ def _signed(value: float | None) -> str:
 def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
     """Where the figures come from: command, commits, machines, versions, seeds, time."""
     summaries = [summary for line in lines for summary in line.summaries]
-    seconds = sum(s["seconds"] for s in summaries)
     seeds = sorted({s["seed"] for s in summaries})
     commits = sorted({s["commit"] for s in summaries})
     return {
@@ -100,7 +99,7 @@ def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "seeds": ", ".join(map(str, seeds)) or NOT_RUN,
         "evaluated on": ", ".join(sorted({s["evaluated_on"] for s in summaries})) or NOT_RUN,
-        "wall time of the runs": f"{seconds:.0f} s in {len(summaries)} runs",
+        "wall time of the runs": f"{sum(map(seconds, summaries)):.0f} s in {len(summaries)} runs",
     }
 
 
