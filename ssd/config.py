@@ -22,11 +22,13 @@ JOINT = "joint"
 ALIASES = {"naive": "relu-mlp"}
 PARTS = (*NETWORKS, *DISTILLATIONS, *PENALTIES, JOINT, *ALIASES)
 
-# EWC importance (SDMLP code, "memory" variant): this many batches of this size; the squared
-# gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
-FISHER_BATCHES = 6
-FISHER_BATCH_SIZE = 512
+# Importance in EWC ("memory" variant) and MAS (SDMLP code): this many batches of this size. EWC's
+# squared gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
+IMPORTANCE_BATCHES = 6
+IMPORTANCE_BATCH_SIZE = 512
 FISHER_DIVISOR = 5 * 512
+# Added by SI to the squared way of a parameter through a task.
+SI_DAMPING = 0.1
 
 # Sizes and counts stay below this: neurons are indexed with 32 bits.
 LIMIT = 2**31
@@ -85,6 +87,10 @@ class Config:
 
     ewc_coefficient: float = _setting(200.0, "strength of the EWC penalty")
     ewc_beta: float = _setting(0.005, "inverse temperature of the EWC importance")
+    mas_coefficient: float = _setting(0.5, "strength of the MAS penalty")
+    si_coefficient: float = _setting(1500.0, "strength of the SI penalty")
+    si_beta: float = _setting(0.005, "inverse temperature of the SI importance")
+    l2_coefficient: float = _setting(10.0, "strength of the L2 pull to the last task's weights")
 
     eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
@@ -116,7 +122,7 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
         for name in ("validation", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
-        for name in ("ewc_coefficient", "ewc_beta"):
+        for name in (f.name for f in fields(self) if f.name.endswith(("_coefficient", "_beta"))):
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
         limit = self.neurons / self.k
         self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
@@ -169,8 +175,14 @@ class Protocol:
 
 
 # The SDMLP code: 500 epochs a task and N = 5,000,000 for MNIST; the paper: 2,000 on features.
-_MNIST = {"epochs": 500, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005}
-_CIFAR = {"epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0, "ewc_beta": 0.08}
+_MNIST = {
+    "epochs": 500, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005,
+    "mas_coefficient": 0.5, "si_coefficient": 1500.0, "si_beta": 0.005, "l2_coefficient": 10.0,
+}  # fmt: skip
+_CIFAR = {
+    "epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0, "ewc_beta": 0.08,
+    "mas_coefficient": 10.0, "si_coefficient": 1350.0, "si_beta": 0.02, "l2_coefficient": 30.0,
+}  # fmt: skip
 
 # A neuron counts at most once a sample: epochs x samples of the first task bound what N can be.
 _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}

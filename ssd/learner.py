@@ -13,10 +13,12 @@ from ssd.data import Task
 from ssd.distillation import CHUNK, Distiller, count_activations, evaluating
 from ssd.networks import Network, ReLUMLP, TopKMLP
 from ssd.order import shuffled
-from ssd.regularizers import EWC, Regularizer
+from ssd.regularizers import EWC, L2, MAS, SI, Regularizer
 from ssd.sdmlp import SDMLP
 
 ENCODER = "encoder"
+# Gathering more than this share of the rows costs more than a pass over all of them.
+PENALIZED_SHARE = 0.3
 
 
 def build_model(config: Config, in_features: int, classes: int) -> Network:
@@ -58,6 +60,12 @@ def build_regularizers(config: Config, model: Network) -> list[Regularizer]:
     built: list[Regularizer] = []
     if "ewc" in config.parts:
         built.append(EWC(model, config.ewc_coefficient, config.ewc_beta))
+    if "mas" in config.parts:
+        built.append(MAS(model, config.mas_coefficient))
+    if "si" in config.parts:
+        built.append(SI(model, config.si_coefficient, config.si_beta))
+    if "l2" in config.parts:
+        built.append(L2(model, config.l2_coefficient))
     return built
 
 
@@ -104,6 +112,14 @@ class Learner:
         """Takes the teacher's outputs on a new task."""
         if self.distiller is not None:
             self.distiller.begin_task(self.tasks[number].x_train)
+
+    def penalized_rows(self) -> Tensor | None:
+        """Neurons [n] that a penalty may pull; None if that is most of them or not known."""
+        found = [r.rows() for r in self.regularizers if r.active]
+        if any(rows is None for rows in found):
+            return None
+        rows = torch.cat([r for r in found if r is not None])
+        return rows if len(rows) < PENALIZED_SHARE * self.config.neurons else None
 
     def order(self, task: int, epoch: int) -> Tensor:
         """The order of a task's samples in an epoch; epoch -1 is drawn at the task's end."""

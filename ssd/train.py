@@ -32,7 +32,8 @@ GROUPS = {
     "data": ("tasks", "validation"),
     "run": ("seed",),
     "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
-               "frequency", "ewc_coefficient", "ewc_beta"),
+               "frequency", "ewc_coefficient", "ewc_beta", "mas_coefficient", "si_coefficient",
+               "si_beta", "l2_coefficient"),
     "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
     "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
 }  # fmt: skip
