@@ -189,9 +189,7 @@ _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
 
 # Provisional: scaled from `quick`, not chosen on a validation split yet.
 _MNIST_SHORT = {"epochs": 2, "anneal_samples": 10_000}
-_FEATURES_SHORT = {
-    "epochs": 5, "anneal_samples": 15_000, "ewc_coefficient": 100.0, "ewc_beta": 0.02
-}  # fmt: skip
+_FEATURES_SHORT = {"epochs": 5, "anneal_samples": 15_000, "ewc_beta": 0.02}
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT),
@@ -225,7 +223,8 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     if name == "quick":
         return {"tasks": protocol.tasks, **protocol.quick}
     if name == "short":
-        return {"tasks": protocol.tasks, "eval_every": protocol.short["epochs"], **protocol.short}
+        settings = {**protocol.paper, **protocol.short}
+        return {"tasks": protocol.tasks, "eval_every": settings["epochs"], **settings}
     if name in PRESETS:
         neurons = 1000 if name == "paper-1k" else 10_000
         epochs = protocol.paper["epochs"]

@@ -27,7 +27,9 @@ from ssd.lines import Line, estimate
 from ssd.run import Interrupted
 from ssd.tables import records, task_records
 
-TINY = {"epochs": 3, "neurons": 24, "k": 2, "batch_size": 16, "anneal_samples": 40, "lr": 0.5}
+TINY = {
+    "epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0
+}  # fmt: skip
 UNKNOWN = "unheard-of"  # a method that no version trains
 RUN = ["naive", "sdmlp", "ssd", "ssd+ewc"]
 
@@ -61,6 +63,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of something else: drawing takes longer than tiny runs."""
+    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+
+
+@pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that were trained."""
     names: list[str] = []
@@ -87,7 +95,10 @@ def summaries() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in Path("runs").glob("*/*/summary.json")]
 
 
-def test_everything(folder: Path, trained: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything(
+    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     assert call("all") == 0
     out = folder / "results" / "reproduction-short"
     printed, said = capsys.readouterr()
@@ -112,12 +123,14 @@ def test_everything(folder: Path, trained: list[str], capsys: pytest.CaptureFixt
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
     # The second time nothing is trained, and the tables are the same but for their origin.
     trained.clear()
+    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
     assert call("all") == 0
     assert trained == []
     assert "0 runs trained" in capsys.readouterr().out
     assert table(out / "table1.csv") == rows
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_table_is_what_the_summaries_say(folder: Path) -> None:
     assert call("table1", "bwt", "table2", "--only", "cifar10", "24", "ssd", "majority") == 0
     ours = [s for s in summaries() if s["method"] == "ssd"]
@@ -126,6 +139,7 @@ def test_table_is_what_the_summaries_say(folder: Path) -> None:
         rows = table(folder / "results" / "reproduction-short" / f"{name}.csv")
         [row] = [r for r in rows if (r["neurons"], r["method"]) == ("24", "ssd") and r["seeds"]]
         first, second = (s[measure] for s in ours)
+        assert first != second
         assert float(row[measure]) == pytest.approx((first + second) / 2, abs=1e-15)
         # The standard error of two values is half their distance.
         assert float(row[f"{measure}_standard_error"]) == pytest.approx(abs(first - second) / 2)
@@ -138,6 +152,7 @@ def test_table_is_what_the_summaries_say(folder: Path) -> None:
     assert other["note"] == "2 of 2 seeds not run (left out by --only)"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_interrupted_and_resumed(
     folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -170,6 +185,7 @@ def test_interrupted_and_resumed(
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C: the run stops at its next step, leaves a checkpoint, and ends as if undisturbed."""
     import os
@@ -198,6 +214,7 @@ def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         assert first == second
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "data/features/cifar100.npz").unlink()
     assert call("table1", "--only", "sdmlp", "24") == 0
