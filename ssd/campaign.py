@@ -156,7 +156,8 @@ def load_benchmarks(
     """
     data: dict[str, Dataset] = {}
     absent: dict[str, str] = {}
-    for benchmark, config in {row.benchmark: row.config for row in rows}.items():
+    most_tasks = sorted(rows, key=lambda row: row.config.tasks)
+    for benchmark, config in {row.benchmark: row.config for row in most_tasks}.items():
         path = Path(features[benchmark.name]) if benchmark.features else None
         try:
             found = load(benchmark.dataset, root, path, strict=True)
