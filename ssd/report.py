@@ -17,7 +17,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
@@ -25,7 +25,7 @@ from rich.table import Table
 from ssd.checkpoint import write_atomically
 from ssd.errors import UserError
 from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_json
-from ssd.metrics import activation_entropy
+from ssd.metrics import USED, activation_entropy
 
 NAMED = 10  # tasks that a figure can name one by one
 MARKED = 60  # evaluations that a line can show as points
@@ -149,14 +149,19 @@ def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
     busiest = np.where(frequency.max(0) > 0, frequency.argmax(0), len(frequency))
     order = np.lexsort((-frequency.max(0), busiest))
     image = axes.imshow(
-        frequency[:, order], aspect="auto", cmap="magma", vmin=0, interpolation="nearest"
+        frequency[:, order],
+        aspect="auto",
+        cmap="magma",
+        norm=LogNorm(USED, 1),  # most frequencies are small
+        interpolation="nearest",
     )
+    axes.set_facecolor("black")  # a frequency of 0 has no logarithm and is not drawn
     axes.set(
         xlabel="neuron, sorted by its busiest task; dead ones last", ylabel="after training task"
     )
     axes.set_title("activation frequency on the task's training set")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.figure.colorbar(image, ax=axes, label="activation frequency")
+    axes.figure.colorbar(image, ax=axes, label="activation frequency", extend="min")
 
 
 def _entropy_histogram(axes: Axes, frequency: np.ndarray) -> None:
