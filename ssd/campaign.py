@@ -7,24 +7,25 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+import numpy as np
+import torch
+from torch import Tensor
 
 from ssd import metrics
 from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset, load
+from ssd.distillation import select_subnetwork
 from ssd.errors import UserError
 from ssd.experiments import Row
-from ssd.folder import SUMMARY, commit, read_json, versions
+from ssd.folder import FREQUENCY, SUMMARY, commit, read_json, versions
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
 from ssd.trainer import Event, Trainer, together
-
-STEPS_PER_UPDATE = 10
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,16 @@ class Campaign:
         return self.root / f"{data.name}-{name}-seed{job.seed}-{digest}"
 
     def find(self, job: Job) -> dict[str, Any] | None:
-        """The summary of a run that was trained to its end."""
-        path = self.folder(job) / SUMMARY
-        return read_json(path) if path.is_file() else None
+        """The summary of a run that was trained to its end, with the structure of its code."""
+        folder = self.folder(job)
+        if not (folder / SUMMARY).is_file():
+            return None
+        summary = read_json(folder / SUMMARY)
+        if "structure" not in summary and (folder / FREQUENCY).is_file():
+            frequency = torch.from_numpy(np.load(folder / FREQUENCY, allow_pickle=False))
+            size = max(1, round(job.config.subnetwork * job.config.k))
+            summary["structure"] = overlaps(frequency, size)
+        return summary
 
     def train(
         self,
@@ -170,6 +178,22 @@ def load_benchmarks(
     return data, absent
 
 
+def overlaps(frequency: Tensor, size: int) -> dict[str, list[float | None]]:
+    """How each task's code differs from that of the task before; None for the first task.
+
+    Args:
+        frequency: [T, R] activation frequency. size: n, neurons of the subnetwork.
+
+    Returns:
+        jaccard of the subnetworks and kl_bits of the frequencies, as in ssd.structure.compare.
+    """
+    chosen = [select_subnetwork(row, size) for row in frequency]
+    return {
+        "jaccard": [None, *(metrics.jaccard(now, was) for was, now in pairwise(chosen))],
+        "kl_bits": [None, *(metrics.kl_divergence(now, was) for was, now in pairwise(frequency))],
+    }
+
+
 def batches(jobs: Sequence[Job]) -> list[list[Job]]:
     """The jobs in groups that are trained side by side; peers one by one."""
     groups: dict[tuple[Any, ...], list[Job]] = {}
@@ -181,67 +205,3 @@ def batches(jobs: Sequence[Job]) -> list[list[Job]]:
         for group in groups.values()
         for first in range(0, len(group), MOST)
     ]
-
-
-class CampaignDisplay:
-    """How far all runs are: a bar on a terminal, else a line a finished run."""
-
-    def __init__(self, console: Console, work: Mapping[Job, float]) -> None:
-        self.console, self.work = console, work
-        self.ended = 0  # runs
-        self.done, self.total = 0.0, sum(work.values())
-        self.jobs: Sequence[Job] = ()  # in training
-        self.start = time.perf_counter()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.bar = self.progress.add_task("starting", total=self.total, left="")
-
-    def begin(self, jobs: Sequence[Job]) -> None:
-        """The runs of a batch begin."""
-        self.jobs = jobs
-        self._update(0.0, "")
-
-    def watch(self, trainer: Trainer, event: Event) -> None:
-        """Takes in an event of the runs in training."""
-        if event.kind == "step" and event.step % STEPS_PER_UPDATE:
-            return
-        config = trainer.config
-        task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
-        share = (trainer.task + trainer.epoch / config.epochs) / config.tasks
-        self._update(share, f" task {task}/{config.tasks} epoch {epoch}/{config.epochs}")
-
-    def end(self, summaries: Sequence[Mapping[str, Any]]) -> None:
-        """The runs of the batch have ended, with these summaries."""
-        self.done += sum(self.work[job] for job in self.jobs)
-        jobs, self.jobs = self.jobs, ()
-        for job, summary in zip(jobs, summaries, strict=True):
-            self.ended += 1
-            if not self.console.is_terminal:
-                self.console.print(
-                    f"run {self.ended} of {len(self.work)}: {job}: "
-                    f"accuracy {summary['mean_accuracy']:.4f}; {self.left(0.0)}"
-                )
-
-    def left(self, share: float) -> str:
-        """The time left, judged by the time taken, when this share of the batch is done."""
-        done = self.done + share * sum(self.work[job] for job in self.jobs)
-        if done <= 0:
-            return "left -:--:--"
-        seconds = round((time.perf_counter() - self.start) * (self.total - done) / done)
-        return f"left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-    def _update(self, share: float, where: str) -> None:
-        first, last = self.ended + 1, self.ended + len(self.jobs)
-        numbers = f"run {first}" if first == last else f"runs {first} to {last}"
-        self.progress.update(
-            self.bar,
-            description=f"{numbers} of {len(self.work)}: {self.jobs[0]}{where}",
-            completed=self.done + share * sum(self.work[job] for job in self.jobs),
-            left=self.left(share),
-        )

@@ -15,11 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from ssd.experiments import DEFAULT, Result
 from ssd.lines import Line, estimate
 from ssd.report import NAMED
+from ssd.structure_report import COLORS, DASHES, MARKERS
 
-# Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":")
 WIDE = 20  # ratio of values from which an axis is logarithmic
 AXIS = {
     "mean_accuracy": "accuracy after the last task",

@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from ssd import experiments
-from ssd.campaign import Campaign, CampaignDisplay, Job, batches, load_benchmarks
+from ssd.campaign import Campaign, Job, batches, load_benchmarks
+from ssd.campaign_display import CampaignDisplay
 from ssd.checkpoint import write_atomically
 from ssd.claims import verdicts
 from ssd.data import default_root

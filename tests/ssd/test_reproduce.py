@@ -17,7 +17,7 @@ from kill_resume import write_features
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from ssd import campaign, config, experiments, reproduce
+from ssd import campaign, campaign_display, config, experiments, reproduce
 from ssd.claims import verdicts
 from ssd.config import Config, Protocol
 from ssd.data import Task
@@ -121,6 +121,12 @@ def test_everything(
     # Two benchmarks, two seeds; one seed of three methods at the large size; the ablations.
     assert len(trained) == 2 * 2 * len(RUN) + 3 + 2 * 3
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
+    structure = table(out / "structure.csv")
+    for row in structure:
+        assert (row["jaccard"] == row["kl_bits"] == "") == (row["method"] == UNKNOWN)
+    assert {r["measure"] for r in table(out / "structure_tasks.csv")} == {
+        "mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits"
+    }  # fmt: skip
     # The second time nothing is trained, and the tables are the same but for their origin.
     trained.clear()
     monkeypatch.setattr(reproduce, "draw", lambda *result: [])
@@ -194,20 +200,20 @@ def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     import os
     import signal
 
-    watch, steps = campaign.CampaignDisplay.watch, []
+    watch, steps = campaign_display.CampaignDisplay.watch, []
 
-    def hit(self: campaign.CampaignDisplay, *event: Any) -> None:
+    def hit(self: campaign_display.CampaignDisplay, *event: Any) -> None:
         steps.append(event)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGINT)
         watch(self, *event)
 
     arguments = ["table1", "--only", "cifar10", "24", "ssd"]
-    monkeypatch.setattr(campaign.CampaignDisplay, "watch", hit)
+    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", hit)
     assert call(*arguments) == 130
     assert len(steps) == 2
     assert summaries() == []
-    monkeypatch.setattr(campaign.CampaignDisplay, "watch", watch)
+    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", watch)
     assert call(*arguments) == 0
     assert call(*arguments, "--runs", "runs/undisturbed") == 0
     for seed in (0, 1):
@@ -339,6 +345,16 @@ def test_definitions(short: bool) -> None:
     for each in RESULTS["table1"].rows(short, {}):
         counted = each.config.epochs * samples[each.benchmark.name]
         assert each.config.anneal_samples < counted
+
+
+def test_overlaps() -> None:
+    frequency = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.0, 0.8, 0.1], [0.9, 0.0, 0.8, 0.1]])
+    found = campaign.overlaps(frequency, 2)
+    assert found["jaccard"] == [None, pytest.approx(1 / 3), 1.0]  # {0, 1}, {0, 2}, {0, 2}
+    [first, second, third] = found["kl_bits"]
+    assert first is None
+    assert second > 0.5
+    assert third == pytest.approx(0.0, abs=1e-12)
 
 
 def test_structure_over_tasks(row: Row) -> None:
