@@ -17,7 +17,8 @@ from ssd.lines import Line, estimate
 from ssd.report import NAMED
 from ssd.structure_report import COLORS, DASHES, MARKERS
 
-WIDE = 20  # ratio of values from which an axis is logarithmic
+# A dense network beside k-sparse ones needs a logarithmic axis: from this ratio of values on.
+LOGARITHMIC, WIDE = ("mean_entropy_bits", "mean_active"), 20
 AXIS = {
     "mean_accuracy": "accuracy after the last task",
     "bwt": "backward transfer (BWT)",
@@ -161,7 +162,7 @@ def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
             _curve(axes, line, measure, number)
         axes.set(xlabel="after training task", ylabel=AXIS[measure])
         low, high = axes.dataLim.intervaly
-        if low > 0 and high > WIDE * low:
+        if measure in LOGARITHMIC and low > 0 and high > WIDE * low:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)

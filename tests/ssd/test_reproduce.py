@@ -119,7 +119,7 @@ def test_everything(
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
     # Two benchmarks, two seeds; one seed of three methods at the large size; the ablations.
-    assert len(trained) == 2 * 2 * len(RUN) + 3 + 2 * 3
+    assert len(trained) == 2 * 2 * len(RUN) + 3 + 2 * 2
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
     structure = table(out / "structure.csv")
     for row in structure:
