@@ -226,13 +226,17 @@ def run_together(
     return summaries
 
 
+def device_name(device: torch.device) -> str:
+    """A device with the name of its hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
+
+
 def summarize(
     learner: Learner, dataset: str, steps: int, seconds: float, beside: int
 ) -> dict[str, Any]:
     """The content of summary.json."""
     config, accuracy, frequency = learner.config, learner.accuracy, learner.frequency
-    device = learner.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "dataset": dataset,
         "method": config.method,
@@ -250,7 +254,7 @@ def summarize(
         "trained_together": beside,
         "seconds": seconds,  # of all that were trained together
         "steps_per_second": steps / seconds,
-        "device": f"{device.type} ({name})",
+        "device": device_name(learner.device),
         "versions": versions(),
         "commit": commit(),
         "config": config.to_dict(),

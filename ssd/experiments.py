@@ -1,0 +1,246 @@
+"""What is reproduced: benchmarks, tables, ablations, peers, and the figures that were published.
+
+Everything here is data: ssd.reproduce runs it, ssd.tables and ssd.figures show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ssd.config import JOINT, Config, resolve
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A stream of tasks that figures were published for."""
+
+    name: str
+    title: str
+    dataset: str
+    protocol: str  # the data set of ssd.config whose presets hold
+    features: str | None = None  # file in the features folder
+
+
+BENCHMARKS = (
+    Benchmark("mnist", "Split MNIST", "mnist", "mnist"),
+    Benchmark("cifar10", "Split CIFAR-10 features", "features", "features", "cifar10.npz"),
+    # The 50 tasks are short, so their switch to inhibition is too.
+    Benchmark(
+        "cifar100", "Split CIFAR-100 features (50 tasks)", "features", "cifar100", "cifar100.npz"
+    ),
+)
+
+# In the order of the tables.
+TABLE1 = (
+    "naive", "topk-mlp", "sdmlp", "l2", "si", "mas", "ewc", "lwf", "ssd", "ssd+ewc", "joint",
+)  # fmt: skip
+# What --short still trains at R = 10,000: the rows of the paper's claims, where they were made.
+SHORT_LARGE = ("sdmlp", "ssd", "ssd+ewc")
+SIZES = (1_000, 10_000)
+SEEDS = (0, 1, 2, 3, 4)  # class orders; 0 is the ordinal one
+SHORT_SEEDS = (0, 1)
+
+# Each factor's other values, of which --short takes the last; all else is the method's default.
+# "R/k" distils all neurons, lambda 0 none.
+ABLATED = "cifar10"
+ABLATIONS: Mapping[str, Sequence[Any]] = {
+    "subnetwork": (2.0, 5.0, 10.0, "R/k"),
+    "lam": (0.5, 1.0, 0.0),
+    "alpha": (0.3, 0.9, 0.5),
+    "temperature": (1.0, 4.0, 2.0),
+    "kl": ("forward",),
+    "hidden": ("before",),
+    "logits": ("seen",),
+    "frequency": ("accumulated",),
+    "schedule": ("linear", "flat"),
+    "inhibition": ("mask",),
+}
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """A learner of another kind, measured on the same streams.
+
+    Args:
+        evaluate: (tasks, classes C, neurons R, seed, **settings) -> accuracy matrix [T, T].
+        sizes: R of its rows; a peer without neurons has none, and is given R = 0.
+        settings: by the benchmark's name; chosen on a validation split, never here.
+    """
+
+    evaluate: Callable[..., Tensor]
+    sizes: tuple[int, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+# By name, in the order of the table.
+PEERS: dict[str, Peer] = {}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of a publication."""
+
+    value: float
+    source: str
+    inferred: bool = False  # which row of the publication it belongs to is our reading
+
+
+_SSD = "Xue et al., AAAI 2026"
+_LISTED = "secondary listing of the tables of Xue et al., AAAI 2026"
+_FLY = "result files of TrentBrick/SDMContinualLearner"
+
+# (benchmark, R, method, measure); R of a peer without neurons is 0.
+PAPER: Mapping[tuple[str, int, str, str], Published] = {
+    ("cifar10", 10_000, "sdmlp", "mean_accuracy"): Published(0.71, _SSD),
+    ("cifar10", 10_000, "ssd", "mean_accuracy"): Published(0.81, _SSD),
+    ("cifar10", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.87, _SSD),
+    ("cifar10", 10_000, "sdmlp", "bwt"): Published(-0.1828, _SSD),
+    ("cifar10", 10_000, "ssd", "bwt"): Published(-0.1234, _SSD),
+    ("cifar10", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.80, _LISTED, True),
+    ("cifar100", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.40, _LISTED, True),
+    ("cifar100", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.52, _LISTED, True),
+    ("mnist", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.86, _LISTED, True),
+    ("mnist", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.86, _LISTED, True),
+    ("mnist", 10_000, "FlyModel", "mean_accuracy"): Published(0.906, _FLY, True),
+    ("cifar10", 10_000, "FlyModel", "mean_accuracy"): Published(0.822, _FLY),
+    ("cifar100", 10_000, "FlyModel", "mean_accuracy"): Published(0.528, _FLY, True),
+}
+# Data set, size and moments of these two are not named.
+PAPER_ENTROPY = "the paper's mean activation entropy falls from 0.99 to 0.003 bits with SSD"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: one setting of one method or peer, run once a seed."""
+
+    benchmark: Benchmark
+    method: str
+    config: Config  # of seed 0
+    seeds: tuple[int, ...]
+    factor: str = ""  # what an ablation changes, and to what
+    value: str = ""
+    peer: Peer | None = None
+
+    @property
+    def neurons(self) -> int:
+        """R; 0 for a peer without neurons."""
+        return self.config.neurons if self.peer is None or self.peer.sizes else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a peer's figures depend on beside its stream."""
+        return {} if self.peer is None else dict(self.peer.settings.get(self.benchmark.name, {}))
+
+    def published(self, measure: str) -> Published | None:
+        """The publication's figure for this line; ablations have none but the default's."""
+        if self.factor not in ("", DEFAULT):
+            return None
+        return PAPER.get((self.benchmark.name, self.neurons, self.method, measure))
+
+
+def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """The paper's methods on every benchmark at both sizes.
+
+    Args:
+        short: the preset `short` with fewer seeds, and R = 10,000 for SHORT_LARGE alone.
+        features: path of each benchmark's feature file.
+    """
+    rows = []
+    for benchmark in BENCHMARKS:
+        for neurons in SIZES:
+            large = short and neurons == SIZES[1]
+            if large and benchmark.name != ABLATED:
+                continue
+            config = _config(benchmark, short, neurons, features)
+            seeds = SEEDS if not short else SHORT_SEEDS[:1] if large else SHORT_SEEDS
+            for method in SHORT_LARGE if large else TABLE1:
+                # One task of all classes: what the method joint would train on in the end, without
+                # the tasks on the way to it, which cost 25 times as much for 50 tasks.
+                tasks = 1 if method == JOINT else config.tasks
+                rows.append(
+                    Row(benchmark, method, replace(config, method=method, tasks=tasks), seeds)
+                )
+    return rows
+
+
+def streams(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """The rows of table1 that learn task by task."""
+    return [row for row in table1(short, features) if row.config.tasks > 1]
+
+
+def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """Peers beside SDMLP and the paper's methods at R = 1,000; --short: peers of that size too."""
+    rows = []
+    for benchmark in BENCHMARKS:
+        config = _config(benchmark, short, SIZES[0], features)
+        seeds = SHORT_SEEDS if short else SEEDS
+        rows += [Row(benchmark, m, replace(config, method=m), seeds) for m in SHORT_LARGE]
+        for name, peer in PEERS.items():
+            sizes = [r for r in peer.sizes if r <= SIZES[0] or not short]
+            for neurons in sizes if peer.sizes else (SIZES[0],):
+                sized = replace(config, neurons=neurons)
+                rows.append(Row(benchmark, name, sized, seeds, peer=peer))
+    return rows
+
+
+def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """SSD with one factor changed at a time, on one benchmark at R = 1,000."""
+    benchmark = next(b for b in BENCHMARKS if b.name == ABLATED)
+    config = replace(_config(benchmark, short, SIZES[0], features), method="ssd")
+    seeds = SHORT_SEEDS if short else SEEDS
+    rows = [Row(benchmark, "ssd", config, seeds, DEFAULT)]
+    for factor, values in ABLATIONS.items():
+        for value in values[-1:] if short else values:
+            setting = config.neurons / config.k if value == "R/k" else value
+            changed = Config(**{**config.to_dict(), factor: setting})
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
+    return rows
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table with its figure: the rows it shows, and the measures it shows of them.
+
+    The first measure is compared with the publications. Measures are names in summary.json; of a
+    list over tasks the mean is shown.
+    """
+
+    title: str
+    rows: Callable[[bool, Mapping[str, str]], list[Row]]
+    measures: tuple[str, ...]
+    claims: bool = False  # whether the paper's claims are judged on its rows
+    per_task: bool = False  # whether a table over tasks and a figure over tasks belong to it
+
+
+RESULTS: Mapping[str, Result] = {
+    "table1": Result("Accuracy after the last task", table1, ("mean_accuracy",), claims=True),
+    "bwt": Result("Backward transfer and forgetting", streams, ("bwt", "forgetting"), claims=True),
+    "structure": Result(
+        "Structure of the code, mean over tasks",
+        streams,
+        ("mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits"),
+        per_task=True,
+    ),
+    "table2": Result(
+        "Peers on the same streams", table2, ("mean_accuracy", "forgetting", "seconds")
+    ),
+    "ablations": Result("Ablations of SSD, one factor at a time", ablations,
+                        ("mean_accuracy", "bwt")),
+}  # fmt: skip
+
+
+def _config(benchmark: Benchmark, short: bool, neurons: int, features: Mapping[str, str]) -> Config:
+    name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
+    config = resolve({"preset": name, "dataset": benchmark.protocol})
+    return replace(
+        config,
+        dataset=benchmark.dataset,
+        features=features.get(benchmark.name),
+        neurons=neurons,
+    )
