@@ -187,9 +187,11 @@ _CIFAR = {
 # A neuron counts at most once a sample: epochs x samples of the first task bound what N can be.
 _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
 
-# Provisional: scaled from `quick`, not chosen on a validation split yet.
-_MNIST_SHORT = {"epochs": 2, "anneal_samples": 10_000}
-_FEATURES_SHORT = {"epochs": 5, "anneal_samples": 15_000, "ewc_beta": 0.02}
+# Chosen on the validation split: results/sweeps/*-longer.md, *-ewc*.md, cifar100.md.
+_SHORT = {"lr": 2.0, "temperature": 2.0, "alpha": 0.4, "ewc_coefficient": 400.0, "ewc_beta": 0.005}
+_MNIST_SHORT = {**_SHORT, "epochs": 4, "anneal_samples": 30_000}
+_FEATURES_SHORT = {**_SHORT, "epochs": 8, "anneal_samples": 50_000}
+_CIFAR100_SHORT = {**_SHORT, "epochs": 5, "anneal_samples": 3_000, "ewc_coefficient": 800.0}
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT),

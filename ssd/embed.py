@@ -53,7 +53,7 @@ TRAINING = ("pretrain", "pretrain_folder", "epochs", "lr", "seed")
 CONVERTING = ("convert", "out", "quiet")
 
 
-def build_parser() -> Parser:
+def build_parser() -> ArgumentParser:
     """The command line; an option that is not given is absent from the result."""
     parser = ArgumentParser(
         prog="python -m ssd.embed",

@@ -250,7 +250,7 @@ def summarize(
         "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
         "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
         "mean_active": frequency.sum(-1).tolist(),
-        "structure": None if learner.structure is None else learner.structure.summary(),
+        **({} if learner.structure is None else {"structure": learner.structure.summary()}),
         "trained_together": beside,
         "seconds": seconds,  # of all that were trained together
         "steps_per_second": steps / seconds,

@@ -118,8 +118,9 @@ def test_everything(
     rows = table(out / "table1.csv")
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
-    # Two benchmarks, two seeds; one seed of three methods at the large size; the ablations.
-    assert len(trained) == 2 * 2 * len(RUN) + 3 + 2 * 2
+    # Two benchmarks: five seeds of the claims' methods, two of the others and of the large size;
+    # the ablations.
+    assert len(trained) == 2 * (5 * 3 + 2 * (len(RUN) - 3)) + 2 * 3 + 2 * 2
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
     structure = table(out / "structure.csv")
     for row in structure:
