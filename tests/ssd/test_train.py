@@ -244,7 +244,8 @@ def test_a_run_and_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert printed.splitlines()[-1].endswith("-> runs/f-ssd+ewc-seed0")
     assert {file.name for file in out.glob("*.png")} == {
         "accuracy_over_time.png", "accuracy_matrix.png", "activation_heatmap.png",
-        "entropy_histogram.png",
+        "entropy_histogram.png", "structure_coverage.png",
+        "structure_transfer.png",
     }  # fmt: skip
     before = content(out)
     assert train.main(small("--quiet")) == 0
