@@ -217,12 +217,17 @@ def growth(bench: Bench, quick: bool) -> dict[str, dict[str, dict[int, float]]]:
             runs = parts(problem, bench.device)
             for part, ms in bench.measure(f"growth {axis}", runs, problem.shape()).items():
                 grown.setdefault(axis, {}).setdefault(part, {})[value] = ms
-    for tasks in track([1, 2] if quick else [1, 10, 50], "growth in EWC tasks"):
-        trainer = make_trainer(Problem(), "ssd+ewc", bench.device, tasks)
-        shape = Problem().shape(tasks=tasks)
-        runs = {"step with EWC": step_of(trainer, 0)}
-        ms = bench.measure("growth tasks", runs, shape)["step with EWC"]
-        grown.setdefault("tasks", {}).setdefault("step with EWC", {})[tasks] = ms
+    for axis, method, values, part in (
+        ("tasks", "ssd+ewc", [1, 2] if quick else [1, 10, 50], "step with EWC"),
+        ("S", "ssd", [1, 2] if quick else [1, 2, 5, 10], "step of S learners"),
+    ):
+        # In turns, or a drift of the machine would pass for growth.
+        runs = {}
+        for value in track(values, f"growth in {axis}"):
+            chosen = {"ewc_tasks": value} if axis == "tasks" else {"seeds": value}
+            runs[str(value)] = step_of(make_trainer(Problem(), method, bench.device, **chosen), 0)
+        times = bench.measure(f"growth {axis}", runs, Problem().shape())
+        grown[axis] = {part: {value: times[str(value)] for value in values}}
     return grown
 
 
@@ -271,6 +276,9 @@ def targets(
             ("backward + update, R from 10,000 to 1,000,000", f"{ratio:.2f} of < 1.3",
              verdict(ratio < 1.3))
         )  # fmt: skip
+    seeds = grown["S"]["step of S learners"]
+    if 10 in seeds:
+        rows.append(("step of 10 learners at once against 1", f"{seeds[10] / seeds[1]:.1f}x", ""))
     tasks = grown["tasks"]["step with EWC"]
     if 50 in tasks:
         ratio = tasks[50] / tasks[1]

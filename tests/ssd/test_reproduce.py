@@ -50,6 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar100.npz"), 120)
     benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
+    monkeypatch.setattr(experiments, "SHORT_ALPHA", {})
     monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     for name in ("features", "cifar100"):
