@@ -65,6 +65,7 @@ CUDA = [
     _shape("count_active", "forward", FP32, B=8192, R=131072, k=32),
     _shape("count_active", "forward", FP32, B=128, R=10000, k=10),
     _shape("sparse_linear", "full", FP32, B=128, R=10000, k=10, C=10),
+    _shape("code_gram", "forward", FP32, B=8192, R=10000, k=100, C=10),
     _shape("linear_inhibit", "forward", FP32, B=1024, d=256, R=10000, k=10),
     _shape("topk", "forward", BF16, B=8192, R=131072, k=64),
 ]
@@ -77,6 +78,8 @@ CPU = [
     _shape("sparse_linear", "full", FP32, B=128, R=10000, k=10, C=256),
     _shape("row_update", "step", FP32, B=128, d=256, R=10000, k=10),
     _shape("count_active", "forward", FP32, B=128, R=10000, k=10),
+    *(_shape("code_gram", "forward", FP32, B=1024, R=1000, k=k, C=10) for k in (10, 100)),
+    _shape("code_gram", "forward", FP32, B=1024, R=4000, k=100, C=10),
 ]
 QUICK = [
     _shape("topk", "forward", FP32, B=16, R=4096, k=10),
@@ -86,4 +89,5 @@ QUICK = [
     _shape("sparse_linear", "full", FP32, B=16, R=1000, k=10, C=32),
     _shape("row_update", "step", FP32, B=16, d=32, R=1000, k=10),
     _shape("count_active", "forward", FP32, B=16, R=1000, k=10),
+    _shape("code_gram", "forward", FP32, B=16, R=1000, k=10, C=10),
 ]

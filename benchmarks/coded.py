@@ -1,4 +1,4 @@
-"""Cases of the ops that take a sparse code: sparse_linear, count_active, row_update."""
+"""Cases of the ops that take a sparse code: sparse_linear, count_active, code_gram, row_update."""
 
 from __future__ import annotations
 
@@ -114,6 +114,51 @@ def count_active(shape: Shape, device: torch.device) -> Case:
         impls("count_active", device, call) | {"index_add_": library},
         check,
         batch * k * (each + 8) + 2 * 8 * min(batch * k, neurons),
+    )
+    return case
+
+
+def code_gram(shape: Shape, device: torch.device) -> Case:
+    batch, neurons, k, classes = (shape.sizes[name] for name in ("B", "R", "k", "C"))
+
+    def inputs() -> Any:
+        return (
+            normal(shape, device, batch, k).abs(),
+            distinct(batch, neurons, k, device),
+            torch.zeros(neurons, neurons, device=device),
+            torch.zeros(neurons, classes, device=device),
+            torch.randint(classes, (batch,), device=device),
+        )
+
+    def call(given: Any, impl: str | None) -> None:
+        ours.code_gram(*given, impl=impl)
+
+    def dense(given: Any) -> None:
+        values, indices, gram, cross, labels = given
+        hidden = gram.new_zeros(batch, neurons).scatter_(1, indices, values.to(gram.dtype))
+        gram.addmm_(hidden.T, hidden)
+        cross.addmm_(hidden.T, F.one_hot(labels, classes).to(gram.dtype))
+
+    def check(name: str, given: Any, _: Any) -> str:
+        values, indices, gram, cross, labels = given
+        mine = gram.zero_().clone(), cross.zero_().clone()
+        case.providers[name]((values, indices, *mine, labels))
+        exact = gram.double(), cross.double()
+        reference.code_gram(values.double(), indices, *exact, labels)
+        return gate.close("gram", mine[0], exact[0]) or gate.close("cross", mine[1], exact[1])
+
+    each = shape.dtype.itemsize
+    touched = min(batch * k * k, neurons * neurons) + min(batch * k, neurons * classes)
+    case = Case(
+        shape.op,
+        shape.mode,
+        shape.dtype,
+        shape.sizes,
+        inputs,
+        impls("code_gram", device, call) | {"dense matmul": dense},
+        check,
+        batch * k * (each + 8) + 2 * 4 * touched,
+        2 * batch * k * k,
     )
     return case
 

@@ -15,6 +15,7 @@ BUILDERS: dict[str, Callable[[Shape, torch.device], Case]] = {
     "linear_inhibit": selecting.linear_inhibit,
     "sparse_linear": coded.sparse_linear,
     "count_active": coded.count_active,
+    "code_gram": coded.code_gram,
     "row_update": coded.row_update,
 }
 

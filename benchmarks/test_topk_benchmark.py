@@ -18,6 +18,7 @@ BASELINES = {
     "linear_inhibit": "F.linear + torch.topk",
     "sparse_linear": "dense matmul",
     "count_active": "index_add_",
+    "code_gram": "dense matmul",
     "row_update": "dense step, gradient given",
 }
 

@@ -36,7 +36,8 @@ from benchmarks.plain import PlainSDMLP, PlainStep, batches
 from benchmarks.timing import Run, alternate
 from ssd.config import Config
 from ssd.data import Task
-from ssd.trainer import Trainer, build_distiller, build_model, build_regularizers
+from ssd.learner import Learner, build_model
+from ssd.trainer import Trainer
 
 CLASSES = 10
 SAMPLES = 10  # batches in the synthetic task
@@ -64,32 +65,38 @@ def features(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def make_trainer(
-    problem: Problem, method: str, device: torch.device, ewc_tasks: int = 1
+    problem: Problem, method: str, device: torch.device, ewc_tasks: int = 1, seeds: int = 1
 ) -> Trainer:
     """A trainer in its second task: the GABA switch is over and there is a teacher."""
     torch.manual_seed(0)
     x, y = features(problem, device)
-    config = Config(
-        method=method, neurons=problem.R, k=problem.k, batch_size=problem.B, schedule="flat"
-    )
-    model = build_model(config, problem.d, CLASSES).to(device)
     task = Task(tuple(range(CLASSES)), x, y, x[:10], y[:10])
-    regularizers = build_regularizers(config, model)
-    trainer = Trainer(config, [task, task], model, build_distiller(config, model), regularizers)
+    learners = []
+    for seed in range(seeds):
+        config = Config(
+            method=method, neurons=problem.R, k=problem.k, batch_size=problem.B, schedule="flat",
+            tasks=2, seed=seed,
+        )  # fmt: skip
+        learners.append(
+            Learner(config, [task, task], build_model(config, problem.d, CLASSES).to(device))
+        )
+    trainer = Trainer(learners)
     for step in range(20):
         step_of(trainer, step % SAMPLES)()
-    for regularizer in regularizers * ewc_tasks:
-        regularizer.end_task(x, torch.arange(len(x), device=device))
-    if trainer.distiller is not None:
-        trainer.distiller.end_task(x)
-        trainer.distiller.begin_task(x)
+    for learner in learners:
+        for regularizer in learner.regularizers * ewc_tasks:
+            regularizer.end_task(x, torch.arange(len(x), device=device))
+        if learner.distiller is not None:
+            learner.distiller.end_task(x)
+            learner.distiller.begin_task(x)
+    trainer.task = 1
     return trainer
 
 
 def step_of(trainer: Trainer, batch: int) -> Run:
-    task, size = trainer.tasks[0], trainer.config.batch_size
-    samples = torch.arange(batch * size, (batch + 1) * size, device=task.x_train.device)
-    return lambda: trainer.step(task.x_train[samples], task.y_train[samples], samples)
+    size = trainer.config.batch_size
+    samples = torch.arange(batch * size, (batch + 1) * size, device=trainer.device)
+    return lambda: trainer.step([samples] * len(trainer.learners))
 
 
 def endless(x: Tensor, y: Tensor, size: int) -> Iterator[list[Tensor]]:
@@ -102,11 +109,12 @@ def step_runs(
 ) -> dict[str, Run]:
     """A step of every provider, from the same weights."""
     trainer = make_trainer(problem, method, device)
-    encoder, decoder = (p.detach() for p in trainer.parameters)
-    task = trainer.tasks[0]
+    (learner,) = trainer.learners
+    encoder, decoder = (p.detach() for p in learner.parameters)
+    task = learner.tasks[0]
     neurons = torch.zeros(0, dtype=torch.int64)
-    if trainer.distiller is not None:
-        neurons = trainer.distiller.neurons["encoder"]
+    if learner.distiller is not None:
+        neurons = learner.distiller.neurons["encoder"]
 
     def plain() -> PlainStep:
         model = PlainSDMLP(encoder, decoder, problem.k).to(device)
@@ -131,11 +139,15 @@ def step_runs(
 
 def check(trainer: Trainer, expected: float) -> None:
     """The providers must compute the same loss, or their times mean nothing."""
-    task = trainer.tasks[0]
+    (learner,) = trainer.learners
+    task = learner.tasks[0]
     with torch.no_grad():
-        logits = trainer.model(task.x_train)
+        logits = learner.model(task.x_train)
         samples = torch.arange(len(task.y_train), device=logits.device)
-        loss = trainer._loss(logits, task.y_train, samples).item()
+        if learner.distiller is None:
+            loss = F.cross_entropy(logits, task.y_train).item()
+        else:
+            loss = learner.distiller.loss(logits, task.y_train, samples).item()
     if abs(loss - expected) > 1e-4 * max(1.0, abs(expected)):
         raise SystemExit(f"train_bench: our loss {loss} is not the plain one {expected}")
 
@@ -143,15 +155,16 @@ def check(trainer: Trainer, expected: float) -> None:
 def parts(problem: Problem, device: torch.device) -> dict[str, Run]:
     """The two halves of our SSD step: what depends on all neurons, and what does not."""
     trainer = make_trainer(problem, "ssd", device)
-    task, encoder = trainer.tasks[0], trainer.model.encoder
+    (learner,) = trainer.learners
+    encoder = learner.model.encoder
     samples = torch.arange(problem.B, device=device)
-    address = trainer.model.address(task.x_train[samples])
+    step_of(trainer, 0)()  # loads the task
+    address = learner.inputs[samples]
     code = encoder.code(address)
     assert code is not None
-    labels = task.y_train[samples]
 
     def backward() -> None:
-        trainer._sparse_step(address, code._replace(values=code.values.detach()), labels, samples)
+        trainer._sparse_step({0: (address, code._replace(values=code.values.detach()))}, [samples])
 
     return {"encode": lambda: encoder.code(address), "backward + update": backward}
 

@@ -25,7 +25,15 @@ from ssd_kernels import _dispatch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Odd on purpose: [B, d] x [R, d], and a row that is a whole number of no tile.
 B, D, R, K, C = 5, 24, 517, 7, 13
-OPS = ("topk", "linear_topk", "linear_inhibit", "sparse_linear", "count_active", "row_update")
+OPS = (
+    "topk",
+    "linear_topk",
+    "linear_inhibit",
+    "sparse_linear",
+    "count_active",
+    "code_gram",
+    "row_update",
+)
 Results = tuple[Tensor, ...]
 
 
@@ -124,6 +132,15 @@ def _count_active(impl: str) -> Results:
     return counts, last
 
 
+def _code_gram(impl: str) -> Results:
+    values, indices = _code()
+    gram, cross = torch.zeros(R, R, device=DEVICE), torch.zeros(2, R, C, device=DEVICE)
+    labels = torch.randint(C, (B,), device=DEVICE)
+    ours.code_gram(values, indices, gram, cross[0], labels, impl=impl)
+    ours.code_gram(values, indices, gram, cross[1], _normal(B, C), impl=impl)
+    return gram, cross
+
+
 def _row_update(impl: str) -> Results:
     coefficients, indices = _code()
     weights, buffers = [_normal(R, D), _normal(R, C)], [_normal(R, D), _normal(R, C)]
@@ -149,6 +166,7 @@ CASES: dict[str, Callable[[str], Results]] = {
     "linear_inhibit": _linear_inhibit,
     "sparse_linear": _sparse_linear,
     "count_active": _count_active,
+    "code_gram": _code_gram,
     "row_update": _row_update,
 }
 

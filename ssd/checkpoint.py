@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -23,12 +23,18 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replaces a file as a whole: a reader or a crash sees the old content or the new one."""
-    data = content.encode() if isinstance(content, str) else content
+def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], None]) -> None:
+    """Replaces a file as a whole: a reader or a crash sees the old content or the new one.
+
+    Args:
+        content: of the file, or what writes it to a stream, for content too large to hold twice.
+    """
     try:
         with open(temporary(path), "wb") as stream:
-            stream.write(data)
+            if callable(content):
+                content(stream)
+            else:
+                stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary(path), path)

@@ -22,11 +22,13 @@ JOINT = "joint"
 ALIASES = {"naive": "relu-mlp"}
 PARTS = (*NETWORKS, *DISTILLATIONS, *PENALTIES, JOINT, *ALIASES)
 
-# EWC importance (SDMLP code, "memory" variant): this many batches of this size; the squared
-# gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
-FISHER_BATCHES = 6
-FISHER_BATCH_SIZE = 512
+# Importance in EWC ("memory" variant) and MAS (SDMLP code): this many batches of this size. EWC's
+# squared gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
+IMPORTANCE_BATCHES = 6
+IMPORTANCE_BATCH_SIZE = 512
 FISHER_DIVISOR = 5 * 512
+# Added by SI to the squared way of a parameter through a task.
+SI_DAMPING = 0.1
 
 # Sizes and counts stay below this: neurons are indexed with 32 bits.
 LIMIT = 2**31
@@ -85,6 +87,10 @@ class Config:
 
     ewc_coefficient: float = _setting(200.0, "strength of the EWC penalty")
     ewc_beta: float = _setting(0.005, "inverse temperature of the EWC importance")
+    mas_coefficient: float = _setting(0.5, "strength of the MAS penalty")
+    si_coefficient: float = _setting(1500.0, "strength of the SI penalty")
+    si_beta: float = _setting(0.005, "inverse temperature of the SI importance")
+    l2_coefficient: float = _setting(10.0, "strength of the L2 pull to the last task's weights")
 
     eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
@@ -116,7 +122,7 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
         for name in ("validation", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
-        for name in ("ewc_coefficient", "ewc_beta"):
+        for name in (f.name for f in fields(self) if f.name.endswith(("_coefficient", "_beta"))):
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
         limit = self.neurons / self.k
         self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
@@ -165,30 +171,52 @@ class Protocol:
     tasks: int
     paper: Mapping[str, Any]
     quick: Mapping[str, Any] = field(default_factory=dict)
+    short: Mapping[str, Any] = field(default_factory=dict)
 
 
 # The SDMLP code: 500 epochs a task and N = 5,000,000 for MNIST; the paper: 2,000 on features.
-_MNIST = {"epochs": 500, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005}
-_CIFAR = {"epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0, "ewc_beta": 0.08}
+_MNIST = {
+    "epochs": 500, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005,
+    "mas_coefficient": 0.5, "si_coefficient": 1500.0, "si_beta": 0.005, "l2_coefficient": 10.0,
+}  # fmt: skip
+_CIFAR = {
+    "epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0, "ewc_beta": 0.08,
+    "mas_coefficient": 10.0, "si_coefficient": 1350.0, "si_beta": 0.02, "l2_coefficient": 30.0,
+}  # fmt: skip
+
+# A neuron counts at most once a sample: epochs x samples of the first task bound what N can be.
+_CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
+
+# Chosen on the validation split: results/sweeps/*-longer.md, *-ewc*.md, cifar100.md.
+_SHORT = {"lr": 2.0, "temperature": 2.0, "alpha": 0.4, "ewc_coefficient": 400.0, "ewc_beta": 0.005}
+_MNIST_SHORT = {**_SHORT, "epochs": 4, "anneal_samples": 30_000}
+_FEATURES_SHORT = {**_SHORT, "epochs": 8, "anneal_samples": 50_000}
+_CIFAR100_SHORT = {**_SHORT, "epochs": 5, "anneal_samples": 3_000, "ewc_coefficient": 800.0}
 
 PROTOCOLS: Mapping[str, Protocol] = {
-    "mnist": Protocol(5, _MNIST),
-    "fashion-mnist": Protocol(5, _MNIST),
-    "mnist-5k": Protocol(5, _MNIST, {"epochs": 200, "anneal_samples": 70_000, "eval_every": 20}),
-    "cifar10": Protocol(5, _CIFAR),
-    "cifar100": Protocol(50, _CIFAR),
-    "features": Protocol(5, _CIFAR, {"ewc_coefficient": 100.0, "ewc_beta": 0.02}),
+    "mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT),
+    "fashion-mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT),
+    "mnist-5k": Protocol(
+        5,
+        _MNIST,
+        {"epochs": 200, "anneal_samples": 70_000, "eval_every": 20},
+        {"epochs": 20, "anneal_samples": 7_000},
+    ),
+    "cifar10": Protocol(5, _CIFAR, {}, _FEATURES_SHORT),
+    "cifar100": Protocol(50, _CIFAR100, {}, {**_FEATURES_SHORT, "anneal_samples": 1_500}),
+    "features": Protocol(5, _CIFAR, {"ewc_coefficient": 100.0, "ewc_beta": 0.02}, _FEATURES_SHORT),
 }
 DATASETS = tuple(PROTOCOLS)
 
 # R of the paper's two network sizes.
-PRESETS = ("quick", "paper-1k", "paper-10k")
+PRESETS = ("quick", "short", "paper-1k", "paper-10k")
 
 
 def preset(name: str, dataset: str) -> dict[str, Any]:
     """The settings of a preset for a data set.
 
     `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
+    `short` runs in seconds, for `python -m ssd.reproduce --short`, and evaluates after tasks only.
     `paper-1k` and `paper-10k` are the protocol of the paper at R = 1,000 and 10,000.
     """
     if dataset not in PROTOCOLS:
@@ -196,6 +224,9 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     protocol = PROTOCOLS[dataset]
     if name == "quick":
         return {"tasks": protocol.tasks, **protocol.quick}
+    if name == "short":
+        settings = {**protocol.paper, **protocol.short}
+        return {"tasks": protocol.tasks, "eval_every": settings["epochs"], **settings}
     if name in PRESETS:
         neurons = 1000 if name == "paper-1k" else 10_000
         epochs = protocol.paper["epochs"]

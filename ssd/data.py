@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from ssd.errors import UserError
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ class Dataset:
 
     def checksum(self) -> str:
         """CRC-32 of all the data: a run resumes on the data it began with."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
         crc = 0
         for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
             crc = zlib.crc32(str(list(tensor.shape)).encode(), crc)
@@ -152,7 +158,7 @@ def load(
 
     Args:
         name: one of config.DATASETS. root: folder of torchvision's data sets.
-        features: the file of the data set "features".
+        features: the file of the data set "features", or a folder with the files of FOLDER_FILES.
         strict: MNIST that cannot be had is an error; otherwise its 5,000-image subset serves.
         notice: takes the line that says so.
 
@@ -292,13 +298,17 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_features(path: Path) -> Dataset:
-    if not path.is_file():
-        raise UserError(f"--features {path} is not a file")
     readers = {".npz": _read_npz, ".pt": _read_pt}
-    if path.suffix not in readers:
+    if path.is_dir():
+        missing = [file for file in FOLDER_FILES if not (path / file).is_file()]
+        if missing:
+            raise UserError(f"--features {path} is a folder without {' and '.join(missing)}")
+    elif not path.is_file():
+        raise UserError(f"--features {path} is not a file")
+    elif path.suffix not in readers:
         raise UserError(f"--features {path} must end in .npz or .pt")
     try:
-        arrays = readers[path.suffix](path)
+        arrays = _read_folder(path) if path.is_dir() else readers[path.suffix](path)
         x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
     except UserError:
         raise
@@ -331,17 +341,32 @@ def _read_npz(path: Path) -> list[Any]:
 
 
 def _read_pt(path: Path) -> list[Any]:
+    content = _load_pt(path)
+    if not _is_pair(content) or not all(_is_pair(part) for part in content):
+        raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")
+    return [*content[0], *content[1]]
+
+
+def _read_folder(path: Path) -> list[Any]:
+    parts = [_load_pt(path / file) for file in FOLDER_FILES]
+    for file, part in zip(FOLDER_FILES, parts, strict=True):
+        if not _is_pair(part):
+            raise UserError(f"--features {path}: {file} must hold (x, y)")
+    return [*parts[0], *parts[1]]
+
+
+def _is_pair(content: Any) -> bool:
+    return isinstance(content, (tuple, list)) and len(content) == 2
+
+
+def _load_pt(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's own message tells how to run the file's code.
         raise UserError(f"--features {path} holds something other than tensors") from error
-    pairs = isinstance(content, (tuple, list)) and len(content) == 2
-    if not pairs or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in content):
-        raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")
-    return [*content[0], *content[1]]
 
 
 def _checked(data: Dataset) -> Dataset:

@@ -13,21 +13,26 @@ from ssd.trainer import Event, Trainer
 STEPS_PER_UPDATE = 10
 
 
+def progress_bar(console: Console, quiet: bool) -> Progress:
+    """A bar with its times; nothing where quiet or not on a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+
+
 class Display:
     """A progress bar on a terminal, else a line a task; fed by the trainer's events."""
 
     def __init__(self, console: Console, config: Config, quiet: bool) -> None:
         self.console, self.config = console, config
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
+        self.progress = progress_bar(console, quiet)
         self.plain = not quiet and not console.is_terminal
         self.bar = self.progress.add_task("starting", total=None)
         self.loss = self.train = self.test = float("nan")
@@ -61,3 +66,24 @@ class Display:
 
 def _shown(value: float) -> str:
     return "-.---" if value != value else f"{value:.3f}"
+
+
+class StepDisplay:
+    """A progress bar on a terminal, else a line a milestone, for work that is counted in steps."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self.console = console
+        self.progress = progress_bar(console, quiet)
+        self.visible = not quiet and console.is_terminal
+        self.plain = not quiet and not console.is_terminal
+        self.bar = self.progress.add_task("starting", total=None)
+
+    def update(self, text: str, done: int, total: int, milestone: bool) -> None:
+        """Takes in progress.
+
+        Args:
+            milestone: whether it deserves a line where there is no bar.
+        """
+        if milestone and self.plain:
+            self.console.print(text)
+        self.progress.update(self.bar, description=text, completed=done, total=total)

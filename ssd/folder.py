@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
 MATRIX = "accuracy_matrix.csv"
 FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its training set
+STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
 SUMMARY = "summary.json"
 
 

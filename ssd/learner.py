@@ -13,10 +13,15 @@ from ssd.data import Task
 from ssd.distillation import CHUNK, Distiller, count_activations, evaluating
 from ssd.networks import Network, ReLUMLP, TopKMLP
 from ssd.order import shuffled
-from ssd.regularizers import EWC, Regularizer
+from ssd.regularizers import EWC, L2, MAS, SI, Regularizer
 from ssd.sdmlp import SDMLP
+from ssd.structure import StructureRecorder
 
 ENCODER = "encoder"
+# Gathering more than this share of the rows costs more than a pass over all of them.
+PENALIZED_SHARE = 0.3
+# Test inputs, of all tasks, on which coverage is measured after every task.
+PROBES = 2000
 
 
 def build_model(config: Config, in_features: int, classes: int) -> Network:
@@ -58,6 +63,12 @@ def build_regularizers(config: Config, model: Network) -> list[Regularizer]:
     built: list[Regularizer] = []
     if "ewc" in config.parts:
         built.append(EWC(model, config.ewc_coefficient, config.ewc_beta))
+    if "mas" in config.parts:
+        built.append(MAS(model, config.mas_coefficient))
+    if "si" in config.parts:
+        built.append(SI(model, config.si_coefficient, config.si_beta))
+    if "l2" in config.parts:
+        built.append(L2(model, config.l2_coefficient))
     return built
 
 
@@ -92,6 +103,10 @@ class Learner:
         self.frequency = torch.zeros(count, config.neurons, dtype=torch.float64)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.structure: StructureRecorder | None = None
+        if isinstance(model, SDMLP):
+            size = max(config.k, round(config.subnetwork * config.k))
+            self.structure = StructureRecorder(min(size, config.neurons))
         self.inputs = torch.empty(0)  # what the first layer sees of the task, [N, d]
         self.labels = torch.empty(0)
 
@@ -104,6 +119,14 @@ class Learner:
         """Takes the teacher's outputs on a new task."""
         if self.distiller is not None:
             self.distiller.begin_task(self.tasks[number].x_train)
+
+    def penalized_rows(self) -> Tensor | None:
+        """Neurons [n] that a penalty may pull; None if that is most of them or not known."""
+        found = [r.rows() for r in self.regularizers if r.active]
+        if any(rows is None for rows in found):
+            return None
+        rows = torch.cat([r for r in found if r is not None])
+        return rows if len(rows) < PENALIZED_SHARE * self.config.neurons else None
 
     def order(self, task: int, epoch: int) -> Tensor:
         """The order of a task's samples in an epoch; epoch -1 is drawn at the task's end."""
@@ -141,10 +164,17 @@ class Learner:
         task = self.tasks[number]
         counts = count_activations(self.model, [ENCODER], task.x_train)
         self.frequency[number] = counts[ENCODER].double().cpu() / len(task.y_train)
+        if self.structure is not None and isinstance(self.model, SDMLP):
+            self.structure.end_task(self.model, self._probes(), self.frequency[number])
         if self.distiller is not None:
             self.distiller.end_task(task.x_train, task.y_train, counts)
         for regularizer in self.regularizers:
             regularizer.end_task(task.x_train, self.order(number, -1))
+
+    def _probes(self) -> Tensor:
+        """The same inputs after every task: every so manyth of all test sets."""
+        everything = torch.cat([task.x_test for task in self.tasks])
+        return everything[:: -(-len(everything) // PROBES)]
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that load_state needs to go on from here."""
@@ -157,6 +187,8 @@ class Learner:
         }
         if self.distiller is not None:
             tensors |= {f"distiller/{n}": t for n, t in self.distiller.state_dict().items()}
+        if self.structure is not None:
+            tensors |= {f"structure/{n}": t for n, t in self.structure.state_dict().items()}
         for number, regularizer in enumerate(self.regularizers):
             tensors |= {f"regularizer{number}/{n}": t for n, t in regularizer.state_dict().items()}
         for number, buffer in enumerate(self.momentum or []):
@@ -170,6 +202,8 @@ class Learner:
             getattr(self, name).copy_(tensors[name])
         if self.distiller is not None:
             self.distiller.load_state_dict(part(tensors, "distiller"))
+        if self.structure is not None:
+            self.structure.load_state_dict(part(tensors, "structure"))
         for number, regularizer in enumerate(self.regularizers):
             regularizer.load_state_dict(part(tensors, f"regularizer{number}"))
         for number, buffer in enumerate(self.momentum or []):

@@ -9,6 +9,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# A neuron counts as used from this activation frequency on.
+USED = 1e-3
+# Added to each neuron's share of the activations in kl_divergence.
+SMOOTHING = 1e-6
 
 
 def mean_accuracy(accuracy: Tensor) -> float:
@@ -42,3 +48,80 @@ def activation_entropy(frequency: Tensor) -> Tensor:
 def dead_fraction(frequency: Tensor) -> float:
     """Share of the neurons of frequency [R] that are never active."""
     return (frequency == 0).double().mean().item()
+
+
+def used_fraction(frequency: Tensor) -> float:
+    """Share of the neurons of frequency [R] that are active for at least USED of the inputs."""
+    return (frequency >= USED).double().mean().item()
+
+
+def effective_rank(code: Tensor) -> float:
+    """Number of directions that a code spreads over: exp of the entropy of its spectrum.
+
+    exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, s the singular values of the code [N, R], not
+    centred (Roy & Vetterli, EUSIPCO 2007). N inputs with m orthogonal codes, equally often: m.
+    0 for a code that is all zero, NaN for one that is not finite. Computed in fp64 on the CPU.
+    """
+    code = code.detach().double().cpu()
+    if not code.isfinite().all():
+        return math.nan
+    code = code[:, code.any(0)]
+    # LAPACK is several times as fast on a tall matrix as on a wide one.
+    values = torch.linalg.svdvals(code if len(code) >= code.shape[1] else code.T)
+    if not values.any():
+        return 0.0
+    p = values / values.sum()
+    return torch.special.xlogy(p, p).sum().neg().exp().item()
+
+
+def jaccard(neurons: Tensor, others: Tensor) -> float:
+    """|A & B| / |A | B| of two sets of neurons, [n] and [m] indices; 1 for two empty sets.
+
+    Two random sets of n out of R neurons have about n / (2 R - n).
+    """
+    union = torch.cat([neurons, others]).unique()
+    if len(union) == 0:
+        return 1.0
+    return int((torch.isin(union, neurons) & torch.isin(union, others)).sum()) / len(union)
+
+
+def kl_divergence(frequency: Tensor, other: Tensor) -> float:
+    """KL(P || Q) = sum_j P_j log2(P_j / Q_j) in bits, of two activation frequencies [R].
+
+    Each is scaled to sum 1 and smoothed, P_j = (p_j + SMOOTHING) / (1 + R SMOOTHING), because a
+    neuron that is active in one task only would make the divergence infinite. So P is uniform
+    where no neuron is active, and the value for disjoint sets of neurons depends on SMOOTHING.
+    """
+    p, q = _distribution(frequency), _distribution(other)
+    return (p * (p / q).log2()).sum().item()
+
+
+def address_cosine(addresses: Tensor, others: Tensor) -> float:
+    """Cosine of the mean addresses of two sets of neurons, [n, d] and [m, d]; 0 if one is zero.
+
+    Addresses are not negative, so unrelated ones have a cosine well above 0.
+    """
+    return _cosine(addresses.double().mean(0), others.double().mean(0)).item()
+
+
+def shared_address_cosine(
+    neurons: Tensor, addresses: Tensor, other_neurons: Tensor, other_addresses: Tensor
+) -> Tensor:
+    """Cosine between the two addresses of each neuron that two sets share, ascending, [|A & B|].
+
+    Args:
+        neurons, other_neurons: [n] and [m], ascending. addresses, other_addresses: theirs, [n, d]
+            and [m, d], taken at different times: 1 for a neuron that has not turned.
+    """
+    here, there = torch.isin(neurons, other_neurons), torch.isin(other_neurons, neurons)
+    return _cosine(addresses[here].double(), other_addresses[there].double())
+
+
+def _distribution(frequency: Tensor) -> Tensor:
+    p = frequency.double()
+    p = p / p.sum().clamp(min=torch.finfo(p.dtype).tiny) + SMOOTHING
+    return p / p.sum()
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1)

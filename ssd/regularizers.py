@@ -1,20 +1,23 @@
 """Weight regularisers: quadratic penalties on what earlier tasks need.
 
-A regulariser sees the model at the end of each task and gives the gradient of its penalty. The
-penalty is coefficient * sum over tasks t and parameters of F_t (p - p_t)^2 (no factor 1/2).
+coefficient * sum over terms and parameters of importance * (p - p*)^2, no factor 1/2, from the
+second task on. EWC has one term a task, the others have one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import ceil
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.config import FISHER_BATCH_SIZE, FISHER_BATCHES, FISHER_DIVISOR
+from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES, SI_DAMPING
 from ssd.distillation import evaluating
+
+Map = Callable[[Tensor], Tensor]
 
 
 class Regularizer(Protocol):
@@ -26,16 +29,28 @@ class Regularizer(Protocol):
         ...
 
     def penalty(self) -> Tensor:
-        """The penalty, 0-d."""
+        """The penalty, 0-d float64."""
         ...
 
-    def add_gradient(self, gradients: list[Tensor]) -> None:
+    def add_gradient(self, gradients: Sequence[Tensor]) -> None:
         """Adds the penalty's gradient to the gradients of the parameters, in place."""
         ...
 
-    def before_step(self, x: Tensor, y: Tensor) -> None: ...
+    def rows(self) -> Tensor | None:
+        """Ascending rows [n] of the parameters [R, ..] where its gradient is not 0; None: all."""
+        ...
 
-    def after_step(self) -> None: ...
+    def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
+        """As add_gradient, for some rows [n] alone: gradients [n, ..], one for each parameter."""
+        ...
+
+    def before_step(self, x: Tensor, y: Tensor) -> None:
+        """Called before every step, active or not, with its inputs [B, d] and labels [B]."""
+        ...
+
+    def after_step(self) -> None:
+        """Called when the step has written the parameters."""
+        ...
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
         """Takes in a finished task: inputs [N, d] and a random order [N] to sample them in."""
@@ -46,85 +61,205 @@ class Regularizer(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-class EWC:
-    """Elastic weight consolidation (Kirkpatrick et al. 2017), as the SDMLP code's "memory" variant.
+class Quadratic:
+    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant, which all of them amount to.
 
-    sum_t F_t (p - p_t)^2 = A p^2 - 2 B p + c with A = sum_t F_t, B = sum_t F_t p_t and
-    c = sum_t F_t p_t^2: two buffers a parameter, whatever the number of tasks.
+    EWC's sum over tasks too: with A = sum_t F_t and B = sum_t F_t p_t its gradient 2 (A p - B) is
+    2 A (p - B / A). So two buffers a parameter do: curvature = 2 * coefficient * A, and the anchor
+    B / A, which unlike A p - B loses no digits where p is close to it.
 
     Args:
-        model: x [B, d] -> logits [B, C].
-        coefficient: strength. beta: inverse temperature of the importance's loss.
+        model: x [B, d] -> logits [B, C], with the parameters that its first task begins with.
+        coefficient: strength.
     """
 
-    def __init__(self, model: nn.Module, coefficient: float, beta: float) -> None:
-        self.model, self.coefficient, self.beta = model, coefficient, beta
-        parameters = list(model.parameters())
-        self.importance = [torch.zeros_like(p) for p in parameters]  # A
-        self.pull = [torch.zeros_like(p) for p in parameters]  # B
-        self.constant = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    BUFFERS: tuple[str, ...] = ("curvature", "anchor")  # one tensor a parameter, in checkpoints
+
+    def __init__(self, model: nn.Module, coefficient: float) -> None:
+        self.model, self.coefficient = model, coefficient
+        self.parameters = list(model.parameters())
+        self.curvature = [torch.zeros_like(p) for p in self.parameters]
+        self.anchor = [p.detach().clone() for p in self.parameters]
+        self.constant = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
         self.tasks = 0
+        self._rows = self._find_rows()
 
     @property
     def active(self) -> bool:
         return self.tasks > 0
 
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        total = self.constant.clone()
+        for p, curvature, anchor in self._terms():
+            total += (curvature.double() * (p.double() - anchor.double()).square()).sum() / 2
+        return total
+
+    @torch.no_grad()
+    def add_gradient(self, gradients: Sequence[Tensor]) -> None:
+        for gradient, (p, curvature, anchor) in zip(gradients, self._terms(), strict=True):
+            gradient.addcmul_(curvature, p - anchor)
+
+    def rows(self) -> Tensor | None:
+        return self._rows
+
+    @torch.no_grad()
+    def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
+        for gradient, term in zip(gradients, self._terms(), strict=True):
+            p, curvature, anchor = (tensor.index_select(0, rows) for tensor in term)
+            gradient.addcmul_(curvature, p.sub_(anchor))
+
     def before_step(self, x: Tensor, y: Tensor) -> None: ...
 
     def after_step(self) -> None: ...
 
-    def penalty(self) -> Tensor:
-        """The penalty at the present parameters, 0-d float64 (differences of large sums)."""
-        total = self.constant.clone()
-        for p, a, b in zip(self.model.parameters(), self.importance, self.pull, strict=True):
-            point = p.detach().double()
-            total += ((a * point - 2 * b) * point).sum()
-        return self.coefficient * total
-
-    @torch.no_grad()
-    def add_gradient(self, gradients: list[Tensor]) -> None:
-        for gradient, p, a, b in zip(
-            gradients, self.model.parameters(), self.importance, self.pull, strict=True
-        ):
-            gradient.add_(torch.addcmul(-b, a, p), alpha=2 * self.coefficient)
-
-    def end_task(self, x: Tensor, order: Tensor) -> None:
-        for total, pull, p, fisher in zip(
-            self.importance, self.pull, self.model.parameters(), self.fisher(x, order), strict=True
-        ):
-            total += fisher
-            pull += fisher * p.detach()
-            self.constant += (fisher.double() * p.detach().double().square()).sum()
-        self.tasks += 1
-
-    def fisher(self, x: Tensor, order: Tensor) -> list[Tensor]:
-        """Importance of each parameter: squared gradients of batch sums of the loss.
-
-        The loss is nll(log_softmax(beta logits), label), summed over a batch; the label is the
-        model's own prediction.
-        """
-        parameters = list(self.model.parameters())
-        fisher = [torch.zeros_like(p) for p in parameters]
-        with evaluating(self.model), torch.enable_grad():
-            for batch in order[: FISHER_BATCHES * FISHER_BATCH_SIZE].split(FISHER_BATCH_SIZE):
-                logits = self.model(x[batch])
-                scaled = F.log_softmax(self.beta * logits, dim=-1)
-                loss = F.nll_loss(scaled, logits.argmax(-1), reduction="sum")
-                for total, gradient in zip(
-                    fisher, torch.autograd.grad(loss, parameters), strict=True
-                ):
-                    total += gradient.square() / FISHER_DIVISOR
-        return fisher
-
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"constant": self.constant, "tasks": torch.tensor(self.tasks)}
-        for number, (a, b) in enumerate(zip(self.importance, self.pull, strict=True)):
-            state |= {f"importance/{number}": a, f"pull/{number}": b}
-        return state
+        numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks)}
+        return numbers | self._buffers()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.constant.copy_(state["constant"])
         self.tasks = int(state["tasks"])
-        for number, (a, b) in enumerate(zip(self.importance, self.pull, strict=True)):
-            a.copy_(state[f"importance/{number}"])
-            b.copy_(state[f"pull/{number}"])
+        for name, tensor in self._buffers().items():
+            tensor.copy_(state[name])
+        self._rows = self._find_rows()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {f"{b}/{n}": t for b in self.BUFFERS for n, t in enumerate(getattr(self, b))}
+
+    def _terms(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return zip(self.parameters, self.curvature, self.anchor, strict=True)
+
+    @torch.no_grad()
+    def _accumulate(self, importance: Sequence[Tensor]) -> None:
+        """One accumulating term: adds its importance and moves the anchor to the parameters."""
+        for (p, curvature, anchor), added in zip(self._terms(), importance, strict=True):
+            curvature.add_(added, alpha=2 * self.coefficient)
+            anchor.copy_(p)
+        self._count_task()
+
+    def _count_task(self) -> None:
+        self.tasks += 1
+        self._rows = self._find_rows()
+
+    def _find_rows(self) -> Tensor | None:
+        if len({p.shape[:1] for p in self.parameters}) > 1:
+            return None  # no neuron owns a row of every parameter
+        pulled = torch.stack([c.reshape(len(c), -1).any(1) for c in self.curvature]).any(0)
+        return None if pulled.all() else pulled.nonzero().squeeze(1)
+
+    def _gradient(self, x: Tensor, loss: Map) -> tuple[Tensor, ...]:
+        """Gradient of loss(logits), in evaluation mode: the GABA counters must not advance."""
+        with evaluating(self.model), torch.enable_grad():
+            return torch.autograd.grad(loss(self.model(x)), self.parameters)
+
+    def _measure(self, x: Tensor, order: Tensor, loss: Map, importance: Map) -> list[Tensor]:
+        """importance(gradient of loss(logits)) of each parameter, added up over the batches."""
+        totals = [torch.zeros_like(p) for p in self.parameters]
+        sampled = order[: IMPORTANCE_BATCHES * IMPORTANCE_BATCH_SIZE]
+        for batch in sampled.split(IMPORTANCE_BATCH_SIZE):
+            for total, gradient in zip(totals, self._gradient(x[batch], loss), strict=True):
+                total += importance(gradient)
+        return totals
+
+
+def beta_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
+    """nll(log_softmax(beta logits), labels) summed over the batch, 0-d."""
+    return F.nll_loss(F.log_softmax(beta * logits, dim=-1), labels, reduction="sum")
+
+
+class EWC(Quadratic):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017), as the SDMLP code's "memory" variant.
+
+    Args:
+        model, coefficient: see Quadratic. beta: inverse temperature of the importance's loss.
+    """
+
+    def __init__(self, model: nn.Module, coefficient: float, beta: float) -> None:
+        super().__init__(model, coefficient)
+        self.beta = beta
+
+    @torch.no_grad()
+    def end_task(self, x: Tensor, order: Tensor) -> None:
+        """Merges the task's term: the anchor becomes the mean of both, weighed by importance."""
+        importance = self.fisher(x, order)
+        for (p, curvature, anchor), fisher in zip(self._terms(), importance, strict=True):
+            added = 2 * self.coefficient * fisher
+            total = curvature + added
+            share = torch.where(total > 0, added / total, 0)
+            self.constant += ((curvature * share).double() * (p - anchor).double() ** 2).sum() / 2
+            curvature.copy_(total)
+            anchor.lerp_(p, share)
+        self._count_task()
+
+    def fisher(self, x: Tensor, order: Tensor) -> list[Tensor]:
+        """Squared gradients of batch sums of the beta-softmax loss, label = own prediction."""
+        return self._measure(
+            x,
+            order,
+            lambda z: beta_loss(z, z.argmax(-1), self.beta),
+            lambda g: g**2 / FISHER_DIVISOR,
+        )
+
+
+class MAS(Quadratic):
+    """Memory aware synapses (Aljundi et al. 2018), as in the SDMLP code.
+
+    Importance is |gradient of mean(logits^2)|, added up over the batches and divided by the number
+    of batches in the whole task.
+    """
+
+    def end_task(self, x: Tensor, order: Tensor) -> None:
+        batches = ceil(len(x) / IMPORTANCE_BATCH_SIZE)
+        self._accumulate(
+            self._measure(x, order, lambda z: z.square().mean(), lambda g: g.abs() / batches)
+        )
+
+
+class SI(Quadratic):
+    """Synaptic intelligence (Zenke et al. 2017), as in the SDMLP code.
+
+    At every step w -= g * (change of p), with g the gradient of the beta-softmax loss of the batch
+    without penalty; at the end of a task importance += w / ((change of p in the task)^2 + 0.1).
+    It is not clamped: where a step went uphill, importance can be negative.
+
+    Args:
+        model, coefficient: see Quadratic. beta: inverse temperature of the loss.
+    """
+
+    BUFFERS = (*Quadratic.BUFFERS, "path")
+
+    def __init__(self, model: nn.Module, coefficient: float, beta: float) -> None:
+        super().__init__(model, coefficient)
+        self.beta = beta
+        self.path = [torch.zeros_like(p) for p in self.parameters]  # w
+        self.before = [torch.zeros_like(p) for p in self.parameters]
+        self.gradient: tuple[Tensor, ...] = ()
+
+    def before_step(self, x: Tensor, y: Tensor) -> None:
+        self.gradient = self._gradient(x, lambda logits: beta_loss(logits, y, self.beta))
+        for before, p in zip(self.before, self.parameters, strict=True):
+            before.copy_(p.detach())
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for w, gradient, before, p in zip(
+            self.path, self.gradient, self.before, self.parameters, strict=True
+        ):
+            w.addcmul_(gradient, before.sub_(p))
+
+    @torch.no_grad()
+    def end_task(self, x: Tensor, order: Tensor) -> None:
+        for w, (p, _, anchor) in zip(self.path, self._terms(), strict=True):
+            w /= (p - anchor).square() + SI_DAMPING
+        self._accumulate(self.path)
+        for w in self.path:
+            w.zero_()
+
+
+class L2(Quadratic):
+    """Pull to the parameters at the end of the last task, the same on every parameter."""
+
+    def end_task(self, x: Tensor, order: Tensor) -> None:
+        added = torch.zeros_like if self.active else torch.ones_like
+        self._accumulate([added(p) for p in self.parameters])

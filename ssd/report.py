@@ -17,7 +17,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
@@ -25,7 +25,7 @@ from rich.table import Table
 from ssd.checkpoint import write_atomically
 from ssd.errors import UserError
 from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_json
-from ssd.metrics import activation_entropy
+from ssd.metrics import USED, activation_entropy
 
 NAMED = 10  # tasks that a figure can name one by one
 MARKED = 60  # evaluations that a line can show as points
@@ -65,7 +65,7 @@ def seeds_table(aggregate: dict[str, Any]) -> Table:
 
 
 def write_figures(folder: Path) -> None:
-    """Draws the four figures of a finished run into its folder."""
+    """Draws the four figures of a finished run into its folder, as PNG and PDF."""
     summary = read_json(folder / SUMMARY)
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
@@ -74,22 +74,27 @@ def write_figures(folder: Path) -> None:
     except ValueError as error:
         raise UserError(f"{folder} is damaged ({error}); use another --out") from error
     drawings = {
-        "accuracy_over_time.png": lambda axes: _accuracy_over_time(axes, summary, records),
-        "accuracy_matrix.png": lambda axes: _accuracy_matrix(axes, summary),
-        "activation_heatmap.png": lambda axes: _activation_heatmap(axes, frequency),
-        "entropy_histogram.png": lambda axes: _entropy_histogram(axes, frequency),
+        "accuracy_over_time": lambda axes: _accuracy_over_time(axes, summary, records),
+        "accuracy_matrix": lambda axes: _accuracy_matrix(axes, summary),
+        "activation_heatmap": lambda axes: _activation_heatmap(axes, frequency),
+        "entropy_histogram": lambda axes: _entropy_histogram(axes, frequency),
     }
     for name, draw in drawings.items():
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         draw(axes)
-        _save(figure, folder / name)
+        save_figure(figure, folder / name)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes path.png and path.pdf, and closes the figure."""
+    formats: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
+    for suffix, metadata in formats.items():
+        stream = io.BytesIO()
+        # Type 42 fonts stay text in a PDF; print shops refuse matplotlib's default, type 3.
+        with plt.rc_context({"pdf.fonttype": 42}):
+            figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
+        write_atomically(path.with_name(f"{path.name}.{suffix}"), stream.getvalue())
     plt.close(figure)
-    write_atomically(path, stream.getvalue())
 
 
 def _accuracy_over_time(
@@ -144,14 +149,19 @@ def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
     busiest = np.where(frequency.max(0) > 0, frequency.argmax(0), len(frequency))
     order = np.lexsort((-frequency.max(0), busiest))
     image = axes.imshow(
-        frequency[:, order], aspect="auto", cmap="magma", vmin=0, interpolation="nearest"
+        frequency[:, order],
+        aspect="auto",
+        cmap="magma",
+        norm=LogNorm(USED, 1),  # most frequencies are small
+        interpolation="nearest",
     )
+    axes.set_facecolor("black")  # a frequency of 0 has no logarithm and is not drawn
     axes.set(
         xlabel="neuron, sorted by its busiest task; dead ones last", ylabel="after training task"
     )
     axes.set_title("activation frequency on the task's training set")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.figure.colorbar(image, ax=axes, label="activation frequency")
+    axes.figure.colorbar(image, ax=axes, label="activation frequency", extend="min")
 
 
 def _entropy_histogram(axes: Axes, frequency: np.ndarray) -> None:

@@ -26,6 +26,7 @@ from ssd.folder import (
     FREQUENCY,
     MATRIX,
     METRICS,
+    STRUCTURE,
     SUMMARY,
     claim,
     commit,
@@ -218,9 +219,17 @@ def run_together(
         summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
         write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
         write_atomically(folder / FREQUENCY, npy(learner.frequency))
+        if learner.structure is not None:
+            learner.structure.save(folder / STRUCTURE)
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         summaries.append(summary)
     return summaries
+
+
+def device_name(device: torch.device) -> str:
+    """A device with the name of its hardware."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
 
 
 def summarize(
@@ -228,8 +237,6 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json."""
     config, accuracy, frequency = learner.config, learner.accuracy, learner.frequency
-    device = learner.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "dataset": dataset,
         "method": config.method,
@@ -243,10 +250,11 @@ def summarize(
         "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
         "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
         "mean_active": frequency.sum(-1).tolist(),
+        **({} if learner.structure is None else {"structure": learner.structure.summary()}),
         "trained_together": beside,
         "seconds": seconds,  # of all that were trained together
         "steps_per_second": steps / seconds,
-        "device": f"{device.type} ({name})",
+        "device": device_name(learner.device),
         "versions": versions(),
         "commit": commit(),
         "config": config.to_dict(),

@@ -136,10 +136,14 @@ class AnnealedTopKLinear(TopKLinear):
             self.samples += len(x)
         return code
 
-    def updated(self, code: TopKOutput) -> None:
-        """Says that since code() only the rows of the code's active neurons were written to."""
+    @property
+    def shadowed(self) -> bool:
+        """Whether there is a bfloat16 copy of the weight that wants to hear of updates."""
+        return self._shadow is not None
+
+    def updated(self, neurons: Tensor) -> None:
+        """Says that since code() only the rows of some neurons [n], distinct, were written to."""
         if self._shadow is not None:
-            neurons = code.indices[code.values > 0].unique()
             self._shadow.update(self.weight, self.response()[0], neurons)
 
     def _estimator(self, gaba: Tensor | None) -> Shadow | None:

@@ -23,16 +23,28 @@ from ssd.config import DATASETS, PRESETS, Config, option, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.display import Display
 from ssd.errors import UserError
-from ssd.folder import CHECKPOINT, CONFIG, SUMMARY, claim, commit, describe, read_json, versions
+from ssd.folder import (
+    CHECKPOINT,
+    CONFIG,
+    STRUCTURE,
+    SUMMARY,
+    claim,
+    commit,
+    describe,
+    read_json,
+    versions,
+)
 from ssd.report import accuracy_table, seeds_table, write_figures
 from ssd.run import Interrupted, RunOptions, make_tasks, run, run_together
+from ssd.structure_report import write_structure_figures
 
 # The settings that have an option of their own, by the group of --help that shows them.
 GROUPS = {
     "data": ("tasks", "validation"),
     "run": ("seed",),
     "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
-               "frequency", "ewc_coefficient", "ewc_beta"),
+               "frequency", "ewc_coefficient", "ewc_beta", "mas_coefficient", "si_coefficient",
+               "si_beta", "l2_coefficient"),
     "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
     "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
 }  # fmt: skip
@@ -158,6 +170,13 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def draw(folder: Path) -> None:
+    """All figures of a finished run."""
+    write_figures(folder)
+    if (folder / STRUCTURE).is_file():
+        write_structure_figures(folder)
+
+
 @dataclass(frozen=True)
 class Session:
     """One invocation of the command line: what every run of it shares."""
@@ -173,7 +192,7 @@ class Session:
         display = Display(self.console, config, self.quiet)
         with display.progress:
             summary = run(config, self.data, folder, self.options, display.watch, self.stopped)
-        write_figures(folder)
+        draw(folder)
         return summary
 
     def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
@@ -191,7 +210,7 @@ class Session:
                 self.stopped,
             )  # fmt: skip
         for each in folders:
-            write_figures(each)
+            draw(each)
             if self.stopped():
                 raise Interrupted
         aggregate = summarize_seeds(summaries, config)

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from ssd.config import Config
 from ssd.learner import ENCODER, Learner, part
+from ssd.resident import ResidentEpochs
 from ssd.sdmlp import SDMLP
 from ssd_kernels import TopKOutput, distill, row_gradient, row_update, sparse_linear
-from ssd_kernels.reference import clip_scale
+from ssd_kernels.reference import clip_scale, project
 
 # Settings in which learners that are trained together may differ.
 OWN = ("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples",
@@ -58,10 +59,16 @@ class Trainer:
         self.device = self.learners[0].device
         self.task = self.epoch = self.position = self.steps = 0
         self._loaded = -1
-        self._positions: Tensor | None = None
+        self.positions: Tensor | None = None
         self.sparse = all(isinstance(each.model, SDMLP) for each in self.learners)
         if self.sparse:
             self._stack()
+        # On the CPU a step at a time is as fast, and can be interrupted and resumed.
+        self.resident = (
+            ResidentEpochs(self)
+            if self.device.type == "cuda" and ResidentEpochs.serves(self)
+            else None
+        )
 
     def _stack(self) -> None:
         """Puts all learners' weights into one tensor, of which theirs become views."""
@@ -94,10 +101,13 @@ class Trainer:
             if self.epoch == self.position == 0:
                 for each in self.learners:
                     each.begin_task(self.task)
-            self._load_task()
+            self.load_task()
             while self.epoch < config.epochs:
-                orders = [each.order(self.task, self.epoch) for each in self.learners]
                 batches = self.steps_per_epoch()[self.task]
+                if self.resident is not None and self.position == 0:
+                    self.resident.train_epoch()
+                    self.steps, self.position = self.steps + batches, batches
+                orders = [each.order(self.task, self.epoch) for each in self.learners]
                 while self.position < batches:
                     first = self.position * config.batch_size
                     self.step([order[first : first + config.batch_size] for order in orders])
@@ -116,48 +126,52 @@ class Trainer:
         size = self.config.batch_size
         return [-(-max(len(t.y_train) for t in tasks) // size) for tasks in streams]
 
-    def _load_task(self) -> None:
+    def load_task(self) -> None:
         """Readies the learners' data, and where each neuron stands in the distilled subnetwork."""
         if self._loaded == self.task:
             return
         for each in self.learners:
             each.load_task(self.task)
-        self._loaded, self._positions = self.task, None
-        if not (self.sparse and self._teaches and self._distils_hidden):
+        self._loaded = self.task
+        if not (self.sparse and self.teaches and self.distils_hidden):
             return
         neurons = [each.distiller.neurons[ENCODER] for each in self.learners]  # type: ignore[union-attr]
         size, count = len(neurons[0]), self.config.neurons
-        positions = torch.full((len(neurons) * count,), size, device=self.device)
+        if self.positions is None:
+            self.positions = torch.empty(
+                len(neurons) * count, dtype=torch.int64, device=self.device
+            )
+        self.positions.fill_(size)
         for number, chosen in enumerate(neurons):
-            positions[number * count + chosen] = torch.arange(size, device=self.device)
-        self._positions = positions
+            self.positions[number * count + chosen] = torch.arange(size, device=self.device)
 
     @property
-    def _teaches(self) -> bool:
+    def teaches(self) -> bool:
         distiller = self.learners[0].distiller
         return distiller is not None and distiller.teaches
 
     @property
-    def _distils_hidden(self) -> bool:
+    def distils_hidden(self) -> bool:
         return "ssd" in self.config.parts and any(each.config.lam > 0 for each in self.learners)
 
     def step(self, samples: Sequence[Tensor]) -> None:
         """One step on the samples [B] of each learner, positions in its task's training set."""
-        self._load_task()
-        codes: dict[int, TopKOutput] = {}
-        before = self._teaches and self._distils_hidden and self.config.hidden == "before"
+        self.load_task()
+        codes: dict[int, tuple[Tensor, TopKOutput]] = {}
+        before = self.teaches and self.distils_hidden and self.config.hidden == "before"
         for number, (each, chosen) in enumerate(zip(self.learners, samples, strict=True)):
             if len(chosen) == 0:  # its epoch is over
                 continue
+            address = each.inputs.index_select(0, chosen)
             for regularizer in each.regularizers:
-                regularizer.before_step(each.inputs[chosen], each.labels[chosen])
+                regularizer.before_step(address, each.labels[chosen])
             code = None
             if isinstance(each.model, SDMLP) and not before:
-                code = each.model.encoder.code(each.inputs[chosen])
+                code = each.model.encoder.code(address)
             if code is None:
-                self._dense_step(each, chosen)
+                self._dense_step(each, address, chosen)
             else:
-                codes[number] = code
+                codes[number] = address, code
         if codes:
             self._sparse_step(codes, samples)
         for each, chosen in zip(self.learners, samples, strict=True):
@@ -165,85 +179,155 @@ class Trainer:
                 regularizer.after_step()
         self.steps += 1
 
-    def _dense_step(self, each: Learner, samples: Tensor) -> None:
+    def _dense_step(self, each: Learner, address: Tensor, samples: Tensor) -> None:
         """Autograd through the whole network."""
         labels = each.labels[samples]
-        logits = each.model.respond(each.inputs[samples])
+        logits = each.model.respond(address)
         if each.distiller is None:
             loss = F.cross_entropy(logits, labels)
         else:
             loss = each.distiller.loss(logits, labels, samples)
-        self._update(each, list(torch.autograd.grad(loss, each.parameters)))
+        self.update(each, list(torch.autograd.grad(loss, each.parameters)))
         self._note(each, loss.detach() * len(labels), logits.detach(), labels)
 
-    def _sparse_step(self, codes: Mapping[int, TopKOutput], samples: Sequence[Tensor]) -> None:
+    def _sparse_step(
+        self, codes: Mapping[int, tuple[Tensor, TopKOutput]], samples: Sequence[Tensor]
+    ) -> None:
         """Backward and update on the rows of the active neurons: the dense step at less cost."""
         numbers = list(codes)
-        learners = [self.learners[number] for number in numbers]
         chosen = [samples[number] for number in numbers]
         sizes = [len(s) for s in chosen]
-        address = _joined([each.inputs[s] for each, s in zip(learners, chosen, strict=True)])
-        labels = _joined([each.labels[s] for each, s in zip(learners, chosen, strict=True)])
-        values = _joined([codes[number].values for number in numbers]).requires_grad_()
-        indices = _joined([codes[n].indices + n * self.config.neurons for n in numbers])
-        encoder, decoder = self.weights
-        logits = sparse_linear(values, indices, decoder)
-        hidden, terms = self._targets(numbers, chosen, sizes, values.detach(), indices)
-        output = distill(logits.detach(), labels, **terms)
+        learners = [self.learners[number] for number in numbers]
+        code = TopKOutput(
+            _joined([codes[n][1].values for n in numbers]),
+            _joined([_shifted(codes[n][1].indices, n * self.config.neurons) for n in numbers]),
+        )
         # The loss is the mean over a learner's own samples.
         share: float | Tensor = float(sizes[0])
         if len(sizes) > 1:
-            counts = torch.tensor(sizes, dtype=values.dtype, device=self.device)
+            counts = torch.tensor(sizes, dtype=code.values.dtype, device=self.device)
             share = _spread(counts, sizes).unsqueeze(1)
+        logits, loss = self.learn(
+            numbers,
+            _slices(sizes),
+            _joined([codes[n][0] for n in numbers]),
+            _joined([each.labels[s] for each, s in zip(learners, chosen, strict=True)]),
+            code,
+            share,
+            *self._targets(numbers, chosen, sizes, code),
+        )
+        for number, rows in zip(numbers, _slices(sizes), strict=True):
+            each = self.learners[number]
+            self._note(each, loss[rows].sum(), logits[rows], each.labels[samples[number]])
+
+    def learn(
+        self,
+        numbers: Sequence[int],
+        rows: Sequence[slice],
+        address: Tensor,
+        labels: Tensor,
+        code: TopKOutput,
+        share: float | Tensor,
+        positions: Tensor | None,
+        terms: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Loss, gradient and update for the codes of some learners; nothing is read by the host.
+
+        Args:
+            numbers: of the learners. rows: of each in the batch.
+            address: [B, d]. labels: [B]. code: [B, K], neurons numbered through all learners.
+            share: what divides the gradient of a sample, broadcast to [B, 1].
+            positions: [B, K] where each slot stands in the distilled subnetwork, or None.
+            terms: further arguments of distill.
+
+        Returns:
+            Logits [B, C] and loss [B].
+        """
+        values, indices = code.values.requires_grad_(), code.indices
+        logits = sparse_linear(values, indices, self.weights[1])
+        output = distill(logits.detach(), labels, **terms)
         grad_logits = output.grad_logits / share
         (grad_values,) = torch.autograd.grad(logits, values, grad_logits)
         values = values.detach()
-        if hidden is not None and output.grad_hidden is not None:
+        if positions is not None and output.grad_hidden is not None:
             slopes = F.pad(output.grad_hidden / share, (0, 1))
-            grad_values = grad_values + slopes.gather(1, hidden)
+            grad_values = grad_values + slopes.gather(1, positions)
         coefficients = [grad_values * (values > 0), values]
+        inputs = [address, grad_logits]
+        learners = [self.learners[number] for number in numbers]
         penalized = any(r.active for each in learners for r in each.regularizers)
-        if penalized or self.learners[0].momentum is not None:
-            for each, number, rows in zip(learners, numbers, _slices(sizes), strict=True):
-                self._update(
-                    each,
-                    [
-                        row_gradient(
-                            c[rows],
-                            i[rows],
-                            indices[rows] - number * self.config.neurons,
-                            self.config.neurons,
-                        )
-                        for c, i in zip(coefficients, (address, grad_logits), strict=True)
-                    ],
+        if penalized or self.config.momentum > 0:
+            for each, number, own in zip(learners, numbers, rows, strict=True):
+                local = _shifted(indices[own], -number * self.config.neurons)
+                self._penalized_update(
+                    each, [c[own] for c in coefficients], [i[own] for i in inputs], local
                 )
-        else:
-            row_update(
-                [encoder, decoder],
-                coefficients,
-                [address, grad_logits],
-                indices,
-                lr=self.lr,
-                max_norm=self.max_norm,
-                nonnegative=True,
-                normalize=(True, False),
-                blocks=len(self.learners),
-            )
-            for each, number in zip(learners, numbers, strict=True):
-                _sdmlp(each).encoder.updated(codes[number])
-        for each, rows in zip(learners, _slices(sizes), strict=True):
-            self._note(each, output.loss[rows].sum(), logits.detach()[rows], labels[rows])
+            return logits.detach(), output.loss
+        row_update(
+            self.weights,
+            coefficients,
+            inputs,
+            indices,
+            lr=self.lr,
+            max_norm=self.max_norm,
+            nonnegative=True,
+            normalize=(True, False),
+            blocks=len(self.learners),
+        )
+        for each, number, own in zip(learners, numbers, rows, strict=True):
+            encoder = _sdmlp(each).encoder
+            if encoder.shadowed:
+                active = indices[own][values[own] > 0].unique()
+                encoder.updated(_shifted(active, -number * self.config.neurons))
+        return logits.detach(), output.loss
+
+    def _penalized_update(
+        self,
+        each: Learner,
+        coefficients: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        indices: Tensor,
+    ) -> None:
+        """The update under penalties, on the rows where anything pulls if they are few."""
+        count = self.config.neurons
+        # The dense step serves momentum, which moves every row, and CUDA, where no shape may vary.
+        dense = self.config.momentum > 0 or self.device.type != "cpu"
+        rows = None if dense else each.penalized_rows()
+        if rows is None:
+            gradients = [
+                row_gradient(c, i, indices, count)
+                for c, i in zip(coefficients, inputs, strict=True)
+            ]
+            self.update(each, gradients)
+            return
+        active = coefficients[1] > 0
+        rows = torch.cat([rows, indices[active]]).unique()
+        # Slots that are not active add nothing, wherever they point.
+        places = torch.searchsorted(rows, indices).clamp_(max=len(rows) - 1)
+        gradients = [
+            row_gradient(c, i, places, len(rows)) for c, i in zip(coefficients, inputs, strict=True)
+        ]
+        for regularizer in each.regularizers:
+            if regularizer.active:
+                regularizer.add_row_gradient(gradients, rows)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        step = clip_scale(norm, each.config.max_norm) * each.config.lr
+        normalized = _sdmlp(each).normalized
+        for weight, gradient, norms in zip(each.parameters, gradients, normalized, strict=True):
+            moved = weight.detach().index_select(0, rows).sub_(gradient.mul_(step))
+            weight.detach().index_copy_(0, rows, project(moved, True, norms))
+        if _sdmlp(each).encoder.shadowed:
+            _sdmlp(each).encoder.updated(rows)
 
     def _targets(
         self,
         numbers: Sequence[int],
         chosen: Sequence[Tensor],
         sizes: Sequence[int],
-        values: Tensor,
-        indices: Tensor,
+        code: TopKOutput,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Where each slot stands in the subnetwork [B, K], and the teacher's part of the loss."""
-        if not self._teaches:
+        if not self.teaches:
             return None, {}
         distillers = [d for n in numbers if (d := self.learners[n].distiller) is not None]
         pairs = list(zip(distillers, chosen, strict=True))
@@ -262,17 +346,22 @@ class Trainer:
             for row, (distiller, _) in zip(seen, pairs, strict=True):
                 row[distiller.classes_seen] = True
             terms["columns"] = _spread(seen, sizes)
-        if self._positions is None:
+        if self.positions is None:
             return None, terms
         terms["target_hidden"] = _joined([d.teacher_hidden[ENCODER][s] for d, s in pairs])
-        positions = self._positions[indices]
-        wide = values.new_zeros(len(values), terms["target_hidden"].shape[1] + 1)
+        terms["hidden"], slots = self.distilled(code, terms["target_hidden"].shape[1])
+        return slots, terms
+
+    def distilled(self, code: TopKOutput, size: int) -> tuple[Tensor, Tensor]:
+        """The subnetwork's activations [B, n] in a code, and where each slot stands in it."""
+        assert self.positions is not None
+        positions = self.positions[code.indices]
+        wide = code.values.new_zeros(len(code.values), size + 1)
         # Slots of other neurons go to an extra column that is cut off.
-        terms["hidden"] = wide.scatter_add_(1, positions, values)[:, :-1]
-        return positions, terms
+        return wide.scatter_add_(1, positions, code.values)[:, :-1], positions
 
     @torch.no_grad()
-    def _update(self, each: Learner, gradients: list[Tensor]) -> None:
+    def update(self, each: Learner, gradients: list[Tensor]) -> None:
         """Dense step: penalties, global-norm clip, SGD, projection."""
         for regularizer in each.regularizers:
             if regularizer.active:
@@ -322,6 +411,10 @@ def _sdmlp(learner: Learner) -> SDMLP:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _shifted(indices: Tensor, offset: int) -> Tensor:
+    return indices + offset if offset else indices
 
 
 def _spread(values: Tensor, sizes: Sequence[int]) -> Tensor:

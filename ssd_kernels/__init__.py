@@ -1,6 +1,7 @@
 """Exact, deterministic, trainable k-sparse layers; ssd_kernels.reference is the specification."""
 
 from ssd_kernels import _library, nn, reference  # noqa: F401 (_library registers)
+from ssd_kernels.code_gram import code_gram
 from ssd_kernels.count_active import count_active
 from ssd_kernels.distill import distill
 from ssd_kernels.linear_code import linear_code
@@ -14,6 +15,7 @@ from ssd_kernels.topk import topk
 
 __all__ = [
     "TopKOutput",
+    "code_gram",
     "count_active",
     "distill",
     "linear_code",

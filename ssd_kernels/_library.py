@@ -16,7 +16,10 @@ from torch import Tensor
 
 from ssd_kernels import _dispatch, _linear_slabs, reference
 from ssd_kernels._segments import row_gradients
+from ssd_kernels.code_gram import _triton as gram_triton
 from ssd_kernels.count_active import _triton as count_triton
+from ssd_kernels.distill import DistillOutput
+from ssd_kernels.distill import _triton as distill_triton
 from ssd_kernels.linear_topk import heuristic
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import _triton as update_triton
@@ -263,6 +266,28 @@ def _(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> tu
     return inputs.new_empty(neurons, inputs.shape[1]), inputs.new_empty(neurons)
 
 
+@torch.library.custom_op("ssd_kernels::code_gram", mutates_args=("gram", "cross"))
+def code_gram_op(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    gram_triton(values, indices, gram, cross, targets)
+
+
+@code_gram_op.register_fake
+def _(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    return None
+
+
+def code_gram(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    if targets is not None:
+        targets = targets.detach()
+    code_gram_op(values.detach(), indices, gram, cross, targets)
+
+
 @torch.library.custom_op("ssd_kernels::linear_topk", mutates_args=())
 def linear_topk_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str
@@ -427,13 +452,86 @@ def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons:
     return gradient
 
 
+@torch.library.custom_op("ssd_kernels::distill", mutates_args=())
+def distill_op(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    alpha: Tensor,
+    lam: Tensor,
+    temperature: Tensor,
+    kl: str,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = distill_triton(
+        logits,
+        labels,
+        target_logits,
+        hidden,
+        target_hidden,
+        alpha=alpha,
+        lam=lam,
+        temperature=temperature,
+        kl=kl,
+        columns=columns,
+    )
+    slopes = output.grad_hidden
+    return output.loss, output.grad_logits, logits.new_empty(0) if slopes is None else slopes
+
+
+@distill_op.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    alpha: Tensor,
+    lam: Tensor,
+    temperature: Tensor,
+    kl: str,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = logits.new_empty(0) if hidden is None else hidden.new_empty(hidden.shape)
+    return logits.new_empty(len(logits)), logits.new_empty(logits.shape), slopes
+
+
+def distill(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    alpha: float | Tensor,
+    lam: float | Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None,
+) -> DistillOutput:
+    settings = [
+        value.to(torch.float32)
+        if isinstance(value, Tensor)
+        else torch.full((len(logits),), float(value), device=logits.device)
+        for value in (alpha, lam, temperature)
+    ]
+    loss, grad_logits, grad_hidden = distill_op(
+        logits, labels, target_logits, hidden, target_hidden, *settings, kl, columns
+    )
+    return DistillOutput(loss, grad_logits, None if hidden is None else grad_hidden)
+
+
 _OPERATORS: tuple[Callable[..., Any], ...] = (
     topk,
     linear_topk,
     linear_inhibit,
     sparse_linear,
     row_gradient,
+    code_gram,
     count_active,
+    distill,
     row_update,
 )
 _dispatch.COMPILED.update({(op.__name__, "triton"): op for op in _OPERATORS})

@@ -38,6 +38,13 @@ TABLE: dict[str, dict[str, Rows]] = {
     },
     "linear_inhibit": {"default": (({}, {"BM": 16, "BN": 256, "num_warps": 4}),)},
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
+    "code_gram": {
+        "default": (
+            ({"slots": 32}, {"BLOCK": 32, "num_warps": 1}),
+            ({"slots": 128}, {"BLOCK": 128, "num_warps": 4}),
+            ({}, {"BLOCK": 256, "num_warps": 8}),
+        ),
+    },
     "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
     "segments": {
         "default": (

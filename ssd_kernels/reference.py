@@ -149,6 +149,20 @@ def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons:
     return gradient.index_add_(0, indices.flatten(), products.flatten(0, -2))
 
 
+def code_gram(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    """gram += H^T H, cross += H^T Y for the dense form H [B, R] of a code; Y [B, C] or labels."""
+    neurons = gram.shape[0]
+    dense = gram.new_zeros(values.shape[0], neurons)
+    dense.scatter_add_(1, indices, values.detach().to(gram.dtype))
+    gram += dense.T @ dense
+    if cross is not None and targets is not None:
+        if targets.dim() == 1:
+            targets = F.one_hot(targets, cross.shape[1])
+        cross += dense.T @ targets.detach().to(cross.dtype)
+
+
 def row_update(
     weights: Sequence[Tensor],
     coefficients: Sequence[Tensor],

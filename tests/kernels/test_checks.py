@@ -54,6 +54,14 @@ def _count_active() -> Arguments:
     return _code() | {"counts": counts, "last_active": counts.clone(), "step": 3}
 
 
+def _code_gram() -> Arguments:
+    return _code() | {
+        "gram": torch.rand(NEURONS, NEURONS),
+        "cross": torch.rand(NEURONS, OUTPUTS),
+        "targets": torch.randint(OUTPUTS, (BATCH,)),
+    }
+
+
 def _row_update() -> Arguments:
     code = _code()
     return {
@@ -73,6 +81,7 @@ GOOD: dict[str, Callable[[], Arguments]] = {
     "linear_topk": _linear_topk,
     "linear_inhibit": _linear_inhibit,
     "sparse_linear": _sparse_linear,
+    "code_gram": _code_gram,
     "count_active": _count_active,
     "row_update": _row_update,
 }
@@ -121,6 +130,34 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"weight": torch.ones(9, 3, device=META)}, ValueError, "weight is on meta"),
         ({"bias": torch.ones(4)}, ValueError, r"bias has shape \[4\], expected \[3\]"),
         ({"bias": torch.ones(3).half()}, TypeError, "bias has dtype torch.float16"),
+    ],
+    "code_gram": [
+        *CODE,
+        ({"values": torch.ones(4, 2).long()}, TypeError, "values has dtype torch.int64"),
+        (
+            {"values": torch.ones(2), "indices": torch.ones(2).long()},
+            ValueError,
+            r"indices have shape \[2\], expected \[B, K\]",
+        ),
+        ({"indices": torch.full((4, 2), 9)}, ValueError, r"from 9 to 9, expected 0\.\.8"),
+        ({"indices": torch.full((4, 2), -1)}, ValueError, r"from -1 to -1, expected 0\.\.8"),
+        ({"gram": torch.ones(9, 8)}, ValueError, r"gram has shape \[9, 8\], expected \[R, R\]"),
+        ({"gram": torch.ones(9, 9).half()}, TypeError, "gram has dtype torch.float16"),
+        ({"gram": torch.ones(9, 18)[:, ::2]}, ValueError, "gram with strides"),
+        ({"gram": torch.ones(9, 9, device=META)}, ValueError, "gram is on meta"),
+        ({"cross": None}, ValueError, "cross and targets must be given together"),
+        ({"targets": None}, ValueError, "cross and targets must be given together"),
+        ({"cross": torch.ones(8, 3)}, ValueError, r"cross has shape \[8, 3\], expected \[9, C\]"),
+        ({"cross": torch.ones(9, 3).double()}, TypeError, "cross has dtype torch.float64"),
+        ({"cross": torch.ones(9, 3, device=META)}, ValueError, "cross is on meta"),
+        ({"cross": torch.ones(3, 9).T}, ValueError, "cross with strides"),
+        ({"targets": torch.ones(4).int()}, TypeError, "labels have dtype torch.int32"),
+        ({"targets": torch.ones(5).long()}, ValueError, r"targets has shape \[5\]"),
+        ({"targets": torch.full((4,), 3)}, ValueError, r"labels run from 3 to 3, expected 0\.\.2"),
+        ({"targets": torch.ones(4)}, ValueError, r"targets has shape \[4\], expected \[4, 3\]"),
+        ({"targets": torch.ones(4, 2)}, ValueError, r"targets has shape \[4, 2\]"),
+        ({"targets": torch.ones(4, 3).long()}, TypeError, "targets has dtype torch.int64"),
+        ({"targets": torch.ones(4, 3, device=META)}, ValueError, "targets is on meta"),
     ],
     "count_active": [
         *CODE,

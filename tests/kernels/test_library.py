@@ -97,6 +97,22 @@ def _count_active(device: str) -> Run:
     return run
 
 
+def _code_gram(device: str) -> Run:
+    values, indices = _code(device)
+    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
+    targets = torch.randn(BATCH, OUTPUTS, device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        gram = torch.zeros(NEURONS, NEURONS, device=device)
+        crosses = torch.zeros(2, NEURONS, OUTPUTS, device=device)
+        sk.code_gram(values, indices, gram, crosses[0], labels, impl=impl)
+        sk.code_gram(values, indices, gram, crosses[1], targets, impl=impl)
+        sk.code_gram(values, indices, gram, impl=impl)
+        return [gram, crosses]
+
+    return run
+
+
 def _row_update(device: str) -> Run:
     values, indices = _code(device)
     widths = (INPUTS, OUTPUTS)
@@ -124,12 +140,30 @@ def _row_update(device: str) -> Run:
     return run
 
 
+def _distill(device: str) -> Run:
+    logits, target = (torch.randn(BATCH, OUTPUTS, device=device) for _ in range(2))
+    hidden, taught = (torch.randn(BATCH, SLOTS, device=device) for _ in range(2))
+    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
+        outputs = [
+            *sk.distill(logits, labels, target, hidden, taught, **options),
+            *sk.distill(logits, labels, impl=impl),
+        ]
+        return [output for output in outputs if output is not None]
+
+    return run
+
+
 CASES = {
     "topk": _topk,
     "linear_topk": _linear_topk,
     "linear_inhibit": _linear_inhibit,
     "sparse_linear": _sparse_linear,
+    "code_gram": _code_gram,
     "count_active": _count_active,
+    "distill": _distill,
     "row_update": _row_update,
 }
 
@@ -240,11 +274,17 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     grad = torch.randn(BATCH, OUTPUTS, device=device)
     counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
     now = torch.tensor(3, device=device)
+    gram = torch.zeros(NEURONS, NEURONS, device=device)
+    cross, labels = gram[:, :OUTPUTS].contiguous(), indices[:, 0] % OUTPUTS
     weights = [torch.rand(NEURONS, w, device=device) for w in (INPUTS, OUTPUTS)]
     buffers = [w.clone() for w in weights]
     inputs = [torch.randn(BATCH, w, device=device) for w in (INPUTS, OUTPUTS)]
     layer = _layer(device)
-    update = (weights, [plain, plain], inputs, indices, 0.1)
+    rate, bound = torch.full((1,), 0.1, device=device), torch.full((1,), 0.5, device=device)
+    update = (weights, [plain, plain], inputs, indices, rate)
+    logits, hidden = grad.clone(), plain.clone()
+    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
+    settings = [torch.full((BATCH,), value, device=device) for value in (0.6, 0.3, 2.0)]
     backward = (grad, plain, indices, weight.detach())
     return {
         "topk": (_library.topk_op, (scores, SLOTS, None, None)),
@@ -254,13 +294,29 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "backward": (_library.sparse_linear_backward_op, (*backward, True, True)),
         "backward of values": (_library.sparse_linear_backward_op, (*backward, True, False)),
         "row_gradients": (_library.row_gradients_op, (plain, inputs[0], indices, NEURONS)),
+        "code_gram": (_library.code_gram_op, (plain, indices, gram, cross, labels)),
+        "code_gram only": (_library.code_gram_op, (plain, indices, gram, None, None)),
         "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", "fused")),
         "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", "fused")),
         "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract")),
         "count_active": (_library.count_active_op, (plain, indices, counts, counts.clone(), now)),
         "count_active only": (_library.count_active_op, (plain, indices, counts, None, now)),
-        "row_update": (_library.row_update_op, (*update, 0.5, True, [True, False], 0.9, buffers)),
-        "row_update plain": (_library.row_update_op, (*update, None, False, [False] * 2, 0.0, [])),
+        "row_update": (
+            _library.row_update_op,
+            (*update, bound, True, [True, False], 0.9, buffers, 1),
+        ),
+        "row_update plain": (
+            _library.row_update_op,
+            (*update, None, False, [False] * 2, 0.0, [], 1),
+        ),
+        "distill": (
+            _library.distill_op,
+            (logits, labels, grad, hidden, plain, *settings, "forward", logits > 0),
+        ),
+        "distill plain": (
+            _library.distill_op,
+            (logits, labels, None, None, None, *settings, "reverse", None),
+        ),
     }
 
 

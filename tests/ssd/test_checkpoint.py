@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -84,3 +85,15 @@ def test_leftover_of_a_kill_is_replaced(path: Path) -> None:
     write_atomically(path, "new")
     assert path.read_text() == "new"
     assert not temporary(path).exists()
+
+
+def test_content_written_to_the_stream(tmp_path: Path) -> None:
+    def fail(stream: IO[bytes]) -> None:
+        stream.write(b"half")
+        raise ValueError("why")
+
+    write_atomically(tmp_path / "f", lambda stream: stream.writelines([b"a", b"b"]))
+    assert (tmp_path / "f").read_bytes() == b"ab"
+    with pytest.raises(ValueError, match="why"):
+        write_atomically(tmp_path / "f", fail)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"ab")]

@@ -24,7 +24,8 @@ BAD = [
     ("seed", 2**63), ("subnetwork", 0.5), ("subnetwork", 101.0), ("subnetwork", nan),
     ("anneal_samples", 0), ("eval_every", 0), ("method", "sgd"), ("kl", "both"),
     ("epochs", "20"), ("epochs", 1.5), ("lr", "fast"), ("method", None), ("features", 3),
-    ("seed", True),
+    ("seed", True), ("mas_coefficient", -0.5), ("si_coefficient", nan), ("si_beta", inf),
+    ("l2_coefficient", -1.0),
 ]  # fmt: skip
 
 

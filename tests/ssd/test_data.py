@@ -154,6 +154,20 @@ def test_pt_of_another_layout(tmp_path: Path) -> None:
         load("features", tmp_path, tmp_path / "f.pt")
 
 
+def test_folder_of_the_sdmlp_repository(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+    for part in ("train", "test"):
+        pair = torch.tensor(arrays[f"x_{part}"]), torch.tensor(arrays[f"y_{part}"])
+        torch.save(pair, tmp_path / f"all_data_{part}.pt")
+    expected = load("features", tmp_path, tmp_path / "f.npz")
+    assert load("features", tmp_path, tmp_path).checksum() == expected.checksum()
+    torch.save([pair], tmp_path / "all_data_test.pt")
+    with pytest.raises(UserError, match=r"all_data_test\.pt must hold \(x, y\)"):
+        load("features", tmp_path, tmp_path)
+    (tmp_path / "all_data_train.pt").unlink()
+    with pytest.raises(UserError, match=r"is a folder without all_data_train\.pt$"):
+        load("features", tmp_path, tmp_path)
+
+
 def test_features_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a file"):
         load("features", tmp_path, tmp_path / "absent.npz")

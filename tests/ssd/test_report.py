@@ -44,6 +44,7 @@ def test_figures(tmp_path: Path, tasks: int) -> None:
         pixels = plt.imread(tmp_path / f"{name}.png")
         assert pixels.shape[:2] == (630, 960)
         assert pixels[..., :3].std() > 0.05  # something is drawn
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not plt.get_fignums()
 
 

@@ -13,7 +13,17 @@ from ssd import folder as run_folder
 from ssd.config import Config
 from ssd.data import Dataset, load
 from ssd.errors import UserError
-from ssd.folder import CHECKPOINT, CONFIG, FREQUENCY, MATRIX, METRICS, SUMMARY, claim, describe
+from ssd.folder import (
+    CHECKPOINT,
+    CONFIG,
+    FREQUENCY,
+    MATRIX,
+    METRICS,
+    STRUCTURE,
+    SUMMARY,
+    claim,
+    describe,
+)  # fmt: skip
 from ssd.run import Interrupted, RunOptions, run
 
 CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
@@ -40,7 +50,7 @@ def interrupt(config: Config, data: Dataset, folder: Path, after: int = 3) -> No
 def test_files_of_a_run(tmp_path: Path, data: Dataset) -> None:
     summary = run(CONFIG_SMALL, data, tmp_path / "a" / "run", CPU)
     folder = tmp_path / "a" / "run"
-    names = {CONFIG, METRICS, CHECKPOINT, MATRIX, FREQUENCY, SUMMARY}
+    names = {CONFIG, METRICS, CHECKPOINT, MATRIX, FREQUENCY, STRUCTURE, SUMMARY}
     assert {file.name for file in folder.iterdir()} == names
     assert json.loads((folder / SUMMARY).read_text()) == summary
     assert summary["dataset"] == "features"

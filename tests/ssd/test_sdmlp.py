@@ -113,7 +113,8 @@ def test_an_excited_layer_has_no_code() -> None:
     assert layer.code(torch.rand(4, 16)) is None
 
 
-def test_the_bfloat16_estimate_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["ssd", "ssd+ewc"])
+def test_the_bfloat16_estimate_changes_no_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training with and without it, through the switch: the same codes, counts and weights."""
     from ssd import sdmlp
     from ssd.config import Config
@@ -124,13 +125,21 @@ def test_the_bfloat16_estimate_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
     y = torch.arange(60) % 2
     x = torch.rand(60, 16) + 2 * torch.nn.functional.one_hot(y * 5, 16)
     config = Config(
-        neurons=2000, k=3, epochs=12, batch_size=20, anneal_samples=300, lr=0.3, eval_every=12
+        neurons=2000,
+        k=3,
+        epochs=12,
+        batch_size=20,
+        anneal_samples=300,
+        lr=0.3,
+        eval_every=12,
+        method=method,
     )
     ends = []
     for smallest, fast in ((1, True), (10**9, False)):
         monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)
         monkeypatch.setattr(sdmlp, "fast_bfloat16", lambda fast=fast: fast)
-        learner = Learner(config, [Task((0, 1), x, y, x, y)], build_model(config, 16, 2))
+        tasks = [Task((0, 1), x, y, x, y), Task((0, 1), x.roll(3, 1), y, x, y)]
+        learner = Learner(config, tasks, build_model(config, 16, 2))
         trainer = Trainer([learner])
         for _ in trainer.run():
             pass

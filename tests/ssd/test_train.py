@@ -31,7 +31,7 @@ SMALL = [
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of something else: drawing takes longer than a small run."""
-    monkeypatch.setattr(train, "write_figures", lambda folder: None)
+    monkeypatch.setattr(train, "draw", lambda folder: None)
 
 
 @pytest.fixture
@@ -319,13 +319,11 @@ def test_interrupt_while_figures_are_drawn_is_not_lost(
 ) -> None:
     """Ctrl-C while the figures of a finished seed are drawn."""
     drawn: list[Path] = []
-    monkeypatch.setattr(
-        train, "write_figures", lambda f: (drawn.append(f), os.kill(os.getpid(), 2))
-    )
+    monkeypatch.setattr(train, "draw", lambda f: (drawn.append(f), os.kill(os.getpid(), 2)))
     assert train.main(small("--seeds", "3", "--out", "s", "--quiet")) == 130
     assert [path.name for path in drawn] == ["seed0"]
     assert "--out s --resume" in capsys.readouterr().err
-    monkeypatch.setattr(train, "write_figures", drawn.append)
+    monkeypatch.setattr(train, "draw", drawn.append)
     assert train.main(["--out", "s", "--resume", "--quiet"]) == 0
     assert [path.name for path in drawn[1:]] == ["seed0", "seed1", "seed2"]
 

@@ -1,0 +1,200 @@
+"""Sparse code and analytic readout: a fixed k-sparse layer and a decoder in closed form.
+
+The decoder is the solution for all the data seen so far and needs of it only the code's Gram
+matrix, its sums over classes and the class counts, to which each task adds (ssd_kernels.code_gram).
+So nothing is forgotten, nothing is replayed, and the order of the tasks does not matter but for
+what the encoder takes from the first one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd.errors import UserError
+from ssd.sdmlp import SDMLP
+from ssd_kernels import TopKOutput, code_gram, linear_topk, sparse_linear
+
+# Samples whose scores are held at a time.
+CHUNK = 2048
+
+
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """(G + r m I)^-1 X in float64, m the mean diagonal entry of G.
+
+    gram G [R, R], cross X [R, C], ridge r > 0 -> [R, C].
+    """
+    return _solve(gram.double(), cross.double(), ridge)
+
+
+def discriminant(
+    gram: Tensor, cross: Tensor, counts: Tensor, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """Linear discriminant analysis with one covariance S within classes, equal priors.
+
+    With class means M = X / n: weight = S'^-1 M, bias = -1/2 diag(M^T weight), where
+    S' = (1 - s) S + s (tr S / R) I (Hayes & Kanan 2020; scikit-learn's shrinkage).
+
+    Args:
+        gram: [R, R], sum of h h^T. cross: [R, C], sums of h over each class. counts: n [C].
+        shrinkage: s, above 0 and at most 1.
+
+    Returns:
+        weight [R, C] and bias [C], float64.
+    """
+    sums, number = cross.double(), counts.double()
+    means = sums / number.clamp(min=1)
+    covariance = torch.addmm(gram.double(), means, sums.T, alpha=-1).div_(number.sum())
+    # The ridge of _solve is relative to S, not to S'.
+    weight = _solve(covariance, means, shrinkage / (1 - shrinkage)) / (1 - shrinkage)
+    return weight, -(means * weight).sum(0) / 2
+
+
+def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
+    shift = ridge * matrix.diagonal().mean()
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
+
+
+def only_seen(scores: Tensor, counts: Tensor) -> Tensor:
+    """Scores [N, C] with -inf for the classes that have no samples in counts [C]."""
+    return scores.masked_fill(counts == 0, -torch.inf)
+
+
+def gaussian_addresses(neurons: int, features: int, generator: torch.Generator) -> Tensor:
+    """Independent Gaussian directions, [R, d]."""
+    return torch.randn(neurons, features, generator=generator)
+
+
+def local_addresses(
+    neurons: int, side: int, generator: torch.Generator, width: float = 3.0
+) -> Tensor:
+    """Gaussian noise under a Gaussian window around a random pixel of a square image, [R, side^2].
+
+    width: standard deviation of the window in pixels.
+    """
+    centres = torch.rand(neurons, 2, 1, generator=generator) * (side - 1)
+    distance = (torch.arange(side) - centres).square()
+    window = torch.exp(-distance / (2 * width**2))
+    noise = torch.randn(neurons, side, side, generator=generator)
+    return (noise * window[:, 0, :, None] * window[:, 1, None, :]).flatten(1)
+
+
+class RandomCode:
+    """Top-K code of fixed random addresses: the k largest scores less the (k+1)-th.
+
+    The input x >= 0 is raised to `power`, centred by its mean over the first task and scaled to
+    unit L2 norm.
+
+    Args:
+        addresses: [A, d] float32. k: 1..A. power: of the input; 1 takes inputs of any sign.
+        beside: appends the centred input itself as d neurons that are always active; R = A + d.
+    """
+
+    def __init__(self, addresses: Tensor, k: int, power: float = 1.0, beside: bool = False) -> None:
+        self.addresses, self.k, self.power, self.beside = addresses, k, power, beside
+        self.mean: Tensor | None = None
+
+    @property
+    def neurons(self) -> int:
+        count, features = self.addresses.shape
+        return count + features * self.beside
+
+    def _raised(self, x: Tensor) -> Tensor:
+        return x.float() if self.power == 1 else x.float().clamp(min=0).pow(self.power)
+
+    def begin(self, x: Tensor) -> None:
+        """Takes the mean from the first task's data x [N, d]; later tasks leave it as it is."""
+        if self.mean is None:
+            self.mean = self._raised(x).double().mean(0).float()
+
+    def __call__(self, x: Tensor) -> TopKOutput:
+        """x [N, d] -> values and indices [N, k], or [N, k + d] with the input beside the code."""
+        assert self.mean is not None
+        centred = F.normalize(self._raised(x) - self.mean, dim=1)
+        code = linear_topk(centred, self.addresses, self.k, inhibition="subtract")
+        if not self.beside:
+            return code
+        count, features = self.addresses.shape
+        # Unit mean square, as the scores have: one penalty is to suit both.
+        values = torch.cat([code.values, features**0.5 * centred], dim=1)
+        inputs = torch.arange(count, count + features, device=x.device).expand(len(x), -1)
+        return TopKOutput(values, torch.cat([code.indices, inputs], dim=1))
+
+
+class LearnedCode:
+    """The hidden layer of a trained SDMLP, all of its neurons inhibited in full."""
+
+    def __init__(self, model: SDMLP) -> None:
+        self.model = model
+
+    @property
+    def neurons(self) -> int:
+        return self.model.encoder.neurons
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> TopKOutput:
+        """x [N, d] -> values and indices [N, k]."""
+        layer = self.model.encoder
+        address = self.model.address(x.to(layer.weight.dtype))
+        return linear_topk(address, layer.weight, layer.k, inhibition=layer.inhibition)
+
+
+class CodeReadout:
+    """A sparse code and a closed-form decoder, as a learner of ssd.peers.
+
+    Args:
+        encoder: RandomCode or LearnedCode. classes: C.
+        readout: "lda" (linear discriminant analysis) or "ridge" (on one-hot labels).
+        strength: shrinkage of the one, or ridge of the other in units of the mean diagonal entry.
+        dtype: of the Gram matrix [R, R]; the solution is float64.
+
+    Raises:
+        UserError: readout is neither.
+    """
+
+    def __init__(
+        self,
+        encoder: RandomCode | LearnedCode,
+        classes: int,
+        readout: str = "lda",
+        strength: float = 1e-3,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if readout not in ("lda", "ridge"):
+            raise UserError(f"readout {readout!r} is unknown; use lda or ridge")
+        self.encoder, self.readout, self.strength = encoder, readout, strength
+        neurons = encoder.neurons
+        self.gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
+        self.cross = torch.zeros(neurons, classes, dtype=dtype, device=device)
+        self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
+
+    def fit_task(self, x: Tensor, y: Tensor) -> None:
+        if isinstance(self.encoder, RandomCode):
+            self.encoder.begin(x)
+        for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            values, indices, *_ = self.encoder(part)
+            code_gram(values, indices, self.gram, self.cross, labels)
+        self.counts += y.bincount(minlength=len(self.counts))
+
+    def decoder(self) -> tuple[Tensor, Tensor]:
+        """Weight [R, C] and bias [C], float32, for all that was learned so far."""
+        if self.readout == "lda":
+            weight, bias = discriminant(self.gram, self.cross, self.counts, self.strength)
+        else:
+            weight = ridge_solution(self.gram, self.cross, self.strength)
+            bias = torch.zeros_like(weight[0])
+        # Scaled to the range of float32; the largest score stays the largest.
+        scale = weight.abs().max().clamp(min=1e-300)
+        return (weight / scale).float(), (bias / scale).float()
+
+    def predict(self, x: Tensor) -> Tensor:
+        weight, bias = self.decoder()
+        scores = []
+        for part in x.split(CHUNK):
+            values, indices, *_ = self.encoder(part)
+            scores.append(sparse_linear(values, indices, weight, bias))
+        return only_seen(torch.cat(scores), self.counts)

@@ -1,0 +1,245 @@
+"""python -m ssd.reproduce: from data to the paper's tables and figures.
+
+Each run lies in a folder named by its settings, so the same command goes on where it was stopped,
+and results that share runs train them once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ssd import experiments
+from ssd.campaign import Campaign, Job, batches, load_benchmarks
+from ssd.campaign_display import CampaignDisplay
+from ssd.checkpoint import write_atomically
+from ssd.claims import verdicts
+from ssd.data import default_root
+from ssd.errors import UserError
+from ssd.experiments import RESULTS, Row
+from ssd.figures import draw
+from ssd.lines import NOT_RUN, Line
+from ssd.report import save_figure
+from ssd.run import Interrupted, RunOptions
+from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
+from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
+
+ALL = "all"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m ssd.reproduce",
+        description="Train what the paper's tables and figures need and is not there yet, and "
+        "write them. The same command goes on with what was interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python -m ssd.reproduce all --short\n"
+        "  python -m ssd.reproduce table1 bwt --only cifar10 10000 sdmlp ssd ssd+ewc",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("results", metavar="RESULT", nargs="*", default=[ALL],
+        help=f"{', '.join(RESULTS)} or {ALL} (default)")  # fmt: skip
+    add("--short", action="store_true", help="scaled down: minutes on a CPU; not the protocol")
+    add("--out", metavar="DIR", type=Path,
+        help="tables and figures (default results/reproduction, with --short "
+        "results/reproduction-short)")  # fmt: skip
+    add("--runs", metavar="DIR", type=Path, default=Path("runs/reproduction"),
+        help="folders of the runs (default runs/reproduction)")  # fmt: skip
+    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add("--features-folder", metavar="DIR", type=Path,
+        help="feature files (default features in the data's folder)")  # fmt: skip
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
+    add("--only", metavar="NAME", nargs="+", default=[],
+        help="train only these benchmarks, sizes, methods or ablated factors; the tables still "
+        "show every run that exists")  # fmt: skip
+    return parser
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What --only lets be trained; an empty set lets all pass."""
+
+    benchmarks: frozenset[str]
+    sizes: frozenset[str]
+    methods: frozenset[str]
+    factors: frozenset[str]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Selection:
+        """Sorts the names by what they name; UserError for one that names nothing."""
+        known = [
+            {benchmark.name for benchmark in experiments.BENCHMARKS},
+            set(map(str, experiments.SIZES)),
+            {*experiments.TABLE1, *experiments.PEERS},
+            set(experiments.ABLATIONS),
+        ]
+        for name in names:
+            if not any(name in group for group in known):
+                choices = ", ".join(name for group in known for name in sorted(group))
+                raise UserError(f"--only {name} is unknown; choose from {choices}")
+        return cls(*(frozenset(names) & group for group in known))
+
+    def holds(self, row: Row) -> bool:
+        """Whether a row may be trained; a peer without neurons is of every size."""
+        return all(
+            not names or name in names
+            for names, name in (
+                (self.benchmarks, row.benchmark.name),
+                (self.sizes if row.neurons else (), str(row.neurons)),
+                (self.methods, row.method),
+                (self.factors, row.factor),
+            )
+        )
+
+
+class Reproduction:
+    """The results asked for, the runs they need, and their files.
+
+    Args:
+        results: rows of each result. selection: of the rows that may be trained.
+        campaign: where their runs are. out: folder of the tables and figures.
+        short: whether the rows are scaled down. command: that began all this.
+    """
+
+    def __init__(
+        self,
+        results: Mapping[str, Sequence[Row]],
+        selection: Selection,
+        campaign: Campaign,
+        out: Path,
+        short: bool,
+        command: str,
+    ) -> None:
+        self.results, self.selection, self.campaign = results, selection, campaign
+        self.out, self.short, self.command = out, short, command
+        rows = dict.fromkeys(row for rows in results.values() for row in rows)
+        found = {row: campaign.refusal(row) for row in rows}
+        self.refused = {row: reason for row, reason in found.items() if reason}
+
+    def missing(self) -> dict[str, list[Job]]:
+        """What each result needs trained that no earlier one does."""
+        jobs: dict[Path, tuple[str, Job]] = {}
+        for name, rows in self.results.items():
+            for row in rows:
+                if row not in self.refused and self.selection.holds(row):
+                    for job in (Job(row, seed) for seed in row.seeds):
+                        jobs.setdefault(self.campaign.folder(job), (name, job))
+        waiting = [pair for pair in jobs.values() if self.campaign.find(pair[1]) is None]
+        return {name: [job for n, job in waiting if n == name] for name in self.results}
+
+    def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
+        """Trains the jobs; Interrupted if Ctrl-C is hit."""
+        with stop_on_interrupt() as stopped, display.progress:
+            for batch in batches(jobs):
+                if stopped():
+                    raise Interrupted
+                display.begin(batch)
+                self.campaign.train(batch, display.watch, stopped)
+                display.end([s for job in batch if (s := self.campaign.find(job)) is not None])
+
+    def lines(self, name: str) -> list[Line]:
+        """The rows of a result with the runs that exist."""
+        return [self._line(row) for row in self.results[name]]
+
+    def _line(self, row: Row) -> Line:
+        if row in self.refused:
+            return Line(row, (), self.refused[row])
+        found = [self.campaign.find(Job(row, seed)) for seed in row.seeds]
+        summaries = tuple(summary for summary in found if summary is not None)
+        if len(summaries) == len(found):
+            return Line(row, summaries)
+        left_out = "" if self.selection.holds(row) else " (left out by --only)"
+        count = f"{len(found) - len(summaries)} of {len(found)} seeds"
+        return Line(row, summaries, f"{count} {NOT_RUN}{left_out}")
+
+    def write(self, name: str) -> list[Line]:
+        """Writes a result's tables and figures, with what exists of its runs."""
+        result, lines = RESULTS[name], self.lines(name)
+        title = f"{name}: {result.title}"
+        if self.short:
+            title += " (--short: scaled down, not the protocol of the paper)"
+        origin = provenance(self.command, lines)
+        self.out.mkdir(parents=True, exist_ok=True)
+        tables = {name: records(result, lines)}
+        if result.per_task:
+            tables[f"{name}_tasks"] = task_records(result, lines)
+        for stem, table in tables.items():
+            write_atomically(self.out / f"{stem}.csv", csv_text(table, origin))
+        text = markdown_text(title, result, lines, origin)
+        write_atomically(self.out / f"{name}.md", text)
+        for stem, figure in draw(name, result, lines):
+            save_figure(figure, self.out / stem)
+        return lines
+
+
+def execute(arguments: Sequence[str]) -> None:
+    """Checks, loads, trains what is missing, writes; nothing is written before all checks."""
+    given = build_parser().parse_args(arguments)
+    names = [name for name in RESULTS if name in given.results or ALL in given.results]
+    for name in given.results:
+        if name not in (*RESULTS, ALL):
+            raise UserError(f"{name} is unknown; choose from {', '.join([*RESULTS, ALL])}")
+    selection = Selection.of(given.only)
+    options = RunOptions(choose_device(given.device))
+    out = given.out or Path("results") / ("reproduction-short" if given.short else "reproduction")
+    for place, path in (("--out", out), ("--runs", given.runs)):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{place} {path} is not a folder; use another {place}")
+    root = given.data_root or default_root()
+    folder = given.features_folder or root / "features"
+    features = {b.name: str(folder / b.features) for b in experiments.BENCHMARKS if b.features}
+    results = {name: RESULTS[name].rows(given.short, features) for name in names}
+    data, absent = load_benchmarks([r for rows in results.values() for r in rows], root, features)
+    command = shlex.join(["python", "-m", "ssd.reproduce", *arguments])
+    campaign = Campaign(data, absent, given.runs, options)
+    reproduction = Reproduction(results, selection, campaign, out, given.short, command)
+    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    for reason in dict.fromkeys(reproduction.refused.values()):
+        notices.print(f"note: left out, {reason}", style="yellow")
+    if "table2" in names and not experiments.PEERS:
+        notices.print("note: table2 has no peers yet", style="yellow")
+    run_all(reproduction, notices)
+
+
+def run_all(reproduction: Reproduction, notices: Console) -> None:
+    """Trains and writes result by result: the first tables are there before the last runs.
+
+    Raises:
+        Interrupted: Ctrl-C was hit; the tables show what exists.
+    """
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    waiting = reproduction.missing()
+    jobs = [job for group in waiting.values() for job in group]
+    display = CampaignDisplay(console, {job: reproduction.campaign.work(job) for job in jobs})
+    try:
+        for name, group in waiting.items():
+            reproduction.train(display, group)
+            result, lines = RESULTS[name], reproduction.write(name)
+            console.print(rich_table(f"{name}: {result.title}", result, lines))
+            for claim in verdicts(lines) if result.claims else ():
+                console.print(claim)
+    except (Interrupted, KeyboardInterrupt):
+        for name in waiting:
+            reproduction.write(name)
+        notices.print(
+            f"interrupted; {reproduction.out} shows what exists; go on with: {reproduction.command}"
+        )
+        raise Interrupted from None
+    console.print(f"{len(jobs)} runs trained  -> {reproduction.out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
+    return exit_status(lambda: execute(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,379 @@
+"""Reproduction: end to end on tiny data, resumed, with parts missing, and right by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kill_resume import write_features
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from ssd import campaign, campaign_display, config, experiments, reproduce
+from ssd.claims import verdicts
+from ssd.config import Config, Protocol
+from ssd.data import Task
+from ssd.experiments import PAPER, RESULTS, TABLE1, Peer, Row
+from ssd.figures import draw
+from ssd.lines import Line, estimate
+from ssd.run import Interrupted
+from ssd.tables import records, task_records
+
+TINY = {
+    "epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0
+}  # fmt: skip
+UNKNOWN = "unheard-of"  # a method that no version trains
+RUN = ["naive", "sdmlp", "ssd", "ssd+ewc", "joint"]
+
+
+def majority(tasks: Sequence[Task], classes: int, neurons: int, seed: int, share: float) -> Tensor:
+    """A peer that answers the first class of each task, for `share` of its accuracy."""
+    right = torch.tensor([(t.y_test == t.classes[0]).double().mean() for t in tasks])
+    return share * right.double().expand(len(tasks), -1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with tiny feature files of two benchmarks and a tiny protocol."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SSD_DATA", "data")
+    Path("data/features").mkdir(parents=True)
+    write_features(Path("data/features/cifar10.npz"), 96)
+    write_features(Path("data/features/cifar100.npz"), 120)
+    benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
+    monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
+    monkeypatch.setattr(experiments, "SIZES", (24, 32))
+    for name in ("features", "cifar100"):
+        monkeypatch.setitem(config.PROTOCOLS, name, Protocol(2, {}, {}, TINY))
+    monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
+    few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
+    monkeypatch.setattr(experiments, "ABLATIONS", few)
+    settings = {name: {"share": 0.5} for name in ("cifar10", "cifar100")}
+    monkeypatch.setattr(experiments, "PEERS", {"majority": Peer(majority, settings=settings)})
+    monkeypatch.setattr(experiments, "TABLE1", (UNKNOWN, *RUN))
+    return tmp_path
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of something else: drawing takes longer than tiny runs."""
+    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the runs that were trained."""
+    names: list[str] = []
+
+    def count(jobs: Sequence[Config], *rest: Any) -> list[dict[str, Any]]:
+        names.extend(f"{job.features} {job.method} {job.seed}" for job in jobs)
+        return original(jobs, *rest)
+
+    original = campaign.run_jobs
+    monkeypatch.setattr(campaign, "run_jobs", count)
+    return names
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    lines = path.read_text().splitlines()
+    return list(csv.DictReader(line for line in lines if not line.startswith("# ")))
+
+
+def call(*arguments: str) -> int:
+    return reproduce.main([*arguments, "--short", "--device", "cpu"])
+
+
+def summaries() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in Path("runs").glob("*/*/summary.json")]
+
+
+def test_everything(
+    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert call("all") == 0
+    out = folder / "results" / "reproduction-short"
+    printed, said = capsys.readouterr()
+    for name in RESULTS:
+        assert f"{name}: {RESULTS[name].title}" in printed
+        text = (out / f"{name}.md").read_text()
+        assert "--short: scaled down" in text
+        for fact in ("command: python -m ssd.reproduce all", "machine:", "torch ", "seeds: 0, 1"):
+            assert fact in text
+            assert fact in (out / f"{name}.csv").read_text()
+    for stem in ("table1", "bwt", "table2", "ablations", "structure_cifar10_24"):
+        assert plt.imread(out / f"{stem}.png")[..., :3].std() > 0.02
+        assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+    assert not plt.get_fignums()
+    assert said.count("\n") == 1
+    assert said.startswith(f"note: left out, refused: --method {UNKNOWN} must be any of ")
+    rows = table(out / "table1.csv")
+    assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
+    assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
+    # Two benchmarks: five seeds of the claims' methods, two of the others and of the large size;
+    # the ablations.
+    assert len(trained) == 2 * (5 * 3 + 2 * (len(RUN) - 3)) + 2 * 3 + 2 * 2
+    assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
+    structure = table(out / "structure.csv")
+    for row in structure:
+        assert (row["jaccard"] == row["kl_bits"] == "") == (row["method"] == UNKNOWN)
+    assert {r["measure"] for r in table(out / "structure_tasks.csv")} == {
+        "mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits"
+    }  # fmt: skip
+    # The second time nothing is trained, and the tables are the same but for their origin.
+    trained.clear()
+    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    assert call("all") == 0
+    assert trained == []
+    assert "0 runs trained" in capsys.readouterr().out
+    assert table(out / "table1.csv") == rows
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_table_is_what_the_summaries_say(folder: Path) -> None:
+    assert call("table1", "bwt", "table2", "--only", "cifar10", "24", "ssd", "majority") == 0
+    ours = [s for s in summaries() if s["method"] == "ssd"]
+    assert sorted(s["seed"] for s in ours) == [0, 1]
+    for name, measure in (("table1", "mean_accuracy"), ("bwt", "bwt"), ("bwt", "forgetting")):
+        rows = table(folder / "results" / "reproduction-short" / f"{name}.csv")
+        [row] = [r for r in rows if (r["neurons"], r["method"]) == ("24", "ssd") and r["seeds"]]
+        first, second = (s[measure] for s in ours)
+        assert first != second
+        assert float(row[measure]) == pytest.approx((first + second) / 2, abs=1e-15)
+        # The standard error of two values is half their distance.
+        assert float(row[f"{measure}_standard_error"]) == pytest.approx(abs(first - second) / 2)
+        assert row["seeds"].split() == ["0", "1"]
+    rows = table(folder / "results" / "reproduction-short" / "table2.csv")
+    [row] = [r for r in rows if (r["benchmark"], r["method"]) == ("cifar10", "majority")]
+    assert float(row["mean_accuracy"]) == 0.25  # half of each task's two classes, halved
+    [other] = [r for r in rows if (r["benchmark"], r["method"]) == ("cifar100", "majority")]
+    assert other["mean_accuracy"] == ""
+    assert other["note"] == "2 of 2 seeds not run (left out by --only)"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_interrupted_and_resumed(
+    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    train = campaign.Campaign.train
+
+    def stop(self: campaign.Campaign, *rest: Any) -> None:
+        if trained:
+            raise Interrupted
+        train(self, *rest)
+
+    arguments = ["table1", "bwt", "--only", "cifar10", "24"]
+    monkeypatch.setattr(campaign.Campaign, "train", stop)
+    assert call(*arguments) == 130
+    said = capsys.readouterr().err
+    assert "go on with: python -m ssd.reproduce table1 bwt --only cifar10 24 --short" in said
+    assert len(trained) == 2
+    out = folder / "results" / "reproduction-short"
+    for name in ("table1", "bwt"):
+        rows = [r for r in table(out / f"{name}.csv") if r["benchmark"] == "cifar10"]
+        notes = {r["method"]: r["note"] for r in rows if r["neurons"] == "24"}
+        assert notes.pop(UNKNOWN).startswith("refused")
+        expected = {RUN[0]: "", **dict.fromkeys(RUN[1:], "2 of 2 seeds not run")}
+        if name == "bwt":  # of joint training there is none
+            del expected["joint"]
+        assert notes == expected
+    monkeypatch.setattr(campaign.Campaign, "train", train)
+    assert call(*arguments) == 0
+    assert len(trained) == len(set(trained)) == 2 * len(RUN)
+    assert "not run" not in {
+        r["note"] for r in table(out / "table1.csv")
+        if r["benchmark"] == "cifar10" and r["neurons"] == "24" and r["method"] in RUN
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C: the run stops at its next step, leaves a checkpoint, and ends as if undisturbed."""
+    import os
+    import signal
+
+    watch, steps = campaign_display.CampaignDisplay.watch, []
+
+    def hit(self: campaign_display.CampaignDisplay, *event: Any) -> None:
+        steps.append(event)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        watch(self, *event)
+
+    arguments = ["table1", "--only", "cifar10", "24", "ssd"]
+    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", hit)
+    assert call(*arguments) == 130
+    assert len(steps) == 2
+    assert summaries() == []
+    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", watch)
+    assert call(*arguments) == 0
+    assert call(*arguments, "--runs", "runs/undisturbed") == 0
+    for seed in (0, 1):
+        first, second = (
+            s["accuracy_matrix"] for s in summaries() if (s["method"], s["seed"]) == ("ssd", seed)
+        )
+        assert first == second
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "data/features/cifar100.npz").unlink()
+    assert call("table1", "--only", "sdmlp", "24") == 0
+    said = capsys.readouterr().err
+    assert said.count("cifar100.npz is not a file") == 1
+    rows = table(folder / "results" / "reproduction-short" / "table1.csv")
+    for row in rows:
+        if row["benchmark"] == "cifar100":
+            assert "no data: --features data/features/cifar100.npz is not a file" in row["note"]
+            assert row["mean_accuracy"] == ""
+        elif (row["method"], row["neurons"]) == ("sdmlp", "24"):
+            assert (row["note"], row["seeds"]) == ("", "0 1")
+
+
+BAD = {
+    "unknown result": (["table9"], "table9 is unknown; choose from table1, "),
+    "unknown name": (["table1", "--only", "cifar11"], "--only cifar11 is unknown; choose from"),
+    "no device": (["--device", "gpu"], "--device gpu is not a device"),
+    "out is a file": (["--out", "file"], "--out file is not a folder"),
+    "runs is a file": (["--runs", "file"], "--runs file is not a folder"),
+    "no data at all": (["--features-folder", "absent"], "no data: --features absent/cifar10.npz"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    Path("file").write_text("")
+    arguments, message = BAD[case]
+    assert reproduce.main(["--short", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (folder / "runs").exists()
+    assert not (folder / "results").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_features_of_another_shape(folder: Path) -> None:
+    """A file that the stream cannot be cut from costs its own rows alone."""
+    write_features(folder / "data/features/cifar100.npz", 60, classes=3)
+    assert call("table1", "--only", "sdmlp", "24") == 0
+    rows = table(folder / "results" / "reproduction-short" / "table1.csv")
+    notes = {
+        r["benchmark"]: r["note"] for r in rows if (r["neurons"], r["method"]) == ("24", "sdmlp")
+    }
+    assert notes["cifar10"] == ""
+    assert notes["cifar100"].startswith("no data: --tasks 2 does not divide the 3 classes")
+
+
+def line(method: str, accuracy: Sequence[float], forgetting: float, row: Row) -> Line:
+    return Line(
+        replace(row, method=method),
+        [
+            {"seed": n, "mean_accuracy": a, "forgetting": forgetting, "bwt": -forgetting}
+            for n, a in enumerate(accuracy)
+        ],
+    )
+
+
+@pytest.fixture
+def row() -> Row:
+    benchmark = next(b for b in experiments.BENCHMARKS if b.name == "cifar10")
+    return Row(benchmark, "sdmlp", Config(neurons=10_000), (0, 1))
+
+
+def test_claims(row: Row) -> None:
+    sdmlp = line("sdmlp", [0.70, 0.72], 0.20, row)
+    best = line("ssd+ewc", [0.86, 0.88], 0.1, row)
+    good = [v.rpartition(": ")[2] for v in verdicts(
+        [sdmlp, line("ssd", [0.80, 0.82], 0.13, row), best])]  # fmt: skip
+    assert good[0].startswith("yes (0.7100 ± 0.0100 / 0.8100 ± 0.0100")
+    assert good[1] == "yes (+0.1000)"
+    assert good[2] == "yes (0.2000 to 0.1300, -35%)"
+    bad = [v.rpartition(": ")[2] for v in verdicts(
+        [sdmlp, line("ssd", [0.70, 0.76], 0.15, row), best])]  # fmt: skip
+    assert [v[:3] for v in bad] == ["no ", "no ", "no "]
+    one = [v.rpartition(": ")[2] for v in verdicts([sdmlp, line("ssd", [0.8], 0.1, row), best])]
+    assert one[0].startswith("undecided, one seed")
+    none = [v.rpartition(": ")[2] for v in verdicts([sdmlp, line("ssd", [], 0.1, row), best])]
+    assert none == ["not run"] * 3
+
+
+def test_published_figures(row: Row) -> None:
+    result = RESULTS["table1"]
+    [record] = records(result, [line("ssd", [0.80, 0.84], 0.1, row)])
+    assert record["paper"] == 0.81
+    assert record["difference"] == pytest.approx(0.01)
+    assert record["paper_inferred"] is False
+    [record] = records(RESULTS["bwt"], [line("sdmlp", [0.80, 0.84], 0.1, row)])
+    assert record["difference"] == pytest.approx(0.0828)
+    methods = {*TABLE1, "FlyModel"}
+    for benchmark, neurons, method, measure in PAPER:
+        assert benchmark in {b.name for b in experiments.BENCHMARKS}
+        assert neurons in experiments.SIZES
+        assert method in methods
+        assert measure in ("mean_accuracy", "bwt")
+
+
+def test_standard_error() -> None:
+    values = [0.1, 0.4, 0.35, 0.8]
+    center, error = estimate(values)
+    assert center == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.std(values, ddof=1) / sqrt(4))
+    assert estimate([0.3]) == (0.3, None)
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_definitions(short: bool) -> None:
+    for result in RESULTS.values():
+        rows = result.rows(short, {"cifar10": "a.npz", "cifar100": "b.npz"})
+        assert len(set(rows)) == len(rows)
+        for each in rows:
+            if set(each.config.method.split("+")) <= set(config.PARTS):
+                each.config.validate()
+            tasks = 50 if each.benchmark.name == "cifar100" else 5
+            assert each.config.tasks == (1 if each.method == "joint" else tasks)
+    # The switch to inhibition can end within the first task: a neuron counts once a sample.
+    samples = {"mnist": 12_665, "cifar10": 10_000, "cifar100": 1_000}
+    for each in RESULTS["table1"].rows(short, {}):
+        counted = each.config.epochs * samples[each.benchmark.name]
+        assert each.config.anneal_samples < counted
+
+
+def test_overlaps() -> None:
+    frequency = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.0, 0.8, 0.1], [0.9, 0.0, 0.8, 0.1]])
+    found = campaign.overlaps(frequency, 2)
+    assert found["jaccard"] == [None, pytest.approx(1 / 3), 1.0]  # {0, 1}, {0, 2}, {0, 2}
+    [first, second, third] = found["kl_bits"]
+    assert first is None
+    assert second > 0.5
+    assert third == pytest.approx(0.0, abs=1e-12)
+
+
+def test_structure_over_tasks(row: Row) -> None:
+    """Comparisons begin with the second task; a measure that no run recorded is left out."""
+    runs = [
+        {"seed": n, "mean_entropy_bits": [0.4, 0.2], "structure": {"jaccard": [None, j]}}
+        for n, j in enumerate((0.25, 0.75))
+    ]
+    measured = Line(replace(row, config=replace(row.config, tasks=2)), runs)
+    found = {(r["measure"], r["task"]): r for r in task_records(RESULTS["structure"], [measured])}
+    assert set(found) == {("mean_entropy_bits", 0), ("mean_entropy_bits", 1), ("jaccard", 1)}
+    assert found["jaccard", 1]["mean"] == 0.5
+    assert found["jaccard", 1]["standard_error"] == pytest.approx(0.25)
+    [record] = records(RESULTS["structure"], [measured])
+    assert record["mean_entropy_bits"] == pytest.approx(0.3)
+    assert record["jaccard"] == 0.5
+    assert record["kl_bits"] is None
+    [(stem, figure)] = draw("structure", RESULTS["structure"], [measured])
+    assert stem == "structure_cifar10_10000"
+    assert len(figure.axes) == 2
+    plt.close(figure)

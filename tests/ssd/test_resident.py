@@ -1,0 +1,139 @@
+"""Whole epochs without the host: equal to the trainer's steps, and free of host reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ssd import resident
+from ssd.resident import DENSE, EXACT, GRADED, ResidentEpochs
+from ssd.trainer import Trainer
+from ssd_kernels import _dispatch
+from tests.ssd.test_together import BASE, OWN, VARIANTS, make_learner, weights
+
+SERVED = [v for v in VARIANTS if v != "topk-mlp"] + ["ewc momentum"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    **VARIANTS,
+    "ewc momentum": {"method": "ssd+ewc", "momentum": 0.5, "schedule": "flat"},
+}
+
+
+def make_trainer(variant: str, dtype: torch.dtype, count: int, epochs: int = 7) -> Trainer:
+    configs = [
+        replace(BASE, **{"method": "ssd", "epochs": epochs, "eval_every": epochs,
+                         **SETTINGS[variant], **own})
+        for own in OWN[:count]
+    ]  # fmt: skip
+    return Trainer([make_learner(config, dtype) for config in configs])
+
+
+@pytest.mark.parametrize("variant", SERVED)
+@pytest.mark.parametrize("count", [1, 3])
+def test_equal_to_the_trainers_steps(
+    variant: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp64, to the end of every epoch, from all neurons excited to (almost) k-sparse."""
+    taken = {DENSE: 0, GRADED: 0, EXACT: 0}
+    original = ResidentEpochs._steps_of
+
+    def steps_of(self: ResidentEpochs, paths: list[str]) -> None:
+        for path in paths:
+            taken[path] += 1
+        original(self, paths)
+
+    monkeypatch.setattr(ResidentEpochs, "_steps_of", steps_of)
+    plain, trainer = (make_trainer(variant, torch.float64, count) for _ in range(2))
+    assert ResidentEpochs.serves(trainer)
+    trainer.resident = ResidentEpochs(trainer)
+    stream = plain.run()
+    epochs = 0
+    for event in trainer.run():
+        expected = next(e for e in stream if e.kind == event.kind)
+        assert (event.task, event.epoch) == (expected.task, expected.epoch)
+        for ours, theirs in zip(event.records, expected.records, strict=True):
+            assert ours["train_accuracy"] == theirs["train_accuracy"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        for ours, theirs in zip(trainer.learners, plain.learners, strict=True):
+            for one, other in zip(weights(ours), weights(theirs), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+            assert torch.equal(ours.model.encoder.counts, theirs.model.encoder.counts)
+        epochs += event.kind == "epoch"
+    assert epochs == 21
+    assert trainer.steps == plain.steps
+    if SETTINGS[variant].get("schedule") == "flat":
+        assert taken == {DENSE: 0, GRADED: 0, EXACT: 21 * count}
+    else:
+        assert taken[DENSE] > 0
+        assert variant == "before" or taken[GRADED] > 0
+
+
+def test_an_epoch_that_overflowed_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With codes of k slots an almost k-sparse layer overflows: dense steps give the same."""
+    plain, trainer = (make_trainer("sdmlp", torch.float64, 1) for _ in range(2))
+    trainer.resident = ResidentEpochs(trainer)
+    monkeypatch.setattr(resident, "WIDTH", 1)
+    again = []
+    original = ResidentEpochs._steps_of
+    monkeypatch.setattr(
+        ResidentEpochs, "_steps_of",
+        lambda self, paths: (again.append(list(paths)), original(self, paths)),
+    )  # fmt: skip
+    for run in (plain, trainer):
+        for _ in run.run():
+            pass
+    assert ([GRADED], [DENSE]) in pairwise(again)
+    for one, other in zip(weights(trainer.learners[0]), weights(plain.learners[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+    assert trainer.learners[0].model.encoder.samples == plain.learners[0].model.encoder.samples
+
+
+@pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("variant", [v for v in SERVED if v != "before"])
+def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors, which have no values, every host read and every dynamic shape raises."""
+    trainer = make_trainer(variant, torch.float32, 2, epochs=1)
+    trainer.resident = ResidentEpochs(trainer)
+    stream = trainer.run()
+    while trainer.task < 2:  # with a teacher, and with penalties if there are any
+        next(stream)
+    for each in trainer.learners:
+        each.begin_task(2)
+    trainer.load_task()
+    trainer.resident._load_task()
+
+    def compiled(op: str, implementations: Any, impl: Any, tensor: Any) -> Any:
+        # What torch.compile would trace: the Triton launches as opaque operators.
+        return _dispatch.COMPILED[op, "triton"] if op != "linear_code" else implementations["torch"]
+
+    monkeypatch.setattr(_dispatch, "choose", compiled)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for path in (DENSE, GRADED, EXACT):
+            trainer.resident.body([path, path])
+        trainer.resident.body([DENSE, GRADED])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("variant", SERVED)
+@pytest.mark.parametrize("count", [1, 3])
+def test_graph_replay_equals_the_cpu(variant: str, count: int) -> None:
+    """fp32: two epochs of the first task, captured and replayed, within rounding."""
+    plain = make_trainer(variant, torch.float32, count, epochs=2)
+    other = make_trainer(variant, torch.float32, count, epochs=2)
+    learners = []
+    for each in other.learners:
+        tasks = [task.to(torch.device("cuda")) for task in each.tasks]
+        learners.append(type(each)(each.config, tasks, each.model.to("cuda")))
+    trainer = Trainer(learners)
+    assert trainer.resident is not None
+    for run in (plain, trainer):
+        for event in run.run():
+            if event.kind == "task":
+                break
+    for ours, theirs in zip(trainer.learners, plain.learners, strict=True):
+        for one, two in zip(weights(ours), weights(theirs), strict=True):
+            torch.testing.assert_close(one.cpu(), two, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,148 @@
+"""The figures show what the measures say, for few and many tasks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from ssd import metrics
+from ssd.errors import UserError
+from ssd.folder import STRUCTURE, SUMMARY
+from ssd.structure import Snapshot, StructureRecorder
+from ssd.structure_report import (
+    draw_coverage,
+    draw_entropy,
+    draw_transfer,
+    pairwise,
+    write_comparison,
+    write_structure_figures,
+)
+
+
+def snapshots(tasks: int, seed: int = 0) -> list[Snapshot]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    return [
+        Snapshot(
+            torch.randperm(30, generator=generator)[:4].sort().values,
+            draw(4, 6).float(),
+            draw(30) * (draw(30) > 0.3),
+            10 * draw(),
+            draw(),
+        )
+        for _ in range(tasks)
+    ]
+
+
+def finished(folder: Path, tasks: int, method: str = "ssd", seed: int = 0) -> dict:
+    recorder = StructureRecorder(4)
+    recorder.snapshots = snapshots(tasks, seed)
+    folder.mkdir(exist_ok=True)
+    recorder.save(folder / STRUCTURE)
+    summary = {"method": method, "structure": recorder.summary()}
+    (folder / SUMMARY).write_text(json.dumps(summary))
+    return summary
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 10, 50])
+def test_figures_of_a_run(tmp_path: Path, tasks: int) -> None:
+    finished(tmp_path, tasks)
+    write_structure_figures(tmp_path)
+    for name in ("structure_transfer", "structure_coverage"):
+        assert plt.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.05  # something is drawn
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert not plt.get_fignums()
+
+
+def test_pairs_are_row_against_column() -> None:
+    taken = snapshots(3)
+    found = pairwise(taken)
+    for row in range(3):
+        for column in range(3):
+            a, b = taken[row], taken[column]
+            assert found["jaccard"][row, column] == metrics.jaccard(a.neurons, b.neurons)
+            assert found["kl_bits"][row, column] == metrics.kl_divergence(a.frequency, b.frequency)
+            assert found["address_cosine"][row, column] == metrics.address_cosine(
+                a.addresses, b.addresses
+            )
+    assert not np.allclose(found["kl_bits"], found["kl_bits"].T)
+
+
+@pytest.mark.parametrize("tasks", [3, 12])
+def test_transfer_shows_the_three_matrices(tasks: int) -> None:
+    taken = snapshots(tasks)
+    figure = draw_transfer(taken)
+    panels = [axes for axes in figure.axes if axes.images and axes.get_xlabel()]
+    titles = ("Jaccard", "cosine", "KL")
+    for axes, title, matrix in zip(panels, titles, pairwise(taken).values(), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), matrix)
+        assert axes.get_title().startswith(title)
+        written = [text.get_text() for text in axes.texts]
+        assert written == ([f"{v:.2f}" for v in matrix.flat] if tasks <= 10 else [])
+    plt.close(figure)
+
+
+def test_lines_are_means_over_the_seeds_of_a_method(tmp_path: Path) -> None:
+    summaries = [
+        finished(tmp_path / f"{method}{seed}", 4, method, seed)
+        for method, seed in (("sdmlp", 0), ("ssd", 1), ("ssd", 2), ("ssd", 3))
+    ]
+    for draw, names in (
+        (draw_entropy, ["mean_entropy_bits"]),
+        (draw_coverage, ["effective_rank", "used_fraction"]),
+    ):
+        figure = draw(summaries)
+        for axes, name in zip(figure.axes, names, strict=True):
+            values = np.array([s["structure"][name] for s in summaries])
+            (alone, _, no_bars), (line, _, (bars,)) = axes.containers
+            assert no_bars == ()
+            np.testing.assert_allclose(alone.get_ydata(), values[0])
+            np.testing.assert_allclose(line.get_ydata(), values[1:].mean(0))
+            heights = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
+            np.testing.assert_allclose(heights, 2 * values[1:].std(0, ddof=1))
+            assert axes.get_ylim()[0] == 0
+        labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert labels == ["sdmlp", "ssd (3 seeds)"]
+        plt.close(figure)
+
+
+def test_comparison_makes_its_folder(tmp_path: Path) -> None:
+    runs = [tmp_path / method for method in ("sdmlp", "ssd")]
+    for run in runs:
+        finished(run, 3, run.name)
+    write_comparison(runs, tmp_path / "new" / "figures")
+    assert {file.name for file in (tmp_path / "new" / "figures").iterdir()} == {
+        f"structure_{name}.{suffix}"
+        for name in ("entropy", "coverage")
+        for suffix in ("png", "pdf")
+    }
+
+
+def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
+    out = tmp_path / "figures"
+    finished(tmp_path / "a", 3)
+    finished(tmp_path / "b", 4)
+    with pytest.raises(UserError, match=r"the runs have \[3, 4\] tasks"):
+        write_comparison([tmp_path / "a", tmp_path / "b"], out)
+    with pytest.raises(UserError, match="no runs to compare"):
+        write_comparison([], out)
+    with pytest.raises(UserError, match="holds no finished run"):
+        write_comparison([tmp_path / "c"], out)
+    (tmp_path / "b" / SUMMARY).write_text('{"method": "ssd"}')
+    with pytest.raises(UserError, match="has no structure"):
+        write_comparison([tmp_path / "b"], out)
+    assert not out.exists()
+
+
+def test_a_run_without_its_record(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    (tmp_path / STRUCTURE).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        write_structure_figures(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
