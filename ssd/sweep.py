@@ -320,7 +320,8 @@ def execute(arguments: Sequence[str] | None) -> None:
     groups = [summaries[i : i + sweep.seeds] for i in range(0, len(jobs), sweep.seeds)]
     records = rank(sweep, configs, groups)
     measured = " and ".join(sorted({record["evaluated_on"] for record in records}))
-    title = f"{given.file.stem}: {data.name}, accuracy on {measured} data, {sweep.seeds} seeds"
+    count = f"{sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
+    title = f"{given.file.stem}: {data.name}, accuracy on {measured} data, {count}"
     write_atomically(folder / CSV, csv_text(records))
     write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records))
     if not given.quiet:
