@@ -203,7 +203,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         {"epochs": 20, "anneal_samples": 7_000},
     ),
     "cifar10": Protocol(5, _CIFAR, {}, _FEATURES_SHORT),
-    "cifar100": Protocol(50, _CIFAR100, {}, {**_FEATURES_SHORT, "anneal_samples": 1_500}),
+    "cifar100": Protocol(50, _CIFAR100, {}, _CIFAR100_SHORT),
     "features": Protocol(5, _CIFAR, {"ewc_coefficient": 100.0, "ewc_beta": 0.02}, _FEATURES_SHORT),
 }
 DATASETS = tuple(PROTOCOLS)
