@@ -123,7 +123,11 @@ def step_runs(
 
     expected = plain().loss(task.x_train, task.y_train).item()
     stepper, stream = plain(), endless(task.x_train, task.y_train, problem.B)
-    ours = cycle([step_of(trainer, batch) for batch in range(SAMPLES)])
+    if trainer.resident is None:
+        ours = cycle([step_of(trainer, batch) for batch in range(SAMPLES)])
+    else:
+        trainer.load_task()
+        ours = cycle([trainer.resident.first_step()])
     address = F.normalize(task.x_train[: problem.B], dim=1)
     runs: dict[str, Run] = {
         "ours": lambda: next(ours)(),

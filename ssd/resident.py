@@ -8,6 +8,7 @@ so the result is exact all the same.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +78,7 @@ class ResidentEpochs:
 
     def train_epoch(self) -> None:
         """One epoch of the trainer's task; the trainer counts it."""
-        trainer = self.trainer
-        self._load_task()
-        for row, each in zip(self.order, trainer.learners, strict=True):
-            order = each.order(trainer.task, trainer.epoch)
-            row[: len(order)] = order
-        paths = [self._path(number) for number in range(len(self.encoders))]
+        paths = self._begin()
         before = self._mutable() if GRADED in paths else []
         kept = [tensor.clone() for tensor in before]
         self._steps_of(paths)
@@ -95,6 +91,25 @@ class ResidentEpochs:
             for bad, encoder in zip(crowded, self.encoders, strict=True):
                 if bad:  # the next epoch is dense without a try
                     encoder.dense_until.copy_(encoder.samples + 1)
+
+    def first_step(self) -> Callable[[], None]:
+        """The first step of an epoch, to be run again and again by a benchmark."""
+        step = self._step(tuple(self._begin()))
+
+        def run() -> None:
+            self.position.zero_()
+            step()
+
+        return run
+
+    def _begin(self) -> list[str]:
+        """Readies the epoch's data and order; how each learner's steps are taken."""
+        trainer = self.trainer
+        self._load_task()
+        for row, each in zip(self.order, trainer.learners, strict=True):
+            order = each.order(trainer.task, trainer.epoch)
+            row[: len(order)] = order
+        return [self._path(number) for number in range(len(self.encoders))]
 
     def _steps_of(self, paths: Sequence[str]) -> None:
         self.position.zero_()
@@ -128,8 +143,13 @@ class ResidentEpochs:
         for tensor, copy in zip(before, kept, strict=True):
             tensor.copy_(copy)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.body(paths)
+        try:
+            with torch.cuda.graph(graph):
+                self.body(paths)
+        except RuntimeError as error:
+            line = " ".join(str(error).split())[:200]
+            warnings.warn(f"no CUDA graph ({line}): steps run one by one", stacklevel=2)
+            return lambda: self.body(paths)
         return graph.replay
 
     def body(self, paths: Sequence[str]) -> None:
