@@ -93,6 +93,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         # Type 42 fonts stay text in a PDF; print shops refuse matplotlib's default, type 3.
         with plt.rc_context({"pdf.fonttype": 42}):
             figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
+        figure.set_layout_engine("none")  # laid out once: in inches it is the same for both
         write_atomically(path.with_name(f"{path.name}.{suffix}"), stream.getvalue())
     plt.close(figure)
 

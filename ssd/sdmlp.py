@@ -10,7 +10,7 @@ from ssd.networks import Network
 from ssd_kernels import TopKOutput, count_active, linear_code, linear_inhibit, linear_topk
 from ssd_kernels.linear_code import Shadow, fast_bfloat16
 from ssd_kernels.nn import SparseLinear, TopKLinear
-from ssd_kernels.reference import project
+from ssd_kernels.row_update import project_
 
 # While the GABA switch is on its way, a sparse code has this many slots for each of the k.
 WIDTH = 4
@@ -124,8 +124,11 @@ class AnnealedTopKLinear(TopKLinear):
         width = WIDTH * k if self.schedule == "gaba" else k
         if excited or width > self.neurons * SPARSE_SHARE or self.samples < self.dense_until:
             return None
+        shadow = self._estimator(gaba)
+        if gaba is not None and self._computes_all(shadow):
+            return None  # activations() is as cheap, and never too narrow
         code, overflow = linear_code(
-            x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=self._estimator(gaba)
+            x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow
         )
         if overflow:
             if self.training:
@@ -136,6 +139,17 @@ class AnnealedTopKLinear(TopKLinear):
             self.samples += len(x)
         return code
 
+    @torch.no_grad()
+    def activations(self, x: Tensor) -> Tensor:
+        """What forward(x) returns, dense [B, R] and without gradient; advances the schedule."""
+        hidden = linear_inhibit(
+            x, self.weight, self.current_k(), self.response()[0], inhibition=self.inhibition,
+            counts=self.counts if self.training else None,
+        )  # fmt: skip
+        if self.training:
+            self.samples += len(x)
+        return hidden
+
     @property
     def shadowed(self) -> bool:
         """Whether there is a bfloat16 copy of the weight that wants to hear of updates."""
@@ -145,6 +159,10 @@ class AnnealedTopKLinear(TopKLinear):
         """Says that since code() only the rows of some neurons [n], distinct, were written to."""
         if self._shadow is not None:
             self._shadow.update(self.weight, self.response()[0], neurons)
+
+    def _computes_all(self, shadow: Shadow | None) -> bool:
+        """Whether a graded code on this device goes by way of all R activations."""
+        return shadow is None and self.weight.device.type == "cpu"
 
     def _estimator(self, gaba: Tensor | None) -> Shadow | None:
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
@@ -208,7 +226,7 @@ class SDMLP(Network):
     def constrain(self) -> None:
         """Clamps all weights at 0, then scales each address to unit L2 norm."""
         for weight, normalize in zip(self.parameters(), self.normalized, strict=True):
-            weight.copy_(project(weight, True, normalize))
+            project_(weight, True, normalize)
 
     def address(self, x: Tensor) -> Tensor:
         """relu(x) scaled to unit L2 norm: what the encoder sees, [B, d]."""

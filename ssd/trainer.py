@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssd.active import active_step
 from ssd.config import Config
 from ssd.learner import ENCODER, Learner, part
 from ssd.resident import ResidentEpochs
 from ssd.sdmlp import SDMLP
 from ssd_kernels import TopKOutput, distill, row_gradient, row_update, sparse_linear
-from ssd_kernels.reference import clip_scale, project
+from ssd_kernels.reference import clip_scale
+from ssd_kernels.row_update import project_
 
 # Settings in which learners that are trained together may differ.
 OWN = ("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples",
@@ -168,7 +170,9 @@ class Trainer:
             code = None
             if isinstance(each.model, SDMLP) and not before:
                 code = each.model.encoder.code(address)
-            if code is None:
+            if code is None and not before and self._few_may_fire(each):
+                active_step(self, number, address, chosen)
+            elif code is None:
                 self._dense_step(each, address, chosen)
             else:
                 codes[number] = address, code
@@ -179,6 +183,12 @@ class Trainer:
                 regularizer.after_step()
         self.steps += 1
 
+    def _few_may_fire(self, each: Learner) -> bool:
+        """Whether active_step serves; on CUDA, where no shape may vary, the dense step does."""
+        if not isinstance(each.model, SDMLP) or self.device.type != "cpu":
+            return False
+        return each.momentum is None and not each.model.encoder.response()[1]
+
     def _dense_step(self, each: Learner, address: Tensor, samples: Tensor) -> None:
         """Autograd through the whole network."""
         labels = each.labels[samples]
@@ -188,7 +198,7 @@ class Trainer:
         else:
             loss = each.distiller.loss(logits, labels, samples)
         self.update(each, list(torch.autograd.grad(loss, each.parameters)))
-        self._note(each, loss.detach() * len(labels), logits.detach(), labels)
+        self.note(each, loss.detach() * len(labels), logits.detach(), labels)
 
     def _sparse_step(
         self, codes: Mapping[int, tuple[Tensor, TopKOutput]], samples: Sequence[Tensor]
@@ -218,7 +228,7 @@ class Trainer:
         )
         for number, rows in zip(numbers, _slices(sizes), strict=True):
             each = self.learners[number]
-            self._note(each, loss[rows].sum(), logits[rows], each.labels[samples[number]])
+            self.note(each, loss[rows].sum(), logits[rows], each.labels[samples[number]])
 
     def learn(
         self,
@@ -307,15 +317,7 @@ class Trainer:
         gradients = [
             row_gradient(c, i, places, len(rows)) for c, i in zip(coefficients, inputs, strict=True)
         ]
-        for regularizer in each.regularizers:
-            if regularizer.active:
-                regularizer.add_row_gradient(gradients, rows)
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        step = clip_scale(norm, each.config.max_norm) * each.config.lr
-        normalized = _sdmlp(each).normalized
-        for weight, gradient, norms in zip(each.parameters, gradients, normalized, strict=True):
-            moved = weight.detach().index_select(0, rows).sub_(gradient.mul_(step))
-            weight.detach().index_copy_(0, rows, project(moved, True, norms))
+        self.update(each, gradients, rows)
         if _sdmlp(each).encoder.shadowed:
             _sdmlp(each).encoder.updated(rows)
 
@@ -327,8 +329,20 @@ class Trainer:
         code: TopKOutput,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Where each slot stands in the subnetwork [B, K], and the teacher's part of the loss."""
+        terms = self.terms(numbers, chosen)
+        if self.positions is None or not terms:
+            return None, terms
+        distillers = [d for n in numbers if (d := self.learners[n].distiller) is not None]
+        targets = [d.teacher_hidden[ENCODER][s] for d, s in zip(distillers, chosen, strict=True)]
+        terms["target_hidden"] = _joined(targets)
+        terms["hidden"], slots = self.distilled(code, terms["target_hidden"].shape[1])
+        return slots, terms
+
+    def terms(self, numbers: Sequence[int], chosen: Sequence[Tensor]) -> dict[str, Any]:
+        """Arguments of distill for the logits of some learners' samples; none without a teacher."""
         if not self.teaches:
-            return None, {}
+            return {}
+        sizes = [len(s) for s in chosen]
         distillers = [d for n in numbers if (d := self.learners[n].distiller) is not None]
         pairs = list(zip(distillers, chosen, strict=True))
         terms: dict[str, Any] = {
@@ -346,11 +360,7 @@ class Trainer:
             for row, (distiller, _) in zip(seen, pairs, strict=True):
                 row[distiller.classes_seen] = True
             terms["columns"] = _spread(seen, sizes)
-        if self.positions is None:
-            return None, terms
-        terms["target_hidden"] = _joined([d.teacher_hidden[ENCODER][s] for d, s in pairs])
-        terms["hidden"], slots = self.distilled(code, terms["target_hidden"].shape[1])
-        return slots, terms
+        return terms
 
     def distilled(self, code: TopKOutput, size: int) -> tuple[Tensor, Tensor]:
         """The subnetwork's activations [B, n] in a code, and where each slot stands in it."""
@@ -361,24 +371,38 @@ class Trainer:
         return wide.scatter_add_(1, positions, code.values)[:, :-1], positions
 
     @torch.no_grad()
-    def update(self, each: Learner, gradients: list[Tensor]) -> None:
-        """Dense step: penalties, global-norm clip, SGD, projection."""
-        for regularizer in each.regularizers:
-            if regularizer.active:
-                regularizer.add_gradient(gradients)
-        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        scale = clip_scale(norm, each.config.max_norm)
-        for number, (parameter, gradient) in enumerate(
-            zip(each.parameters, gradients, strict=True)
-        ):
-            gradient *= scale
-            if each.momentum is not None:
-                buffer = each.momentum[number]
-                gradient = buffer.mul_(each.config.momentum).add_(gradient)
-            parameter.sub_(gradient, alpha=each.config.lr)
-        each.model.constrain()
+    def update(self, each: Learner, gradients: list[Tensor], rows: Tensor | None = None) -> None:
+        """Penalties, global-norm clip, SGD, projection.
 
-    def _note(self, each: Learner, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        Args:
+            gradients: of each parameter [R, ..], or of some of its rows; written to.
+            rows: [n] which those are, ascending; all others have no gradient.
+        """
+        for regularizer in each.regularizers:
+            if not regularizer.active:
+                continue
+            if rows is None:
+                regularizer.add_gradient(gradients)
+            else:
+                regularizer.add_row_gradient(gradients, rows)
+        norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()
+        scale = clip_scale(norm, each.config.max_norm)
+        if each.momentum is not None:
+            for buffer, gradient in zip(each.momentum, gradients, strict=True):
+                buffer.mul_(each.config.momentum).add_(gradient.mul_(scale))
+            gradients, scale = each.momentum, torch.ones_like(scale)
+        step = scale * -each.config.lr
+        if rows is None:
+            for parameter, gradient in zip(each.parameters, gradients, strict=True):
+                parameter.addcmul_(gradient, step)
+            each.model.constrain()
+            return
+        normalized = _sdmlp(each).normalized
+        for weight, gradient, norms in zip(each.parameters, gradients, normalized, strict=True):
+            moved = weight.index_select(0, rows).addcmul_(gradient, step)
+            weight.index_copy_(0, rows, project_(moved, True, norms))
+
+    def note(self, each: Learner, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         each.loss_sum += loss
         each.correct += (logits.argmax(-1) == labels).sum()
 

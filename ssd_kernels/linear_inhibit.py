@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels._triton import AotCase
-from ssd_kernels.topk import MAX_K, select
+from ssd_kernels.topk import MAX_K
 
 
 def linear_inhibit(
@@ -69,8 +69,8 @@ def _torch(
     if k == weight.shape[0]:
         cut = a.new_zeros(*a.shape[:-1], 1)
     else:
-        cut = a.detach().gather(-1, select(a, k + 1)[..., k:])
-    surplus = a - (cut if gaba is None else gaba.to(a.dtype) * cut)
+        cut = torch.topk(a.detach(), k + 1).values[..., k:]
+    surplus = a - cut if gaba is None else torch.addcmul(a, gaba.to(a.dtype), cut, value=-1)
     hidden = a * (surplus > 0) if inhibition == "mask" else surplus.relu()
     if counts is not None:
         counts += (hidden > 0).reshape(-1, hidden.shape[-1]).sum(0)

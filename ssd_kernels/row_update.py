@@ -124,13 +124,19 @@ def _torch(
             direction += momentum * buffers[number].index_select(0, group.neurons)
             buffers[number].index_copy_(0, group.neurons, direction)
         rows = weight.index_select(0, group.neurons).sub_(direction.mul_(rate))
-        if nonnegative:
-            rows.clamp_(min=0)
-        if normalize is not None and normalize[number]:
-            length = rows.norm(dim=-1, keepdim=True)
-            rows.div_(torch.where(length > 0, length, 1.0))
+        project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return norm if blocks > 1 else norm[0]
+
+
+def project_(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
+    """reference.project, in place."""
+    if nonnegative:
+        weight.clamp_(min=0)
+    if normalize:
+        length = weight.norm(dim=-1, keepdim=True)
+        weight.div_(torch.where(length > 0, length, 1.0))
+    return weight
 
 
 @jit

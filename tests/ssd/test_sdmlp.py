@@ -82,6 +82,7 @@ def almost_sparse_layer(neurons: int = 400) -> AnnealedTopKLinear:
 def test_code_of_stragglers_equals_the_dense_layer() -> None:
     """Neurons on their way to full inhibition fire beyond the k; the code is wider and exact."""
     layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
+    layer._computes_all = lambda shadow: False  # as with more neurons
     twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
     twin.load_state_dict(layer.state_dict())
     code, hidden = layer.code(x), twin(x)
@@ -95,6 +96,7 @@ def test_code_of_stragglers_equals_the_dense_layer() -> None:
 
 def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_again() -> None:
     layer = almost_sparse_layer()
+    layer._computes_all = lambda shadow: False
     layer.counts.fill_(60)
     x = torch.rand(12, 16)
     before = layer.counts.clone()
@@ -105,6 +107,18 @@ def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_ag
     assert layer.code(x) is None
     layer.samples += 8 * 12
     assert layer.code(x) is not None
+
+
+def test_activations_equal_forward_and_stand_in_for_a_code_that_would_cost_as_much() -> None:
+    layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
+    twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
+    twin.load_state_dict(layer.state_dict())
+    assert layer.code(x) is None
+    hidden = layer.activations(x)
+    assert not hidden.requires_grad
+    assert torch.equal(hidden, twin(x))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name])
 
 
 def test_an_excited_layer_has_no_code() -> None:
@@ -134,6 +148,7 @@ def test_the_bfloat16_estimate_changes_no_bit(method: str, monkeypatch: pytest.M
         eval_every=12,
         method=method,
     )
+    monkeypatch.setattr(AnnealedTopKLinear, "_computes_all", lambda *_: False)
     ends = []
     for smallest, fast in ((1, True), (10**9, False)):
         monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)

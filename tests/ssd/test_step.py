@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssd import trainer as trainer_module
 from ssd.config import Config
 from ssd.data import Task
 from ssd.learner import Learner
 from ssd.order import shuffled
-from ssd.sdmlp import SDMLP
+from ssd.sdmlp import SDMLP, AnnealedTopKLinear
 from ssd.trainer import Trainer
 
 FEATURES, CLASSES = 20, 6
@@ -173,9 +174,16 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("graded", ["active", "sparse"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tasks, 210 steps, from all neurons excited to (almost) k-sparse."""
+def test_step_equals_naive_dense_autograd(
+    variant: str, graded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tasks, 210 steps, from all neurons excited to (almost) k-sparse.
+
+    With few neurons the code under graded inhibition is not computed as a sparse one; it is where
+    they are many, so here by force too.
+    """
     config = replace(BASE, **{"method": "ssd", **VARIANTS[variant]})
     tasks = make_tasks()
     model = SDMLP(
@@ -185,14 +193,20 @@ def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.Monk
     naive = Naive(config, model)
     trainer = Trainer([Learner(config, tasks, model)])
     (learner,) = trainer.learners
-    taken = {"sparse": 0}
-    original = Trainer._sparse_step
+    taken = {"sparse": 0, "active": 0}
+    originals = {"sparse": Trainer._sparse_step, "active": trainer_module.active_step}
 
-    def sparse_step(self, *arguments):
-        taken["sparse"] += 1
-        return original(self, *arguments)
+    def counted(name):
+        def step(*arguments):
+            taken[name] += 1
+            return originals[name](*arguments)
 
-    monkeypatch.setattr(Trainer, "_sparse_step", sparse_step)
+        return step
+
+    monkeypatch.setattr(Trainer, "_sparse_step", counted("sparse"))
+    monkeypatch.setattr(trainer_module, "active_step", counted("active"))
+    if graded == "sparse":
+        monkeypatch.setattr(AnnealedTopKLinear, "_computes_all", lambda *_: False)
     steps = 0
     moved = model.encoder.weight.detach().clone()
     for event in trainer.run():
@@ -215,9 +229,13 @@ def test_step_equals_naive_dense_autograd(variant: str, monkeypatch: pytest.Monk
                 chosen = learner.distiller.neurons["encoder"]
                 assert torch.equal(chosen, naive.chosen.sort().values)
     assert steps == 210
-    # The comparison must have covered both paths and real learning.
+    # The comparison must have covered the paths and real learning.
     if variant == "flat":
         assert taken["sparse"] == steps
+    elif graded == "active" and not variant.startswith(("before", "linear", "momentum")):
+        assert 100 < taken["active"] < steps
+    elif graded == "active" and variant == "momentum":
+        assert taken == {"sparse": 0, "active": 0}  # it moves every row
     elif variant == "before inhibition, flat":
         assert taken["sparse"] == 70  # the first task alone: then the loss reads the encoder
     elif variant == "before inhibition":
