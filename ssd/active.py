@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssd.learner import ENCODER
+from ssd.learner import ENCODER, Learner
 from ssd.sdmlp import SDMLP
 from ssd_kernels import distill
 
@@ -36,7 +36,8 @@ def active_step(trainer: Trainer, number: int, address: Tensor, samples: Tensor)
     assert isinstance(each.model, SDMLP)
     hidden = each.model.encoder.activations(address)
     decoder = each.parameters[1].detach()
-    rows = _rows(trainer, number, hidden)
+    firing = (hidden.amax(0) > 0).nonzero().squeeze(1)
+    rows = firing if 0 < len(firing) < MOST * hidden.shape[1] else None
     if rows is not None:
         hidden, decoder = hidden.index_select(1, rows), decoder.index_select(0, rows)
     labels = each.labels[samples]
@@ -59,18 +60,19 @@ def active_step(trainer: Trainer, number: int, address: Tensor, samples: Tensor)
         inside = places >= 0
         back.index_add_(1, places[inside], output.grad_hidden[:, inside] / len(samples))
     back *= hidden > 0
-    trainer.update(each, [back.T @ address, hidden.T @ slopes], rows)
+    trainer.update(each, *_widened(each, [back.T @ address, hidden.T @ slopes], rows))
     trainer.note(each, output.loss.sum(), logits, labels)
 
 
-def _rows(trainer: Trainer, number: int, hidden: Tensor) -> Tensor | None:
-    """Ascending neurons [n] that fire or that a penalty may pull; None: all, or most."""
-    each = trainer.learners[number]
-    firing = hidden.amax(0) > 0
-    if any(r.active for r in each.regularizers):
-        penalized = each.penalized_rows()
-        if penalized is None:
-            return None
-        firing[penalized] = True
-    rows = firing.nonzero().squeeze(1)
-    return rows if len(rows) < MOST * len(firing) else None
+def _widened(
+    each: Learner, gradients: list[Tensor], rows: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Gradients of the firing rows with zeros for those that a penalty alone may pull."""
+    if rows is None or not any(r.active for r in each.regularizers):
+        return gradients, rows
+    penalized, count, places = each.penalized_rows(), each.config.neurons, rows
+    if penalized is not None:
+        every = torch.cat([rows, penalized]).unique()
+        penalized, count, places = every, len(every), torch.searchsorted(every, rows)
+    wide = [g.new_zeros(count, g.shape[1]).index_copy_(0, places, g) for g in gradients]
+    return wide, penalized

@@ -13,7 +13,7 @@ from torch import Tensor
 from ssd import trainer as trainer_module
 from ssd.config import Config
 from ssd.data import Task
-from ssd.learner import Learner
+from ssd.learner import Learner, build_model
 from ssd.order import shuffled
 from ssd.sdmlp import SDMLP, AnnealedTopKLinear
 from ssd.trainer import Trainer
@@ -266,3 +266,20 @@ def test_untouched_rows_keep_their_bits() -> None:
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old[~active], new[~active])
         assert not torch.equal(old[active], new[active])
+
+
+def test_a_batch_in_which_no_neuron_fires() -> None:
+    """Inputs of zeros, as a dark image: no gradient, and no neuron to gather."""
+    task = make_tasks()[0]
+    dark = replace(task, x_train=torch.zeros_like(task.x_train))
+    config = replace(BASE, method="ssd", tasks=2)
+    learner = Learner(config, [dark, dark], build_model(config, FEATURES, CLASSES).double())
+    learner.model.encoder.counts.fill_(400)  # on its way from excitation to inhibition
+    trainer = Trainer([learner])
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    learner.end_task(0)
+    learner.begin_task(1)
+    trainer.task = 1
+    trainer.step([torch.arange(15)])
+    for old, new in zip(before, learner.model.parameters(), strict=True):
+        torch.testing.assert_close(old, new.detach(), rtol=1e-6, atol=0)  # renormalised
