@@ -156,7 +156,7 @@ class AnnealedTopKLinear(TopKLinear):
         return self._shadow is not None
 
     def updated(self, neurons: Tensor) -> None:
-        """Says that since code() only the rows of some neurons [n], distinct, were written to."""
+        """Says that since code() only the rows of some neurons [n] were written to."""
         if self._shadow is not None:
             self._shadow.update(self.weight, self.response()[0], neurons)
 

@@ -287,7 +287,7 @@ class Trainer:
         for each, number, own in zip(learners, numbers, rows, strict=True):
             encoder = _sdmlp(each).encoder
             if encoder.shadowed:
-                active = indices[own][values[own] > 0].unique()
+                active = indices[own][values[own] > 0]
                 encoder.updated(_shifted(active, -number * self.config.neurons))
         return logits.detach(), output.loss
 

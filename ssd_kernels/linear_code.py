@@ -4,18 +4,19 @@ While some neurons answer inhibition with g < 1, a few more than k fire. linear_
 all R activations; with a Shadow, a bfloat16 copy of weight / gaba, this op does not.
 
 Why that is exact. The bfloat16 product estimates b_j = s_j / g_j, the score that inhibition I would
-have to beat. Nothing is negative, so the rounding errors add up to at most a share c of b_j. The
-neurons with the largest estimates are candidates, and their scores are computed in float32. Let t
-be the largest estimate that is no candidate's and I' the (k+1)-th largest activation among the
-candidates. If t (1 + c) < I', every other neuron has b_j < I' <= I: it does not fire, and since
-g_j <= 1 it has s_j < I', so I' = I. A row where that fails takes its candidates from all float32
-scores. Either way the candidates' scores are summed in one fixed order, so that both give the same
+have to beat. Nothing is negative, so the rounding errors add up to at most a share c of b_j. Any k
++ 1 neurons bound I, the (k+1)-th largest activation, from below; those with the largest estimates
+of their groups bound it closely. A neuron whose estimate, c added, stays under that bound, c taken
+off, neither fires nor sets I. The few others are candidates; their scores are computed in float32.
+A row whose scores leave the range where c holds, and a batch with too many candidates, take theirs
+from all float32 scores. Either way a score is summed in one fixed order, so both give the same
 bits.
 """
 
 from __future__ import annotations
 
-import math
+import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from ssd_kernels.topk import GROUP, select, topk
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
 TINY = 1e-30
+# Groups to a group of groups.
+SUPER = 4
 # More candidates than one in so many neurons cost more than all scores.
 DENSE_SHARE = 32
 
@@ -45,17 +48,25 @@ class Shadow:
         self.rows = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
         self._version = -1
         # Kept from call to call: the operating system zeroes each page of fresh memory.
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffer = self.rows.new_empty(0)
 
-    def buffer(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Uninitialised memory of this shape; valid until the next call with this dtype."""
-        size = math.prod(shape)
-        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
-            self._buffers[dtype] = torch.empty(size, dtype=dtype)
-        return self._buffers[dtype][:size].view(shape)
+    def estimates(self, x: Tensor) -> Tensor:
+        """x @ (weight / gaba).T in bfloat16, [R', B], valid until the next call.
+
+        R' is R and rows of zeros up to a whole number of groups of groups.
+        """
+        neurons = len(self.rows)
+        padded = -(-neurons // (GROUP * SUPER)) * GROUP * SUPER
+        if self._buffer.numel() < padded * len(x):
+            self._buffer = self.rows.new_empty(padded * len(x))
+        estimates = self._buffer[: padded * len(x)].view(padded, len(x))
+        # Neurons first: the faster order of the product, and of the maxima over groups.
+        torch.mm(self.rows, x.bfloat16().T, out=estimates[:neurons])
+        estimates[neurons:] = 0
+        return estimates
 
     def update(self, weight: Tensor, gaba: Tensor | None, neurons: Tensor | None = None) -> None:
-        """Copies all rows, or those of `neurons` [n], distinct, if no others changed.
+        """Copies all rows, or those of `neurons` [n] if no others changed.
 
         Raises:
             ValueError: a negative weight, for which the error bound would not hold.
@@ -106,8 +117,8 @@ def linear_code(
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
-        slots of value 0 are padding. And a 0-d bool: whether some sample has more than `width`
-        active neurons, in which case the code is not the layer's.
+        slots of value 0 are padding, whatever their index. And a 0-d bool: whether some sample has
+        more than `width` active neurons, in which case the code is not the layer's.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device, k or width that does not fit.
@@ -152,80 +163,115 @@ def _torch(
         code = linear_topk(x, weight, k, inhibition=inhibition)
         return code, torch.zeros((), dtype=torch.bool, device=x.device)
     count = max(width, CANDIDATES * k) + k
-    if not x.is_cpu or len(x) == 0 or count * DENSE_SHARE > weight.shape[0]:
+    exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
+    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0]:
         return _compress(linear_inhibit(x, weight, k, gaba, inhibition=inhibition), width)
 
-    def decide(x: Tensor, candidates: Tensor) -> tuple[TopKOutput, Tensor, Tensor]:
-        return _decide(x, weight, candidates, k, width, gaba, inhibition, shadow)
+    def decide(x: Tensor, candidates: Candidates) -> tuple[TopKOutput, Tensor, Tensor]:
+        return _decide(x, weight, candidates, k, width, gaba, inhibition)
 
-    def rank(x: Tensor) -> Tensor:
+    def rank(x: Tensor) -> Candidates:
         scores = x @ weight.T
-        return select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
+        best = select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
+        return Candidates(best.flatten(), torch.full((len(x),), count))
 
-    if shadow is None:
+    near = None
+    if shadow is not None:
+        near = _candidates(shadow.estimates(x), k, gaba, x.shape[1], count * len(x))
+    if near is None:
         code, _, fires = decide(x, rank(x))
     else:
-        # Neurons first: the faster order of the product, and of the maxima over groups.
-        estimates = shadow.buffer(torch.bfloat16, len(weight), len(x))
-        torch.mm(shadow.rows, x.bfloat16().T, out=estimates)
-        candidates, beaten = _candidates(estimates, count)
-        code, cut, fires = decide(x, candidates)
-        # TINY covers products that underflow to 0.
-        doubtful = ~(beaten * (1 + _relative_error(x.shape[1])) + TINY < cut)
+        code, cut, fires = decide(x, near)
+        # Beyond these the bound on the rounding does not hold: products underflow or overflow.
+        doubtful = ~((cut > TINY) & (cut < 1 / TINY))
         if doubtful.any():
             again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
             code.values[doubtful], code.indices[doubtful] = again.values, again.indices
     return code, (fires > width).any()
 
 
+class Candidates(NamedTuple):
+    """Neurons of which some may fire, sample by sample, ascending within each."""
+
+    neurons: Tensor  # [m]
+    lengths: Tensor  # [B], their sum is m
+
+
+def _candidates(
+    estimates: Tensor, k: int, gaba: Tensor | None, features: int, limit: int
+) -> Candidates | None:
+    """All neurons that may fire or set the inhibition; None if they lie in over `limit` groups."""
+    groups = estimates.view(-1, GROUP, estimates.shape[1])
+    best = groups.amax(1)
+    reached = best
+    if gaba is not None:
+        response = F.pad(gaba, (0, len(estimates) - len(gaba)), value=1.0)
+        reached = best * response.view(-1, GROUP).amin(1, keepdim=True)
+    # Some neuron of each group has that activation, so the inhibition is no less than `least`; the
+    # maxima over several groups are a little less, and much faster to rank.
+    reached = reached.view(-1, SUPER, estimates.shape[1]).amax(1).float()
+    least = reached.T.contiguous().topk(k + 1).values[:, k]
+    error = _relative_error(features)
+    least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
+    sample, group = (best.float() >= least).T.contiguous().nonzero(as_tuple=True)
+    if len(sample) > limit:
+        return None
+    near = groups[group, :, sample] >= least[sample].unsqueeze(1)
+    return Candidates(
+        (group.unsqueeze(1) * GROUP + torch.arange(GROUP))[near],
+        near.new_zeros(estimates.shape[1], dtype=torch.int64).index_add_(0, sample, near.sum(1)),
+    )
+
+
 def _decide(
     x: Tensor,
     weight: Tensor,
-    candidates: Tensor,
+    candidates: Candidates,
     k: int,
     width: int,
     gaba: Tensor | None,
     inhibition: str,
-    shadow: Shadow | None,
 ) -> tuple[TopKOutput, Tensor, Tensor]:
-    """The code of the candidates [B, m], the inhibition I [B], and how many fire [B]."""
-    shape = (*candidates.shape, x.shape[1])
-    if shadow is None:
-        rows = F.embedding(candidates, weight)
-    else:
-        rows = shadow.buffer(weight.dtype, *shape)
-        torch.index_select(weight, 0, candidates.view(-1), out=rows.view(-1, shape[2]))
-    # One product and sum a neuron, in one order whatever the candidates are.
-    a = rows.mul_(x.unsqueeze(1)).sum(-1).relu()
+    """The code among the candidates, the inhibition I [B], and how many fire [B]."""
+    neurons, lengths = candidates
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    # Sampled: one dot product a candidate, summed in one order whatever the others are.
+    scores = torch.sparse.sampled_addmm(
+        _pattern(starts, neurons, weight), x, weight.T, beta=0.0
+    ).values()
+    slots = max(int(lengths.max()), width, k + 1)
+    sample = torch.repeat_interleave(lengths, output_size=len(neurons))
+    slot = sample * slots + torch.arange(len(neurons)) - starts[sample]
+    a = scores.new_zeros(len(x) * slots).index_copy_(0, slot, scores.relu_()).view(-1, slots)
+    index = torch.zeros(len(x) * slots, dtype=torch.int64).index_copy_(0, slot, neurons)
+    index = index.view(-1, slots)
     cut = a.topk(k + 1).values[:, k:]
-    surplus = a - (cut if gaba is None else gaba[candidates] * cut)
+    surplus = a - (cut if gaba is None else gaba[index] * cut)
     fired = torch.where(surplus > 0, a, 0.0) if inhibition == "mask" else surplus.relu()
     # Candidates ascend, so that a stable sort gives ties to the lower index.
     values, order = fired.sort(dim=1, descending=True, stable=True)
-    code = TopKOutput(values[:, :width], candidates.gather(1, order[:, :width]))
+    code = TopKOutput(values[:, :width], index.gather(1, order[:, :width]))
     return code, cut.squeeze(1), (fired > 0).sum(1)
 
 
+def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
+    """A sparse matrix [B, R] of zeros stored at each sample's neurons."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "beta state"
+        return torch.sparse_csr_tensor(
+            starts,
+            neurons,
+            weight.new_zeros(len(neurons)),
+            (len(starts) - 1, len(weight)),
+            check_invariants=False,
+        )
+
+
 def _relative_error(features: int) -> float:
-    """Bound on |estimate - b| / estimate: the two factors, the result, and both float32 sums."""
+    """Bound on |estimate - b| / estimate: the two factors, the result, both float32 sums, and g."""
     unit = torch.finfo(torch.bfloat16).eps / 2
-    rounding = (1 + unit) ** 3 * (1 + 2 * features * 2.0**-24) - 1
+    rounding = (1 + unit) ** 3 * (1 + (2 * features + 8) * 2.0**-24) - 1
     return rounding / (1 - rounding)
-
-
-def _candidates(estimates: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ascending indices [B, count] of large estimates [R, B], and a bound [B] on all the others."""
-    neurons, batch = estimates.shape
-    groups = neurons // GROUP
-    body = estimates[: groups * GROUP].view(GROUP, groups, batch)
-    best = torch.topk(body.amax(0).float().T.contiguous(), count + 1)
-    members = (best.indices[:, None, :count] + groups * torch.arange(GROUP).unsqueeze(1)).flatten(1)
-    rest = torch.arange(groups * GROUP, neurons)
-    if len(rest):
-        members = torch.cat([members, rest.expand(batch, -1)], dim=1)
-    top = torch.topk(estimates.T.gather(1, members).float(), count + 1)
-    beaten = torch.maximum(best.values[:, count], top.values[:, count])
-    return members.gather(1, top.indices[:, :count]).sort(dim=1).values, beaten
 
 
 def _compress(hidden: Tensor, width: int) -> tuple[TopKOutput, Tensor]:

@@ -18,7 +18,7 @@ def layer(neurons: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def scatter(code: reference.TopKOutput, neurons: int) -> Tensor:
     dense = code.values.new_zeros(len(code.values), neurons)
-    return dense.scatter(1, code.indices, code.values)
+    return dense.scatter_add(1, code.indices, code.values)
 
 
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
@@ -67,6 +67,48 @@ def test_a_row_that_the_estimate_cannot_settle_is_still_exact() -> None:
     assert code.indices[0, :10].tolist() == best.indices[:10].tolist()
     torch.testing.assert_close(code.values[0, :10], best.values[:10] - best.values[10])
     assert code.values[0, 10:].sum() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15, 4e-19])
+@pytest.mark.parametrize("least", [0.1, 0.9, None])
+def test_the_filter_changes_no_bit(scale: float, least: float | None) -> None:
+    """Scores that are zero, tiny, tied or graded by a few neurons that hardly respond."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        weight = F.normalize(torch.rand(3001, 48) ** 4, dim=1)
+        weight[torch.rand(3001) < 0.2] = 0
+        weight[1500:1600] = weight[:100]
+        gaba = None
+        if least is not None:
+            gaba = torch.ones(3001)
+            gaba[torch.randint(3001, (10,))] = least
+        x = F.normalize(weight[torch.randint(3001, (9,))] + 0.05 * torch.rand(9, 48), dim=1)
+        x[3] = 0
+        x[4, 1:] = 0
+        x[5] *= 1e-20
+        x, weight = x * scale, weight * scale
+        shadow = Shadow(weight)
+        shadow.update(weight, gaba)
+        for inhibition in ("subtract", "mask"):
+            plain, wide = linear_code(x, weight, 5, 40, gaba, inhibition=inhibition)
+            code, also = linear_code(x, weight, 5, 40, gaba, inhibition=inhibition, shadow=shadow)
+            active = plain.values > 0
+            assert torch.equal(code.values, plain.values)
+            assert torch.equal(code.indices[active], plain.indices[active])
+            assert wide == also
+
+
+def test_not_a_number_stays_one() -> None:
+    x, weight, _ = layer(4096, 32, torch.float32)
+    shadow = Shadow(weight)
+    shadow.update(weight, None)
+    clean, _ = linear_code(x, weight, 5, 40, shadow=shadow)
+    x[2, 7] = torch.inf
+    code, _ = linear_code(x, weight, 5, 40, shadow=shadow)
+    others = torch.arange(9) != 2
+    assert torch.equal(code.values[others], clean.values[others])
+    plain, _ = linear_code(x, weight, 5, 40)
+    assert torch.equal(code.values.isnan(), plain.values.isnan())
 
 
 @pytest.mark.parametrize("shadowed", [False, True])
