@@ -36,12 +36,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the source tree, "-dirty" if it was changed; "unknown" outside a checkout."""
+    """The commit of the checkout, "-dirty" if more than results changed; "unknown" outside one."""
     here = Path(__file__)
     try:
         # An installed copy may lie inside the checkout of something else.
         _git("ls-files", "--error-unmatch", here.name)
-        return _git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
+        changed = _git(
+            "status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results"
+        )
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -159,3 +159,15 @@ def test_quick_run_without_gpu(name: str, tmp_path: Path) -> None:
     assert {row.op for row in rows} >= OPS[name]
     assert all(row.correct and row.p50 for row in rows)
     assert out.with_suffix(".png").stat().st_size > 0
+
+
+def test_whole_command(tmp_path: Path) -> None:
+    out = tmp_path / "bench.csv"
+    command = [sys.executable, "benchmarks/command_bench.py", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = record.read(out)
+    assert row.correct
+    assert row.p20 == row.p50 == row.p80
+    assert row.p50
+    assert row.p50 > 1000

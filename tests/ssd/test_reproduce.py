@@ -56,6 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("features", "cifar100"):
         monkeypatch.setitem(config.PROTOCOLS, name, Protocol(2, {}, {}, TINY))
     monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
+    monkeypatch.setattr(experiments, "SHORT_LARGE_SEEDS", (0, 1))
     few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
     monkeypatch.setattr(experiments, "ABLATIONS", few)
     settings = {name: {"share": 0.5} for name in ("cifar10", "cifar100")}
