@@ -53,14 +53,14 @@ SHORT_ALPHA = {("mnist", "ssd+ewc"): 0.7, ("cifar10", "ssd"): 0.3}
 # --short: its learning rate is SDMLP's; plain networks keep the papers'.
 PLAIN = ("naive", "topk-mlp")
 
-# Each factor's other values, of which --short takes the last; all else is the method's default.
+# Each factor's values; the method's default is left out, and of the others --short takes the last.
 # "R/k" distils all neurons, lambda 0 none.
 ABLATED = "cifar10"
 ABLATIONS: Mapping[str, Sequence[Any]] = {
     "subnetwork": (2.0, 5.0, 10.0, "R/k"),
     "lam": (0.5, 1.0, 0.0),
     "alpha": (0.3, 0.9, 0.5),
-    "temperature": (1.0, 4.0, 2.0),
+    "temperature": (1.0, 4.0, 8.0, 2.0),
     "kl": ("forward",),
     "hidden": ("before",),
     "logits": ("seen",),
@@ -261,9 +261,10 @@ def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
     seeds = SHORT_SEEDS if short else SEEDS
     rows = [Row(benchmark, "ssd", config, seeds, DEFAULT)]
     for factor, values in ABLATIONS.items():
-        for value in values[-1:] if short else values:
-            setting = config.neurons / config.k if value == "R/k" else value
-            changed = Config(**{**config.to_dict(), factor: setting})
+        settings = {v: config.neurons / config.k if v == "R/k" else v for v in values}
+        others = [v for v in values if settings[v] != getattr(config, factor)]
+        for value in others[-1:] if short else others:
+            changed = Config(**{**config.to_dict(), factor: settings[value]})
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
     return rows

@@ -381,3 +381,12 @@ def test_structure_over_tasks(row: Row) -> None:
     assert stem == "structure_cifar10_10000"
     assert len(figure.axes) == 2
     plt.close(figure)
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_every_ablation_changes_something(short: bool) -> None:
+    features = {benchmark.name: "features.npz" for benchmark in experiments.BENCHMARKS}
+    default, *rows = experiments.ablations(short, features)
+    assert {row.factor for row in rows} == set(experiments.ABLATIONS)
+    for number, row in enumerate(rows):
+        assert row.config not in (default.config, *(other.config for other in rows[:number]))
