@@ -1,6 +1,6 @@
 """The whole of `python -m ssd.train --dataset mnist`: a process of its own, start to exit.
 
-python benchmarks/command_bench.py          # five runs, about a minute each
+python benchmarks/command_bench.py          # three runs, about a minute each
 python benchmarks/command_bench.py --quick  # one short run: does everything run
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import record
 from ssd.data import default_root
 
-RUNS = 5
+RUNS = 3
 TARGET = 60.0  # seconds on 2 CPU cores
 QUICK = ("--dataset", "mnist-5k", "--epochs", "1")
 

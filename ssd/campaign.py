@@ -22,7 +22,7 @@ from ssd.data import Dataset, load
 from ssd.distillation import select_subnetwork
 from ssd.errors import UserError
 from ssd.experiments import Row
-from ssd.folder import FREQUENCY, SUMMARY, commit, read_json, versions
+from ssd.folder import FREQUENCY, SUMMARY, commit, describe, read_json, versions
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
 from ssd.trainer import Event, Trainer, together
@@ -86,6 +86,8 @@ class Campaign:
             "seed": job.seed,
             "data_crc32": data.checksum(),
         }
+        if row.peer.method:
+            described["config"] = describe(job.config, data)
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join("".join(c if c.isalnum() else " " for c in row.method).split())
         return self.root / f"{data.name}-{name}-seed{job.seed}-{digest}"
@@ -125,7 +127,7 @@ class Campaign:
         assert row.peer is not None
         tasks = [task.to(self.options.device) for task in make_tasks(job.config, data)]
         start = time.perf_counter()
-        matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.seed, **row.settings)
+        matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.config, **row.settings)
         accuracy = matrix.cpu()
         summary = {
             "dataset": data.name,
@@ -150,7 +152,8 @@ class Campaign:
     def work(self, job: Job) -> float:
         """Size of a run for the time left: the encoder's multiplications."""
         data = self.data[job.row.benchmark.name]
-        epochs = 1 if job.row.peer is not None else job.row.config.epochs
+        peer = job.row.peer
+        epochs = 1 if peer is not None and not peer.method else job.row.config.epochs
         return float(data.x_train.numel()) * epochs * max(1, job.row.neurons)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ssd.config import JOINT, Config, resolve
 from ssd.data import Task
 from ssd.peers import entries, evaluate_stream
+from ssd.trained_readout import TrainedReadout
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,46 @@ class Peer:
     """A learner of another kind, measured on the same streams.
 
     Args:
-        evaluate: (tasks, classes C, neurons R, seed, **settings) -> accuracy matrix [T, T].
+        evaluate: (tasks, classes C, neurons R, config, **settings) -> accuracy matrix [T, T]; of
+            the config a peer without gradients takes the seed alone.
         sizes: R of its rows; a peer without neurons has none, and is given R = 0.
         settings: by the benchmark's name; chosen on a validation split, never here.
+        method: of the network that it trains, by the preset `short`; empty if it trains none.
     """
 
     evaluate: Callable[..., Tensor]
     sizes: tuple[int, ...] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    method: str = ""
 
 
 def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> Peer:
     """A learner of ssd.peers by its name there."""
 
     def evaluate(
-        tasks: Sequence[Task], classes: int, neurons: int, seed: int, **chosen: Any
+        tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
     ) -> Tensor:
         features = tasks[0].x_train.shape[1]
         entry = next(e for e in entries(features, neurons) if e.name == name)
         early = {k: v for k, v in chosen.items() if any(k in tried for tried in entry.early)}
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator().manual_seed(config.seed)
         learner = entry.build(features, classes, neurons, draw, **early)
         for attribute in chosen.keys() - early.keys():
             setattr(learner, attribute, chosen[attribute])
         return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
 
     return Peer(evaluate, sizes, settings)
+
+
+def _read_out(method: str, **settings: Mapping[str, Any]) -> Peer:
+    """The code of a method's network with a closed-form decoder."""
+
+    def evaluate(
+        tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
+    ) -> Tensor:
+        return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
+
+    return Peer(evaluate, SIZES[:1], settings, method)
 
 
 def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
@@ -139,6 +154,13 @@ PEERS: dict[str, Peer] = {
         }),
     )
 }  # fmt: skip
+# Share, readout and strength are those chosen for Gaussian addresses: nothing was chosen for these.
+PEERS |= {
+    f"{method} code, closed-form readout": _read_out(
+        method, mnist=_code(0.4, 1e-4), cifar10=_code(0.4, 1e-2)
+    )
+    for method in ("sdmlp", "ssd")
+}
 
 
 @dataclass(frozen=True)
@@ -250,6 +272,9 @@ def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
             sizes = [r for r in peer.sizes if r <= SIZES[0] or not short]
             for neurons in sizes if peer.sizes else (SIZES[0],):
                 sized = replace(config, neurons=neurons)
+                if peer.method:
+                    trained = _config(benchmark, True, neurons, features)
+                    sized = _of(trained, benchmark, peer.method, short=True)
                 rows.append(Row(benchmark, name, sized, seeds, peer=peer))
     return rows
 

@@ -125,10 +125,14 @@ class RandomCode:
 
 
 class LearnedCode:
-    """The hidden layer of a trained SDMLP, all of its neurons inhibited in full."""
+    """The hidden layer of a trained SDMLP, all of its neurons inhibited in full.
 
-    def __init__(self, model: SDMLP) -> None:
-        self.model = model
+    Args:
+        model: the network. k: active neurons 1..R; None: the network's own.
+    """
+
+    def __init__(self, model: SDMLP, k: int | None = None) -> None:
+        self.model, self.k = model, model.encoder.k if k is None else k
 
     @property
     def neurons(self) -> int:
@@ -139,7 +143,7 @@ class LearnedCode:
         """x [N, d] -> values and indices [N, k]."""
         layer = self.model.encoder
         address = self.model.address(x.to(layer.weight.dtype))
-        return linear_topk(address, layer.weight, layer.k, inhibition=layer.inhibition)
+        return linear_topk(address, layer.weight, self.k, inhibition=layer.inhibition)
 
 
 class CodeReadout:

@@ -31,6 +31,8 @@ from ssd_kernels.topk import GROUP, select, topk
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
 TINY = 1e-30
+# Opening more groups than one in so many costs more than all scores.
+GROUP_SHARE = 8
 # Groups to a group of groups.
 SUPER = 4
 # More candidates than one in so many neurons cost more than all scores.
@@ -177,7 +179,7 @@ def _torch(
 
     near = None
     if shadow is not None:
-        near = _candidates(shadow.estimates(x), k, gaba, x.shape[1], count * len(x))
+        near = _candidates(shadow.estimates(x), k, gaba, x.shape[1])
     if near is None:
         code, _, fires = decide(x, rank(x))
     else:
@@ -197,10 +199,8 @@ class Candidates(NamedTuple):
     lengths: Tensor  # [B], their sum is m
 
 
-def _candidates(
-    estimates: Tensor, k: int, gaba: Tensor | None, features: int, limit: int
-) -> Candidates | None:
-    """All neurons that may fire or set the inhibition; None if they lie in over `limit` groups."""
+def _candidates(estimates: Tensor, k: int, gaba: Tensor | None, features: int) -> Candidates | None:
+    """All neurons that may fire or set the inhibition; None if they lie in too many groups."""
     groups = estimates.view(-1, GROUP, estimates.shape[1])
     best = groups.amax(1)
     reached = best
@@ -214,7 +214,7 @@ def _candidates(
     error = _relative_error(features)
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
     sample, group = (best.float() >= least).T.contiguous().nonzero(as_tuple=True)
-    if len(sample) > limit:
+    if len(sample) * GROUP_SHARE > best.numel():
         return None
     near = groups[group, :, sample] >= least[sample].unsqueeze(1)
     return Candidates(

@@ -34,7 +34,9 @@ UNKNOWN = "unheard-of"  # a method that no version trains
 RUN = ["naive", "sdmlp", "ssd", "ssd+ewc", "joint"]
 
 
-def majority(tasks: Sequence[Task], classes: int, neurons: int, seed: int, share: float) -> Tensor:
+def majority(
+    tasks: Sequence[Task], classes: int, neurons: int, config: Config, share: float
+) -> Tensor:
     """A peer that answers the first class of each task, for `share` of its accuracy."""
     right = torch.tensor([(t.y_test == t.classes[0]).double().mean() for t in tasks])
     return share * right.double().expand(len(tasks), -1)

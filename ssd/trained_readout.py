@@ -1,0 +1,58 @@
+"""A network that learns task by task, read out in closed form: a learner of ssd.peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ssd.config import Config
+from ssd.data import Task
+from ssd.errors import UserError
+from ssd.learner import Learner, build_model
+from ssd.readout import CodeReadout, LearnedCode
+from ssd.sdmlp import SDMLP
+from ssd.trainer import Trainer
+
+
+class TrainedReadout:
+    """An SDMLP trained on a stream, and a closed-form decoder of its code in place of its own.
+
+    The statistics of a task are those of the code as it is after the task; what later tasks change
+    in it they do not see.
+
+    Args:
+        config: of the network; its method may add distillation or penalties.
+        tasks: the stream that fit_task is given, in its order. classes: C.
+        share: k / R of the code that is read. readout, strength: see CodeReadout.
+
+    Raises:
+        UserError: the method's network is no SDMLP.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tasks: Sequence[Task],
+        classes: int,
+        share: float,
+        readout: str = "lda",
+        strength: float = 1e-3,
+    ) -> None:
+        first = tasks[0].x_train
+        model = build_model(config, first.shape[1], classes).to(first.device)
+        if not isinstance(model, SDMLP):
+            raise UserError(
+                f"method {config.method} has no k-sparse code to read; use sdmlp or ssd"
+            )
+        self._events = Trainer([Learner(config, tasks, model)]).run()
+        code = LearnedCode(model, max(1, round(share * config.neurons)))
+        self._readout = CodeReadout(code, classes, readout, strength, device=first.device)
+
+    def fit_task(self, x: Tensor, y: Tensor) -> None:
+        """Trains the network on its next task, then adds the statistics of its code."""
+        next(event for event in self._events if event.kind == "task")
+        self._readout.fit_task(x, y)
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self._readout.predict(x)
