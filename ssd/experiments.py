@@ -154,13 +154,21 @@ PEERS: dict[str, Peer] = {
         }),
     )
 }  # fmt: skip
-# Share, readout and strength are those chosen for Gaussian addresses: nothing was chosen for these.
+# Nothing was chosen for these: readout, strength and, if frozen, share are those of Gaussian
+# addresses. A code that keeps training is read at the network's own k.
+_LDA = {"readout": "lda"}
 PEERS |= {
     f"{method} code, closed-form readout": _read_out(
-        method, mnist=_code(0.4, 1e-4), cifar10=_code(0.4, 1e-2)
+        method, mnist={**_LDA, "strength": 1e-4}, cifar10={**_LDA, "strength": 1e-2}
     )
     for method in ("sdmlp", "ssd")
 }
+PEERS["sdmlp code of the first task, closed-form readout"] = _read_out(
+    "sdmlp",
+    mnist=_code(0.4, 1e-4, freeze=True),
+    cifar10=_code(0.4, 1e-2, freeze=True),
+    cifar100=_code(0.4, 1e-4, freeze=True),
+)
 
 
 @dataclass(frozen=True)

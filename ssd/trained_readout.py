@@ -18,13 +18,16 @@ from ssd.trainer import Trainer
 class TrainedReadout:
     """An SDMLP trained on a stream, and a closed-form decoder of its code in place of its own.
 
-    The statistics of a task are those of the code as it is after the task; what later tasks change
-    in it they do not see.
+    The statistics of a task are those of the code as it is after the task. What later tasks change
+    in the code they do not see, which costs the more the more neurons are read; `freeze` stops
+    that change.
 
     Args:
         config: of the network; its method may add distillation or penalties.
         tasks: the stream that fit_task is given, in its order. classes: C.
-        share: k / R of the code that is read. readout, strength: see CodeReadout.
+        share: k / R of the code that is read; None: the network's own.
+        readout, strength: see CodeReadout.
+        freeze: trains the network on the first task alone.
 
     Raises:
         UserError: the method's network is no SDMLP.
@@ -35,9 +38,10 @@ class TrainedReadout:
         config: Config,
         tasks: Sequence[Task],
         classes: int,
-        share: float,
+        share: float | None = None,
         readout: str = "lda",
         strength: float = 1e-3,
+        freeze: bool = False,
     ) -> None:
         first = tasks[0].x_train
         model = build_model(config, first.shape[1], classes).to(first.device)
@@ -46,12 +50,15 @@ class TrainedReadout:
                 f"method {config.method} has no k-sparse code to read; use sdmlp or ssd"
             )
         self._events = Trainer([Learner(config, tasks, model)]).run()
-        code = LearnedCode(model, max(1, round(share * config.neurons)))
+        code = LearnedCode(model, None if share is None else max(1, round(share * config.neurons)))
         self._readout = CodeReadout(code, classes, readout, strength, device=first.device)
+        self._frozen, self._freeze = False, freeze
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
-        """Trains the network on its next task, then adds the statistics of its code."""
-        next(event for event in self._events if event.kind == "task")
+        """Trains the network on its next task unless frozen, then adds the code's statistics."""
+        if not self._frozen:
+            next(event for event in self._events if event.kind == "task")
+        self._frozen = self._freeze
         self._readout.fit_task(x, y)
 
     def predict(self, x: Tensor) -> Tensor:

@@ -47,6 +47,31 @@ def test_reads_the_code_as_it_is_after_each_task() -> None:
     assert not torch.equal(model.encoder.weight, build_model(CONFIG, D, C).encoder.weight)
 
 
+def test_frozen_after_the_first_task() -> None:
+    tasks = stream()
+    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, strength=1e-2, freeze=True)
+    for task in tasks:
+        learner.fit_task(task.x_train, task.y_train)
+
+    model = build_model(CONFIG, D, C)
+    events = Trainer([Learner(CONFIG, tasks, model)]).run()
+    next(event for event in events if event.kind == "task")
+    expected = CodeReadout(LearnedCode(model, 10), C, "lda", 1e-2)
+    for task in tasks:
+        expected.fit_task(task.x_train, task.y_train)
+    x = torch.cat([task.x_test for task in tasks])
+    assert torch.equal(learner.predict(x), expected.predict(x))
+
+
+def test_the_network_s_own_k() -> None:
+    tasks = stream()
+    own, same = (TrainedReadout(CONFIG, tasks, C, share) for share in (None, 0.1))
+    for learner in (own, same):
+        learner.fit_task(tasks[0].x_train, tasks[0].y_train)
+    x = tasks[0].x_test
+    assert torch.equal(own.predict(x), same.predict(x))
+
+
 def test_a_network_without_a_code_is_refused() -> None:
     with pytest.raises(UserError, match="naive"):
         TrainedReadout(Config(method="naive", tasks=2), stream(), C, share=0.25)
