@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ssd.networks import Network
 from ssd_kernels import TopKOutput, count_active, linear_code, linear_inhibit, linear_topk
-from ssd_kernels.linear_code import Shadow, fast_bfloat16
+from ssd_kernels.linear_code import Shadow
 from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.row_update import project_
 
@@ -18,7 +18,7 @@ WIDTH = 4
 SPARSE_SHARE = 1 / 8
 # After a code proved too narrow, so many steps pass before the next try.
 RETRY = 8
-# Weights of an encoder from which on the bfloat16 estimate of its scores pays.
+# Weights of an encoder from which on estimating its scores pays.
 SHADOW_MIN = 2**20
 
 
@@ -124,7 +124,7 @@ class AnnealedTopKLinear(TopKLinear):
         width = WIDTH * k if self.schedule == "gaba" else k
         if excited or width > self.neurons * SPARSE_SHARE or self.samples < self.dense_until:
             return None
-        shadow = self._estimator(gaba)
+        shadow = self._estimator()
         if gaba is not None and self._computes_all(shadow):
             return None  # activations() is as cheap, and never too narrow
         code, overflow = linear_code(
@@ -152,27 +152,27 @@ class AnnealedTopKLinear(TopKLinear):
 
     @property
     def shadowed(self) -> bool:
-        """Whether there is a bfloat16 copy of the weight that wants to hear of updates."""
+        """Whether there is an estimator of the scores that wants to hear of updates."""
         return self._shadow is not None
 
     def updated(self, neurons: Tensor) -> None:
         """Says that since code() only the rows of some neurons [n] were written to."""
         if self._shadow is not None:
-            self._shadow.update(self.weight, self.response()[0], neurons)
+            self._shadow.update(self.weight, neurons)
 
     def _computes_all(self, shadow: Shadow | None) -> bool:
         """Whether a graded code on this device goes by way of all R activations."""
         return shadow is None and self.weight.device.type == "cpu"
 
-    def _estimator(self, gaba: Tensor | None) -> Shadow | None:
+    def _estimator(self) -> Shadow | None:
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
             return None
-        if self.weight.numel() < SHADOW_MIN or not fast_bfloat16():
+        if self.weight.numel() < SHADOW_MIN:
             return None
         if self._shadow is None:
             self._shadow = Shadow(self.weight)
-        if self._shadow.stale(self.weight):
-            self._shadow.update(self.weight, gaba)
+        elif self._shadow.stale(self.weight):
+            self._shadow.update(self.weight)
         return self._shadow
 
 

@@ -27,7 +27,7 @@ def count_active(
         counts: [R] int64 or int32, updated in place.
         last_active: [R] int64 or int32 or None, set in place to `step` where a neuron is active.
         step: the present step, an int or a 0-d integer tensor on the device of values.
-        impl: "triton" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
@@ -38,6 +38,24 @@ def count_active(
     _checks.counter("count_active", "last_active", last_active, values, neurons)
     serve = _dispatch.choose("count_active", IMPLEMENTATIONS, impl, values)
     serve(values, indices, counts, last_active, step)
+
+
+def _torch(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    last_active: Tensor | None,
+    step: int | Tensor,
+) -> None:
+    """At a cost free of R."""
+    if torch.compiler.is_compiling():  # the number of active slots is no static shape
+        reference.count_active(values, indices, counts, last_active, step)
+        return
+    neurons = indices[values.detach() > 0]
+    counts.index_add_(0, neurons, torch.ones_like(neurons, dtype=counts.dtype))
+    if last_active is not None:
+        stamp = torch.as_tensor(step, dtype=last_active.dtype, device=last_active.device)
+        last_active.index_put_((neurons,), stamp)
 
 
 @jit(do_not_specialize=["step", "slots"])
@@ -120,6 +138,9 @@ def aot_cases(family: str) -> list[AotCase]:
     ]
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {"reference": reference.count_active}
+IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
+    "reference": reference.count_active,
+    "torch": _torch,
+}
 if _dispatch.TRITON:
     IMPLEMENTATIONS["triton"] = _triton

@@ -1,16 +1,16 @@
 """The exact sparse code of a layer under graded inhibition, without its dense form.
 
-While some neurons answer inhibition with g < 1, a few more than k fire. linear_inhibit computes
-all R activations; with a Shadow, a bfloat16 copy of weight / gaba, this op does not.
+While some neurons answer inhibition with g < 1, a few more than k fire. linear_inhibit compares
+all R activations with their bounds; with a Shadow of the weight this op looks closely at few.
 
-Why that is exact. The bfloat16 product estimates b_j = s_j / g_j, the score that inhibition I would
-have to beat. Nothing is negative, so the rounding errors add up to at most a share c of b_j. Any k
-+ 1 neurons bound I, the (k+1)-th largest activation, from below; those with the largest estimates
-of their groups bound it closely. A neuron whose estimate, c added, stays under that bound, c taken
-off, neither fires nor sets I. The few others are candidates; their scores are computed in float32.
-A row whose scores leave the range where c holds, and a batch with too many candidates, take theirs
-from all float32 scores. Either way a score is summed in one fixed order, so both give the same
-bits.
+Why that is exact. One product, in bfloat16 where the CPU is fast at it and else in float32,
+estimates all scores s_j. Nothing is negative, so the rounding errors of s_j and of s_j / g_j add up
+to at most a share c. Any k + 1 neurons bound I, the (k+1)-th largest activation, from below; the
+largest estimates of their groups bound it closely. A neuron whose estimate of s_j / g_j, c added,
+stays under that bound, c taken off, neither fires nor sets I. The few others are candidates; their
+scores are computed in float32. A row whose scores leave the range where c holds, and a batch with
+too many candidates, take theirs from all float32 scores. Either way a score is summed in one fixed
+order, so both give the same bits.
 """
 
 from __future__ import annotations
@@ -40,48 +40,69 @@ DENSE_SHARE = 32
 
 
 class Shadow:
-    """A bfloat16 copy of weight / gaba that estimates scores, and what it is a copy of.
+    """A copy of a weight by which scores are estimated, and what it is a copy of.
 
     Args:
         weight: [R, d] float32, not negative.
+        dtype: bfloat16 or float32; by default what this CPU multiplies faster. A copy in float32
+            is the weight itself.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.rows = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+        if dtype is None:
+            dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
+        self.rows = weight.detach().to(dtype)
         self._version = -1
         # Kept from call to call: the operating system zeroes each page of fresh memory.
-        self._buffer = self.rows.new_empty(0)
+        self._buffers = [self.rows.new_empty(0), self.rows.new_empty(0)]
+        self.update(weight)
 
     def estimates(self, x: Tensor) -> Tensor:
-        """x @ (weight / gaba).T in bfloat16, [R', B], valid until the next call.
+        """x @ weight.T in the copy's dtype, [R', B], valid until the next call.
 
         R' is R and rows of zeros up to a whole number of groups of groups.
         """
-        neurons = len(self.rows)
-        padded = -(-neurons // (GROUP * SUPER)) * GROUP * SUPER
-        if self._buffer.numel() < padded * len(x):
-            self._buffer = self.rows.new_empty(padded * len(x))
-        estimates = self._buffer[: padded * len(x)].view(padded, len(x))
+        estimates = self._buffer(0, x)
         # Neurons first: the faster order of the product, and of the maxima over groups.
-        torch.mm(self.rows, x.bfloat16().T, out=estimates[:neurons])
-        estimates[neurons:] = 0
+        torch.mm(self.rows, x.to(self.rows.dtype).T, out=estimates[: len(self.rows)])
+        estimates[len(self.rows) :] = 0
         return estimates
 
-    def update(self, weight: Tensor, gaba: Tensor | None, neurons: Tensor | None = None) -> None:
+    def graded(self, estimates: Tensor, gaba: Tensor) -> Tensor:
+        """Each neuron's estimate over its gaba, [R', B], valid until the next call."""
+        raised = F.pad(gaba.reciprocal(), (0, len(estimates) - len(gaba))).unsqueeze(1)
+        return torch.mul(estimates, raised, out=self._buffer(1, estimates.T))
+
+    def _buffer(self, number: int, x: Tensor) -> Tensor:
+        padded = -(-len(self.rows) // (GROUP * SUPER)) * GROUP * SUPER
+        if self._buffers[number].numel() < padded * len(x):
+            self._buffers[number] = self.rows.new_empty(padded * len(x))
+        return self._buffers[number][: padded * len(x)].view(padded, len(x))
+
+    def relative_error(self) -> float:
+        """Bound c: of both factors, the result, its quotient by gaba, and either float32 sum."""
+        exact = torch.get_float32_matmul_precision() == "highest"
+        unit = torch.finfo(self.rows.dtype if exact else torch.bfloat16).eps / 2
+        sums = (2 * self.rows.shape[1] + 8) * torch.finfo(torch.float32).eps / 2
+        rounding = (1 + unit) ** 4 * (1 + sums) - 1
+        return rounding / (1 - rounding)
+
+    def update(self, weight: Tensor, neurons: Tensor | None = None) -> None:
         """Copies all rows, or those of `neurons` [n] if no others changed.
 
         Raises:
-            ValueError: a negative weight, for which the error bound would not hold.
+            ValueError: a negative weight, for which the error bound would not hold. Looked for
+                when all rows are copied: those named later must not be negative either.
         """
-        changed = weight if neurons is None else F.embedding(neurons, weight)
-        if changed.numel() > 0 and not changed.min() >= 0:
-            raise ValueError(f"Shadow: weight must not be negative, not {changed.min():g}")
-        if gaba is not None:
-            changed = changed / (gaba if neurons is None else gaba[neurons]).unsqueeze(1)
-        if neurons is None:
-            self.rows.copy_(changed)
+        weight = weight.detach()
+        if neurons is None and weight.numel() > 0 and not weight.min() >= 0:
+            raise ValueError(f"Shadow: weight must not be negative, not {weight.min():g}")
+        if self.rows.dtype == weight.dtype:
+            self.rows = weight
+        elif neurons is None:
+            self.rows.copy_(weight)
         else:
-            self.rows.index_copy_(0, neurons, changed.bfloat16())
+            self.rows.index_copy_(0, neurons, F.embedding(neurons, weight).to(self.rows.dtype))
         self._version = weight._version
 
     def stale(self, weight: Tensor) -> bool:
@@ -114,7 +135,7 @@ def linear_code(
         width: slots of the code, k..R.
         gaba: [R] in (0, 1], each neuron's response to inhibition; None means 1.
         inhibition: "subtract" or "mask", see linear_inhibit.
-        shadow: an up-to-date Shadow of weight and gaba; the result is the same without it.
+        shadow: an up-to-date Shadow of weight; the result is the same without it.
         impl: "torch" or "reference"; by default the fastest for the device.
 
     Returns:
@@ -161,12 +182,12 @@ def _torch(
     inhibition: str,
     shadow: Shadow | None,
 ) -> tuple[TopKOutput, Tensor]:
-    if gaba is None and shadow is None and width == k:
-        code = linear_topk(x, weight, k, inhibition=inhibition)
-        return code, torch.zeros((), dtype=torch.bool, device=x.device)
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
     if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0]:
+        if gaba is None and width == k:
+            code = linear_topk(x, weight, k, inhibition=inhibition)
+            return code, torch.zeros((), dtype=torch.bool, device=x.device)
         return _compress(linear_inhibit(x, weight, k, gaba, inhibition=inhibition), width)
 
     def decide(x: Tensor, candidates: Candidates) -> tuple[TopKOutput, Tensor, Tensor]:
@@ -179,7 +200,7 @@ def _torch(
 
     near = None
     if shadow is not None:
-        near = _candidates(shadow.estimates(x), k, gaba, x.shape[1])
+        near = _candidates(shadow, x, k, gaba)
     if near is None:
         code, _, fires = decide(x, rank(x))
     else:
@@ -199,27 +220,29 @@ class Candidates(NamedTuple):
     lengths: Tensor  # [B], their sum is m
 
 
-def _candidates(estimates: Tensor, k: int, gaba: Tensor | None, features: int) -> Candidates | None:
+def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candidates | None:
     """All neurons that may fire or set the inhibition; None if they lie in too many groups."""
-    groups = estimates.view(-1, GROUP, estimates.shape[1])
-    best = groups.amax(1)
-    reached = best
+    batch = len(x)
+    estimates = shadow.estimates(x)
+    groups = estimates.view(-1, GROUP, batch)
+    reached = best = groups.amax(1)
     if gaba is not None:
-        response = F.pad(gaba, (0, len(estimates) - len(gaba)), value=1.0)
-        reached = best * response.view(-1, GROUP).amin(1, keepdim=True)
+        groups = shadow.graded(estimates, gaba).view(-1, GROUP, batch)
+        best = groups.amax(1)
     # Some neuron of each group has that activation, so the inhibition is no less than `least`; the
     # maxima over several groups are a little less, and much faster to rank.
-    reached = reached.view(-1, SUPER, estimates.shape[1]).amax(1).float()
+    reached = reached.view(-1, SUPER, batch).amax(1).float()
     least = reached.T.contiguous().topk(k + 1).values[:, k]
-    error = _relative_error(features)
+    error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
-    sample, group = (best.float() >= least).T.contiguous().nonzero(as_tuple=True)
+    sample, group = (best >= least).T.contiguous().nonzero(as_tuple=True)
     if len(sample) * GROUP_SHARE > best.numel():
         return None
     near = groups[group, :, sample] >= least[sample].unsqueeze(1)
+    place, member = near.nonzero(as_tuple=True)
     return Candidates(
-        (group.unsqueeze(1) * GROUP + torch.arange(GROUP))[near],
-        near.new_zeros(estimates.shape[1], dtype=torch.int64).index_add_(0, sample, near.sum(1)),
+        (group * GROUP)[place] + member,
+        torch.bincount(sample[place], minlength=batch),
     )
 
 
@@ -265,13 +288,6 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
             (len(starts) - 1, len(weight)),
             check_invariants=False,
         )
-
-
-def _relative_error(features: int) -> float:
-    """Bound on |estimate - b| / estimate: the two factors, the result, both float32 sums, and g."""
-    unit = torch.finfo(torch.bfloat16).eps / 2
-    rounding = (1 + unit) ** 3 * (1 + (2 * features + 8) * 2.0**-24) - 1
-    return rounding / (1 - rounding)
 
 
 def _compress(hidden: Tensor, width: int) -> tuple[TopKOutput, Tensor]:

@@ -106,24 +106,24 @@ def _torch(
             buffers=buffers,
             blocks=blocks,
         )
-    touched = torch.stack([c != 0 for c in coefficients]).any(0)
+    touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
-    squares = sum(g.square().sum(1) for g in gradients)
-    assert isinstance(squares, Tensor)
+    lengths = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients])
     block = group.neurons // (weights[0].shape[0] // blocks)
     # Summed in order within a block, so that a block's norm does not depend on the others.
     norm = torch.segment_reduce(
-        squares, "sum", lengths=torch.bincount(block, minlength=blocks), initial=0.0
+        lengths.square().sum(0), "sum", lengths=torch.bincount(block, minlength=blocks), initial=0.0
     ).sqrt()
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
-        direction *= scale
+        step = -rate * scale
         if buffers is not None:
-            direction += momentum * buffers[number].index_select(0, group.neurons)
+            direction.mul_(scale).add_(momentum * buffers[number].index_select(0, group.neurons))
             buffers[number].index_copy_(0, group.neurons, direction)
-        rows = weight.index_select(0, group.neurons).sub_(direction.mul_(rate))
+            step = torch.full_like(scale, -1.0) * rate
+        rows = weight.index_select(0, group.neurons).addcmul_(direction, step)
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return norm if blocks > 1 else norm[0]

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
 from ssd_kernels._triton import AotCase, jit, tl
 
+# Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
+GATHERED = 2**17
+
 
 def sparse_linear(
     values: Tensor,
@@ -49,7 +52,8 @@ def sparse_linear(
 
 def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     slots = values.shape[-1]
-    if values.numel() == 0:
+    small = values.numel() * weight.shape[1] <= GATHERED and not weight.requires_grad
+    if small or values.numel() == 0:
         return reference.sparse_linear(values, indices, weight, bias)
     out = F.embedding_bag(
         indices.reshape(-1, slots),

@@ -9,7 +9,7 @@ from torch import Tensor
 from ssd_kernels import count_active, reference
 from tests.kernels.conftest import INTERPRETED, triton_only
 
-IMPLS = ["reference", triton_only("triton")]
+IMPLS = ["reference", "torch", triton_only("triton")]
 INTEGERS = [torch.int64, torch.int32]
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 

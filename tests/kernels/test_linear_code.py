@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from ssd_kernels import linear_code, reference
 from ssd_kernels.linear_code import Shadow
 
+SHADOWS = (torch.float32, torch.bfloat16)
+
 
 def layer(neurons: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs near some neurons, so that few fire; gaba in 0.9..1."""
@@ -24,16 +26,13 @@ def scatter(code: reference.TopKOutput, neurons: int) -> Tensor:
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
 @pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.parametrize(("neurons", "width"), [(50, 20), (3001, 40), (4096, 64)])
-@pytest.mark.parametrize("shadowed", [False, True])
+@pytest.mark.parametrize("shadow_dtype", [None, *SHADOWS])
 def test_equals_the_dense_layer(
-    neurons: int, width: int, graded: bool, inhibition: str, shadowed: bool
+    neurons: int, width: int, graded: bool, inhibition: str, shadow_dtype: torch.dtype | None
 ) -> None:
     x, weight, gaba = layer(neurons, 32, torch.float32)
     gaba = gaba if graded else None
-    shadow = None
-    if shadowed:
-        shadow = Shadow(weight)
-        shadow.update(weight, gaba)
+    shadow = None if shadow_dtype is None else Shadow(weight, shadow_dtype)
     code, overflow = linear_code(x, weight, 5, width, gaba, inhibition=inhibition, shadow=shadow)
     expected = reference.linear_inhibit(
         x.double(), weight.double(), 5, None if gaba is None else gaba.double(),
@@ -47,21 +46,20 @@ def test_equals_the_dense_layer(
         ).abs()
         assert error <= native.max() + 1e-6
         assert (code.values.diff(dim=1) <= 0).all()
-    if shadowed:
+    if shadow is not None:
         plain, _ = linear_code(x, weight, 5, width, gaba, inhibition=inhibition)
         assert torch.equal(code.values, plain.values)
         active = code.values > 0
         assert torch.equal(code.indices[active], plain.indices[active])
 
 
-def test_a_row_that_the_estimate_cannot_settle_is_still_exact() -> None:
+@pytest.mark.parametrize("dtype", SHADOWS)
+def test_a_row_that_the_estimate_cannot_settle_is_still_exact(dtype: torch.dtype) -> None:
     """Hundreds of neurons within bfloat16 rounding of one another at the threshold."""
     base = F.normalize(torch.rand(1, 64), dim=1)
     length = 1 - 1e-6 * torch.randperm(4096)
     weight = base * length[:, None]
-    shadow = Shadow(weight)
-    shadow.update(weight, None)
-    code, overflow = linear_code(base, weight, 10, 40, shadow=shadow)
+    code, overflow = linear_code(base, weight, 10, 40, shadow=Shadow(weight, dtype))
     assert not overflow
     best = length.sort(descending=True)
     assert code.indices[0, :10].tolist() == best.indices[:10].tolist()
@@ -71,7 +69,11 @@ def test_a_row_that_the_estimate_cannot_settle_is_still_exact() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-15, 4e-19])
 @pytest.mark.parametrize("least", [0.1, 0.9, None])
-def test_the_filter_changes_no_bit(scale: float, least: float | None) -> None:
+@pytest.mark.parametrize("dtype", SHADOWS)
+@pytest.mark.parametrize("width", [5, 40])
+def test_the_filter_changes_no_bit(
+    scale: float, least: float | None, dtype: torch.dtype, width: int
+) -> None:
     """Scores that are zero, tiny, tied or graded by a few neurons that hardly respond."""
     for seed in range(20):
         torch.manual_seed(seed)
@@ -87,21 +89,22 @@ def test_the_filter_changes_no_bit(scale: float, least: float | None) -> None:
         x[4, 1:] = 0
         x[5] *= 1e-20
         x, weight = x * scale, weight * scale
-        shadow = Shadow(weight)
-        shadow.update(weight, gaba)
+        shadow = Shadow(weight, dtype)
         for inhibition in ("subtract", "mask"):
-            plain, wide = linear_code(x, weight, 5, 40, gaba, inhibition=inhibition)
-            code, also = linear_code(x, weight, 5, 40, gaba, inhibition=inhibition, shadow=shadow)
+            plain, wide = linear_code(x, weight, 5, width, gaba, inhibition=inhibition)
+            code, also = linear_code(
+                x, weight, 5, width, gaba, inhibition=inhibition, shadow=shadow
+            )
             active = plain.values > 0
             assert torch.equal(code.values, plain.values)
             assert torch.equal(code.indices[active], plain.indices[active])
             assert wide == also
 
 
-def test_not_a_number_stays_one() -> None:
+@pytest.mark.parametrize("dtype", SHADOWS)
+def test_not_a_number_stays_one(dtype: torch.dtype) -> None:
     x, weight, _ = layer(4096, 32, torch.float32)
-    shadow = Shadow(weight)
-    shadow.update(weight, None)
+    shadow = Shadow(weight, dtype)
     clean, _ = linear_code(x, weight, 5, 40, shadow=shadow)
     x[2, 7] = torch.inf
     code, _ = linear_code(x, weight, 5, 40, shadow=shadow)
@@ -116,25 +119,42 @@ def test_too_many_active_neurons_are_reported(shadowed: bool) -> None:
     x, weight, _ = layer(4096, 32, torch.float32)
     gaba = torch.full((4096,), 0.3)
     shadow = Shadow(weight) if shadowed else None
-    if shadow is not None:
-        shadow.update(weight, gaba)
     assert linear_code(x, weight, 5, 40, gaba, shadow=shadow)[1]
 
 
-def test_the_shadow_follows_the_rows_it_is_told_of() -> None:
-    _, weight, gaba = layer(300, 16, torch.float32)
-    shadow = Shadow(weight)
-    shadow.update(weight, gaba)
+@pytest.mark.parametrize("dtype", SHADOWS)
+def test_the_shadow_follows_the_rows_it_is_told_of(dtype: torch.dtype) -> None:
+    _, weight, _ = layer(300, 16, torch.float32)
+    shadow = Shadow(weight, dtype)
     assert not shadow.stale(weight)
     changed = torch.tensor([3, 200])
     weight[changed] *= 0.5
-    gaba[changed] = 0.95
     assert shadow.stale(weight)
-    shadow.update(weight, gaba, changed)
+    shadow.update(weight, changed)
     assert not shadow.stale(weight)
-    fresh = Shadow(weight)
-    fresh.update(weight, gaba)
-    assert torch.equal(shadow.rows, fresh.rows)
+    assert torch.equal(shadow.rows, weight.to(dtype))
+
+
+def test_estimates_lie_within_their_bound() -> None:
+    x, weight, gaba = layer(300, 64, torch.float32)
+    exact = (weight.double() / gaba.double().unsqueeze(1)) @ x.double().T
+    for dtype in SHADOWS:
+        shadow = Shadow(weight, dtype)
+        estimates = shadow.graded(shadow.estimates(x), gaba)[:300].double()
+        error = ((estimates - exact).abs() / estimates).max()
+        assert 0 < error <= shadow.relative_error()
+
+
+def test_a_lowered_precision_of_products_widens_the_bound() -> None:
+    shadow = Shadow(torch.rand(300, 16), torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert (
+            shadow.relative_error() == Shadow(torch.rand(300, 16), torch.bfloat16).relative_error()
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_empty_batch_and_all_zero_rows() -> None:
@@ -165,8 +185,7 @@ def test_bad_sizes(k: int, width: int) -> None:
 def test_the_shadow_refuses_negative_numbers() -> None:
     weight = torch.rand(3000, 8)
     shadow = Shadow(weight)
-    shadow.update(weight, None)
     with pytest.raises(ValueError, match="negative"):
         linear_code(-torch.rand(2, 8), weight, 5, 20, shadow=shadow)
     with pytest.raises(ValueError, match="negative"):
-        shadow.update(-weight, None)
+        Shadow(-weight)

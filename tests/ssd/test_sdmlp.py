@@ -1,5 +1,7 @@
 """The network: constraints, schedules, and the sparse code of an almost k-sparse layer."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -127,8 +129,11 @@ def test_an_excited_layer_has_no_code() -> None:
     assert layer.code(torch.rand(4, 16)) is None
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("method", ["ssd", "ssd+ewc"])
-def test_the_bfloat16_estimate_changes_no_bit(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimating_scores_changes_no_bit(
+    method: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Training with and without it, through the switch: the same codes, counts and weights."""
     from ssd import sdmlp
     from ssd.config import Config
@@ -149,16 +154,18 @@ def test_the_bfloat16_estimate_changes_no_bit(method: str, monkeypatch: pytest.M
         method=method,
     )
     monkeypatch.setattr(AnnealedTopKLinear, "_computes_all", lambda *_: False)
+    # The package's attribute of this name is the function.
+    module = import_module("ssd_kernels.linear_code")
+    monkeypatch.setattr(module, "fast_bfloat16", lambda: fast)
     ends = []
-    for smallest, fast in ((1, True), (10**9, False)):
+    for smallest in (1, 10**9):
         monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)
-        monkeypatch.setattr(sdmlp, "fast_bfloat16", lambda fast=fast: fast)
         tasks = [Task((0, 1), x, y, x, y), Task((0, 1), x.roll(3, 1), y, x, y)]
         learner = Learner(config, tasks, build_model(config, 16, 2))
         trainer = Trainer([learner])
         for _ in trainer.run():
             pass
-        assert (learner.model.encoder._shadow is not None) == fast
+        assert (learner.model.encoder._shadow is not None) == (smallest == 1)
         ends.append(trainer.state()[0])
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
