@@ -18,9 +18,6 @@ from ssd_kernels import distill
 if TYPE_CHECKING:
     from ssd.trainer import Trainer
 
-# A larger share of the neurons is not worth gathering.
-MOST = 0.8
-
 
 @torch.no_grad()
 def active_step(trainer: Trainer, number: int, address: Tensor, samples: Tensor) -> None:
@@ -34,33 +31,35 @@ def active_step(trainer: Trainer, number: int, address: Tensor, samples: Tensor)
     """
     each = trainer.learners[number]
     assert isinstance(each.model, SDMLP)
-    hidden = each.model.encoder.activations(address)
+    hidden, rows = each.model.encoder.active(address)
     decoder = each.parameters[1].detach()
-    firing = (hidden.amax(0) > 0).nonzero().squeeze(1)
-    rows = firing if 0 < len(firing) < MOST * hidden.shape[1] else None
-    if rows is not None:
-        hidden, decoder = hidden.index_select(1, rows), decoder.index_select(0, rows)
+    everything = len(rows) == len(decoder)
+    if not everything:
+        decoder = decoder.index_select(0, rows)
     labels = each.labels[samples]
     logits = hidden @ decoder
     terms = trainer.terms([number], [samples])
-    chosen = places = torch.empty(0, dtype=torch.int64)
+    places = torch.empty(0, dtype=torch.int64)
     if trainer.positions is not None and terms:
         assert each.distiller is not None
         chosen = each.distiller.neurons[ENCODER]
-        places = chosen if rows is None else torch.searchsorted(rows, chosen)
-        if rows is not None:
-            places = places.clamp_(max=len(rows) - 1)
-            places = torch.where(rows[places] == chosen, places, -1)
+        places = torch.full_like(chosen, -1)
+        if len(rows) > 0:
+            near = torch.searchsorted(rows, chosen).clamp_(max=len(rows) - 1)
+            places = torch.where(rows[near] == chosen, near, -1)
         terms["target_hidden"] = each.distiller.teacher_hidden[ENCODER][samples]
-        terms["hidden"] = torch.where(places < 0, 0.0, hidden[:, places])
+        terms["hidden"] = logits.new_zeros(len(labels), len(chosen))
+        terms["hidden"][:, places >= 0] = hidden[:, places[places >= 0]]
     output = distill(logits, labels, **terms)
     slopes = output.grad_logits / len(samples)
-    back = slopes @ decoder.T
+    # Neurons first: the order of the memory behind hidden, and of the gradient.
+    back = decoder @ slopes.T
     if output.grad_hidden is not None:
         inside = places >= 0
-        back.index_add_(1, places[inside], output.grad_hidden[:, inside] / len(samples))
-    back *= hidden > 0
-    trainer.update(each, *_widened(each, [back.T @ address, hidden.T @ slopes], rows))
+        back.index_add_(0, places[inside], output.grad_hidden[:, inside].T / len(samples))
+    back *= hidden.T > 0
+    gradients = [back @ address, hidden.T @ slopes]
+    trainer.update(each, *_widened(each, gradients, None if everything else rows))
     trainer.note(each, output.loss.sum(), logits, labels)
 
 

@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd.networks import Network
-from ssd_kernels import TopKOutput, count_active, linear_code, linear_inhibit, linear_topk
+from ssd_kernels import (
+    TopKOutput,
+    count_active,
+    linear_active,
+    linear_code,
+    linear_inhibit,
+    linear_topk,
+)
+from ssd_kernels.linear_active import ActiveNeurons, Scratch
 from ssd_kernels.linear_code import Shadow
 from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.row_update import project_
@@ -53,6 +61,7 @@ class AnnealedTopKLinear(TopKLinear):
             raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
+        self._scratch = Scratch()
         self._response: Tensor | None = None
         self._excited = True
         self._responded = -1
@@ -126,7 +135,7 @@ class AnnealedTopKLinear(TopKLinear):
             return None
         shadow = self._estimator()
         if gaba is not None and self._computes_all(shadow):
-            return None  # activations() is as cheap, and never too narrow
+            return None  # active() is as cheap, and never too narrow
         code, overflow = linear_code(
             x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow
         )
@@ -140,15 +149,19 @@ class AnnealedTopKLinear(TopKLinear):
         return code
 
     @torch.no_grad()
-    def activations(self, x: Tensor) -> Tensor:
-        """What forward(x) returns, dense [B, R] and without gradient; advances the schedule."""
-        hidden = linear_inhibit(
-            x, self.weight, self.current_k(), self.response()[0], inhibition=self.inhibition,
-            counts=self.counts if self.training else None,
+    def active(self, x: Tensor) -> ActiveNeurons:
+        """The columns of forward(x) that are not all 0, without gradient; no neuron is excited.
+
+        Advances the schedule as forward does.
+        """
+        active = linear_active(
+            x, self.weight.detach(), self.current_k(), self.response()[0],
+            inhibition=self.inhibition, counts=self.counts if self.training else None,
+            scratch=self._scratch,
         )  # fmt: skip
         if self.training:
             self.samples += len(x)
-        return hidden
+        return active
 
     @property
     def shadowed(self) -> bool:
@@ -161,8 +174,9 @@ class AnnealedTopKLinear(TopKLinear):
             self._shadow.update(self.weight, neurons)
 
     def _computes_all(self, shadow: Shadow | None) -> bool:
-        """Whether a graded code on this device goes by way of all R activations."""
-        return shadow is None and self.weight.device.type == "cpu"
+        """Whether a graded code on this device goes by way of all R float32 scores."""
+        estimated = shadow is not None and shadow.rows.dtype != self.weight.dtype
+        return self.weight.device.type == "cpu" and not estimated
 
     def _estimator(self) -> Shadow | None:
         if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:

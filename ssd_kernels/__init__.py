@@ -4,6 +4,7 @@ from ssd_kernels import _library, nn, reference  # noqa: F401 (_library register
 from ssd_kernels.code_gram import code_gram
 from ssd_kernels.count_active import count_active
 from ssd_kernels.distill import distill
+from ssd_kernels.linear_active import linear_active
 from ssd_kernels.linear_code import linear_code
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
@@ -18,6 +19,7 @@ __all__ = [
     "code_gram",
     "count_active",
     "distill",
+    "linear_active",
     "linear_code",
     "linear_inhibit",
     "linear_topk",

@@ -111,14 +111,16 @@ def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_ag
     assert layer.code(x) is not None
 
 
-def test_activations_equal_forward_and_stand_in_for_a_code_that_would_cost_as_much() -> None:
+def test_active_equals_forward_and_stands_in_for_a_code_that_would_cost_as_much() -> None:
     layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
     twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
     twin.load_state_dict(layer.state_dict())
     assert layer.code(x) is None
-    hidden = layer.activations(x)
-    assert not hidden.requires_grad
-    assert torch.equal(hidden, twin(x))
+    values, neurons = layer.active(x)
+    assert not values.requires_grad
+    expected = twin(x)
+    torch.testing.assert_close(values, expected[:, neurons])
+    assert torch.equal(neurons, (expected > 0).any(0).nonzero().squeeze(1))
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, twin.state_dict()[name])
 

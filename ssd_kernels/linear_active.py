@@ -1,0 +1,134 @@
+"""The neurons of a layer under graded inhibition that fire somewhere in a batch, dense among them.
+
+While inhibition is being switched on, one sample may activate many neurons, too many for a sparse
+code, and yet a batch leaves most of the layer silent. On a CPU this costs little more than the
+product: scores stay in the order [R, B], in which the product is fastest, a neuron's maximum over
+the batch is a contiguous pass, and what follows touches the firing rows alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels.linear_inhibit import linear_inhibit
+from ssd_kernels.topk import GROUP
+
+
+class ActiveNeurons(NamedTuple):
+    """What fires in a batch."""
+
+    values: Tensor  # [B, n] >= 0
+    neurons: Tensor  # [n] int64, ascending: those with a value > 0 for some sample
+
+
+class Scratch:
+    """Memory kept from call to call: the operating system zeroes each page of fresh memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, like: Tensor, *shape: int) -> Tensor:
+        """Buffer `number` as a tensor of this shape, holding anything; `like` gives the dtype."""
+        count = 1
+        for size in shape:
+            count *= size
+        held = self._kept.get(number)
+        if held is None or held.numel() < count or held.dtype != like.dtype:
+            held = self._kept[number] = like.new_empty(count)
+        return held[:count].view(shape)
+
+
+def linear_active(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None = None,
+    *,
+    inhibition: str = "subtract",
+    counts: Tensor | None = None,
+    scratch: Scratch | None = None,
+    impl: str | None = None,
+) -> ActiveNeurons:
+    """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
+
+    Args:
+        x: [B, d] floating; weight: [R, d]. k: neurons that full inhibition leaves active, 1..R.
+        gaba: [R] in (0, 1], each neuron's response to inhibition; None means 1.
+        inhibition: "subtract" or "mask", see linear_inhibit.
+        counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
+        scratch: memory of an earlier call, used again on a CPU.
+        impl: "torch" or "reference"; by default the fastest for the device.
+
+    Returns:
+        Values [B, n] and neurons [n] int64. n depends on the data: reads it back from a GPU.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or k that does not fit, before any work.
+    """
+    _checks.linear("linear_active", x, weight, None, k)
+    _checks.shape("linear_active", "gaba", gaba, (weight.shape[0],))
+    _checks.inhibition("linear_active", inhibition)
+    _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
+    serve = _dispatch.choose("linear_active", IMPLEMENTATIONS, impl, x)
+    with torch.no_grad():
+        active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
+        if counts is not None:
+            fired = (active.values > 0).sum(0)
+            counts.index_add_(0, active.neurons, fired.to(counts.dtype))
+    return active
+
+
+def _reference(
+    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+) -> ActiveNeurons:
+    return _firing(reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+
+
+def _torch(
+    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+) -> ActiveNeurons:
+    batch, neurons = len(x), len(weight)
+    if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
+        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    padded = -(-neurons // GROUP) * GROUP
+    scores = scratch(0, x, padded, batch)
+    torch.mm(weight, x.T, out=scores[:neurons])
+    scores[neurons:] = 0
+    cut = _inhibition(scores, k) if k < neurons else x.new_zeros(batch)
+    surplus = scratch(1, x, padded, batch)
+    if gaba is None:
+        torch.sub(scores, cut, out=surplus)
+    else:
+        torch.addr(scores, F.pad(gaba, (0, padded - neurons)), cut, alpha=-1, out=surplus)
+    # What is not a number fires, so that it is seen.
+    fires = ~(surplus[:neurons].amax(1) <= 0)
+    chosen = fires.nonzero().squeeze(1)
+    own = surplus.index_select(0, chosen)
+    if inhibition == "mask":
+        own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
+    return ActiveNeurons(own.relu_().T, chosen)
+
+
+def _inhibition(scores: Tensor, k: int) -> Tensor:
+    """The (k+1)-th largest entry of relu(scores) in each column of [R, B], [B]."""
+    batch = scores.shape[1]
+    groups = scores.view(-1, GROUP, batch)
+    rows = scores.T
+    if k + 1 < len(groups):
+        # The k+1 largest lie in the k+1 groups with the largest maxima.
+        best = groups.amax(1).T.contiguous().topk(k + 1, sorted=False).indices
+        rows = groups[best, :, torch.arange(batch).unsqueeze(1)].flatten(1)
+    return rows.topk(k + 1).values[:, k].relu()
+
+
+def _firing(hidden: Tensor) -> ActiveNeurons:
+    neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
+    return ActiveNeurons(hidden.index_select(1, neurons), neurons)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}

@@ -1,0 +1,117 @@
+"""linear_active: the neurons that fire somewhere in a batch, dense among them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssd_kernels import linear_active, reference
+from ssd_kernels.linear_active import Scratch
+
+
+def layer(batch: int, features: int, neurons: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    x = torch.randn(batch, features, dtype=dtype)
+    weight = torch.randn(neurons, features, dtype=dtype)
+    return x, weight, torch.rand(neurons, dtype=dtype) * 0.5 + 0.5
+
+
+def dense(active: tuple[Tensor, Tensor], neurons: int) -> Tensor:
+    values, chosen = active
+    return values.new_zeros(len(values), neurons).index_copy_(1, chosen, values)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("inhibition", ["subtract", "mask"])
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "neurons", "k"), [(5, 63, 3), (1, 16, 16), (7, 17, 16), (3, 1000, 10), (128, 33, 1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_the_dense_layer(
+    batch: int, neurons: int, k: int, graded: bool, inhibition: str, impl: str, dtype: torch.dtype
+) -> None:
+    x, weight, gaba = layer(batch, 12, neurons, dtype)
+    gaba_or_none = gaba if graded else None
+    counts = torch.zeros(neurons, dtype=torch.int64)
+    active = linear_active(
+        x, weight, k, gaba_or_none, inhibition=inhibition, counts=counts, impl=impl
+    )
+    expected = reference.linear_inhibit(
+        x.double(), weight.double(), k, gaba.double() if graded else None, inhibition=inhibition
+    )
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    assert (dense(active, neurons) - expected).abs().max() <= tolerance
+    assert active.values.dtype == dtype
+    assert (active.neurons.diff() > 0).all()
+    assert ((active.values > 0).any(0)).all()
+    assert torch.equal(counts, (dense(active, neurons) > 0).sum(0))
+    if dtype == torch.float64:
+        assert torch.equal(counts, (expected > 0).sum(0))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(1, 70), st.data())
+def test_any_shape_and_ties(batch: int, neurons: int, data: st.DataObject) -> None:
+    """Small whole numbers: many equal scores, many at the inhibition, rows of zeros."""
+    k = data.draw(st.integers(1, neurons))
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    x = torch.randint(-2, 3, (batch, 3), generator=draw).double()
+    weight = torch.randint(-2, 3, (neurons, 3), generator=draw).double()
+    gaba = torch.tensor([0.25, 0.5, 1.0]).double()[torch.randint(3, (neurons,), generator=draw)]
+    active = linear_active(x, weight, k, gaba)
+    expected = reference.linear_inhibit(x, weight, k, gaba, inhibition="subtract")
+    assert torch.equal(dense(active, neurons), expected)
+
+
+def test_scratch_holds_nothing_that_matters() -> None:
+    scratch = Scratch()
+    for batch, neurons in ((9, 50), (4, 200), (9, 50)):
+        x, weight, gaba = layer(batch, 8, neurons, torch.float32)
+        for number in (0, 1):
+            scratch(number, x, 200 + 16, 9).fill_(torch.nan)
+        active = linear_active(x, weight, 5, gaba, scratch=scratch)
+        fresh = linear_active(x, weight, 5, gaba)
+        assert torch.equal(active.values, fresh.values)
+        assert torch.equal(active.neurons, fresh.neurons)
+
+
+def test_not_a_number_is_seen() -> None:
+    x, weight, gaba = layer(4, 8, 50, torch.float32)
+    x[2, 3] = torch.nan
+    for impl in ("torch", "reference"):
+        active = linear_active(x, weight, 5, gaba, impl=impl)
+        assert active.values[2].isnan().any()
+        assert active.neurons.max() < 50
+        assert not active.values[[0, 1, 3]].isnan().any()
+
+
+def test_empty_batch_and_silence() -> None:
+    _, weight, gaba = layer(1, 8, 50, torch.float32)
+    assert linear_active(torch.zeros(0, 8), weight, 5, gaba).values.shape == (0, 0)
+    assert linear_active(torch.zeros(3, 8), weight, 5, gaba).values.shape == (3, 0)
+
+
+def test_repeats_are_bit_equal() -> None:
+    x, weight, gaba = layer(32, 16, 500, torch.float32)
+    first = linear_active(x, weight, 5, gaba)
+    for _ in range(20):
+        again = linear_active(x, weight, 5, gaba)
+        assert torch.equal(first.values, again.values)
+        assert torch.equal(first.neurons, again.neurons)
+
+
+@pytest.mark.parametrize("k", [0, 51])
+def test_bad_k(k: int) -> None:
+    with pytest.raises(ValueError, match="linear_active"):
+        linear_active(torch.rand(2, 8), torch.rand(50, 8), k)
+
+
+def test_bad_inputs() -> None:
+    x, weight = torch.rand(2, 8), torch.rand(50, 8)
+    with pytest.raises(ValueError, match="gaba"):
+        linear_active(x, weight, 5, torch.rand(49))
+    with pytest.raises(ValueError, match="inhibition"):
+        linear_active(x, weight, 5, inhibition="none")
+    with pytest.raises(TypeError, match="counts"):
+        linear_active(x, weight, 5, counts=torch.zeros(50))
