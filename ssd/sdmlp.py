@@ -16,7 +16,7 @@ from ssd_kernels import (
     linear_topk,
 )
 from ssd_kernels.linear_active import ActiveNeurons, Scratch
-from ssd_kernels.linear_code import Shadow
+from ssd_kernels.linear_code import Shadow, estimate_dtype
 from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.row_update import project_
 
@@ -133,9 +133,9 @@ class AnnealedTopKLinear(TopKLinear):
         width = WIDTH * k if self.schedule == "gaba" else k
         if excited or width > self.neurons * SPARSE_SHARE or self.samples < self.dense_until:
             return None
-        shadow = self._estimator()
-        if gaba is not None and self._computes_all(shadow):
+        if gaba is not None and self._computes_all():
             return None  # active() is as cheap, and never too narrow
+        shadow = self._estimator()
         code, overflow = linear_code(
             x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow
         )
@@ -173,15 +173,18 @@ class AnnealedTopKLinear(TopKLinear):
         if self._shadow is not None:
             self._shadow.update(self.weight, neurons)
 
-    def _computes_all(self, shadow: Shadow | None) -> bool:
+    def _computes_all(self) -> bool:
         """Whether a graded code on this device goes by way of all R float32 scores."""
-        estimated = shadow is not None and shadow.rows.dtype != self.weight.dtype
-        return self.weight.device.type == "cpu" and not estimated
+        on_cpu = self.weight.device.type == "cpu"
+        return on_cpu and not (self._estimates() and estimate_dtype() == torch.bfloat16)
+
+    def _estimates(self) -> bool:
+        """Whether scores are estimated before they are computed."""
+        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
+        return on_cpu and self.weight.numel() >= SHADOW_MIN
 
     def _estimator(self) -> Shadow | None:
-        if self.weight.device.type != "cpu" or self.weight.dtype != torch.float32:
-            return None
-        if self.weight.numel() < SHADOW_MIN:
+        if not self._estimates():
             return None
         if self._shadow is None:
             self._shadow = Shadow(self.weight)

@@ -49,9 +49,7 @@ class Shadow:
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
-        if dtype is None:
-            dtype = torch.bfloat16 if fast_bfloat16() else torch.float32
-        self.rows = weight.detach().to(dtype)
+        self.rows = weight.detach().to(dtype or estimate_dtype())
         self._version = -1
         # Kept from call to call: the operating system zeroes each page of fresh memory.
         self._buffers = [self.rows.new_empty(0), self.rows.new_empty(0)]
@@ -114,6 +112,11 @@ def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(probe and probe())
+
+
+def estimate_dtype() -> torch.dtype:
+    """In what this CPU estimates scores fastest."""
+    return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
 def linear_code(

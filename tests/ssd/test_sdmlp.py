@@ -84,7 +84,7 @@ def almost_sparse_layer(neurons: int = 400) -> AnnealedTopKLinear:
 def test_code_of_stragglers_equals_the_dense_layer() -> None:
     """Neurons on their way to full inhibition fire beyond the k; the code is wider and exact."""
     layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
-    layer._computes_all = lambda shadow: False  # as with more neurons
+    layer._computes_all = lambda: False  # as with more neurons
     twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
     twin.load_state_dict(layer.state_dict())
     code, hidden = layer.code(x), twin(x)
@@ -98,7 +98,7 @@ def test_code_of_stragglers_equals_the_dense_layer() -> None:
 
 def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_again() -> None:
     layer = almost_sparse_layer()
-    layer._computes_all = lambda shadow: False
+    layer._computes_all = lambda: False
     layer.counts.fill_(60)
     x = torch.rand(12, 16)
     before = layer.counts.clone()
