@@ -26,6 +26,7 @@ from ssd.folder import FREQUENCY, SUMMARY, commit, describe, read_json, versions
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
 from ssd.trainer import Event, Trainer, together
+from ssd.workers import Batch
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class Campaign:
         data, configs = self.data[jobs[0].row.benchmark.name], [job.config for job in jobs]
         run_jobs(configs, data, self.root, self.options, watch, stopped)
 
+    def batch(self, jobs: Sequence[Job]) -> Batch:
+        """Runs that are no peer's, for a worker of another process."""
+        data = self.data[jobs[0].row.benchmark.name]
+        return Batch([job.config for job in jobs], data, self.root, self.options)
+
     def _evaluate_peer(self, job: Job) -> None:
         row, data = job.row, self.data[job.row.benchmark.name]
         assert row.peer is not None
@@ -197,14 +203,14 @@ def overlaps(frequency: Tensor, size: int) -> dict[str, list[float | None]]:
     }
 
 
-def batches(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in groups that are trained side by side; peers one by one."""
+def batches(jobs: Sequence[Job], most: int = MOST) -> list[list[Job]]:
+    """The jobs in groups of at most so many that are trained side by side; peers one by one."""
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
         alone = job if job.row.peer is not None else None
         groups.setdefault((job.row.benchmark, alone, together(job.config)), []).append(job)
     return [
-        group[first : first + MOST]
+        group[first : first + most]
         for group in groups.values()
-        for first in range(0, len(group), MOST)
+        for first in range(0, len(group), most)
     ]

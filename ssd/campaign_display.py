@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ssd.campaign import Job
-from ssd.display import STEPS_PER_UPDATE
+from ssd.display import STEPS_PER_UPDATE, progress
 from ssd.trainer import Event, Trainer
 
 
@@ -21,7 +21,7 @@ class CampaignDisplay:
         self.console, self.work = console, work
         self.ended = 0  # runs
         self.done, self.total = 0.0, sum(work.values())
-        self.jobs: Sequence[Job] = ()  # in training
+        self.running: dict[tuple[Job, ...], float] = {}  # batches, the share done of each
         self.start = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -35,44 +35,47 @@ class CampaignDisplay:
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """The runs of a batch begin."""
-        self.jobs = jobs
-        self._update(0.0, "")
+        self.report(jobs, 0.0, "")
 
     def watch(self, trainer: Trainer, event: Event) -> None:
-        """Takes in an event of the runs in training."""
-        if event.kind == "step" and event.step % STEPS_PER_UPDATE:
-            return
-        config = trainer.config
-        task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
-        share = (trainer.task + trainer.epoch / config.epochs) / config.tasks
-        self._update(share, f" task {task}/{config.tasks} epoch {epoch}/{config.epochs}")
+        """Takes in an event of the only batch in training."""
+        if event.kind != "step" or event.step % STEPS_PER_UPDATE == 0:
+            (jobs,) = self.running
+            self.report(jobs, *progress(trainer, event))
 
-    def end(self, summaries: Sequence[Mapping[str, Any]]) -> None:
-        """The runs of the batch have ended, with these summaries."""
-        self.done += sum(self.work[job] for job in self.jobs)
-        jobs, self.jobs = self.jobs, ()
+    def report(self, jobs: Sequence[Job], share: float, where: str) -> None:
+        """So much of a batch is done."""
+        self.running[tuple(jobs)] = share
+        at_once = sum(len(batch) for batch in self.running)
+        first, last = self.ended + 1, self.ended + at_once
+        numbers = f"run {first}" if first == last else f"runs {first} to {last}"
+        self.progress.update(
+            self.bar,
+            description=f"{numbers} of {len(self.work)}: {jobs[0]}{where}",
+            completed=self._done(),
+            left=self.left(),
+        )
+
+    def end(self, jobs: Sequence[Job], summaries: Sequence[Mapping[str, Any]]) -> None:
+        """The runs of a batch have ended, with these summaries."""
+        self.running.pop(tuple(jobs), None)
+        self.done += sum(self.work[job] for job in jobs)
         for job, summary in zip(jobs, summaries, strict=True):
             self.ended += 1
             if not self.console.is_terminal:
                 self.console.print(
                     f"run {self.ended} of {len(self.work)}: {job}: "
-                    f"accuracy {summary['mean_accuracy']:.4f}; {self.left(0.0)}"
+                    f"accuracy {summary['mean_accuracy']:.4f}; {self.left()}"
                 )
 
-    def left(self, share: float) -> str:
-        """The time left, judged by the time taken, when this share of the batch is done."""
-        done = self.done + share * sum(self.work[job] for job in self.jobs)
+    def _done(self) -> float:
+        shares = self.running.items()
+        return self.done + sum(share * sum(self.work[job] for job in b) for b, share in shares)
+
+    def left(self) -> str:
+        """The time left, judged by the time taken."""
+        done = self._done()
         if done <= 0:
             return "left -:--:--"
         seconds = round((time.perf_counter() - self.start) * (self.total - done) / done)
         return f"left {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-    def _update(self, share: float, where: str) -> None:
-        first, last = self.ended + 1, self.ended + len(self.jobs)
-        numbers = f"run {first}" if first == last else f"runs {first} to {last}"
-        self.progress.update(
-            self.bar,
-            description=f"{numbers} of {len(self.work)}: {self.jobs[0]}{where}",
-            completed=self.done + share * sum(self.work[job] for job in self.jobs),
-            left=self.left(share),
-        )

@@ -87,3 +87,11 @@ class StepDisplay:
         if milestone and self.plain:
             self.console.print(text)
         self.progress.update(self.bar, description=text, completed=done, total=total)
+
+
+def progress(trainer: Trainer, event: Event) -> tuple[float, str]:
+    """The share of its epochs that a trainer has done, and where it is in words."""
+    config = trainer.config
+    task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
+    share = (trainer.task + trainer.epoch / config.epochs) / config.tasks
+    return share, f" task {task}/{config.tasks} epoch {epoch}/{config.epochs}"

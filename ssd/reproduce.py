@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,8 +30,11 @@ from ssd.report import save_figure
 from ssd.run import Interrupted, RunOptions
 from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
+from ssd.workers import processes_for, train_all
 
 ALL = "all"
+# Runs of a batch where several processes share the work.
+SIDE_BY_SIDE = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -136,14 +140,41 @@ class Reproduction:
         return {name: [job for n, job in waiting if n == name] for name in self.results}
 
     def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
-        """Trains the jobs; Interrupted if Ctrl-C is hit."""
+        """Trains the jobs, on a CPU in several processes; Interrupted if Ctrl-C is hit."""
+        own = [job for job in jobs if job.row.peer is None]
+        work = sum(self.campaign.work(job) for job in own)
+        processes = processes_for(work, len(own), self.campaign.options.device)
         with stop_on_interrupt() as stopped, display.progress:
+            if processes > 1:
+                self._train_apart(display, own, processes, stopped)
+                jobs = [job for job in jobs if job.row.peer is not None]
             for batch in batches(jobs):
                 if stopped():
                     raise Interrupted
                 display.begin(batch)
                 self.campaign.train(batch, display.watch, stopped)
-                display.end([s for job in batch if (s := self.campaign.find(job)) is not None])
+                display.end(batch, self._summaries(batch))
+
+    def _train_apart(
+        self,
+        display: CampaignDisplay,
+        jobs: Sequence[Job],
+        processes: int,
+        stopped: Callable[[], bool],
+    ) -> None:
+        # Long batches first, and none so long that one process is left alone with it.
+        groups = batches(jobs, SIDE_BY_SIDE)
+        groups.sort(key=lambda group: -sum(self.campaign.work(job) for job in group))
+        train_all(
+            [self.campaign.batch(group) for group in groups],
+            processes,
+            lambda number, share, where: display.report(groups[number], share, where),
+            lambda number: display.end(groups[number], self._summaries(groups[number])),
+            stopped,
+        )
+
+    def _summaries(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        return [s for job in jobs if (s := self.campaign.find(job)) is not None]
 
     def lines(self, name: str) -> list[Line]:
         """The rows of a result with the runs that exist."""
