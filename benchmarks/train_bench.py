@@ -131,9 +131,8 @@ def step_runs(
 
     expected = plain().loss(task.x_train, task.y_train).item()
     stepper, stream = plain(), endless(task.x_train, task.y_train, problem.B)
-    ours = cycle([repeated(trainer)])
-    if trainer.resident is None:
-        ours = cycle([step_of(trainer, batch) for batch in range(SAMPLES)])
+    eager = [step_of(trainer, batch) for batch in range(SAMPLES)]
+    ours = cycle(eager if trainer.resident is None else [repeated(trainer)])
     address = F.normalize(task.x_train[: problem.B], dim=1)
     runs: dict[str, Run] = {
         "ours": lambda: next(ours)(),
