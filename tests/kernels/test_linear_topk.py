@@ -376,6 +376,26 @@ def test_blocks_equal_the_loop_over_networks(
             assert got.preactivations.shape == (blocks * batch, neurons)
 
 
+@hypothesis.given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 40), st.integers(1, 4))
+def test_slabs_share_out_the_rows(blocks: int, batch: int, room: int, most: int) -> None:
+    """Every row once, in order; a slab has as many rows of each of its networks."""
+    x, weight = torch.zeros(blocks * batch, 1), torch.zeros(blocks, 1)
+    scores = _linear_slabs.Scores(x, weight, None, 1, "fused", blocks)
+    scores.rows = room
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_linear_slabs, "MAX_NETWORKS", most)
+        slabs = scores.slabs()
+    rows = [row for slab in slabs for row in range(len(x))[slab.rows]]
+    assert rows == list(range(len(x)))
+    for slab in slabs:
+        own = range(len(x))[slab.rows]
+        assert len(own) == slab.of_each * slab.networks <= room
+        assert slab.networks <= most
+        networks = [row // batch for row in own]
+        assert networks == [slab.first + n for n in range(slab.networks)
+                            for _ in range(slab.of_each)]  # fmt: skip
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("shape", [(10, 128, 10_000, 256, 10), (7, 40, 4_099, 1024, 32)])
