@@ -60,6 +60,8 @@ CUDA = [
     _shape("sparse_linear", "full", BF16, B=8192, R=65536, k=64, C=4096),
     _shape("sparse_linear", "forward", BF16, B=8192, R=65536, k=64, C=4096),
     _shape("linear_inhibit", "forward", FP32, B=128, d=256, R=10000, k=10),
+    # S networks at once, B samples of each.
+    _shape("linear_topk", "forward", FP32, S=10, B=128, d=256, R=10000, k=10),
     _shape("row_update", "step", FP32, B=128, d=256, R=10000, k=10),
     _shape("row_update", "step", FP32, B=8192, d=1024, R=65536, k=32),
     _shape("count_active", "forward", FP32, B=8192, R=131072, k=32),
@@ -85,6 +87,7 @@ QUICK = [
     _shape("topk", "forward", FP32, B=16, R=4096, k=10),
     _shape("linear_topk", "forward", FP32, B=16, d=32, R=1000, k=10),
     _shape("linear_topk", "full", FP32, B=16, d=32, R=1000, k=10),
+    _shape("linear_topk", "forward", FP32, S=3, B=16, d=32, R=1000, k=10),
     _shape("linear_inhibit", "forward", FP32, B=16, d=32, R=1000, k=10),
     _shape("sparse_linear", "full", FP32, B=16, R=1000, k=10, C=32),
     _shape("row_update", "step", FP32, B=16, d=32, R=1000, k=10),

@@ -44,6 +44,8 @@ def topk(shape: Shape, device: torch.device) -> Case:
 
 
 def linear_topk(shape: Shape, device: torch.device) -> Case:
+    if "S" in shape.sizes:
+        return _linear_topk_of_networks(shape, device)
     batch, d, neurons, k = (shape.sizes[name] for name in ("B", "d", "R", "k"))
     full = shape.mode == "full"
     counts = torch.zeros(neurons, dtype=torch.int64, device=device)
@@ -106,6 +108,45 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
         # Read x and the active rows of W, write dx and dW.
         size += (2 * batch * d + min(batch * k, neurons) * d + neurons * d) * each
         operations += 4 * batch * k * d
+    return Case(
+        shape.op, shape.mode, shape.dtype, shape.sizes, inputs, providers, check, size, operations
+    )
+
+
+def _linear_topk_of_networks(shape: Shape, device: torch.device) -> Case:
+    """Several networks in one call, beside a call for each."""
+    count, batch, d, neurons, k = (shape.sizes[name] for name in ("S", "B", "d", "R", "k"))
+
+    def inputs() -> Any:
+        sizes = ((count * batch, d), (count * neurons, d), (count * neurons,))
+        return [normal(shape, device, *size) for size in sizes]
+
+    def call(given: Any, impl: str | None) -> Any:
+        x, weight, bias = given
+        return ours.linear_topk(x, weight, k, bias, blocks=count, impl=impl)[:2]
+
+    def loop(select: Callable[[Tensor, Tensor, Tensor], Any], given: Any) -> Any:
+        each = [select(*own)[:2] for own in zip(*(t.chunk(count) for t in given), strict=True)]
+        values, indices = (torch.cat(part) for part in zip(*each, strict=True))
+        return values, reference.numbered_through(indices, neurons, count)
+
+    def library(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        values, indices = torch.topk(F.linear(x, weight, bias), k)
+        return values.relu(), indices
+
+    def check(name: str, given: Any, result: Any) -> str:
+        own = torch.arange(count, device=device).repeat_interleave(batch).unsqueeze(1)
+        parts = (*given, result[0], result[1] - own * neurons)
+        shares = zip(*(t.chunk(count) for t in parts), strict=True)
+        rounded = not name.startswith("ours")
+        return next(filter(None, (gate.linear_topk(*s, rounded=rounded) for s in shares)), "")
+
+    providers = impls("linear_topk", device, call)
+    providers["ours, in a loop"] = partial(loop, lambda x, w, b: ours.linear_topk(x, w, k, b))
+    providers["F.linear + torch.topk"] = partial(loop, library)
+    each = shape.dtype.itemsize
+    size = count * ((batch * d + neurons * d + neurons) * each + batch * k * (each + 8))
+    operations = 2 * count * batch * d * neurons
     return Case(
         shape.op, shape.mode, shape.dtype, shape.sizes, inputs, providers, check, size, operations
     )

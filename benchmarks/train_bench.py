@@ -99,6 +99,14 @@ def step_of(trainer: Trainer, batch: int) -> Run:
     return lambda: trainer.step([samples] * len(trainer.learners))
 
 
+def repeated(trainer: Trainer) -> Run:
+    """A step as training takes it: on CUDA a replay of the graph."""
+    if trainer.resident is None:
+        return step_of(trainer, 0)
+    trainer.load_task()
+    return trainer.resident.first_step()
+
+
 def endless(x: Tensor, y: Tensor, size: int) -> Iterator[list[Tensor]]:
     while True:
         yield from batches(x, y, size)
@@ -123,11 +131,8 @@ def step_runs(
 
     expected = plain().loss(task.x_train, task.y_train).item()
     stepper, stream = plain(), endless(task.x_train, task.y_train, problem.B)
-    if trainer.resident is None:
-        ours = cycle([step_of(trainer, batch) for batch in range(SAMPLES)])
-    else:
-        trainer.load_task()
-        ours = cycle([trainer.resident.first_step()])
+    eager = [step_of(trainer, batch) for batch in range(SAMPLES)]
+    ours = cycle(eager if trainer.resident is None else [repeated(trainer)])
     address = F.normalize(task.x_train[: problem.B], dim=1)
     runs: dict[str, Run] = {
         "ours": lambda: next(ours)(),
@@ -229,7 +234,7 @@ def growth(bench: Bench, quick: bool) -> dict[str, dict[str, dict[int, float]]]:
         runs = {}
         for value in track(values, f"growth in {axis}"):
             chosen = {"ewc_tasks": value} if axis == "tasks" else {"seeds": value}
-            runs[str(value)] = step_of(make_trainer(Problem(), method, bench.device, **chosen), 0)
+            runs[str(value)] = repeated(make_trainer(Problem(), method, bench.device, **chosen))
         times = bench.measure(f"growth {axis}", runs, Problem().shape())
         grown[axis] = {part: {value: times[str(value)] for value in values}}
     return grown

@@ -4,6 +4,9 @@ On CUDA one step is captured as a CUDA graph and replayed for the epoch. Which p
 dense or sparse, is settled once an epoch. Should a sample of an almost k-sparse layer activate more
 neurons than the code has slots, a flag is raised; the epoch is then taken back and trained densely,
 so the result is exact all the same.
+
+Learners on the same path that stand next to one another share the calls of a step: their weights
+[S R, d] lie in one tensor. What is computed is each learner's own step, whoever is beside it.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssd.distillation import preactivations_of
 from ssd.learner import ENCODER
-from ssd.sdmlp import SDMLP, SPARSE_SHARE, WIDTH, AnnealedTopKLinear
+from ssd.sdmlp import SDMLP, SPARSE_SHARE, WIDTH, AnnealedTopKLinear, response_to_inhibition
 from ssd_kernels import TopKOutput, count_active, distill, linear_code, linear_inhibit
+from ssd_kernels.reference import by_network
 
 if TYPE_CHECKING:
     from ssd.trainer import Trainer
@@ -60,6 +63,14 @@ class ResidentEpochs:
         self.within = torch.arange(self.batch, device=self.device)
         self.position = store(kind=torch.int64)
         self.overflow = store(count, kind=torch.bool)
+        # How often each neuron of every learner was active; the encoders' own become views.
+        self.counts = torch.cat([encoder.counts for encoder in self.encoders])
+        for encoder, own in zip(self.encoders, self.counts.chunk(count), strict=True):
+            encoder.counts = own
+        anneal = [[encoder.anneal_samples] for encoder in self.encoders]
+        self.anneal_samples = torch.tensor(anneal, dtype=dtype, device=self.device)
+        first = self.encoders[0]
+        self.width = WIDTH * first.k if first.schedule == "gaba" else first.k
         self.teacher_logits = store(count * self.longest, classes)
         self.teacher_hidden: Tensor | None = None
         self.neurons: Tensor | None = None  # [S, n] distilled
@@ -109,7 +120,7 @@ class ResidentEpochs:
         for row, each in zip(self.order, trainer.learners, strict=True):
             order = each.order(trainer.task, trainer.epoch)
             row[: len(order)] = order
-        return [self._path(number) for number in range(len(self.encoders))]
+        return self._paths()
 
     def _steps_of(self, paths: Sequence[str]) -> None:
         self.position.zero_()
@@ -154,145 +165,168 @@ class ResidentEpochs:
 
     def body(self, paths: Sequence[str]) -> None:
         """One step of all learners at self.position; reads and writes tensors of fixed place."""
-        trainer, batch = self.trainer, self.batch
+        batch = self.batch
         places = self.position * batch + self.within
         valid = places < self.samples  # [S, B]: the last batch of a learner may be short
         places = places.clamp(max=self.order.shape[1] - 1)
         where = self.order.index_select(1, places) + self.first
-        share = valid.sum(1, keepdim=True).clamp(min=1).to(trainer.weights[0].dtype)
+        taken = valid.sum(1)
+        share = taken.clamp(min=1).to(self.trainer.weights[0].dtype).unsqueeze(1)
         share = torch.where(valid, share, torch.inf)  # what is no sample has no gradient
+        dense = [number for number, path in enumerate(paths) if path == DENSE]
         sparse = [number for number, path in enumerate(paths) if path in (GRADED, EXACT)]
-        for number, path in enumerate(paths):
-            if path == DENSE:
-                self._dense(number, where[number], valid[number], share[number])
+        for run in _runs(dense):
+            self._dense(run, where, valid, share)
         if sparse:
-            self._sparse(sparse, paths, where, valid, share)
+            self._sparse(sparse, GRADED in paths, where, valid, share)
+        for number in (*dense, *sparse):
+            self.encoders[number].samples += taken[number]
         self.position += 1
 
     def _sparse(
-        self, numbers: Sequence[int], paths: Sequence[str], where: Tensor, valid: Tensor,
-        share: Tensor,
-    ) -> None:  # fmt: skip
-        trainer, batch = self.trainer, self.batch
-        rows = torch.cat([where[number] for number in numbers])
+        self, numbers: Sequence[int], graded: bool, where: Tensor, valid: Tensor, share: Tensor
+    ) -> None:
+        batch, rows = self.batch, _joined(where, numbers)
         address = self.inputs.index_select(0, rows)
         labels = self.labels.index_select(0, rows)
+        present = _joined(valid, numbers)
+        code = self._code(numbers, graded, address)
+        code = code._replace(values=code.values * present.unsqueeze(1))
+        count_active(code.values, code.indices, self.counts)
+        terms, positions = self._taught(numbers, rows), None
+        if terms and self.teacher_hidden is not None:
+            terms["target_hidden"] = self.teacher_hidden.index_select(0, rows)
+            size = self.teacher_hidden.shape[1]
+            terms["hidden"], positions = self.trainer.distilled(code, size)
         slices = [slice(i * batch, (i + 1) * batch) for i in range(len(numbers))]
-        values, indices = [], []
-        for number, own in zip(numbers, slices, strict=True):
-            code = self._code(number, paths[number], address[own], valid[number])
-            values.append(code.values)
-            indices.append(code.indices + number * trainer.config.neurons)
-        code = TopKOutput(torch.cat(values), torch.cat(indices))
-        terms, positions = self._targets(numbers, rows, code)
-        logits, loss = trainer.learn(
-            numbers, slices, address, labels, code,
-            torch.cat([share[number] for number in numbers]).unsqueeze(1), positions, terms,
-        )  # fmt: skip
-        for number, own in zip(numbers, slices, strict=True):
-            self._note(number, loss[own], logits[own], labels[own], valid[number])
-
-    def _code(self, number: int, path: str, x: Tensor, valid: Tensor) -> TopKOutput:
-        """The code of a learner's batch, empty where there is no sample; counts and overflow."""
-        encoder = self.encoders[number]
-        graded = path == GRADED
-        code, overflow = linear_code(
-            x,
-            encoder.weight.detach(),
-            encoder.k,
-            WIDTH * encoder.k if encoder.schedule == "gaba" else encoder.k,
-            encoder.gaba() if graded else None,
-            inhibition=encoder.inhibition,
+        shares = _joined(share, numbers).unsqueeze(1)
+        logits, loss = self.trainer.learn(
+            numbers, slices, address, labels, code, shares, positions, terms
         )
-        code = code._replace(values=code.values * valid.unsqueeze(1))
-        self.overflow[number] |= overflow
-        count_active(code.values, code.indices, encoder.counts)
-        encoder.samples += valid.sum()
-        return code
+        self._note(numbers, loss, logits, labels, present)
 
-    def _targets(
-        self, numbers: Sequence[int], rows: Tensor, code: TopKOutput
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        """The teacher's part of the loss, from the stores."""
+    def _code(self, numbers: Sequence[int], graded: bool, x: Tensor) -> TopKOutput:
+        """The codes of the learners' batches [n B, d], neurons numbered through all learners.
+
+        Where g = 1, as in a learner that is not graded, the graded code is the exact one.
+        """
+        encoder, done, codes = self.encoders[0], 0, []
+        for run in _runs(numbers):
+            own = x[done : done + len(run) * self.batch]
+            code, overflow = linear_code(
+                own,
+                self._rows(self.trainer.weights[0], run),
+                encoder.k,
+                self.width,
+                self._gaba(run) if graded else None,
+                inhibition=encoder.inhibition,
+                blocks=len(run),
+            )
+            self.overflow[run.start : run.stop].logical_or_(overflow)
+            codes.append(code._replace(indices=code.indices + run.start * encoder.neurons))
+            done += len(own)
+        if len(codes) == 1:
+            return codes[0]
+        return TopKOutput(
+            torch.cat([c.values for c in codes]), torch.cat([c.indices for c in codes])
+        )
+
+    def _dense(self, run: range, where: Tensor, valid: Tensor, share: Tensor) -> None:
+        """Autograd through the whole networks of learners that follow one another."""
+        trainer, encoder, count = self.trainer, self.encoders[0], len(run)
+        rows, present = _joined(where, run), _joined(valid, run)
+        x, labels = self.inputs.index_select(0, rows), self.labels.index_select(0, rows)
+        leaves = [self._rows(weight, run).detach().requires_grad_() for weight in trainer.weights]
+        addresses, decoders = (by_network(leaf, count) for leaf in leaves)
+        gaba = self._gaba(run) if encoder.schedule == "gaba" else None
+        h = linear_inhibit(
+            x, leaves[0], encoder.k, gaba, inhibition=encoder.inhibition, blocks=count
+        )
+        hidden = by_network(h, count)
+        logits = torch.bmm(hidden, decoders).flatten(0, 1)
+        outputs = [logits]
+        terms = self._taught(run, rows)
+        if terms and self.teacher_hidden is not None and self.neurons is not None:
+            chosen = self.neurons[run.start : run.stop].unsqueeze(2)  # [n, m, 1]
+            if trainer.config.hidden == "before":
+                distilled = addresses.gather(1, chosen.expand(-1, -1, x.shape[1]))
+                z = torch.bmm(by_network(x, count), distilled.mT).relu()
+            else:
+                z = hidden.gather(2, chosen.mT.expand(-1, self.batch, -1))
+            outputs.append(z.flatten(0, 1))
+            terms["target_hidden"] = self.teacher_hidden.index_select(0, rows)
+            terms["hidden"] = outputs[1].detach()
+        output = distill(logits.detach(), labels, **terms)
+        shares = _joined(share, run).unsqueeze(1)
+        slopes = [g / shares for g in output[1:] if g is not None]
+        gradients = torch.autograd.grad(outputs, leaves, slopes)
+        for number, *own in zip(run, *(by_network(g, count) for g in gradients), strict=True):
+            trainer.update(trainer.learners[number], own)
+        counts = self._rows(self.counts, run)
+        counts += by_network((h > 0) & present.unsqueeze(1), count).sum(1).flatten()
+        self._note(run, output.loss, logits.detach(), labels, present)
+
+    def _taught(self, numbers: Sequence[int], rows: Tensor) -> dict[str, Any]:
+        """The teacher's part of the loss on the logits, from the stores; none without a teacher."""
         trainer = self.trainer
         if not trainer.teaches:
-            return {}, None
-        terms: dict[str, Any] = {
-            "target_logits": self.teacher_logits.index_select(0, rows),
-            "kl": trainer.config.kl,
-        }
-        for name, value in trainer.losses.items():
-            terms[name] = torch.cat([value[n : n + 1].expand(self.batch) for n in numbers])
-        if trainer.config.logits == "seen":
-            terms["columns"] = torch.cat([self.seen[n].expand(self.batch, -1) for n in numbers])
-        if self.teacher_hidden is None:
-            return terms, None
-        terms["target_hidden"] = self.teacher_hidden.index_select(0, rows)
-        terms["hidden"], positions = trainer.distilled(code, self.teacher_hidden.shape[1])
-        return terms, positions
+            return {}
 
-    def _dense(self, number: int, where: Tensor, valid: Tensor, share: Tensor) -> None:
-        """Autograd through the whole network of one learner."""
-        trainer, encoder = self.trainer, self.encoders[number]
-        each = trainer.learners[number]
-        x, labels = self.inputs.index_select(0, where), self.labels.index_select(0, where)
-        gaba = encoder.gaba() if encoder.schedule == "gaba" else None
-        h = linear_inhibit(x, encoder.weight, encoder.k, gaba, inhibition=encoder.inhibition)
-        logits = h @ each.parameters[1]
-        outputs = [logits]
-        terms: dict[str, Any] = {}
-        if trainer.teaches:
-            own = [value[number] for value in trainer.losses.values()]
-            terms = dict(zip(trainer.losses, own, strict=True))
-            terms = {name: value.expand(self.batch) for name, value in terms.items()}
-            terms |= {"target_logits": self.teacher_logits.index_select(0, where)}
-            terms |= {"kl": trainer.config.kl}
-            if trainer.config.logits == "seen":
-                terms["columns"] = self.seen[number].expand(self.batch, -1)
-            if self.teacher_hidden is not None and self.neurons is not None:
-                chosen = self.neurons[number]
-                z = h.index_select(1, chosen)
-                if trainer.config.hidden == "before":
-                    z = preactivations_of(encoder, x, chosen)
-                outputs.append(z)
-                terms["target_hidden"] = self.teacher_hidden.index_select(0, where)
-                terms["hidden"] = z.detach()
-        output = distill(logits.detach(), labels, **terms)
-        slopes = [g / share.unsqueeze(1) for g in output[1:] if g is not None]
-        gradients = torch.autograd.grad(outputs, each.parameters, slopes)
-        trainer.update(each, list(gradients))
-        encoder.counts += ((h > 0) & valid.unsqueeze(1)).sum(0)
-        encoder.samples += valid.sum()
-        self._note(number, output.loss, logits.detach(), labels, valid)
+        def spread(values: Tensor) -> Tensor:
+            each = values.unsqueeze(1)
+            return _joined(each.expand(-1, self.batch, *values.shape[1:]), numbers)
+
+        terms: dict[str, Any] = {name: spread(value) for name, value in trainer.losses.items()}
+        terms["target_logits"] = self.teacher_logits.index_select(0, rows)
+        terms["kl"] = trainer.config.kl
+        if trainer.config.logits == "seen":
+            terms["columns"] = spread(self.seen)
+        return terms
 
     def _note(
-        self, number: int, loss: Tensor, logits: Tensor, labels: Tensor, valid: Tensor
+        self, numbers: Sequence[int], loss: Tensor, logits: Tensor, labels: Tensor, valid: Tensor
     ) -> None:
-        each = self.trainer.learners[number]
-        each.loss_sum += torch.where(valid, loss, 0.0).sum()
-        each.correct += ((logits.argmax(-1) == labels) & valid).sum()
+        """Adds a step to the sums of the learners, all [n B, ..]."""
+        losses = torch.where(valid, loss, 0.0).view(len(numbers), -1).sum(1)
+        hits = ((logits.argmax(-1) == labels) & valid).view(len(numbers), -1).sum(1)
+        for number, own_loss, own_hits in zip(numbers, losses, hits, strict=True):
+            each = self.trainer.learners[number]
+            each.loss_sum += own_loss
+            each.correct += own_hits
 
-    def _path(self, number: int) -> str:
-        """How the next epoch is trained; reads the device once."""
-        trainer, encoder = self.trainer, self.encoders[number]
-        before = trainer.config.hidden == "before"
-        gaba, excited = encoder.response()
-        width = WIDTH * encoder.k if encoder.schedule == "gaba" else encoder.k
-        if (
-            excited
-            or width > encoder.neurons * SPARSE_SHARE
-            or encoder.samples < encoder.dense_until
-            or (trainer.teaches and trainer.distils_hidden and before)
-        ):
-            return DENSE
-        return EXACT if gaba is None else GRADED
+    def _rows(self, stacked: Tensor, run: range) -> Tensor:
+        """The part of a tensor [S R, ..] that belongs to some learners."""
+        neurons = self.trainer.config.neurons
+        return stacked[run.start * neurons : run.stop * neurons]
+
+    def _gaba(self, run: range) -> Tensor:
+        """AnnealedTopKLinear.gaba() of some learners, [n R]."""
+        counts = self._rows(self.counts, run).view(len(run), -1)
+        anneal = self.anneal_samples[run.start : run.stop]
+        return response_to_inhibition(counts, anneal, anneal.dtype).flatten()
+
+    def _paths(self) -> list[str]:
+        """How each learner's next epoch is trained; reads the device."""
+        trainer, count = self.trainer, len(self.encoders)
+        before = trainer.teaches and trainer.distils_hidden and trainer.config.hidden == "before"
+        if before or self.width > trainer.config.neurons * SPARSE_SHARE:
+            return [DENSE] * count
+        least = [1.0] * count
+        if self.encoders[0].schedule == "gaba":
+            least = self._gaba(range(count)).view(count, -1).amin(1).tolist()
+        paths = [EXACT if g >= 1 else GRADED if g > 0 else DENSE for g in least]
+        for number, encoder in enumerate(self.encoders):
+            if encoder.samples < encoder.dense_until:
+                paths[number] = DENSE
+        return paths
 
     def _mutable(self) -> list[Tensor]:
         """Every tensor that a step writes to and the next one reads."""
         learners = self.trainer.learners
         return [
             *self.trainer.weights,
-            *(t for encoder in self.encoders for t in (encoder.counts, encoder.samples)),
+            self.counts,
+            *(encoder.samples for encoder in self.encoders),
             *(t for each in learners for t in (each.loss_sum, each.correct)),
             *(buffer for each in learners for buffer in each.momentum or []),
         ]
@@ -322,6 +356,24 @@ class ResidentEpochs:
                 self.teacher_hidden = hidden.new_zeros(shape)
                 self.neurons = chosen.new_zeros(len(trainer.learners), len(chosen))
             self.teacher_hidden[own], self.neurons[number] = hidden, chosen
+
+
+def _runs(numbers: Sequence[int]) -> list[range]:
+    """Ascending numbers, those that follow one another together."""
+    runs: list[range] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
+
+
+def _joined(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+    """[S, B, ..] -> [n B, ..] of some learners."""
+    if len(numbers) == len(rows):
+        return rows.flatten(0, 1)
+    return torch.cat([rows[number] for number in numbers])
 
 
 def _encoder(model: Any) -> AnnealedTopKLinear:

@@ -30,6 +30,13 @@ RETRY = 8
 SHADOW_MIN = 2**20
 
 
+def response_to_inhibition(
+    counts: Tensor, anneal_samples: int | Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The GABA switch of neurons that were active so often: -1 (excited) to 1 (inhibited)."""
+    return (2 * counts.to(dtype) / anneal_samples - 1).clamp(-1, 1)
+
+
 class AnnealedTopKLinear(TopKLinear):
     """TopKLinear without bias that starts dense and becomes k-sparse while it is trained.
 
@@ -77,8 +84,7 @@ class AnnealedTopKLinear(TopKLinear):
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
         if self.schedule != "gaba":
             return torch.ones_like(self.weight[:, 0])
-        counts = self.counts.to(self.weight.dtype)
-        return (2 * counts / self.anneal_samples - 1).clamp(-1, 1)
+        return response_to_inhibition(self.counts, self.anneal_samples, self.weight.dtype)
 
     def current_k(self) -> int:
         """The number of neurons that inhibition leaves active at this point of the schedule."""

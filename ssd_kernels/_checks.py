@@ -47,8 +47,10 @@ def inhibition(op: str, name: str) -> None:
         raise ValueError(f"{op}: inhibition={name!r} is not one of {', '.join(INHIBITIONS)}")
 
 
-def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> None:
-    """x [.., d], weight [R, d], bias [R], 1 <= k <= R."""
+def linear(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, networks: int = 1
+) -> None:
+    """x [.., d], weight [S R, d], bias [S R], 1 <= k <= R; S networks share out the rows of x."""
     floating(op, x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [R, d]")
@@ -58,7 +60,15 @@ def linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> N
             f"for weight {list(weight.shape)}"
         )
     shape(op, "bias", bias, (weight.shape[0],))
-    active_range(op, k, weight.shape[0])
+    blocks(op, networks, x=x.shape[:-1].numel(), weight=weight.shape[0])
+    active_range(op, k, weight.shape[0] // networks)
+
+
+def blocks(op: str, networks: int, **rows: int) -> None:
+    """The rows of every named tensor can be shared out among the networks."""
+    for name, count in rows.items():
+        if networks < 1 or count % networks:
+            raise ValueError(f"{op}: blocks={networks} must divide the {count} rows of {name}")
 
 
 def counter(op: str, name: str, tensor: Tensor | None, like: Tensor, neurons: int) -> None:

@@ -20,6 +20,7 @@ from ssd_kernels.code_gram import _triton as gram_triton
 from ssd_kernels.count_active import _triton as count_triton
 from ssd_kernels.distill import DistillOutput
 from ssd_kernels.distill import _triton as distill_triton
+from ssd_kernels.linear_inhibit import gradients as inhibit_gradients
 from ssd_kernels.linear_topk import heuristic
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import _triton as update_triton
@@ -290,15 +291,15 @@ def code_gram(
 
 @torch.library.custom_op("ssd_kernels::linear_topk", mutates_args=())
 def linear_topk_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, indices [B, k], the (k+1)-th activation [B] and its index [B]."""
-    return _linear_slabs.code(x, weight, bias, k, inhibition, None, path)
+    return _linear_slabs.code(x, weight, bias, k, inhibition, None, path, blocks)
 
 
 @linear_topk_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = x.shape[0]
     indices = x.new_empty(batch, k, dtype=torch.int64)
@@ -308,6 +309,7 @@ def _(
 def _linear_topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     values, indices, cut, after = output
     ctx.save_for_backward(*inputs[:2], values, indices, cut, after)
+    ctx.has_cut = inputs[3] < inputs[1].shape[0] // inputs[-1]
     ctx.mark_non_differentiable(indices, after)
     ctx.set_materialize_grads(False)
 
@@ -320,10 +322,10 @@ def _linear_topk_backward(
     if grad_values is not None:
         slots.append(grad_values * (values > 0))
         neurons.append(indices)
-    if grad_cut is not None and indices.shape[1] < weight.shape[0]:
+    if grad_cut is not None and ctx.has_cut:
         slots.append((grad_cut * (cut > 0))[:, None])
         neurons.append(after[:, None])
-    grads: list[Any] = [None] * 6
+    grads: list[Any] = [None] * 7
     if not slots:
         return tuple(grads)
     coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
@@ -353,9 +355,11 @@ def linear_topk(
     threshold: bool,
     preactivations: bool,
     counts: Tensor | None,
+    blocks: int,
 ) -> TopKOutput:
-    path = heuristic(x, weight, k)
-    if forced is not None and _linear_slabs.possible(forced, x, weight, k):
+    neurons = weight.shape[0] // blocks
+    path = heuristic(x, neurons, k)
+    if forced is not None and _linear_slabs.possible(forced, x, neurons, k):
         path = forced
     if preactivations or path == "torch":
         return reference.linear_topk(
@@ -367,10 +371,11 @@ def linear_topk(
             threshold=threshold,
             preactivations=preactivations,
             counts=counts,
+            blocks=blocks,
         )
     batch = x.shape[:-1]
     flat = x.reshape(batch.numel(), x.shape[-1])
-    values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, path)
+    values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, path, blocks)
     if counts is not None:
         count_active(values, indices, counts, None, 0)
     return TopKOutput(
@@ -386,9 +391,10 @@ def linear_inhibit_op(
     k: int,
     gaba: Tensor | None,
     inhibition: str,
+    blocks: int,
 ) -> tuple[Tensor, Tensor]:
     """The activations [B, R], and int8 [B, R]: where the gradient passes."""
-    return _linear_slabs.inhibit(x, weight, bias, k, gaba, inhibition, None, True)
+    return _linear_slabs.inhibit(x, weight, bias, k, gaba, inhibition, None, True, blocks)
 
 
 @linear_inhibit_op.register_fake
@@ -399,26 +405,22 @@ def _(
     k: int,
     gaba: Tensor | None,
     inhibition: str,
+    blocks: int,
 ) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], weight.shape[0])
+    shape = (x.shape[0], weight.shape[0] // blocks)
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int8)
 
 
 def _linear_inhibit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.blocks = inputs[-1]
     ctx.mark_non_differentiable(output[1])
 
 
 def _linear_inhibit_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     x, weight, passes = ctx.saved_tensors
-    grad = grad * passes.to(grad.dtype)
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    return (
-        grad @ weight if need_x else None,
-        grad.T @ x if need_weight else None,
-        grad.sum(0) if need_bias else None,
-        *[None] * 3,
-    )
+    needs = ctx.needs_input_grad[:3]
+    return *inhibit_gradients(grad, x, weight, passes, ctx.blocks, needs), *[None] * 4
 
 
 linear_inhibit_op.register_autograd(_linear_inhibit_backward, setup_context=_linear_inhibit_context)
@@ -433,18 +435,20 @@ def linear_inhibit(
     *,
     inhibition: str,
     counts: Tensor | None,
+    blocks: int,
 ) -> Tensor:
     served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
     if not served or learned:
         return reference.linear_inhibit(
-            x, weight, k, gaba, bias, inhibition=inhibition, counts=counts
+            x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks
         )
     rows = x.shape[:-1].numel()
-    hidden, _ = linear_inhibit_op(x.reshape(rows, x.shape[-1]), weight, bias, k, gaba, inhibition)
+    flat = x.reshape(rows, x.shape[-1])
+    hidden, _ = linear_inhibit_op(flat, weight, bias, k, gaba, inhibition, blocks)
     if counts is not None:
-        counts += (hidden > 0).sum(0)
-    return hidden.view(*x.shape[:-1], weight.shape[0])
+        counts += reference.by_network(hidden > 0, blocks).sum(1).flatten()
+    return hidden.view(*x.shape[:-1], hidden.shape[1])
 
 
 def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:

@@ -12,6 +12,8 @@ gets all its fp32 scores.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -38,19 +40,20 @@ MAX_GROUPS = 8192
 RESCORE_GROUPS = 4096  # of the filter, which also holds the members of the groups it keeps
 MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
 RECOVER_PARTS = 8
+MAX_NETWORKS = 65_535  # of a slab: programs along axis 1 of a grid
 
 
-def possible(path: str, x: Tensor, weight: Tensor, k: int) -> bool:
+def possible(path: str, x: Tensor, neurons: int, k: int) -> bool:
     """Whether the kernels serve these inputs on this path."""
     if k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
         return False
     if path == "rescore":
-        return x.dtype == torch.float32 and rescorable(weight, k)
+        return x.dtype == torch.float32 and rescorable(neurons, k)
     return path == "fused" or x.dtype == torch.float32 or MIXED_MM
 
 
-def rescorable(weight: Tensor, k: int) -> bool:
-    return k < _groups(weight) <= RESCORE_GROUPS and 2 * (k + 1) * GROUP <= 8192
+def rescorable(neurons: int, k: int) -> bool:
+    return k < _groups(neurons) <= RESCORE_GROUPS and 2 * (k + 1) * GROUP <= 8192
 
 
 def code(
@@ -61,17 +64,18 @@ def code(
     inhibition: str,
     counts: Tensor | None,
     path: str,
+    blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and k)."""
+    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
     x, weight = _rows_contiguous(x), _rows_contiguous(weight)
     batch = len(x)
     values = x.new_empty(batch, k)
     indices = torch.empty(batch, k, dtype=torch.int64, device=x.device)
-    after = indices.new_full((batch,), k)
+    after = indices.new_zeros(batch)
     cut = x.new_empty(batch)
-    scores = Scores(x, weight, bias, k, path)
-    for rows in scores.slabs():
-        scores.decide(rows, cut, values, indices, after, counts, inhibition == "subtract")
+    scores = Scores(x, weight, bias, k, path, blocks)
+    for slab in scores.slabs():
+        scores.decide(slab, cut, values, indices, after, counts, inhibition == "subtract")
     return values, indices, cut, after
 
 
@@ -84,30 +88,34 @@ def inhibit(
     inhibition: str,
     counts: Tensor | None,
     need_passes: bool,
+    blocks: int,
 ) -> tuple[Tensor, Tensor]:
     """The dense activations [B, R] and, if needed, int8 [B, R]: where the gradient passes."""
     x, weight = _rows_contiguous(x), _rows_contiguous(weight)
-    hidden = x.new_empty(len(x), len(weight))
+    neurons = len(weight) // blocks
+    hidden = x.new_empty(len(x), neurons)
     passes = torch.empty(hidden.shape if need_passes else 0, dtype=torch.int8, device=x.device)
     cut = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    scores = Scores(x, weight, bias, k, "fused")
+    scores = Scores(x, weight, bias, k, "fused", blocks)
+    gaba = None if gaba is None else gaba.detach().contiguous()
     chosen = _tuning.config("linear_inhibit", x.device)
-    blocks = _ceil_div(len(weight), chosen["BN"])
-    for rows in scores.slabs():
-        scores.decide(rows, cut)
-        size = rows.stop - rows.start
+    tiles = _ceil_div(neurons, chosen["BN"])
+    for slab in scores.slabs():
+        scores.decide(slab, cut)
+        programs = tiles * _ceil_div(slab.of_each, chosen["BM"])
         with torch.cuda.device_of(x):
-            _inhibit_kernel[(blocks * _ceil_div(size, chosen["BM"]),)](
+            _inhibit_kernel[(programs, slab.networks)](
                 scores.slab,
                 scores.bias,
-                x if gaba is None else gaba.detach().contiguous(),
-                cut[rows],
-                hidden[rows],
-                passes[rows] if need_passes else passes,
+                x if gaba is None else gaba,
+                cut[slab.rows],
+                hidden[slab.rows],
+                passes[slab.rows] if need_passes else passes,
                 scores.held if counts is None else counts,
-                size,
-                len(weight),
-                blocks,
+                slab.first,
+                slab.of_each,
+                neurons,
+                tiles,
                 1 if counts is None else counts.stride(0),
                 BIAS=bias is not None,
                 GABA=gaba is not None,
@@ -119,19 +127,34 @@ def inhibit(
     return hidden, passes
 
 
-class Scores:
-    """The slab of scores, their group maxima, and the kernels that read them."""
+class Slab(NamedTuple):
+    """Rows of the batch that are worked on together."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, path: str) -> None:
-        self.x, self.weight, self.k, self.path = x, weight, k, path
+    rows: slice
+    first: int  # the network of the first row
+    networks: int  # whose rows follow one another
+    of_each: int  # rows
+
+
+class Scores:
+    """The slab of scores, their group maxima, and the kernels that read them.
+
+    x: [S B, d]. weight: [S R, d]. bias: [S R] or None; S = blocks.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, path: str, blocks: int = 1
+    ) -> None:
+        self.x, self.weight, self.k, self.path, self.blocks = x, weight, k, path, blocks
+        self.neurons = len(weight) // blocks
         self.bias = x if bias is None else bias.detach().contiguous()
         self.has_bias = bias is not None
-        self.best = min(k + 1, len(weight))
-        self.groups = _groups(weight)
+        self.best = min(k + 1, self.neurons)
+        self.groups = _groups(self.neurons)
         self.picks = min(self.best, self.groups)
-        self.rows = slab_rows(len(x), len(weight), x.element_size())
+        self.rows = slab_rows(len(x), self.neurons, x.element_size())
         device = x.device
-        self.slab = torch.empty(self.rows, len(weight), dtype=torch.float32, device=device)
+        self.slab = torch.empty(self.rows, self.neurons, dtype=torch.float32, device=device)
         self.maxima = torch.empty(self.rows, self.groups, dtype=torch.int32, device=device)
         self.candidates = max(128, 4 * _power(self.best)) if path == "rescore" else 1
         self.listed = self.maxima.new_empty(self.rows, self.candidates)
@@ -139,36 +162,52 @@ class Scores:
         self.held = self.maxima.new_empty(self.rows)
         if path == "rescore":
             self.estimate_x, self.estimate_weight = _bfloat16(x), _bfloat16(weight)
-            self.slack = slack(x, weight)
+            self.slack = slack(x, weight, blocks)
 
-    def slabs(self) -> list[slice]:
+    def slabs(self) -> list[Slab]:
+        """Whole networks where the slab holds one, else parts of one."""
+        batch = len(self.x) // self.blocks
+        if batch == 0:
+            return []
+        held = min(self.rows // batch, MAX_NETWORKS)
+        if held > 0:
+            starts = range(0, self.blocks, held)
+            networks = [(first, min(held, self.blocks - first)) for first in starts]
+            return [
+                Slab(slice(first * batch, (first + count) * batch), first, count, batch)
+                for first, count in networks
+            ]
+        parts = [(start, min(self.rows, batch - start)) for start in range(0, batch, self.rows)]
         return [
-            slice(start, min(start + self.rows, len(self.x)))
-            for start in range(0, len(self.x), self.rows)
+            Slab(slice(first * batch + start, first * batch + start + size), first, 1, size)
+            for first in range(self.blocks)
+            for start, size in parts
         ]
 
-    def fill(self, rows: slice) -> None:
+    def fill(self, slab: Slab) -> None:
         """Scores without the bias, group maxima with it."""
         if self.path == "chunked":
-            self._library(rows)
+            self._library(slab)
         elif self.path == "fused":
-            self._product(self.x[rows], self.weight)
+            self._product(slab, self.x, self.weight)
         else:
-            self._product(self.estimate_x[rows], self.estimate_weight)
-            self._rescore(rows)
+            self._product(slab, self.estimate_x, self.estimate_weight)
+            self._rescore(slab)
 
-    def _product(self, x: Tensor, weight: Tensor) -> None:
-        chosen = dict(_tuning.config(_product_op(x), x.device, batch=len(x)))
-        grid = _ceil_div(len(x), chosen["BM"]) * _ceil_div(len(weight), chosen["BN"])
+    def _product(self, slab: Slab, x: Tensor, weight: Tensor) -> None:
+        x = x[slab.rows]
+        chosen = dict(_tuning.config(_product_op(x), x.device, batch=slab.of_each))
+        tiles = _ceil_div(slab.of_each, chosen["BM"]) * _ceil_div(self.neurons, chosen["BN"])
         with torch.cuda.device_of(x):
-            _score_kernel[(grid,)](
+            _score_kernel[(tiles, slab.networks)](
                 x,
                 weight,
                 self.bias,
                 self.slab,
                 self.maxima,
-                len(x),
-                len(weight),
+                slab.first,
+                slab.of_each,
+                self.neurons,
                 x.shape[1],
                 self.groups,
                 x.stride(0),
@@ -178,48 +217,53 @@ class Scores:
                 **chosen,
             )
 
-    def _library(self, rows: slice) -> None:
-        x = self.x[rows]
-        slab = self.slab[: len(x)]
-        if x.dtype == torch.float32:
-            torch.mm(x, self.weight.T, out=slab)
-        elif x.is_cuda:
-            torch.mm(x, self.weight.T, out_dtype=torch.float32, out=slab)
-        else:  # Triton's interpreter
-            torch.mm(x.float(), self.weight.float().T, out=slab)
-        blocks = _ceil_div(len(self.weight), 1024)
-        with torch.cuda.device_of(x):
-            _maxima_kernel[(len(x) * blocks,)](
-                slab,
+    def _library(self, slab: Slab) -> None:
+        # A product for each network, the one that it would have alone.
+        inputs = self.x[slab.rows].split(slab.of_each)
+        outputs = self.slab[: len(inputs) * slab.of_each].split(slab.of_each)
+        weights = self.weight.split(self.neurons)[slab.first : slab.first + slab.networks]
+        for x, weight, out in zip(inputs, weights, outputs, strict=True):
+            if x.dtype == torch.float32:
+                torch.mm(x, weight.T, out=out)
+            elif x.is_cuda:
+                torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+            else:  # Triton's interpreter
+                torch.mm(x.float(), weight.float().T, out=out)
+        tiles = _ceil_div(self.neurons, 1024)
+        with torch.cuda.device_of(self.x):
+            _maxima_kernel[(slab.of_each * tiles, slab.networks)](
+                self.slab,
                 self.bias,
                 self.maxima,
-                len(self.weight),
+                slab.first,
+                self.neurons,
                 self.groups,
-                blocks,
+                tiles,
                 BIAS=self.has_bias,
                 BN=1024,
                 num_warps=4,
             )
 
-    def _rescore(self, rows: slice) -> None:
-        size = rows.stop - rows.start
-        neurons, features = self.weight.shape
-        x = self.x[rows]
+    def _rescore(self, slab: Slab) -> None:
+        features = self.x.shape[1]
+        x = self.x[slab.rows]
         strides = (x.stride(0), self.weight.stride(0))
         picks = max(64, 2 * _power(self.best))
-        picked = self.maxima.new_empty(size, picks)
+        picked = self.maxima.new_empty(len(x), picks)
         block = min(128, max(16, _power(features)))
+        grid = (slab.of_each, slab.networks)
         with torch.cuda.device_of(x):
-            _filter_kernel[(size,)](
+            _filter_kernel[grid](
                 self.slab,
                 self.bias,
                 self.maxima,
-                self.slack[rows],
+                self.slack[slab.rows],
                 picked,
                 self.listed,
                 self.held,
+                slab.first,
                 self.best,
-                neurons,
+                self.neurons,
                 self.groups,
                 BIAS=self.has_bias,
                 GROUPS=_power(self.groups),
@@ -227,12 +271,14 @@ class Scores:
                 CANDIDATES=self.candidates,
                 num_warps=_warps(max(picks * GROUP, self.groups)),
             )
-            _rescore_kernel[(size,)](
+            _rescore_kernel[grid](
                 x,
                 self.weight,
                 self.listed,
                 self.held,
                 self.rescored,
+                slab.first,
+                self.neurons,
                 features,
                 *strides,
                 CANDIDATES=self.candidates,
@@ -240,14 +286,15 @@ class Scores:
                 BK=block,
                 num_warps=4,
             )
-            _recover_kernel[(size * RECOVER_PARTS,)](
+            _recover_kernel[(slab.of_each * RECOVER_PARTS, slab.networks)](
                 x,
                 self.weight,
                 self.bias,
                 self.held,
                 self.slab,
                 self.maxima,
-                neurons,
+                slab.first,
+                self.neurons,
                 features,
                 self.groups,
                 *strides,
@@ -259,7 +306,7 @@ class Scores:
 
     def decide(
         self,
-        rows: slice,
+        slab: Slab,
         cut: Tensor,
         values: Tensor | None = None,
         indices: Tensor | None = None,
@@ -268,8 +315,8 @@ class Scores:
         subtract: bool = False,
     ) -> None:
         """Writes the (k+1)-th activations to cut [B] and, if there are values, the code."""
-        self.fill(rows)
-        size = rows.stop - rows.start
+        self.fill(slab)
+        rows, size = slab.rows, slab.of_each * slab.networks
         pick = self.picks < self.groups <= MAX_GROUPS
         if pick:
             picked = self.maxima.new_empty(size, self.picks)
@@ -284,7 +331,7 @@ class Scores:
         capacity = max(32, _power(self.best))
         scratch = torch.empty(size, capacity, dtype=torch.int64, device=self.x.device)
         with torch.cuda.device_of(self.x):
-            _decide_kernel[(size,)](
+            _decide_kernel[(slab.of_each, slab.networks)](
                 self.slab,
                 self.bias,
                 self.maxima,
@@ -298,9 +345,10 @@ class Scores:
                 scratch if after is None else after[rows],
                 cut[rows],
                 self.held if counts is None else counts,
+                slab.first,
                 self.k,
                 self.best,
-                len(self.weight),
+                self.neurons,
                 self.groups,
                 self.picks,
                 picked.stride(0) if picked.dim() == 2 else 0,
@@ -320,14 +368,15 @@ class Scores:
             )
 
 
-def slack(x: Tensor, weight: Tensor) -> Tensor:
-    """2 E of each row [B], rounded up to fp32; see the proof above."""
+def slack(x: Tensor, weight: Tensor, blocks: int = 1) -> Tensor:
+    """2 E of each row [S B], rounded up to fp32; see the proof above."""
     features = x.shape[1]
     share = 2.0**-7 + 2.0**-16 + 2 * features * 2.0**-22
-    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-    longest = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).amax()
+    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).view(blocks, -1)
+    longest = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).view(blocks, -1)
+    longest = longest.amax(1, keepdim=True)  # of each network
     subnormal = features**0.5 * 2.0**-124 * (length + longest + 1)
-    return (2.001 * (share * length * longest + subnormal)).float()
+    return (2.001 * (share * length * longest + subnormal)).float().flatten()
 
 
 def slab_rows(batch: int, neurons: int, element_size: int) -> int:
@@ -338,8 +387,8 @@ def slab_rows(batch: int, neurons: int, element_size: int) -> int:
     return min(max(batch, 1), rows // 64 * 64)
 
 
-def _groups(weight: Tensor) -> int:
-    return _ceil_div(len(weight), GROUP)
+def _groups(neurons: int) -> int:
+    return _ceil_div(neurons, GROUP)
 
 
 def _product_op(x: Tensor) -> str:
@@ -393,7 +442,7 @@ def inhibit_aot_cases(family: str) -> list[AotCase]:
         "passes": "*i8",
         "counts": "*i64",
         **dict.fromkeys(("rows", "neurons"), "i32:16"),
-        "blocks": "i32",
+        **dict.fromkeys(("first", "tiles"), "i32"),
     }
     flags = dict.fromkeys(("BIAS", "GABA", "SUBTRACT", "COUNT", "PASSES"), True)
     tile = {"BM": chosen["BM"], "BN": chosen["BN"]}
@@ -408,14 +457,14 @@ def _product_case(chosen: _tuning.Config, kind: str, family: str) -> AotCase:
         "slab": "*fp32",
         "maxima": "*i32",
         **dict.fromkeys(("rows", "neurons", "features", "x_stride", "weight_stride"), "i32:16"),
-        "groups": "i32",
+        **dict.fromkeys(("first", "groups"), "i32"),
     }
-    blocks = {name: chosen[name] for name in ("BM", "BN", "BK")}
+    tile = {name: chosen[name] for name in ("BM", "BN", "BK")}
     precision = _precision(kind == "fp32", family.startswith("gfx"))
     options = {name: chosen[name] for name in ("num_warps", "num_stages")}
-    name = f"linear_topk scores {kind} {blocks['BM']}x{blocks['BN']}"
+    name = f"linear_topk scores {kind} {tile['BM']}x{tile['BN']}"
     return AotCase(
-        name, _score_kernel, signature, {"BIAS": True, "PRECISION": precision} | blocks, options
+        name, _score_kernel, signature, {"BIAS": True, "PRECISION": precision} | tile, options
     )
 
 
@@ -437,7 +486,7 @@ def _decide_case(k: int, groups: int, listed: bool) -> AotCase:
         "after": "*i64",
         "cut": "*fp32",
         "counts": "*i64",
-        **dict.fromkeys(("k", "best", "groups", "picks", "picked_stride"), "i32"),
+        **dict.fromkeys(("first", "k", "best", "groups", "picks", "picked_stride"), "i32"),
         "neurons": "i32:16",
     }
     flags = dict.fromkeys(("BIAS", "PICK", "CODE", "SUBTRACT", "COUNT"), True)
@@ -462,7 +511,7 @@ def _filter_case(k: int, groups: int) -> AotCase:
     signature = {
         **dict.fromkeys(("slab", "bias", "slack"), "*fp32"),
         **dict.fromkeys(("maxima", "picked", "listed", "held"), "*i32"),
-        **dict.fromkeys(("best", "groups"), "i32"),
+        **dict.fromkeys(("first", "best", "groups"), "i32"),
         "neurons": "i32:16",
     }
     sizes = {
@@ -484,7 +533,7 @@ def _maxima_case() -> AotCase:
         **dict.fromkeys(("slab", "bias"), "*fp32"),
         "maxima": "*i32",
         "neurons": "i32:16",
-        **dict.fromkeys(("groups", "blocks"), "i32"),
+        **dict.fromkeys(("first", "groups", "tiles"), "i32"),
     }
     constants = {"BIAS": True, "BN": 1024}
     return AotCase("linear_topk maxima", _maxima_kernel, signature, constants, {"num_warps": 4})
@@ -494,11 +543,12 @@ def _rescore_cases() -> list[AotCase]:
     common = {
         **dict.fromkeys(("x", "weight"), "*fp32"),
         "held": "*i32",
-        **dict.fromkeys(("features", "x_stride", "weight_stride"), "i32:16"),
+        "first": "i32",
+        **dict.fromkeys(("neurons", "features", "x_stride", "weight_stride"), "i32:16"),
     }
     rescore = common | {"listed": "*i32", "rescored": "*fp32"}
     recover = common | {"bias": "*fp32", "slab": "*fp32", "maxima": "*i32"}
-    recover |= {"neurons": "i32:16", "groups": "i32"}
+    recover |= {"groups": "i32"}
     return [
         AotCase(
             "linear_topk rescore",

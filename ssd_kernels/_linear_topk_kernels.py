@@ -3,6 +3,10 @@
 Groups are 32 consecutive neurons. The k largest scores of a row lie in the k groups with the
 largest maxima (equal maxima: the lower groups), so a matrix product whose epilogue writes group
 maxima leaves little to select from. Scores live in a slab of rows that is reused.
+
+A slab holds equally many rows of one or several networks. Axis 1 of every grid is the network, the
+first being number `first` of all; no program serves two. Pointers to rows of the batch are those of
+the slab's first row; those to neurons (weight, bias, gaba, counts) are those of all networks.
 """
 
 from __future__ import annotations
@@ -15,14 +19,27 @@ _GROUP = tl.constexpr(GROUP)
 
 
 @jit
+def _program():
+    """The number of this program among those of all networks."""
+    return tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+
+
+@jit
+def _first_neuron(first, neurons):
+    """Where the neurons of this program's network begin among those of all."""
+    return (first + tl.program_id(1)).to(tl.int64) * neurons
+
+
+@jit(do_not_specialize=["first"])
 def _score_kernel(
-    x,  # [rows, D]
-    weight,  # [R, D]
-    bias,  # [R]
-    slab,  # [rows, R] fp32, without the bias
-    maxima,  # [rows, groups] int32 keys, with the bias
-    rows,
-    neurons,
+    x,  # [S rows, D]
+    weight,  # [S R, D]
+    bias,  # [S R]
+    slab,  # [S rows, R] fp32, without the bias
+    maxima,  # [S rows, groups] int32 keys, with the bias
+    first,
+    rows,  # of each network
+    neurons,  # of each network
     features,
     groups,
     x_stride,
@@ -34,17 +51,23 @@ def _score_kernel(
     BK: tl.constexpr,
 ):
     # Programs that run together share their rows of weight.
-    row_blocks = tl.cdiv(rows, BM)
-    row = (tl.program_id(0) % row_blocks) * BM + tl.arange(0, BM)
-    first = (tl.program_id(0) // row_blocks).to(tl.int64) * BN
-    neuron = first + tl.arange(0, BN)
+    row_tiles = tl.cdiv(rows, BM)
+    row = (tl.program_id(0) % row_tiles) * BM + tl.arange(0, BM)
+    start = (tl.program_id(0) // row_tiles).to(tl.int64) * BN
+    neuron = start + tl.arange(0, BN)
     feature = tl.arange(0, BK)
+    above = tl.program_id(1).to(tl.int64) * rows
+    x += above * x_stride
+    slab += above * neurons
+    maxima += above * groups
+    weight += _first_neuron(first, neurons) * weight_stride
+    bias += _first_neuron(first, neurons)
     x_tile = x + row.to(tl.int64)[:, None] * x_stride + feature[None, :]
     weight_tile = weight + neuron[None, :] * weight_stride + feature[:, None]
     inside = neuron < neurons
     total = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, features, BK):
-        left = features - start
+    for done in range(0, features, BK):
+        left = features - done
         a = tl.load(x_tile, mask=(row[:, None] < rows) & (feature[None, :] < left), other=0.0)
         b = tl.load(weight_tile, mask=inside[None, :] & (feature[:, None] < left), other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
@@ -56,25 +79,26 @@ def _score_kernel(
         total += tl.load(bias + neuron, mask=inside, other=0.0).to(tl.float32)[None, :]
     key = tl.where(inside[None, :], _ordered(total), NOTHING)
     best = tl.max(tl.reshape(key, [BM, BN // _GROUP, _GROUP]), axis=2)
-    group = first // _GROUP + tl.arange(0, BN // _GROUP)
+    group = start // _GROUP + tl.arange(0, BN // _GROUP)
     out = maxima + row.to(tl.int64)[:, None] * groups + group[None, :]
     tl.store(out, best, mask=(row[:, None] < rows) & (group < groups)[None, :])
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _maxima_kernel(
-    slab, bias, maxima, neurons, groups, blocks, BIAS: tl.constexpr, BN: tl.constexpr
+    slab, bias, maxima, first, neurons, groups, tiles, BIAS: tl.constexpr, BN: tl.constexpr
 ):
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks).to(tl.int64) * BN
-    neuron = first + tl.arange(0, BN)
+    row = _program() // tiles
+    start = (tl.program_id(0) % tiles).to(tl.int64) * BN
+    neuron = start + tl.arange(0, BN)
     inside = neuron < neurons
     score = tl.load(slab + row * neurons + neuron, mask=inside, other=0.0)
     if BIAS:
+        bias += _first_neuron(first, neurons)
         score += tl.load(bias + neuron, mask=inside, other=0.0).to(tl.float32)
     key = tl.where(inside, _ordered(score), NOTHING)
     best = tl.max(tl.reshape(key, [BN // _GROUP, _GROUP]), axis=1)
-    group = first // _GROUP + tl.arange(0, BN // _GROUP)
+    group = start // _GROUP + tl.arange(0, BN // _GROUP)
     tl.store(maxima + row * groups + group, best, mask=group < groups)
 
 
@@ -93,21 +117,22 @@ def _places(keep):
     return tl.cumsum(keep.to(tl.int32), 0) - 1
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _decide_kernel(
     slab,  # [rows, R] fp32
-    bias,  # [R]
+    bias,  # [S R]
     maxima,  # [rows, groups] int32
     picked,  # [rows or 1, picks] int32 or int64: the groups to look into
-    listed,  # [rows, CANDIDATES] int32: neurons to look at instead, where held >= 0
+    listed,  # [rows, CANDIDATES] int32: neurons of the network to look at instead, where held >= 0
     rescored,  # [rows, CANDIDATES] fp32
     held,  # [rows] int32
     scratch,  # [rows, CAPACITY] int64
     values,  # [rows, k]
-    indices,  # [rows, k] int64
+    indices,  # [rows, k] int64, through all networks
     after,  # [rows] int64: index of the (k+1)-th
     cut,  # [rows]
-    counts,  # [R]
+    counts,  # [S R]
+    first,
     k,
     best,  # k + 1, or R
     neurons,
@@ -127,7 +152,9 @@ def _decide_kernel(
     CAPACITY: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = _program()
+    own = _first_neuron(first, neurons)
+    bias += own
     lane = tl.arange(0, MEMBERS)
     if PICK:
         number = tl.arange(0, GROUPS)
@@ -169,7 +196,7 @@ def _decide_kernel(
         if SUBTRACT:
             activation -= inhibition
             activation = tl.where(activation <= 0, 0.0, activation)
-        index = ((packed & LAST).to(tl.int32) ^ LAST).to(tl.int64)
+        index = own + ((packed & LAST).to(tl.int32) ^ LAST)
         chosen = rank < k
         value = activation.to(values.dtype.element_ty)
         tl.store(values + row * k + rank, value, mask=chosen)
@@ -181,7 +208,7 @@ def _decide_kernel(
             tl.atomic_add(counts + index * counts_stride, one, mask=active, sem="relaxed")
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _filter_kernel(
     slab,  # [rows, R] fp32 estimates
     bias,
@@ -190,6 +217,7 @@ def _filter_kernel(
     picked,  # [rows, PICKS] int32
     listed,  # [rows, CANDIDATES] int32
     held,  # [rows] int32
+    first,
     best,
     neurons,
     groups,
@@ -199,7 +227,7 @@ def _filter_kernel(
     CANDIDATES: tl.constexpr,
 ):
     """Lists the neurons that the estimates cannot rule out; held = -1 where they do not fit."""
-    row = tl.program_id(0).to(tl.int64)
+    row = _program()
     number = tl.arange(0, GROUPS)
     top = tl.load(maxima + row * groups + number, mask=number < groups, other=NOTHING)
     low, _ = _bisect(top, best, tl.min(top), best)
@@ -220,6 +248,7 @@ def _filter_kernel(
     seen = seen & (neuron < neurons)
     score = tl.load(slab + row * neurons + neuron, mask=seen, other=0.0)
     if BIAS:
+        bias += _first_neuron(first, neurons)
         score += tl.load(bias + neuron, mask=seen, other=0.0).to(tl.float32)
     keep = seen & (_ordered(score) >= floor_key)
     found = tl.sum(keep.to(tl.int32))
@@ -248,13 +277,15 @@ def _dots(x, weight, neuron, inside, features, weight_stride, N: tl.constexpr, B
     return tl.sum(total, axis=1)
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _rescore_kernel(
     x,
     weight,
     listed,
     held,
     rescored,
+    first,
+    neurons,
     features,
     x_stride,
     weight_stride,
@@ -262,7 +293,8 @@ def _rescore_kernel(
     N: tl.constexpr,
     BK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = _program()
+    weight += _first_neuron(first, neurons) * weight_stride
     found = tl.load(held + row)
     start = 0
     while start < found:
@@ -275,7 +307,7 @@ def _rescore_kernel(
         start += N
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _recover_kernel(
     x,
     weight,
@@ -283,6 +315,7 @@ def _recover_kernel(
     held,
     slab,
     maxima,
+    first,
     neurons,
     features,
     groups,
@@ -293,7 +326,9 @@ def _recover_kernel(
     BK: tl.constexpr,
 ):
     """All scores of a row that the filter gave up; the others cost a few empty programs."""
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    row = _program() // PARTS
+    weight += _first_neuron(first, neurons) * weight_stride
+    bias += _first_neuron(first, neurons)
     group = tl.program_id(0) % PARTS
     end = tl.where(tl.load(held + row) < 0, groups, 0)
     while group < end:
@@ -310,18 +345,19 @@ def _recover_kernel(
         group += PARTS
 
 
-@jit
+@jit(do_not_specialize=["first"])
 def _inhibit_kernel(
-    slab,  # [rows, R]
-    bias,
-    gaba,  # [R]
-    cut,  # [rows] fp32
-    hidden,  # [rows, R]
-    passes,  # [rows, R] int8: where the gradient passes
-    counts,
-    rows,
-    neurons,
-    blocks,
+    slab,  # [S rows, R]
+    bias,  # [S R]
+    gaba,  # [S R]
+    cut,  # [S rows] fp32
+    hidden,  # [S rows, R]
+    passes,  # [S rows, R] int8: where the gradient passes
+    counts,  # [S R]
+    first,
+    rows,  # of each network
+    neurons,  # of each network
+    tiles,
     counts_stride,
     BIAS: tl.constexpr,
     GABA: tl.constexpr,
@@ -331,15 +367,20 @@ def _inhibit_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    row = (tl.program_id(0) // blocks).to(tl.int64) * BM + tl.arange(0, BM)
-    neuron = (tl.program_id(0) % blocks).to(tl.int64) * BN + tl.arange(0, BN)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BM + tl.arange(0, BM)
+    neuron = (tl.program_id(0) % tiles).to(tl.int64) * BN + tl.arange(0, BN)
     inside = (row < rows)[:, None] & (neuron < neurons)[None, :]
-    at = row[:, None] * neurons + neuron[None, :]
+    above = tl.program_id(1).to(tl.int64) * rows
+    own = _first_neuron(first, neurons)
+    bias += own
+    gaba += own
+    counts += own * counts_stride
+    at = above * neurons + row[:, None] * neurons + neuron[None, :]
     score = tl.load(slab + at, mask=inside, other=0.0)
     if BIAS:
         score += tl.load(bias + neuron, mask=neuron < neurons, other=0.0).to(tl.float32)[None, :]
     activation = tl.where(score <= 0, 0.0, score)
-    inhibition = tl.load(cut + row, mask=row < rows, other=0.0)[:, None]
+    inhibition = tl.load(cut + above + row, mask=row < rows, other=0.0)[:, None]
     if GABA:
         response = tl.load(gaba + neuron, mask=neuron < neurons, other=0.0).to(tl.float32)
         surplus = activation - response[None, :] * inhibition

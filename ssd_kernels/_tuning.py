@@ -23,7 +23,7 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({}, {"TILE": 2048, "PROGRAMS": 32, "num_warps": 4}),
         ),
     },
-    # Tiles of the product whose epilogue takes group maxima, by rows of the slab.
+    # Tiles of the product whose epilogue takes group maxima, by rows of a network in the slab.
     "linear_topk": {
         "default": (
             ({"batch": 128}, {"BM": 64, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 3}),

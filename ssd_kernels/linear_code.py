@@ -128,6 +128,7 @@ def linear_code(
     *,
     inhibition: str = "subtract",
     shadow: Shadow | None = None,
+    blocks: int = 1,
     impl: str | None = None,
 ) -> tuple[TopKOutput, Tensor]:
     """The neurons that fire in linear_inhibit(x, weight, k, gaba), as a sparse code.
@@ -139,26 +140,32 @@ def linear_code(
         gaba: [R] in (0, 1], each neuron's response to inhibition; None means 1.
         inhibition: "subtract" or "mask", see linear_inhibit.
         shadow: an up-to-date Shadow of weight; the result is the same without it.
+        blocks: number S of networks whose rows follow one another, see linear_topk: weight is
+            [S R, d], gaba [S R], and there is no shadow.
         impl: "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
-        slots of value 0 are padding, whatever their index. And a 0-d bool: whether some sample has
-        more than `width` active neurons, in which case the code is not the layer's.
+        slots of value 0 are padding, whatever their index. And a 0-d bool, or one of each network
+        [S] if there are several: whether some sample has more than `width` active neurons, in which
+        case the code is not the layer's.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, k or width that does not fit.
+        TypeError, ValueError: a dtype, shape, device, k, width or blocks that does not fit.
     """
-    _checks.linear("linear_code", x, weight, None, k)
+    _checks.linear("linear_code", x, weight, None, k, blocks)
     _checks.shape("linear_code", "gaba", gaba, (weight.shape[0],))
     _checks.inhibition("linear_code", inhibition)
-    if not k <= width <= weight.shape[0]:
-        raise ValueError(f"linear_code: width={width} must lie in {k}..{weight.shape[0]}")
+    neurons = weight.shape[0] // blocks
+    if not k <= width <= neurons:
+        raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
+    if blocks > 1 and shadow is not None:
+        raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
     serve = _dispatch.choose("linear_code", IMPLEMENTATIONS, impl, x)
     if shadow is not None and x.numel() > 0 and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
-        return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow)
+        return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow, blocks=blocks)
 
 
 def _reference(
@@ -170,9 +177,10 @@ def _reference(
     *,
     inhibition: str,
     shadow: Shadow | None,
+    blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    hidden = reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition)
-    return _compress(hidden, width)
+    hidden = reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
+    return _compress(hidden, width, blocks)
 
 
 def _torch(
@@ -184,14 +192,19 @@ def _torch(
     *,
     inhibition: str,
     shadow: Shadow | None,
+    blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
-    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0]:
-        if gaba is None and width == k:
-            code = linear_topk(x, weight, k, inhibition=inhibition)
-            return code, torch.zeros((), dtype=torch.bool, device=x.device)
-        return _compress(linear_inhibit(x, weight, k, gaba, inhibition=inhibition), width)
+    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
+        if gaba is None:
+            code = linear_topk(x, weight, k, inhibition=inhibition, blocks=blocks)
+            overflow = torch.zeros(blocks, dtype=torch.bool, device=x.device)
+            return _widened(code, width), overflow if blocks > 1 else overflow[0]
+        hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
+        return _compress(hidden, width, blocks)
+    if blocks > 1:
+        return _one_by_one(x, weight, k, width, gaba, inhibition, blocks)
 
     def decide(x: Tensor, candidates: Candidates) -> tuple[TopKOutput, Tensor, Tensor]:
         return _decide(x, weight, candidates, k, width, gaba, inhibition)
@@ -214,6 +227,31 @@ def _torch(
             again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
             code.values[doubtful], code.indices[doubtful] = again.values, again.indices
     return code, (fires > width).any()
+
+
+def _one_by_one(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    width: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    blocks: int,
+) -> tuple[TopKOutput, Tensor]:
+    responses = [None] * blocks if gaba is None else gaba.chunk(blocks)
+    codes, overflows = zip(
+        *(
+            _torch(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
+            for own, rows, response in zip(
+                x.chunk(blocks), weight.chunk(blocks), responses, strict=True
+            )
+        ),
+        strict=True,
+    )
+    indices = torch.cat([code.indices for code in codes])
+    indices = reference.numbered_through(indices, weight.shape[0] // blocks, blocks)
+    values = torch.cat([code.values for code in codes])
+    return TopKOutput(values, indices), torch.stack(overflows)
 
 
 class Candidates(NamedTuple):
@@ -293,8 +331,18 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
         )
 
 
-def _compress(hidden: Tensor, width: int) -> tuple[TopKOutput, Tensor]:
-    return topk(hidden, width), ((hidden > 0).sum(-1) > width).any()
+def _widened(code: TopKOutput, width: int) -> TopKOutput:
+    """A code with slots of value 0 at its end."""
+    more = width - code.values.shape[1]
+    spare = code.indices[:, :1].expand(-1, more)
+    return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
+
+
+def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tensor]:
+    code = topk(hidden, width)
+    indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
+    overflow = ((hidden > 0).sum(-1) > width).view(blocks, -1).any(1)
+    return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
 
 
 IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}

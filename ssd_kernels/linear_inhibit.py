@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def linear_inhibit(
     *,
     inhibition: str = "subtract",
     counts: Tensor | None = None,
+    blocks: int = 1,
     impl: str | None = None,
 ) -> Tensor:
     """h = relu(a - gaba * I) with a = relu(x weight^T + bias), I its (k+1)-th largest entry a row.
@@ -37,22 +38,25 @@ def linear_inhibit(
         gaba: [R], each neuron's response to I, at most 1; None means 1.
         inhibition: "subtract" as above; "mask" passes a on where a > gaba * I.
         counts: [R] int64 or int32, updated in place: += samples in which h > 0.
+        blocks: number S of networks whose rows follow one another, see linear_topk: weight is
+            [S R, d], gaba, bias and counts are [S R].
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
-        h [.., R] in the dtype of x; I carries no gradient.
+        h [.., R] in the dtype of x, of a sample's own network; I carries no gradient.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or k that does not fit, before any work.
+        TypeError, ValueError: a dtype, shape, device, k or blocks that does not fit, before any
+            work.
     """
     x, weight, bias = _dispatch.autocast(x, weight, bias)
-    _checks.linear("linear_inhibit", x, weight, bias, k)
+    _checks.linear("linear_inhibit", x, weight, bias, k, blocks)
     _checks.shape("linear_inhibit", "gaba", gaba, (weight.shape[0],))
     _checks.inhibition("linear_inhibit", inhibition)
     _checks.counter("linear_inhibit", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_inhibit", IMPLEMENTATIONS, impl, x)
     with torch.autocast(x.device.type, enabled=False):
-        return serve(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts)
+        return serve(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
 
 
 def _torch(
@@ -64,17 +68,21 @@ def _torch(
     *,
     inhibition: str,
     counts: Tensor | None,
+    blocks: int,
 ) -> Tensor:
-    a = reference.scores_of(x, weight, bias).relu()
-    if k == weight.shape[0]:
+    a = reference.by_network(reference.scores_of(x, weight, bias, blocks), blocks).relu()
+    if k == a.shape[-1]:
         cut = a.new_zeros(*a.shape[:-1], 1)
     else:
         cut = torch.topk(a.detach(), k + 1).values[..., k:]
-    surplus = a - cut if gaba is None else torch.addcmul(a, gaba.to(a.dtype), cut, value=-1)
+    if gaba is None:
+        surplus = a - cut
+    else:
+        surplus = torch.addcmul(a, gaba.to(a.dtype).reshape(blocks, 1, -1), cut, value=-1)
     hidden = a * (surplus > 0) if inhibition == "mask" else surplus.relu()
     if counts is not None:
-        counts += (hidden > 0).reshape(-1, hidden.shape[-1]).sum(0)
-    return hidden.to(x.dtype)
+        counts += (hidden > 0).sum(1).flatten()
+    return hidden.to(x.dtype).view(*x.shape[:-1], a.shape[-1])
 
 
 class _LinearInhibit(torch.autograd.Function):
@@ -88,24 +96,36 @@ class _LinearInhibit(torch.autograd.Function):
         gaba: Tensor | None,
         inhibition: str,
         counts: Tensor | None,
+        blocks: int,
     ) -> Tensor:
         needed = any(ctx.needs_input_grad)
-        hidden, passes = _linear_slabs.inhibit(x, weight, bias, k, gaba, inhibition, counts, needed)
+        hidden, passes = _linear_slabs.inhibit(
+            x, weight, bias, k, gaba, inhibition, counts, needed, blocks
+        )
         ctx.save_for_backward(x, weight, passes)
+        ctx.blocks = blocks
         return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, passes = ctx.saved_tensors
-        grad = grad * passes.to(grad.dtype)
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        return (
-            grad @ weight if need_x else None,
-            grad.T @ x if need_weight else None,
-            grad.sum(0) if need_bias else None,
-            *[None] * 4,
-        )
+        needs = ctx.needs_input_grad[:3]
+        return *gradients(grad, x, weight, passes, ctx.blocks, needs), *[None] * 5
+
+
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, passes: Tensor, blocks: int, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of x, weight and bias, each where it is needed."""
+    slopes, inputs, neurons = (
+        reference.by_network(t, blocks) for t in (grad * passes.to(grad.dtype), x, weight)
+    )
+    return [
+        torch.bmm(slopes, neurons).view(x.shape) if needs[0] else None,
+        torch.bmm(slopes.mT, inputs).view(weight.shape) if needs[1] else None,
+        slopes.sum(1).flatten() if needs[2] else None,
+    ]
 
 
 def _triton(
@@ -117,15 +137,16 @@ def _triton(
     *,
     inhibition: str,
     counts: Tensor | None,
+    blocks: int,
 ) -> Tensor:
     # The annealing starts with k = R: nothing to select that a sort would not do better.
     served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
     if not served or learned or torch.compiler.is_compiling():
-        return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts)
+        return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
     flat = x.reshape(-1, x.shape[-1])
-    hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts)
-    return hidden.view(*x.shape[:-1], len(weight))
+    hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts, blocks)
+    return hidden.view(*x.shape[:-1], hidden.shape[1])
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

@@ -28,6 +28,7 @@ def linear_topk(
     threshold: bool = False,
     preactivations: bool = False,
     counts: Tensor | None = None,
+    blocks: int = 1,
     impl: str | None = None,
 ) -> TopKOutput:
     """The k largest entries of relu(x weight^T + bias), chosen exactly; ties to the lower index.
@@ -41,20 +42,25 @@ def linear_topk(
         threshold: also return I as a differentiable output.
         preactivations: also return x weight^T + bias [.., R], differentiable. Allocates it.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
+        blocks: number S of networks whose rows follow one another. x then holds as many samples of
+            each, weight is [S R, d], bias and counts are [S R]; the samples of a network see its R
+            neurons alone, and so does k. The result of a network does not depend on the others.
         impl: "triton" (picks one of the next three), "fused", "chunked", "rescore", "torch" or
             "reference"; by default the fastest for the device. A forced path that cannot serve
             these shapes gives way to what "triton" would pick; every path is exact.
 
     Returns:
         TopKOutput: values [.., k] >= 0 in the dtype of x, descending; indices [.., k] int64 of the
-        k largest pre-activations (an entry <= 0 is inactive: value 0, no gradient, not counted);
+        k largest pre-activations (an entry <= 0 is inactive: value 0, no gradient, not counted),
+        with blocks numbered through the neurons of all networks, as sparse_linear takes them;
         threshold [..] and preactivations [.., R] where asked for, else None.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or k that does not fit, before any work.
+        TypeError, ValueError: a dtype, shape, device, k or blocks that does not fit, before any
+            work.
     """
     x, weight, bias = _dispatch.autocast(x, weight, bias)
-    _checks.linear("linear_topk", x, weight, bias, k)
+    _checks.linear("linear_topk", x, weight, bias, k, blocks)
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x)
@@ -68,6 +74,7 @@ def linear_topk(
             threshold=threshold,
             preactivations=preactivations,
             counts=counts,
+            blocks=blocks,
         )
 
 
@@ -84,10 +91,12 @@ class _LinearTopK(torch.autograd.Function):
         inhibition: str,
         counts: Tensor | None,
         path: str,
+        blocks: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         forward = _torch_code if path == "torch" else _linear_slabs.code
-        values, indices, cut, after = forward(x, weight, bias, k, inhibition, counts, path)
+        values, indices, cut, after = forward(x, weight, bias, k, inhibition, counts, path, blocks)
         ctx.save_for_backward(x, weight, indices, after, values > 0, cut > 0)
+        ctx.has_cut = k < len(weight) // blocks
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return values, indices, cut
@@ -102,10 +111,10 @@ class _LinearTopK(torch.autograd.Function):
         if grad_values is not None:
             slots.append(grad_values * active)
             neurons.append(indices)
-        if grad_cut is not None and indices.shape[1] < len(weight):
+        if grad_cut is not None and ctx.has_cut:
             slots.append((grad_cut * cut_active)[:, None])
             neurons.append(after[:, None])
-        grads: list[Any] = [None] * 7
+        grads: list[Any] = [None] * 8
         if not slots:
             return tuple(grads)
         coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
@@ -127,14 +136,16 @@ def _torch_code(
     inhibition: str,
     counts: Tensor | None,
     path: str,
+    blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and k)."""
-    scores = reference.scores_of(x, weight, bias)
-    ranked = select(scores, min(k + 1, weight.shape[0]))
+    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
+    scores = reference.scores_of(x, weight, bias, blocks)
+    ranked = select(scores, min(k + 1, scores.shape[1]))
     tops = scores.gather(1, ranked).relu()
+    ranked = reference.numbered_through(ranked, scores.shape[1], blocks)
     values, indices = tops[:, :k], ranked[:, :k].contiguous()
     # With k = R there is no (k+1)-th neuron and nothing is inhibited.
-    cut, after = tops.new_zeros(len(x)), indices.new_full((len(x),), k)
+    cut, after = tops.new_zeros(len(x)), indices.new_zeros(len(x))
     if ranked.shape[1] > k:
         cut, after = tops[:, k], ranked[:, k].contiguous()
     if inhibition == "subtract":
@@ -156,6 +167,7 @@ def _serve(
     threshold: bool,
     preactivations: bool,
     counts: Tensor | None,
+    blocks: int,
 ) -> TopKOutput:
     if preactivations or torch.compiler.is_compiling():
         return reference.linear_topk(
@@ -167,18 +179,19 @@ def _serve(
             threshold=threshold,
             preactivations=preactivations,
             counts=counts,
+            blocks=blocks,
         )
     batch = x.shape[:-1]
     values, indices, cut = _LinearTopK.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition, counts, path
+        x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition, counts, path, blocks
     )
     return TopKOutput(
         values.view(*batch, k), indices.view(*batch, k), cut.view(batch) if threshold else None
     )
 
 
-def heuristic(x: Tensor, weight: Tensor, k: int) -> str:
-    """The implementation for these shapes; every one is exact.
+def heuristic(x: Tensor, neurons: int, k: int) -> str:
+    """The implementation for x [.., d] and R = neurons of each network; every one is exact.
 
     A long d makes the product dominate: fp32 then gains from rescoring (bf16 product), 16 bits from
     the library's GEMM. A short d leaves the traffic of the scores, which the fused kernel halves.
@@ -186,23 +199,33 @@ def heuristic(x: Tensor, weight: Tensor, k: int) -> str:
     if k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
         return "torch"
     if x.dtype == torch.float32:
-        long = x.shape[-1] >= 512 and len(weight) >= 64 * k
-        return "rescore" if long and _linear_slabs.rescorable(weight, k) else "fused"
+        long = x.shape[-1] >= 512 and neurons >= 64 * k
+        return "rescore" if long and _linear_slabs.rescorable(neurons, k) else "fused"
     return "chunked" if x.shape[-1] >= 2048 and _linear_slabs.MIXED_MM else "fused"
 
 
-def _triton(x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, **options: Any) -> Any:
-    return _serve(x, weight, k, bias, path=heuristic(x, weight, k), **options)
+def _triton(
+    x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, *, blocks: int, **options: Any
+) -> TopKOutput:
+    path = heuristic(x, weight.shape[0] // blocks, k)
+    return _serve(x, weight, k, bias, path=path, blocks=blocks, **options)
 
 
 def _forced(path: str) -> Callable[..., TopKOutput]:
     def serve(
-        x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, **options: Any
+        x: Tensor,
+        weight: Tensor,
+        k: int,
+        bias: Tensor | None = None,
+        *,
+        blocks: int,
+        **options: Any,
     ) -> TopKOutput:
         # What the kernels cannot serve takes the heuristic's choice.
-        possible = path == "torch" or _linear_slabs.possible(path, x, weight, k)
-        chosen = path if possible else heuristic(x, weight, k)
-        return _serve(x, weight, k, bias, path=chosen, **options)
+        neurons = weight.shape[0] // blocks
+        possible = path == "torch" or _linear_slabs.possible(path, x, neurons, k)
+        chosen = path if possible else heuristic(x, neurons, k)
+        return _serve(x, weight, k, bias, path=chosen, blocks=blocks, **options)
 
     return serve
 

@@ -4,6 +4,10 @@ Shapes: B batch, d input, R neurons, k active, K slots of a sparse code, C outpu
 A sparse code is a pair (values [B, K], indices [B, K]): slot s of sample b says that neuron
 indices[b, s] has activation values[b, s]. A slot whose value is 0 is inactive: it passes no
 gradient and is not counted.
+
+Where an op takes `blocks`, the rows of S = blocks networks follow one another: x [S B, d] holds B
+samples of each and weight [S R, d] the neurons of each, the samples of a network see its neurons
+alone, and indices count through the neurons of all, 0..S R - 1.
 """
 
 from __future__ import annotations
@@ -69,15 +73,17 @@ def linear_topk(
     threshold: bool = False,
     preactivations: bool = False,
     counts: Tensor | None = None,
+    blocks: int = 1,
 ) -> TopKOutput:
     """relu(x weight^T + bias), then its k largest entries a row."""
-    scores = scores_of(x, weight, bias)
+    scores = scores_of(x, weight, bias, blocks)
     ranked = select(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
     values = scores.gather(-1, indices).relu()
     if inhibition == "subtract":
         values = (values - cut.detach().unsqueeze(-1)).relu()
+    indices = numbered_through(indices, scores.shape[-1], blocks)
     if counts is not None:
         count_active(values, indices, counts)
     return TopKOutput(
@@ -97,19 +103,20 @@ def linear_inhibit(
     *,
     inhibition: str = "subtract",
     counts: Tensor | None = None,
+    blocks: int = 1,
 ) -> Tensor:
     """a = relu(x weight^T + bias), inhibited by gaba times its (k+1)-th largest entry; dense."""
-    scores = scores_of(x, weight, bias)
+    scores = by_network(scores_of(x, weight, bias, blocks), blocks)
     a = scores.relu()
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
-    surplus = a - (cut if gaba is None else gaba.to(a.dtype) * cut)
+    surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(blocks, 1, -1) * cut)
     if inhibition == "mask":
         hidden = torch.where(surplus > 0, a, torch.zeros_like(a))
     else:
         hidden = surplus.relu()
     if counts is not None:
-        counts += (hidden > 0).reshape(-1, hidden.shape[-1]).sum(0)
-    return hidden.to(x.dtype)
+        counts += (hidden > 0).sum(1).flatten()
+    return hidden.to(x.dtype).view(*x.shape[:-1], hidden.shape[-1])
 
 
 def sparse_linear(
@@ -264,13 +271,32 @@ def project(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
     return weight
 
 
-def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -> Tensor:
+    """x weight^T + bias [.., R]; with blocks a product each, as if the network were alone."""
+    if blocks > 1:
+        samples, neurons = by_network(x, blocks), by_network(weight, blocks)
+        shifts = [None] * blocks if bias is None else bias.reshape(blocks, -1)
+        each = [scores_of(*own) for own in zip(samples, neurons, shifts, strict=True)]
+        return torch.stack(each).view(*x.shape[:-1], neurons.shape[1])
     accumulate = accumulation_dtype(x.dtype)
     return F.linear(
         x.to(accumulate),
         weight.to(accumulate),
         None if bias is None else bias.to(accumulate),
     )
+
+
+def by_network(rows: Tensor, blocks: int) -> Tensor:
+    """[.., d] -> [S, rows of one network, d]."""
+    return rows.reshape(blocks, rows.shape[:-1].numel() // blocks, rows.shape[-1])
+
+
+def numbered_through(indices: Tensor, neurons: int, blocks: int) -> Tensor:
+    """[.., k] of each network's own neurons -> the same among those of all networks."""
+    if blocks == 1:
+        return indices
+    first = neurons * torch.arange(blocks, device=indices.device)
+    return (by_network(indices, blocks) + first.view(-1, 1, 1)).view(indices.shape)
 
 
 def _cut(scores: Tensor, ranked: Tensor, k: int) -> Tensor:

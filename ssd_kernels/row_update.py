@@ -346,10 +346,7 @@ def _gradients(
 def _check_blocks(
     weights: Sequence[Tensor], lr: float | Tensor, max_norm: float | Tensor | None, blocks: int
 ) -> None:
-    if blocks < 1 or weights[0].shape[0] % blocks:
-        raise ValueError(
-            f"row_update: blocks={blocks} must divide the {weights[0].shape[0]} rows of the weights"
-        )
+    _checks.blocks("row_update", blocks, weights=weights[0].shape[0])
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
             _checks.shape("row_update", name, value, (blocks,))

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,3 +23,9 @@ def triton_only(*values: object) -> object:
     usable = INTERPRETED or torch.cuda.is_available()
     reason = "Triton needs CUDA or TRITON_INTERPRET=1"
     return pytest.param(*values, marks=pytest.mark.skipif(not usable, reason=reason))
+
+
+def same(got: Tensor, expected: Tensor) -> None:
+    """Bit for bit; on CUDA, where a library's product depends on the alignment, up to rounding."""
+    exact = {} if got.is_cuda else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(got, expected, **exact)

@@ -101,6 +101,11 @@ LAYER: list[tuple[Arguments, type[Exception], str]] = [
     ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
     ({"counts": torch.zeros(8).long()}, ValueError, r"counts has shape \[8\]"),
     ({"counts": torch.zeros(9, device=META).long()}, ValueError, "counts is on meta"),
+    ({"blocks": 0}, ValueError, "blocks=0 must divide the 4 rows of x"),
+    ({"blocks": -1}, ValueError, "blocks=-1 must divide the 4 rows of x"),
+    ({"blocks": 3}, ValueError, "blocks=3 must divide the 4 rows of x"),
+    ({"blocks": 2}, ValueError, "blocks=2 must divide the 9 rows of weight"),
+    ({"blocks": 3, "x": torch.ones(3, 5), "k": 4}, ValueError, r"k=4 must lie in 1\.\.3"),
 ]
 CODE: list[tuple[Arguments, type[Exception], str]] = [
     ({"indices": torch.zeros(4, 2).int()}, TypeError, "indices have dtype torch.int32"),

@@ -66,8 +66,35 @@ def _linear_inhibit(device: str) -> Run:
     return run
 
 
-def _layer(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    shapes: list[tuple[int, ...]] = [(BATCH, INPUTS), (NEURONS, INPUTS), (NEURONS,)]
+def _linear_topk_blocks(device: str) -> Run:
+    x, weight, bias = _layer(device, networks=3)
+
+    def run(impl: str | None) -> list[Tensor]:
+        counts = torch.zeros(3 * NEURONS, dtype=torch.int64, device=device)
+        out = sk.linear_topk(
+            x, weight, SLOTS, bias, threshold=True, counts=counts, blocks=3, impl=impl
+        )
+        assert out.threshold is not None
+        return [out.values, out.indices, out.threshold, counts]
+
+    return run
+
+
+def _linear_inhibit_blocks(device: str) -> Run:
+    x, weight, bias = _layer(device, networks=3)
+    gaba = torch.rand(3 * NEURONS, device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        counts = torch.zeros(3 * NEURONS, dtype=torch.int64, device=device)
+        options: dict[str, Any] = {"counts": counts, "blocks": 3, "impl": impl}
+        return [sk.linear_inhibit(x, weight, SLOTS, gaba, bias, **options), counts]
+
+    return run
+
+
+def _layer(device: str, networks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    neurons = networks * NEURONS
+    shapes: list[tuple[int, ...]] = [(BATCH, INPUTS), (neurons, INPUTS), (neurons,)]
     x, weight, bias = (torch.randn(s, device=device, requires_grad=True) for s in shapes)
     return x, weight, bias
 
@@ -160,6 +187,8 @@ CASES = {
     "topk": _topk,
     "linear_topk": _linear_topk,
     "linear_inhibit": _linear_inhibit,
+    "linear_topk blocks": _linear_topk_blocks,
+    "linear_inhibit blocks": _linear_inhibit_blocks,
     "sparse_linear": _sparse_linear,
     "code_gram": _code_gram,
     "count_active": _count_active,
@@ -279,7 +308,7 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     weights = [torch.rand(NEURONS, w, device=device) for w in (INPUTS, OUTPUTS)]
     buffers = [w.clone() for w in weights]
     inputs = [torch.randn(BATCH, w, device=device) for w in (INPUTS, OUTPUTS)]
-    layer = _layer(device)
+    layer, several = _layer(device), _layer(device, networks=3)
     rate, bound = torch.full((1,), 0.1, device=device), torch.full((1,), 0.5, device=device)
     update = (weights, [plain, plain], inputs, indices, rate)
     logits, hidden = grad.clone(), plain.clone()
@@ -296,9 +325,14 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "row_gradients": (_library.row_gradients_op, (plain, inputs[0], indices, NEURONS)),
         "code_gram": (_library.code_gram_op, (plain, indices, gram, cross, labels)),
         "code_gram only": (_library.code_gram_op, (plain, indices, gram, None, None)),
-        "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", "fused")),
-        "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", "fused")),
-        "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract")),
+        "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", "fused", 1)),
+        "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", "fused", 1)),
+        "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract", 1)),
+        "linear_topk blocks": (_library.linear_topk_op, (*several, SLOTS, "mask", "fused", 3)),
+        "linear_inhibit blocks": (
+            _library.linear_inhibit_op,
+            (*several, SLOTS, boost.repeat(3), "subtract", 3),
+        ),
         "count_active": (_library.count_active_op, (plain, indices, counts, counts.clone(), now)),
         "count_active only": (_library.count_active_op, (plain, indices, counts, None, now)),
         "row_update": (
@@ -334,13 +368,14 @@ def test_operators_serve_compiled_calls_only(
 ) -> None:
     torch._dynamo.reset()
     called = []
-    operator = _dispatch.COMPILED[name, "triton"]
+    op = name.split()[0]
+    operator = _dispatch.COMPILED[op, "triton"]
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         called.append(name)
         return operator(*args, **kwargs)
 
-    monkeypatch.setitem(_dispatch.COMPILED, (name, "triton"), spy)
+    monkeypatch.setitem(_dispatch.COMPILED, (op, "triton"), spy)
     run = CASES[name](device)
     run(impl)
     assert not called

@@ -189,3 +189,49 @@ def test_the_shadow_refuses_negative_numbers() -> None:
         linear_code(-torch.rand(2, 8), weight, 5, 20, shadow=shadow)
     with pytest.raises(ValueError, match="negative"):
         Shadow(-weight)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("graded", [False, True])
+# Codes by way of all activations, of k slots, and by way of candidates.
+@pytest.mark.parametrize(("neurons", "width"), [(63, 20), (63, 5), (3001, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blocks_equal_the_loop_over_networks(
+    impl: str, graded: bool, neurons: int, width: int, dtype: torch.dtype
+) -> None:
+    layers = [layer(neurons, 32, dtype) for _ in range(3)]
+    x, weight, gaba = (torch.cat(parts) for parts in zip(*layers, strict=True))
+    gaba[neurons : 2 * neurons] = 0.3  # the second network alone has too many active neurons
+    response = gaba if graded else None
+    code, overflow = linear_code(x, weight, 5, width, response, impl=impl, blocks=3)
+    assert overflow.tolist() == [False, graded, False] or width == 5
+    assert overflow.shape == (3,)
+    for number, full in enumerate(overflow):
+        rows = slice(number * 9, (number + 1) * 9)
+        own = slice(number * neurons, (number + 1) * neurons)
+        alone, wide = linear_code(
+            x[rows], weight[own], 5, width, gaba[own] if graded else None, impl=impl
+        )
+        assert wide.shape == ()
+        assert torch.equal(full, wide)
+        assert torch.equal(code.values[rows], alone.values)
+        assert torch.equal(code.indices[rows], alone.indices + number * neurons)
+
+
+def test_blocks_of_an_empty_batch() -> None:
+    _, weight, gaba = layer(300, 16, torch.float32)
+    for width, response in ((20, gaba), (5, None)):
+        code, overflow = linear_code(torch.zeros(0, 16), weight, 5, width, response, blocks=3)
+        assert code.indices.shape == (0, width)
+        assert overflow.tolist() == [False] * 3
+
+
+def test_bad_blocks() -> None:
+    x, weight = torch.rand(6, 8), torch.rand(60, 8)
+    with pytest.raises(ValueError, match=r"width=21 must lie in 5\.\.20"):
+        linear_code(x, weight, 5, 21, blocks=3)
+    with pytest.raises(ValueError, match="a shadow serves one network"):
+        linear_code(x, weight, 5, 20, shadow=Shadow(weight), blocks=3)
+    for blocks in (0, -3, 4, 5):
+        with pytest.raises(ValueError, match=f"linear_code: blocks={blocks} must divide"):
+            linear_code(x, weight, 5, 10, blocks=blocks)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssd_kernels import _linear_slabs, linear_topk, reference
 from ssd_kernels import linear_inhibit as op
-from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.conftest import INTERPRETED, same, triton_only
 
 FAST = ["torch", triton_only("triton")]
 IMPLS = ["reference", *FAST]
@@ -168,3 +168,99 @@ def test_torch_path_on_any_shape(batch: int, neurons: int, features: int, data: 
     gaba = torch.randint(-4, 5, (neurons,)).double() / 4
     got = op(x, weight, k, gaba, inhibition=how, impl="torch")
     assert torch.equal(got, reference.linear_inhibit(x, weight, k, gaba, inhibition=how))
+
+
+def one_by_one(
+    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, bias: Tensor | None, blocks: int,
+    counts: Tensor, **more: Any,
+) -> Tensor:  # fmt: skip
+    """The loop over networks that a call with blocks stands for."""
+    shares = [
+        [None] * blocks if t is None else t.chunk(blocks) for t in (x, weight, gaba, bias, counts)
+    ]
+    return torch.cat([
+        op(own, rows, k, response, shift, counts=hits, **more)
+        for own, rows, response, shift, hits in zip(*shares, strict=True)
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)])
+@pytest.mark.parametrize("slab", [None, 2, 11])
+def test_blocks_equal_the_loop_over_networks(
+    device: str,
+    impl: str,
+    shape: tuple[int, int, int, int, int],
+    slab: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if slab is not None:
+        monkeypatch.setattr(_linear_slabs, "slab_rows", lambda *_: slab)
+    blocks, batch, neurons, features, k = shape
+    for how, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
+        x, weight, bias, gaba = layer(blocks * batch, blocks * neurons, features, dtype, device)
+        weight[neurons:] *= 4
+        for response, shift in ((gaba, bias), (None, None)):
+            counts, expected_counts = torch.ones(2, len(weight), dtype=torch.int64, device=device)
+            options: dict[str, Any] = {"inhibition": how, "impl": impl}
+            got = op(x, weight, k, response, shift, counts=counts, blocks=blocks, **options)
+            expected = one_by_one(x, weight, k, response, shift, blocks, expected_counts, **options)
+            assert got.shape == (blocks * batch, neurons)
+            same(got, expected)
+            assert torch.equal(counts, expected_counts)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", FAST)
+def test_blocks_large(device: str, impl: str) -> None:
+    x, weight, bias, gaba = layer(10 * 128, 10 * 10_000, 256, torch.float32, device)
+    got = op(x, weight, 10, gaba, bias, impl=impl, blocks=10)
+    shares = (t.chunk(10) for t in (got, x, weight, gaba, bias))
+    for own, inputs, rows, response, shift in zip(*shares, strict=True):
+        wide = (t.double() for t in (inputs, rows))
+        exact = reference.linear_inhibit(*wide, 10, response.double(), shift.double())
+        assert (own - exact).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("how", ["mask", "subtract"])
+def test_gradients_of_blocks(device: str, impl: str, how: str) -> None:
+    """In fp32 the batched product of the kernels' backward may round in another order."""
+    leaves = layer(3 * 5, 3 * 63, 7, torch.float32, device)
+    grads = []
+    for together in (True, False):
+        x, weight, bias, gaba = (t.detach().clone() for t in leaves)
+        inputs = [t.requires_grad_() for t in (x, weight, bias)]
+        if together:
+            hidden = op(x, weight, 6, gaba, bias, inhibition=how, impl=impl, blocks=3)
+        else:
+            counts = torch.zeros(len(weight), dtype=torch.int64, device=device)
+            hidden = one_by_one(x, weight, 6, gaba, bias, 3, counts, inhibition=how, impl=impl)
+        ramp = torch.arange(hidden.numel(), device=device).view_as(hidden) % 7 - 2.5
+        grads.append(torch.autograd.grad((hidden * ramp).sum(), inputs))
+    for got, expected in zip(*grads, strict=True):
+        assert expected.any()
+        if impl == "triton":
+            torch.testing.assert_close(got, expected)
+        else:
+            same(got, expected)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_gaba_of_blocks_may_learn(device: str, impl: str) -> None:
+    x, weight, bias, gaba = layer(2 * 3, 2 * 40, 8, torch.float32, device)
+    gaba.requires_grad_()
+    got = op(x, weight, 4, gaba, bias, impl=impl, blocks=2)
+    expected = reference.linear_inhibit(x, weight, 4, gaba, bias, blocks=2)
+    want = torch.autograd.grad(expected.sum(), gaba)[0]
+    assert want.any()
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), gaba)[0], want)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_shapes_of_blocks(device: str, impl: str) -> None:
+    x, weight, bias, gaba = layer(6, 70, 8, torch.float32, device)
+    assert op(x[:0], weight, 3, gaba, bias, impl=impl, blocks=2).shape == (0, 35)
+    flat = op(x, weight, 3, gaba, bias, impl=impl, blocks=2)
+    folded = op(x.view(3, 2, 8), weight, 3, gaba, bias, impl=impl, blocks=2)
+    assert torch.equal(folded, flat.view(3, 2, 35))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ssd_kernels import _dispatch, _linear_slabs, reference
 from ssd_kernels import linear_topk as op
 from ssd_kernels.linear_topk import IMPLEMENTATIONS, heuristic
-from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.conftest import INTERPRETED, same, triton_only
 
 TRITON = ["triton", "fused", "chunked", "rescore"]
 # The interpreter's run takes the tests with "triton" in their id.
@@ -228,7 +228,7 @@ def test_rescoring_gives_up_what_it_cannot_prove(device: str, impl: str) -> None
     x[1] = float("inf")
     weight, bias = weight.abs(), torch.zeros_like(bias)
     calls = _linear_slabs.Scores(x, weight, bias, 3, "rescore")
-    calls.fill(slice(0, 3))
+    calls.fill(calls.slabs()[0])
     assert (calls.held[:2] == -1).all()
     expected = reference.linear_topk(x[1:2], weight, 3, bias)
     assert torch.equal(op(x, weight, 3, bias, impl=impl).indices[1:2], expected.indices)
@@ -294,9 +294,9 @@ def test_heuristic_names_what_can_serve() -> None:
                 torch.empty(9000, features, dtype=dtype),
             )
             for k in (1, 64, 255, 256):
-                chosen = heuristic(x, weight, k)
-                assert chosen == "torch" or _linear_slabs.possible(chosen, x, weight, k)
-    assert heuristic(torch.empty(4, 8), torch.empty(9000, 8), 256) == "torch"
+                chosen = heuristic(x, len(weight), k)
+                assert chosen == "torch" or _linear_slabs.possible(chosen, x, len(weight), k)
+    assert heuristic(torch.empty(4, 8), 9000, 256) == "torch"
 
 
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
@@ -306,3 +306,157 @@ def test_slab_is_a_small_share_of_the_logits() -> None:
         slab = rows * 131_072 * (4 + 4 / 32)
         assert slab <= 0.05 * 8192 * 131_072 * size
     assert set(TRITON) <= set(IMPLEMENTATIONS)
+
+
+def networks(
+    count: int, batch: int, neurons: int, features: int, dtype: torch.dtype, device: str
+) -> list[Tensor]:
+    """Scores that differ in scale, so that what one network says shows in another's rows."""
+    x, weight, bias = layer(count * batch, count * neurons, features, dtype, device)
+    scale = 4.0 ** torch.arange(count, device=device).to(dtype).repeat_interleave(neurons)
+    return [x, weight * scale[:, None], bias * scale]
+
+
+def one_by_one(
+    x: Tensor, weight: Tensor, k: int, bias: Tensor | None, blocks: int, counts: Tensor, **more: Any
+) -> reference.TopKOutput:
+    """The loop over networks that a call with blocks stands for."""
+    neurons = len(weight) // blocks
+    parts = [
+        op(own, rows, k, shift, threshold=True, counts=hits, **more)
+        for own, rows, shift, hits in zip(
+            x.chunk(blocks),
+            weight.chunk(blocks),
+            [None] * blocks if bias is None else bias.chunk(blocks),
+            counts.chunk(blocks),
+            strict=True,
+        )
+    ]
+    return reference.TopKOutput(
+        torch.cat([p.values for p in parts]),
+        torch.cat([p.indices + n * neurons for n, p in enumerate(parts)]),
+        torch.cat([p.threshold for p in parts]),
+    )
+
+
+# (S, B, R, d, k): of each network.
+NETWORKS = [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", NETWORKS)
+@pytest.mark.parametrize("slab", [None, 2, 11])
+def test_blocks_equal_the_loop_over_networks(
+    device: str,
+    impl: str,
+    shape: tuple[int, int, int, int, int],
+    slab: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slabs of all networks, of parts of one, and of two at a time."""
+    if slab is not None:
+        monkeypatch.setattr(_linear_slabs, "slab_rows", lambda *_: slab)
+    blocks, batch, neurons, features, k = shape
+    for inhibition, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
+        x, weight, bias = networks(blocks, batch, neurons, features, dtype, device)
+        shift = bias if inhibition == "mask" else None
+        counts, expected_counts = torch.ones(2, blocks * neurons, dtype=torch.int64, device=device)
+        options: dict[str, Any] = {"inhibition": inhibition, "impl": impl}
+        got = op(
+            x, weight, k, shift, threshold=True, preactivations=impl == "reference",
+            counts=counts, blocks=blocks, **options,
+        )  # fmt: skip
+        expected = one_by_one(x, weight, k, shift, blocks, expected_counts, **options)
+        for ours, theirs in zip(got[:3], expected[:3], strict=True):
+            same(ours, theirs)  # type: ignore[arg-type]
+        assert torch.equal(counts, expected_counts)
+        assert (got.indices // neurons == torch.arange(blocks, device=device)
+                .repeat_interleave(batch).unsqueeze(1)).all()  # fmt: skip
+        if got.preactivations is not None:
+            assert got.preactivations.shape == (blocks * batch, neurons)
+
+
+@hypothesis.given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 40), st.integers(1, 4))
+def test_slabs_share_out_the_rows(blocks: int, batch: int, room: int, most: int) -> None:
+    """Every row once, in order; a slab has as many rows of each of its networks."""
+    x, weight = torch.zeros(blocks * batch, 1), torch.zeros(blocks, 1)
+    scores = _linear_slabs.Scores(x, weight, None, 1, "fused", blocks)
+    scores.rows = room
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_linear_slabs, "MAX_NETWORKS", most)
+        slabs = scores.slabs()
+    rows = [row for slab in slabs for row in range(len(x))[slab.rows]]
+    assert rows == list(range(len(x)))
+    for slab in slabs:
+        own = range(len(x))[slab.rows]
+        assert len(own) == slab.of_each * slab.networks <= room
+        assert slab.networks <= most
+        networks = [row // batch for row in own]
+        assert networks == [slab.first + n for n in range(slab.networks)
+                            for _ in range(slab.of_each)]  # fmt: skip
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("shape", [(10, 128, 10_000, 256, 10), (7, 40, 4_099, 1024, 32)])
+def test_blocks_large(device: str, impl: str, shape: tuple[int, int, int, int, int]) -> None:
+    blocks, batch, neurons, features, k = shape
+    x, weight, bias = networks(blocks, batch, neurons, features, torch.float32, device)
+    got = op(x, weight, k, bias, impl=impl, blocks=blocks)
+    for number, own in enumerate(x.chunk(blocks)):
+        rows = slice(number * batch, (number + 1) * batch)
+        here = weight.chunk(blocks)[number], bias.chunk(blocks)[number]
+        error = scale_of_rounding(own, *here)
+        scores = F.linear(own.double(), here[0].double(), here[1].double())
+        best = scores.topk(k).values
+        chosen = scores.gather(1, got.indices[rows] - number * neurons)
+        assert (chosen - best).abs().max() <= 2 * error
+        close(got.values[rows], best.relu(), error)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_blocks(device: str, impl: str) -> None:
+    leaves = networks(3, 5, 63, 7, torch.float32, device)
+    grads = []
+    for together in (True, False):
+        x, weight, bias = (t.detach().clone().requires_grad_() for t in leaves)
+        if together:
+            out = op(x, weight, 6, bias, threshold=True, impl=impl, blocks=3)
+        else:
+            counts = torch.zeros(len(weight), dtype=torch.int64, device=device)
+            out = one_by_one(x, weight, 6, bias, 3, counts, impl=impl)
+        ramp = torch.arange(1, out.values.numel() + 1, device=device).view_as(out.values)
+        loss = (out.values * (ramp % 5 - 1.5)).sum() + (out.threshold * 0.75).sum()
+        grads.append(torch.autograd.grad(loss, [x, weight, bias]))
+    for got, expected in zip(*grads, strict=True):
+        assert expected.any()
+        same(got, expected)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_blocks_of_a_batch_with_leading_dimensions_or_none(device: str, impl: str) -> None:
+    x, weight, bias = networks(2, 6, 40, 8, torch.float32, device)
+    flat = op(x, weight, 3, bias, impl=impl, blocks=2)
+    folded = op(x.view(2, 3, 2, 8), weight, 3, bias, threshold=True, impl=impl, blocks=2)
+    assert torch.equal(folded.indices, flat.indices.view(2, 3, 2, 3))
+    assert folded.threshold is not None
+    assert folded.threshold.shape == (2, 3, 2)
+    empty = op(x[:0].requires_grad_(), weight, 3, bias, impl=impl, blocks=2)
+    assert empty.indices.shape == (0, 3)
+
+
+@pytest.mark.parametrize("impl", KERNELS[3:])
+def test_a_network_that_cannot_be_rescored_leaves_the_others_alone(device: str, impl: str) -> None:
+    x, weight, _ = layer(6, 2 * 1500, 8, torch.float32, device)
+    base = 10 + torch.rand(8, device=device)
+    weight[1500:] = base + 1e-5 * torch.rand(1500, 8, device=device)
+    x[4] = base
+    calls = _linear_slabs.Scores(x, weight, None, 3, "rescore", 2)
+    calls.fill(calls.slabs()[0])
+    assert (calls.held[:3] > 0).all()
+    assert calls.held[4] == -1
+    got = op(x, weight, 3, impl=impl, blocks=2)
+    expected = one_by_one(
+        x, weight, 3, None, 2, torch.zeros(3000, dtype=torch.int64, device=device), impl=impl
+    )
+    assert torch.equal(got.indices, expected.indices)

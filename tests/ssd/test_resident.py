@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssd import resident
-from ssd.resident import DENSE, EXACT, GRADED, ResidentEpochs
+from ssd.resident import DENSE, EXACT, GRADED, IDLE, ResidentEpochs
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
 from tests.ssd.test_together import BASE, OWN, VARIANTS, make_learner, weights
@@ -75,8 +75,8 @@ def test_equal_to_the_trainers_steps(
 def test_an_epoch_that_overflowed_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """With codes of k slots an almost k-sparse layer overflows: dense steps give the same."""
     plain, trainer = (make_trainer("sdmlp", torch.float64, 1) for _ in range(2))
-    trainer.resident = ResidentEpochs(trainer)
     monkeypatch.setattr(resident, "WIDTH", 1)
+    trainer.resident = ResidentEpochs(trainer)
     again = []
     original = ResidentEpochs._steps_of
     monkeypatch.setattr(
@@ -92,11 +92,74 @@ def test_an_epoch_that_overflowed_is_taken_back(monkeypatch: pytest.MonkeyPatch)
     assert trainer.learners[0].model.encoder.samples == plain.learners[0].model.encoder.samples
 
 
+@pytest.mark.parametrize("variant", SERVED)
+def test_no_bit_depends_on_the_companions(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32: alone, and beside others that are on other paths or done with their epoch.
+
+    A library may round batched products by the size of the batch; here they are done one by one.
+    """
+    one_by_one = lambda a, b: torch.stack([x @ y for x, y in zip(a, b, strict=True)])  # noqa: E731
+    monkeypatch.setattr(torch, "bmm", one_by_one)
+    ends = []
+    for companions in ([0, 1, 2], [1], [2, 1]):
+        learners = make_trainer(variant, torch.float32, 3).learners
+        trainer = Trainer([learners[number] for number in companions])
+        trainer.resident = ResidentEpochs(trainer)
+        for _ in trainer.run():
+            pass
+        ends.append(weights(trainer.learners[companions.index(1)]))
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+
+
+def test_the_path_follows_counts_that_a_graph_wrote() -> None:
+    """A replayed graph writes without PyTorch's version counter, and so does NumPy."""
+    trainer = make_trainer("ssd", torch.float64, 3, epochs=1)
+    trainer.resident = ResidentEpochs(trainer)
+    trainer.load_task()
+    assert trainer.resident._begin() == [DENSE] * 3
+    counts = trainer.resident.counts.numpy().reshape(3, -1)
+    counts[1], counts[2] = 150, 300  # of 200 and 300 samples
+    assert trainer.resident._begin() == [DENSE, GRADED, EXACT]
+    assert trainer.learners[2].model.encoder.inhibited()
+
+
+def test_learners_on_one_path_share_one_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many they are; those between which another learner stands take a call each."""
+    trainer = make_trainer("ssd", torch.float64, 3, epochs=1)
+    trainer.resident = ResidentEpochs(trainer)
+    trainer.load_task()
+    trainer.resident._begin()
+    called: list[tuple[str, int]] = []
+
+    def spy(name: str) -> None:
+        original = getattr(resident, name)
+
+        def call(*args: Any, blocks: int, **more: Any) -> Any:
+            called.append((name, blocks))
+            return original(*args, blocks=blocks, **more)
+
+        monkeypatch.setattr(resident, name, call)
+
+    spy("linear_code")
+    spy("linear_inhibit")
+    for paths, expected in (
+        ([EXACT, EXACT, EXACT], [("linear_code", 3)]),
+        ([GRADED, EXACT, GRADED], [("linear_code", 3)]),
+        ([DENSE, DENSE, DENSE], [("linear_inhibit", 3)]),
+        ([DENSE, GRADED, EXACT], [("linear_inhibit", 1), ("linear_code", 2)]),
+        ([EXACT, IDLE, EXACT], [("linear_code", 1), ("linear_code", 1)]),
+    ):
+        called.clear()
+        trainer.resident.body(paths)
+        assert called == expected
+
+
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
 @pytest.mark.parametrize("variant", [v for v in SERVED if v != "before"])
 def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors, which have no values, every host read and every dynamic shape raises."""
-    trainer = make_trainer(variant, torch.float32, 2, epochs=1)
+    trainer = make_trainer(variant, torch.float32, 3, epochs=1)
     trainer.resident = ResidentEpochs(trainer)
     stream = trainer.run()
     while trainer.task < 2:  # with a teacher, and with penalties if there are any
@@ -113,8 +176,9 @@ def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_dispatch, "choose", compiled)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for path in (DENSE, GRADED, EXACT):
-            trainer.resident.body([path, path])
-        trainer.resident.body([DENSE, GRADED])
+            trainer.resident.body([path, path, path])
+        trainer.resident.body([DENSE, GRADED, EXACT])
+        trainer.resident.body([GRADED, IDLE, EXACT])
 
 
 @pytest.mark.cuda
