@@ -387,7 +387,7 @@ def _blocks(k: int, chosen: _tuning.Config) -> dict[str, int]:
         "CAPACITY": 2 * ways,
         "TILE": chosen["TILE"],
         "COLUMNS": max(ways, 32 * warps),
-        "STEP": max(2, min(ways // 4, 256 * warps // ways)),
+        "STEP": max(2, min(8, 256 * warps // ways)),
     }
 
 

