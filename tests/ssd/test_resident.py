@@ -16,7 +16,7 @@ from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
 from tests.ssd.test_together import BASE, OWN, VARIANTS, make_learner, weights
 
-SERVED = [v for v in VARIANTS if v != "topk-mlp"] + ["ewc momentum"]
+SERVED = [v for v in VARIANTS if v not in ("topk-mlp", "ssd+si")] + ["ewc momentum"]
 SETTINGS: dict[str, dict[str, Any]] = {
     **VARIANTS,
     "ewc momentum": {"method": "ssd+ewc", "momentum": 0.5, "schedule": "flat"},
@@ -156,7 +156,8 @@ def test_learners_on_one_path_share_one_encoder(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("variant", [v for v in SERVED if v != "before"])
+# linear_code on the CPU, which stands in here, reads the host where neurons are many.
+@pytest.mark.parametrize("variant", [v for v in SERVED if v not in ("before", "ssd+mas, flat")])
 def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On fake tensors, which have no values, every host read and every dynamic shape raises."""
     trainer = make_trainer(variant, torch.float32, 3, epochs=1)

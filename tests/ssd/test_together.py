@@ -17,17 +17,18 @@ from ssd.jobs import run_jobs
 from ssd.learner import Learner, build_model
 from ssd.run import Interrupted, RunOptions, run
 from ssd.trainer import Trainer
+from tests.ssd.test_step import watch
 
 CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
 BASE = Config(
     dataset="features", features="none", tasks=3, epochs=7, batch_size=15, neurons=200, k=5,
     anneal_samples=300, lr=0.3, temperature=2.0, lam=0.4, subnetwork=2.0, eval_every=7,
-    ewc_coefficient=3.0, ewc_beta=0.5,
+    ewc_coefficient=3.0, ewc_beta=0.5, si_coefficient=1.0, si_beta=0.5, mas_coefficient=30.0,
 )  # fmt: skip
 OWN: list[dict[str, Any]] = [
     {"seed": 0},
-    {"seed": 4, "alpha": 0.5, "lr": 0.2, "anneal_samples": 200},
-    {"seed": 9, "lam": 0.0, "temperature": 5.0, "max_norm": 0.05},
+    {"seed": 4, "alpha": 0.5, "lr": 0.2, "anneal_samples": 200, "si_coefficient": 0.5},
+    {"seed": 9, "lam": 0.0, "temperature": 5.0, "max_norm": 0.05, "mas_coefficient": 10.0},
 ]
 VARIANTS: dict[str, dict[str, Any]] = {
     "ssd": {},
@@ -38,7 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flat": {"schedule": "flat"},
     "momentum": {"momentum": 0.9},
     "topk-mlp": {"method": "topk-mlp+lwf"},
+    "ssd+si": {"method": "ssd+si"},
+    # So many neurons that the penalty pulls few of them.
+    "ssd+mas, flat": {"method": "ssd+mas", "schedule": "flat", "neurons": 1000, "k": 2},
 }
+PENALTY_ON = {"ssd+si": "penalty on all", "ssd+mas, flat": "penalty on some"}
 
 
 def make_data(dtype: torch.dtype) -> Dataset:
@@ -61,12 +66,13 @@ def weights(learner: Learner) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equal_to_separate_runs_step_by_step(variant: str) -> None:
+def test_equal_to_separate_runs_step_by_step(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fp64, three tasks, more than 150 steps, through the GABA switch."""
     configs = [replace(BASE, **{"method": "ssd", **VARIANTS[variant], **own}) for own in OWN]
     batched = Trainer([make_learner(config, torch.float64) for config in configs])
     alone = [Trainer([make_learner(config, torch.float64)]) for config in configs]
     streams = [trainer.run() for trainer in alone]
+    taken = watch(monkeypatch)
     steps = 0
     for event in batched.run():
         for number, (trainer, stream) in enumerate(zip(alone, streams, strict=True)):
@@ -77,6 +83,8 @@ def test_equal_to_separate_runs_step_by_step(variant: str) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
         steps += event.kind == "step"
     assert steps > 150
+    if variant in PENALTY_ON:
+        assert taken[PENALTY_ON[variant]] > 3 * steps  # of 3 learners, twice, in 2 of 3 tasks
     for together, trainer in zip(batched.learners, alone, strict=True):
         assert torch.equal(together.accuracy, trainer.learners[0].accuracy)
 
