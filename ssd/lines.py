@@ -26,6 +26,11 @@ class Line:
     summaries: Sequence[Mapping[str, Any]]
     missing: str = ""
 
+    @property
+    def note(self) -> str:
+        """What the table says beside the figures."""
+        return "; ".join(text for text in (self.row.note, self.missing) if text)
+
     def per_task(self, measure: str) -> list[list[float]]:
         """A measure of each run that has it, one value a task; a scalar is a list of one."""
         found = (_measured(summary, measure) for summary in self.summaries)

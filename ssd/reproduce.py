@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,14 @@ from ssd.campaign import Campaign, Job, batches, load_benchmarks
 from ssd.campaign_display import CampaignDisplay
 from ssd.checkpoint import write_atomically
 from ssd.claims import verdicts
+from ssd.command_record import COMMANDS, CommandRecord
 from ssd.data import default_root
 from ssd.errors import UserError
 from ssd.experiments import RESULTS, Row
 from ssd.figures import draw
 from ssd.lines import NOT_RUN, Line
 from ssd.report import save_figure
-from ssd.run import Interrupted, RunOptions
+from ssd.run import Interrupted, RunOptions, device_name
 from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 
@@ -107,6 +109,10 @@ class Reproduction:
         results: rows of each result. selection: of the rows that may be trained.
         campaign: where their runs are. out: folder of the tables and figures.
         short: whether the rows are scaled down. command: that began all this.
+        start: time.perf_counter() then.
+
+    Raises:
+        UserError: the folder's record of commands is damaged.
     """
 
     def __init__(
@@ -117,22 +123,30 @@ class Reproduction:
         out: Path,
         short: bool,
         command: str,
+        start: float,
     ) -> None:
         self.results, self.selection, self.campaign = results, selection, campaign
         self.out, self.short, self.command = out, short, command
         rows = dict.fromkeys(row for rows in results.values() for row in rows)
         found = {row: campaign.refusal(row) for row in rows}
         self.refused = {row: reason for row, reason in found.items() if reason}
+        needed, device = self._needed(), device_name(campaign.options.device)
+        self.record = CommandRecord(out / COMMANDS, command, device, len(needed), start)
+        self.trained = 0  # runs
 
-    def missing(self) -> dict[str, list[Job]]:
-        """What each result needs trained that no earlier one does."""
+    def _needed(self) -> list[tuple[str, Job]]:
+        """Every run that may be trained, once, with the first result that shows it."""
         jobs: dict[Path, tuple[str, Job]] = {}
         for name, rows in self.results.items():
             for row in rows:
                 if row not in self.refused and self.selection.holds(row):
                     for job in (Job(row, seed) for seed in row.seeds):
                         jobs.setdefault(self.campaign.folder(job), (name, job))
-        waiting = [pair for pair in jobs.values() if self.campaign.find(pair[1]) is None]
+        return list(jobs.values())
+
+    def missing(self) -> dict[str, list[Job]]:
+        """What each result needs trained that no earlier one does."""
+        waiting = [pair for pair in self._needed() if self.campaign.find(pair[1]) is None]
         return {name: [job for n, job in waiting if n == name] for name in self.results}
 
     def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
@@ -144,6 +158,8 @@ class Reproduction:
                 display.begin(batch)
                 self.campaign.train(batch, display.watch, stopped)
                 display.end([s for job in batch if (s := self.campaign.find(job)) is not None])
+                self.trained += len(batch)
+                self.record.save(self.trained)
 
     def lines(self, name: str) -> list[Line]:
         """The rows of a result with the runs that exist."""
@@ -182,6 +198,7 @@ class Reproduction:
 
 def execute(arguments: Sequence[str]) -> None:
     """Checks, loads, trains what is missing, writes; nothing is written before all checks."""
+    start = time.perf_counter()
     given = build_parser().parse_args(arguments)
     names = [name for name in RESULTS if name in given.results or ALL in given.results]
     for name in given.results:
@@ -200,7 +217,7 @@ def execute(arguments: Sequence[str]) -> None:
     data, absent = load_benchmarks([r for rows in results.values() for r in rows], root, features)
     command = shlex.join(["python", "-m", "ssd.reproduce", *arguments])
     campaign = Campaign(data, absent, given.runs, options)
-    reproduction = Reproduction(results, selection, campaign, out, given.short, command)
+    reproduction = Reproduction(results, selection, campaign, out, given.short, command, start)
     notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     for reason in dict.fromkeys(reproduction.refused.values()):
         notices.print(f"note: left out, {reason}", style="yellow")
@@ -229,10 +246,12 @@ def run_all(reproduction: Reproduction, notices: Console) -> None:
     except (Interrupted, KeyboardInterrupt):
         for name in waiting:
             reproduction.write(name)
+        reproduction.record.save(reproduction.trained)
         notices.print(
             f"interrupted; {reproduction.out} shows what exists; go on with: {reproduction.command}"
         )
         raise Interrupted from None
+    reproduction.record.save(reproduction.trained, finished=True)
     console.print(f"{len(jobs)} runs trained  -> {reproduction.out}")
 
 
