@@ -40,6 +40,11 @@ class Line:
         """A measure of each run that has it, lists over tasks averaged."""
         return [mean(values) for values in self.per_task(measure)]
 
+    def by_seed(self, measure: str) -> dict[int, float]:
+        """What values() gives, by the seed of the run."""
+        found = ((summary["seed"], _measured(summary, measure)) for summary in self.summaries)
+        return {seed: mean(values) for seed, values in found if values}
+
 
 def seconds(summary: Mapping[str, Any]) -> float:
     """A run's part of the time of all that were trained side by side with it."""

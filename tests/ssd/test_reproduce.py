@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from ssd import campaign, campaign_display, config, experiments, reproduce
-from ssd.claims import verdicts
+from ssd.claims import paired, verdicts
 from ssd.config import Config, Protocol
 from ssd.data import Task
 from ssd.experiments import PAPER, RESULTS, TABLE1, Peer, Row
@@ -298,11 +298,13 @@ def test_features_of_another_shape(folder: Path) -> None:
 
 
 def line(method: str, accuracy: Sequence[float], forgetting: float, row: Row) -> Line:
+    """Forgetting differs by 0.02 from seed to seed; BWT is its negative."""
     return Line(
         replace(row, method=method),
         [
-            {"seed": n, "mean_accuracy": a, "forgetting": forgetting, "bwt": -forgetting}
+            {"seed": n, "mean_accuracy": a, "forgetting": lost, "bwt": -lost}
             for n, a in enumerate(accuracy)
+            for lost in [forgetting + 0.01 * (2 * n - len(accuracy) + 1)]
         ],
     )
 
@@ -313,21 +315,61 @@ def row() -> Row:
     return Row(benchmark, "sdmlp", Config(neurons=10_000), (0, 1))
 
 
+def judged(*lines: Line) -> list[str]:
+    return [verdict.rpartition(": ")[2] for verdict in verdicts(lines)]
+
+
 def test_claims(row: Row) -> None:
     sdmlp = line("sdmlp", [0.70, 0.72], 0.20, row)
-    best = line("ssd+ewc", [0.86, 0.88], 0.1, row)
-    good = [v.rpartition(": ")[2] for v in verdicts(
-        [sdmlp, line("ssd", [0.80, 0.82], 0.13, row), best])]  # fmt: skip
-    assert good[0].startswith("yes (0.7100 ± 0.0100 / 0.8100 ± 0.0100")
-    assert good[1] == "yes (+0.1000)"
-    assert good[2] == "yes (0.2000 to 0.1300, -35%)"
-    bad = [v.rpartition(": ")[2] for v in verdicts(
-        [sdmlp, line("ssd", [0.70, 0.76], 0.15, row), best])]  # fmt: skip
-    assert [v[:3] for v in bad] == ["no ", "no ", "no "]
-    one = [v.rpartition(": ")[2] for v in verdicts([sdmlp, line("ssd", [0.8], 0.1, row), best])]
-    assert one[0].startswith("undecided, one seed")
-    none = [v.rpartition(": ")[2] for v in verdicts([sdmlp, line("ssd", [], 0.1, row), best])]
-    assert none == ["not run"] * 3
+    best = line("ssd+ewc", [0.85, 0.89], 0.10, row)
+    good = judged(sdmlp, line("ssd", [0.80, 0.82], 0.13, row), best)
+    over = "over 2 class orders"
+    assert good == [
+        "yes (0.7100 ± 0.0100 / 0.8100 ± 0.0100 / 0.8700 ± 0.0200; "
+        f"paired +0.1000 ± 0.0000 {over} and paired +0.0600 ± 0.0100 {over})",
+        "yes (-0.2000 ± 0.0100 / -0.1300 ± 0.0100 / -0.1000 ± 0.0100; "
+        f"paired +0.0700 ± 0.0000 {over} and paired +0.0300 ± 0.0000 {over})",
+        f"yes (paired +0.1000 ± 0.0000 {over})",
+        f"yes (paired +0.0600 ± 0.0100 {over})",
+        f"yes (0.2000 to 0.1300, -35%; paired -0.0700 ± 0.0000 {over})",
+    ]
+    assert judged(sdmlp, best) == []  # without SSD there is nothing to judge
+    bad = judged(sdmlp, line("ssd", [0.68, 0.78], 0.19, row), line("ssd+ewc", [0.7], 0.3, row))
+    assert [verdict.split()[0] for verdict in bad] == ["undecided,", "undecided,", "no", "no", "no"]
+    close = judged(
+        sdmlp, line("ssd", [0.68, 0.78], 0.19, row), line("ssd+ewc", [0.76, 0.78], 0.185, row)
+    )
+    assert [verdict.split()[0] for verdict in close] == ["no"] * 5
+    none = judged(sdmlp, line("ssd", [], 0.1, row), best)
+    assert none == ["not run"] * 5
+
+
+def test_claims_hold_at_their_bounds(row: Row) -> None:
+    found = judged(
+        line("sdmlp", [0.70, 0.70], 0.20, row),
+        line("ssd", [0.75, 0.75], 0.14, row),
+        line("ssd+ewc", [0.80, 0.80], 0.10, row),
+    )
+    assert [verdict.split()[0] for verdict in found] == ["yes"] * 5
+
+
+def test_claim_of_the_best_figure(row: Row) -> None:
+    mnist = next(b for b in experiments.BENCHMARKS if b.name == "mnist")
+    for accuracy, verdict in (([0.85, 0.87], "yes"), ([0.85, 0.86], "no"), ([], "not")):
+        rest = [line(m, [0.5, 0.6], 0.2, replace(row, benchmark=mnist)) for m in ("sdmlp", "ssd")]
+        best = line("ssd+ewc", accuracy, 0.1, replace(row, benchmark=mnist))
+        found = list(verdicts([*rest, best]))
+        assert len(found) == 6
+        assert "SSD+EWC reaches 0.86 in accuracy: " + verdict in found[-1]
+
+
+def test_differences_are_paired_by_seed(row: Row) -> None:
+    """Of seeds that both have, however they are listed."""
+    first = line("sdmlp", [0.1, 0.5, 0.9], 0.2, row)
+    second = line("ssd", [0.2, 0.7], 0.2, row)
+    swapped = Line(second.row, second.summaries[::-1])
+    assert paired(first, swapped, "mean_accuracy") == pytest.approx([0.1, 0.2])
+    assert paired(first, Line(row, []), "mean_accuracy") == []
 
 
 def test_published_figures(row: Row) -> None:
