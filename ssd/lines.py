@@ -26,6 +26,11 @@ class Line:
     summaries: Sequence[Mapping[str, Any]]
     missing: str = ""
 
+    @property
+    def note(self) -> str:
+        """What the table says beside the figures."""
+        return "; ".join(text for text in (self.row.note, self.missing) if text)
+
     def per_task(self, measure: str) -> list[list[float]]:
         """A measure of each run that has it, one value a task; a scalar is a list of one."""
         found = (_measured(summary, measure) for summary in self.summaries)
@@ -34,6 +39,11 @@ class Line:
     def values(self, measure: str) -> list[float]:
         """A measure of each run that has it, lists over tasks averaged."""
         return [mean(values) for values in self.per_task(measure)]
+
+    def by_seed(self, measure: str) -> dict[int, float]:
+        """What values() gives, by the seed of the run."""
+        found = ((summary["seed"], _measured(summary, measure)) for summary in self.summaries)
+        return {seed: mean(values) for seed, values in found if values}
 
 
 def seconds(summary: Mapping[str, Any]) -> float:

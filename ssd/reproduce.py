@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -21,13 +21,14 @@ from ssd.campaign import Campaign, Job, batches, load_benchmarks
 from ssd.campaign_display import CampaignDisplay
 from ssd.checkpoint import write_atomically
 from ssd.claims import verdicts
+from ssd.command_record import COMMANDS, CommandRecord
 from ssd.data import default_root
 from ssd.errors import UserError
 from ssd.experiments import RESULTS, Row
 from ssd.figures import draw
 from ssd.lines import NOT_RUN, Line
 from ssd.report import save_figure
-from ssd.run import Interrupted, RunOptions
+from ssd.run import Interrupted, RunOptions, device_name
 from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 from ssd.workers import processes_for, train_all
@@ -111,6 +112,10 @@ class Reproduction:
         results: rows of each result. selection: of the rows that may be trained.
         campaign: where their runs are. out: folder of the tables and figures.
         short: whether the rows are scaled down. command: that began all this.
+        start: time.perf_counter() then.
+
+    Raises:
+        UserError: the folder's record of commands is damaged.
     """
 
     def __init__(
@@ -121,22 +126,30 @@ class Reproduction:
         out: Path,
         short: bool,
         command: str,
+        start: float,
     ) -> None:
         self.results, self.selection, self.campaign = results, selection, campaign
         self.out, self.short, self.command = out, short, command
         rows = dict.fromkeys(row for rows in results.values() for row in rows)
         found = {row: campaign.refusal(row) for row in rows}
         self.refused = {row: reason for row, reason in found.items() if reason}
+        needed, device = self._needed(), device_name(campaign.options.device)
+        self.record = CommandRecord(out / COMMANDS, command, device, len(needed), start)
+        self.trained = 0  # runs
 
-    def missing(self) -> dict[str, list[Job]]:
-        """What each result needs trained that no earlier one does."""
+    def _needed(self) -> list[tuple[str, Job]]:
+        """Every run that may be trained, once, with the first result that shows it."""
         jobs: dict[Path, tuple[str, Job]] = {}
         for name, rows in self.results.items():
             for row in rows:
                 if row not in self.refused and self.selection.holds(row):
                     for job in (Job(row, seed) for seed in row.seeds):
                         jobs.setdefault(self.campaign.folder(job), (name, job))
-        waiting = [pair for pair in jobs.values() if self.campaign.find(pair[1]) is None]
+        return list(jobs.values())
+
+    def missing(self) -> dict[str, list[Job]]:
+        """What each result needs trained that no earlier one does."""
+        waiting = [pair for pair in self._needed() if self.campaign.find(pair[1]) is None]
         return {name: [job for n, job in waiting if n == name] for name in self.results}
 
     def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
@@ -153,7 +166,7 @@ class Reproduction:
                     raise Interrupted
                 display.begin(batch)
                 self.campaign.train(batch, display.watch, stopped)
-                display.end(batch, self._summaries(batch))
+                self._end(display, batch)
 
     def _train_apart(
         self,
@@ -169,12 +182,14 @@ class Reproduction:
             [self.campaign.batch(group) for group in groups],
             processes,
             lambda number, share, where: display.report(groups[number], share, where),
-            lambda number: display.end(groups[number], self._summaries(groups[number])),
+            lambda number: self._end(display, groups[number]),
             stopped,
         )
 
-    def _summaries(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        return [s for job in jobs if (s := self.campaign.find(job)) is not None]
+    def _end(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
+        display.end(jobs, [s for job in jobs if (s := self.campaign.find(job)) is not None])
+        self.trained += len(jobs)
+        self.record.save(self.trained)
 
     def lines(self, name: str) -> list[Line]:
         """The rows of a result with the runs that exist."""
@@ -213,6 +228,7 @@ class Reproduction:
 
 def execute(arguments: Sequence[str]) -> None:
     """Checks, loads, trains what is missing, writes; nothing is written before all checks."""
+    start = time.perf_counter()
     given = build_parser().parse_args(arguments)
     names = [name for name in RESULTS if name in given.results or ALL in given.results]
     for name in given.results:
@@ -231,7 +247,7 @@ def execute(arguments: Sequence[str]) -> None:
     data, absent = load_benchmarks([r for rows in results.values() for r in rows], root, features)
     command = shlex.join(["python", "-m", "ssd.reproduce", *arguments])
     campaign = Campaign(data, absent, given.runs, options)
-    reproduction = Reproduction(results, selection, campaign, out, given.short, command)
+    reproduction = Reproduction(results, selection, campaign, out, given.short, command, start)
     notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     for reason in dict.fromkeys(reproduction.refused.values()):
         notices.print(f"note: left out, {reason}", style="yellow")
@@ -260,10 +276,12 @@ def run_all(reproduction: Reproduction, notices: Console) -> None:
     except (Interrupted, KeyboardInterrupt):
         for name in waiting:
             reproduction.write(name)
+        reproduction.record.save(reproduction.trained)
         notices.print(
             f"interrupted; {reproduction.out} shows what exists; go on with: {reproduction.command}"
         )
         raise Interrupted from None
+    reproduction.record.save(reproduction.trained, finished=True)
     console.print(f"{len(jobs)} runs trained  -> {reproduction.out}")
 
 

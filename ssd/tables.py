@@ -42,7 +42,7 @@ def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
             "difference": None if ours is None or paper is None else ours - paper.value,
             "paper_inferred": paper and paper.inferred,
             "paper_source": paper and paper.source,
-            "note": line.missing,
+            "note": line.note,
         }
         found.append(record)
     return found
@@ -73,7 +73,7 @@ def cells(result: Result, lines: Sequence[Line]) -> tuple[list[str], list[list[s
             mark = " (inferred)" if record["paper_inferred"] else ""
             texts.append("" if record["paper"] is None else f"{record['paper']:g}{mark}")
             texts.append(_signed(record["difference"]))
-        body.append([*texts, f"{len(line.summaries)} of {len(row.seeds)}", line.missing])
+        body.append([*texts, f"{len(line.summaries)} of {len(row.seeds)}", line.note])
     return [*header, "seeds", "note"], body
 
 
@@ -94,13 +94,23 @@ def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
         "command": command,
         "commit": commit(),
         "commits of the runs": ", ".join(commits) or NOT_RUN,
-        "machine": f"{processor()}, {os.cpu_count()} threads",
+        "machine": machine(),
         "devices of the runs": ", ".join(sorted({s["device"] for s in summaries})) or NOT_RUN,
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "versions": version_list(),
         "seeds": ", ".join(map(str, seeds)) or NOT_RUN,
         "evaluated on": ", ".join(sorted({s["evaluated_on"] for s in summaries})) or NOT_RUN,
         "wall time of the runs": f"{sum(map(seconds, summaries)):.0f} s in {len(summaries)} runs",
     }
+
+
+def machine() -> str:
+    """The machine that this process runs on."""
+    return f"{processor()}, {os.cpu_count()} threads"
+
+
+def version_list() -> str:
+    """The versions of what the numbers depend on, as text."""
+    return ", ".join(f"{name} {number}" for name, number in versions().items())
 
 
 def processor() -> str:

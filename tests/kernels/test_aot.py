@@ -22,8 +22,8 @@ GRID = [
 ]
 
 
-# Far from the limit of 255 registers ptxas may still keep one 64-bit value on the stack to stay at a
-# step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9.
+# Far from the limit of 255 registers ptxas may still keep one 64-bit value on the stack, to stay at
+# a step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9.
 PARKED = 8
 
 

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from ssd import campaign, campaign_display, config, experiments, reproduce
-from ssd.claims import verdicts
+from ssd.claims import paired, verdicts
 from ssd.config import Config, Protocol
 from ssd.data import Task
 from ssd.experiments import PAPER, RESULTS, TABLE1, Peer, Row
@@ -52,13 +52,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar100.npz"), 120)
     benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
-    monkeypatch.setattr(experiments, "SHORT_ALPHA", {})
+    monkeypatch.setattr(experiments, "SHORT_OWN", {})
     monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     for name in ("features", "cifar100"):
         monkeypatch.setitem(config.PROTOCOLS, name, Protocol(2, {}, {}, TINY))
     monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
-    monkeypatch.setattr(experiments, "SHORT_LARGE_SEEDS", (0, 1))
     few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
     monkeypatch.setattr(experiments, "ABLATIONS", few)
     settings = {name: {"share": 0.5} for name in ("cifar10", "cifar100")}
@@ -124,8 +123,12 @@ def test_everything(
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
     # Two benchmarks, two seeds; three methods at the large size; the ablations.
-    assert len(trained) == 2 * 2 * len(RUN) + 2 * 3 + 2 * 2
+    assert len(trained) == 2 * 2 * len(RUN) + 2 * 2 * 3 + 2 * 3
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
+    took = entry("all")
+    assert took["runs_needed"] == took["runs_trained"] == len(trained) + 4
+    assert took["finished"]
+    assert took["seconds"] > 0
     structure = table(out / "structure.csv")
     for row in structure:
         assert (row["jaccard"] == row["kl_bits"] == "") == (row["method"] == UNKNOWN)
@@ -139,6 +142,13 @@ def test_everything(
     assert trained == []
     assert "0 runs trained" in capsys.readouterr().out
     assert table(out / "table1.csv") == rows
+    assert entry("all") == took
+
+
+def entry(arguments: str) -> dict[str, Any]:
+    """What command.json says of a command."""
+    path = Path("results/reproduction-short/command.json")
+    return json.loads(path.read_text())[f"python -m ssd.reproduce {arguments} --short --device cpu"]
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -183,6 +193,9 @@ def test_interrupted_and_resumed(
     said = capsys.readouterr().err
     assert "go on with: python -m ssd.reproduce table1 bwt --only cifar10 24 --short" in said
     assert len(trained) == 2
+    before = entry(" ".join(arguments))
+    assert (before["runs_needed"], before["runs_trained"]) == (2 * len(RUN), 2)
+    assert not before["finished"]
     out = folder / "results" / "reproduction-short"
     for name in ("table1", "bwt"):
         rows = [r for r in table(out / f"{name}.csv") if r["benchmark"] == "cifar10"]
@@ -195,6 +208,10 @@ def test_interrupted_and_resumed(
     monkeypatch.setattr(campaign.Campaign, "train", train)
     assert call(*arguments) == 0
     assert len(trained) == len(set(trained)) == 2 * len(RUN)
+    after = entry(" ".join(arguments))
+    assert after["runs_needed"] == after["runs_trained"] == 2 * len(RUN)
+    assert after["finished"]
+    assert after["seconds"] > before["seconds"]
     assert "not run" not in {
         r["note"] for r in table(out / "table1.csv")
         if r["benchmark"] == "cifar10" and r["neurons"] == "24" and r["method"] in RUN
@@ -281,11 +298,13 @@ def test_features_of_another_shape(folder: Path) -> None:
 
 
 def line(method: str, accuracy: Sequence[float], forgetting: float, row: Row) -> Line:
+    """Forgetting differs by 0.02 from seed to seed; BWT is its negative."""
     return Line(
         replace(row, method=method),
         [
-            {"seed": n, "mean_accuracy": a, "forgetting": forgetting, "bwt": -forgetting}
+            {"seed": n, "mean_accuracy": a, "forgetting": lost, "bwt": -lost}
             for n, a in enumerate(accuracy)
+            for lost in [forgetting + 0.01 * (2 * n - len(accuracy) + 1)]
         ],
     )
 
@@ -296,21 +315,61 @@ def row() -> Row:
     return Row(benchmark, "sdmlp", Config(neurons=10_000), (0, 1))
 
 
+def judged(*lines: Line) -> list[str]:
+    return [verdict.rpartition(": ")[2] for verdict in verdicts(lines)]
+
+
 def test_claims(row: Row) -> None:
     sdmlp = line("sdmlp", [0.70, 0.72], 0.20, row)
-    best = line("ssd+ewc", [0.86, 0.88], 0.1, row)
-    good = [v.rpartition(": ")[2] for v in verdicts(
-        [sdmlp, line("ssd", [0.80, 0.82], 0.13, row), best])]  # fmt: skip
-    assert good[0].startswith("yes (0.7100 ± 0.0100 / 0.8100 ± 0.0100")
-    assert good[1] == "yes (+0.1000)"
-    assert good[2] == "yes (0.2000 to 0.1300, -35%)"
-    bad = [v.rpartition(": ")[2] for v in verdicts(
-        [sdmlp, line("ssd", [0.70, 0.76], 0.15, row), best])]  # fmt: skip
-    assert [v[:3] for v in bad] == ["no ", "no ", "no "]
-    one = [v.rpartition(": ")[2] for v in verdicts([sdmlp, line("ssd", [0.8], 0.1, row), best])]
-    assert one[0].startswith("undecided, one seed")
-    none = [v.rpartition(": ")[2] for v in verdicts([sdmlp, line("ssd", [], 0.1, row), best])]
-    assert none == ["not run"] * 3
+    best = line("ssd+ewc", [0.85, 0.89], 0.10, row)
+    good = judged(sdmlp, line("ssd", [0.80, 0.82], 0.13, row), best)
+    over = "over 2 class orders"
+    assert good == [
+        "yes (0.7100 ± 0.0100 / 0.8100 ± 0.0100 / 0.8700 ± 0.0200; "
+        f"paired +0.1000 ± 0.0000 {over} and paired +0.0600 ± 0.0100 {over})",
+        "yes (-0.2000 ± 0.0100 / -0.1300 ± 0.0100 / -0.1000 ± 0.0100; "
+        f"paired +0.0700 ± 0.0000 {over} and paired +0.0300 ± 0.0000 {over})",
+        f"yes (paired +0.1000 ± 0.0000 {over})",
+        f"yes (paired +0.0600 ± 0.0100 {over})",
+        f"yes (0.2000 to 0.1300, -35%; paired -0.0700 ± 0.0000 {over})",
+    ]
+    assert judged(sdmlp, best) == []  # without SSD there is nothing to judge
+    bad = judged(sdmlp, line("ssd", [0.68, 0.78], 0.19, row), line("ssd+ewc", [0.7], 0.3, row))
+    assert [verdict.split()[0] for verdict in bad] == ["undecided,", "undecided,", "no", "no", "no"]
+    close = judged(
+        sdmlp, line("ssd", [0.68, 0.78], 0.19, row), line("ssd+ewc", [0.76, 0.78], 0.185, row)
+    )
+    assert [verdict.split()[0] for verdict in close] == ["no"] * 5
+    none = judged(sdmlp, line("ssd", [], 0.1, row), best)
+    assert none == ["not run"] * 5
+
+
+def test_claims_hold_at_their_bounds(row: Row) -> None:
+    found = judged(
+        line("sdmlp", [0.70, 0.70], 0.20, row),
+        line("ssd", [0.75, 0.75], 0.14, row),
+        line("ssd+ewc", [0.80, 0.80], 0.10, row),
+    )
+    assert [verdict.split()[0] for verdict in found] == ["yes"] * 5
+
+
+def test_claim_of_the_best_figure(row: Row) -> None:
+    mnist = next(b for b in experiments.BENCHMARKS if b.name == "mnist")
+    for accuracy, verdict in (([0.85, 0.87], "yes"), ([0.85, 0.86], "no"), ([], "not")):
+        rest = [line(m, [0.5, 0.6], 0.2, replace(row, benchmark=mnist)) for m in ("sdmlp", "ssd")]
+        best = line("ssd+ewc", accuracy, 0.1, replace(row, benchmark=mnist))
+        found = list(verdicts([*rest, best]))
+        assert len(found) == 6
+        assert "SSD+EWC reaches 0.86 in accuracy: " + verdict in found[-1]
+
+
+def test_differences_are_paired_by_seed(row: Row) -> None:
+    """Of seeds that both have, however they are listed."""
+    first = line("sdmlp", [0.1, 0.5, 0.9], 0.2, row)
+    second = line("ssd", [0.2, 0.7], 0.2, row)
+    swapped = Line(second.row, second.summaries[::-1])
+    assert paired(first, swapped, "mean_accuracy") == pytest.approx([0.1, 0.2])
+    assert paired(first, Line(row, []), "mean_accuracy") == []
 
 
 def test_published_figures(row: Row) -> None:
@@ -354,6 +413,39 @@ def test_definitions(short: bool) -> None:
         assert each.config.anneal_samples < counted
 
 
+def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method's own settings, epochs among them, hold at their size alone; nothing in full."""
+    own = {"epochs": 3, "lr": 1.25, "alpha": 0.9}
+    monkeypatch.setattr(experiments, "SHORT_OWN", {("mnist", 10_000, "ssd"): own})
+    for short in (True, False):
+        found = {
+            (r.neurons, r.method): r.config
+            for r in experiments.table1(short, {}) if r.benchmark.name == "mnist"
+        }  # fmt: skip
+        changed, other = found[10_000, "ssd"], found[1_000, "ssd"]
+        assert ({name: getattr(changed, name) for name in own} == own) is short
+        assert other.epochs != own["epochs"]
+        assert (changed.eval_every == own["epochs"]) is short
+
+
+def test_short_is_over_all_class_orders_where_claims_are_judged() -> None:
+    rows = experiments.table1(True, {})
+    for benchmark in experiments.BENCHMARKS:
+        for neurons in experiments.SIZES:
+            seeds = {
+                r.method: r.seeds for r in rows if (r.benchmark, r.neurons) == (benchmark, neurons)
+            }
+            assert {seeds[m] for m in experiments.SHORT_LARGE} == {experiments.SEEDS}
+
+
+def test_note_of_networks_that_are_trained_short() -> None:
+    for short in (True, False):
+        for each in experiments.table2(short, {}):
+            noted = each.peer is not None and bool(each.peer.method) and not short
+            assert bool(each.note) == noted
+            assert Line(each, [], "not run").note == (f"{each.note}; " if noted else "") + "not run"
+
+
 def test_overlaps() -> None:
     frequency = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.0, 0.8, 0.1], [0.9, 0.0, 0.8, 0.1]])
     found = campaign.overlaps(frequency, 2)
@@ -390,5 +482,7 @@ def test_every_ablation_changes_something(short: bool) -> None:
     features = {benchmark.name: "features.npz" for benchmark in experiments.BENCHMARKS}
     default, *rows = experiments.ablations(short, features)
     assert {row.factor for row in rows} == set(experiments.ABLATIONS)
+    count = sum(len(values) - 1 for values in experiments.ABLATIONS.values())
+    assert len(rows) == count  # every value but the default
     for number, row in enumerate(rows):
         assert row.config not in (default.config, *(other.config for other in rows[:number]))

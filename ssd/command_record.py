@@ -1,0 +1,62 @@
+"""What a command of ssd.reproduce took from end to end, its interruptions added up."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ssd.checkpoint import write_atomically
+from ssd.folder import commit, read_json, versions
+from ssd.tables import machine
+
+COMMANDS = "command.json"
+
+
+class CommandRecord:
+    """A command's entry in the file of all commands that wrote into a folder.
+
+    A command that was stopped goes on with its entry. One that had ended keeps it while there is
+    nothing to train, and begins a new one otherwise.
+
+    Args:
+        path: the JSON file, {command: entry}. command: as typed. device: of the runs.
+        needed: runs that it shows and may train; those it did not train were there before.
+        start: time.perf_counter() when the process took it up.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, command: str, device: str, needed: int, start: float) -> None:
+        self.path, self.command, self.device = path, command, device
+        self.needed, self.start = needed, start
+        self.before = self._entries().get(command, {})
+
+    def _entries(self) -> dict[str, Any]:
+        return read_json(self.path) if self.path.is_file() else {}
+
+    def save(self, trained: int, finished: bool = False) -> None:
+        """Writes the entry.
+
+        Args:
+            trained: runs that this process has trained. finished: whether the command has ended.
+        """
+        ended = self.before.get("finished", False)
+        if ended and not trained:
+            return
+        before = {} if ended else self.before
+        entry = {
+            "commits": sorted({*before.get("commits", []), commit()}),
+            "machine": machine(),
+            "device": self.device,
+            "versions": versions(),
+            "runs_needed": self.needed,
+            "runs_trained": before.get("runs_trained", 0) + trained,
+            "seconds": before.get("seconds", 0.0) + time.perf_counter() - self.start,
+            "finished": finished,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        entries = {**self._entries(), self.command: entry}
+        write_atomically(self.path, json.dumps(entries, indent=2) + "\n")
