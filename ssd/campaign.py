@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from ssd.data import Dataset, load
 from ssd.distillation import select_subnetwork
 from ssd.errors import UserError
 from ssd.experiments import Row
-from ssd.folder import FREQUENCY, SUMMARY, commit, describe, read_json, versions
+from ssd.folder import FREQUENCY, SUMMARY, commit, describe, read_frequency, read_json, versions
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
 from ssd.trainer import Event, Trainer, together
@@ -100,7 +99,7 @@ class Campaign:
             return None
         summary = read_json(folder / SUMMARY)
         if "structure" not in summary and (folder / FREQUENCY).is_file():
-            frequency = torch.from_numpy(np.load(folder / FREQUENCY, allow_pickle=False))
+            frequency = torch.from_numpy(read_frequency(folder / FREQUENCY))
             size = max(1, round(job.config.subnetwork * job.config.k))
             summary["structure"] = overlaps(frequency, size)
         return summary

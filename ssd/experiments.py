@@ -323,7 +323,8 @@ RESULTS: Mapping[str, Result] = {
     "structure": Result(
         "Structure of the code, mean over tasks",
         streams,
-        ("mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits"),
+        ("mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits",
+         "address_cosine", "effective_rank", "used_fraction"),
         per_task=True,
     ),
     "table2": Result(

@@ -1,4 +1,7 @@
-"""Figures of a reproduction: filled marks are ours, with standard errors; open ones published."""
+"""Figures of a reproduction: filled marks are ours, with standard errors; open ones published.
+
+Heat maps neuron x task show one class order.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ssd.experiments import DEFAULT, Result
+from ssd.experiments import DEFAULT, SHORT_LARGE, Result
+from ssd.folder import read_frequency
 from ssd.lines import Line, estimate
-from ssd.report import NAMED
-from ssd.structure_report import COLORS, DASHES, MARKERS
+from ssd.report import NAMED, busiest_first, draw_heat_map
 
+# Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+HEAT_MAP_NEURONS = 200
 # A dense network beside k-sparse ones needs a logarithmic axis: from this ratio of values on.
 LOGARITHMIC, WIDE = ("mean_entropy_bits", "mean_active"), 20
 AXIS = {
@@ -28,6 +36,9 @@ AXIS = {
     "mean_active": "active neurons for an input",
     "jaccard": "Jaccard overlap with the task before",
     "kl_bits": "KL from the task before (bits)",
+    "address_cosine": "address cosine with the task before",
+    "effective_rank": "effective rank of the code",
+    "used_fraction": "share of neurons in use",
     "seconds": "seconds of training",
 }
 
@@ -38,15 +49,14 @@ def draw(name: str, result: Result, lines: Sequence[Line]) -> list[tuple[str, Fi
     if not run:
         return []
     if result.per_task:
-        streams = dict.fromkeys((line.row.benchmark, line.row.neurons) for line in run)
-        return [
-            (
-                f"{name}_{benchmark.name}_{neurons}",
-                _over_tasks(result, [x for x in run if (x.row.benchmark, x.row.neurons) == stream]),
-            )
-            for stream in streams
-            for benchmark, neurons in [stream]
-        ]
+        figures = []
+        for stream in dict.fromkeys((line.row.benchmark, line.row.neurons) for line in run):
+            group = [line for line in run if (line.row.benchmark, line.row.neurons) == stream]
+            stem = f"{stream[0].name}_{stream[1]}"
+            figures.append((f"{name}_{stem}", _over_tasks(result, group)))
+            if (maps := _heat_maps(group)) is not None:
+                figures.append((f"{name}_heat_maps_{stem}", maps))
+        return figures
     if any(line.row.factor for line in run):
         return [(name, _ablations(result, run))]
     return [(name, _methods(result, run))]
@@ -197,3 +207,35 @@ def _curve(axes: Axes, line: Line, measure: str, number: int) -> None:
     if len(values) > 1:
         error = values.std(0, ddof=1) / np.sqrt(len(values))
         axes.fill_between(tasks, center - error, center + error, color=color, alpha=0.15, lw=0)
+
+
+def _heat_maps(lines: Sequence[Line]) -> Figure | None:
+    """Neuron x task, a panel for each method of the claims; None where no run has its frequencies.
+
+    Of the first class order that all of these methods have. The networks of one seed begin with the
+    same weights, so a neuron is the same one in every panel: the same neurons are shown, those
+    that are active most often over all panels and tasks, in the same order and on the same scale.
+    """
+    files = {line.row.method: line.frequencies() for line in lines}
+    files = {method: files[method] for method in SHORT_LARGE if files.get(method)}
+    seeds = set.intersection(*map(set, files.values())) if files else set()
+    if not seeds:
+        return None
+    found = {method: read_frequency(paths[min(seeds)]) for method, paths in files.items()}
+    together = np.mean(list(found.values()), axis=0)
+    most = np.argsort(-together.mean(0), kind="stable")[:HEAT_MAP_NEURONS]
+    order = most[busiest_first(together[:, most])]
+    figure, column = plt.subplots(
+        len(found), 1, figsize=(7.2, 0.8 + 1.9 * len(found)), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, (method, frequency) in zip(column[:, 0], found.items(), strict=True):
+        image = draw_heat_map(axes, frequency[:, order])
+        axes.set_title(method, fontsize="medium")
+    axes.set(xlabel=f"the {len(order)} most active neurons, sorted by their busiest task")
+    figure.colorbar(image, ax=list(column[:, 0]), label="activation frequency", extend="min")
+    row = lines[0].row
+    figure.suptitle(
+        f"{row.benchmark.title}, R = {row.neurons:,}, seed {min(seeds)}", fontsize="medium"
+    )
+    return figure

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssd.checkpoint import temporary, write_atomically
 from ssd.config import Config
 from ssd.data import Dataset
@@ -68,6 +70,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (not an object); use another --out")
     return content
+
+
+def read_frequency(path: Path) -> np.ndarray:
+    """The activation frequency [T, R] of a run; UserError if the file is damaged."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); train the run again") from error
 
 
 def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from ssd.experiments import Row
+from ssd.folder import FREQUENCY
 
 NOT_RUN = "not run"
-DIGITS = {"seconds": 1, "mean_active": 1}  # all else: 4
+DIGITS = {"seconds": 1, "mean_active": 1, "effective_rank": 1}  # all else: 4
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Line:
 
     Args:
         summaries: of the seeds that were run. missing: why others were not; empty if all were.
+        folders: where each of those runs lies.
     """
 
     row: Row
     summaries: Sequence[Mapping[str, Any]]
     missing: str = ""
+    folders: Sequence[Path] = ()
 
     @property
     def note(self) -> str:
@@ -39,6 +43,12 @@ class Line:
     def values(self, measure: str) -> list[float]:
         """A measure of each run that has it, lists over tasks averaged."""
         return [mean(values) for values in self.per_task(measure)]
+
+    def frequencies(self) -> dict[int, Path]:
+        """The file of the activation frequency [T, R] of each run that has it, by its seed."""
+        found = zip(self.summaries, self.folders, strict=False)
+        paths = {summary["seed"]: folder / FREQUENCY for summary, folder in found}
+        return {seed: path for seed, path in paths.items() if path.is_file()}
 
     def by_seed(self, measure: str) -> dict[int, float]:
         """What values() gives, by the seed of the run."""

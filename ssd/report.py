@@ -19,12 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from ssd.checkpoint import write_atomically
 from ssd.errors import UserError
-from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_json
+from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_frequency, read_json
 from ssd.metrics import USED, activation_entropy
 
 NAMED = 10  # tasks that a figure can name one by one
@@ -70,9 +71,9 @@ def write_figures(folder: Path) -> None:
     try:
         lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        frequency = np.load(folder / FREQUENCY, allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{folder} is damaged ({error}); use another --out") from error
+    frequency = read_frequency(folder / FREQUENCY)
     drawings = {
         "accuracy_over_time": lambda axes: _accuracy_over_time(axes, summary, records),
         "accuracy_matrix": lambda axes: _accuracy_matrix(axes, summary),
@@ -146,23 +147,35 @@ def _accuracy_matrix(axes: Axes, summary: dict[str, Any]) -> None:
 
 
 def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
-    # Sorted by the task that a neuron serves most, so that subnetworks show as blocks.
+    image = draw_heat_map(axes, frequency[:, busiest_first(frequency)])
+    axes.set(xlabel="neuron, sorted by its busiest task; dead ones last")
+    axes.set_title("activation frequency on the task's training set")
+    axes.figure.colorbar(image, ax=axes, label="activation frequency", extend="min")
+
+
+def busiest_first(frequency: np.ndarray) -> np.ndarray:
+    """Neurons [R] sorted by the task of frequency [T, R] that each serves most.
+
+    So subnetworks show as blocks. Within a task the most frequent neuron comes first; dead ones
+    are last of all.
+    """
     busiest = np.where(frequency.max(0) > 0, frequency.argmax(0), len(frequency))
-    order = np.lexsort((-frequency.max(0), busiest))
+    return np.lexsort((-frequency.max(0), busiest))
+
+
+def draw_heat_map(axes: Axes, frequency: np.ndarray) -> AxesImage:
+    """Activation frequency [T, n] of n neurons, on the same colour scale whatever it holds."""
     image = axes.imshow(
-        frequency[:, order],
+        frequency,
         aspect="auto",
         cmap="magma",
         norm=LogNorm(USED, 1),  # most frequencies are small
         interpolation="nearest",
     )
     axes.set_facecolor("black")  # a frequency of 0 has no logarithm and is not drawn
-    axes.set(
-        xlabel="neuron, sorted by its busiest task; dead ones last", ylabel="after training task"
-    )
-    axes.set_title("activation frequency on the task's training set")
+    axes.set(ylabel="after training task")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.figure.colorbar(image, ax=axes, label="activation frequency", extend="min")
+    return image
 
 
 def _entropy_histogram(axes: Axes, frequency: np.ndarray) -> None:

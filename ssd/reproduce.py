@@ -198,13 +198,13 @@ class Reproduction:
     def _line(self, row: Row) -> Line:
         if row in self.refused:
             return Line(row, (), self.refused[row])
-        found = [self.campaign.find(Job(row, seed)) for seed in row.seeds]
-        summaries = tuple(summary for summary in found if summary is not None)
-        if len(summaries) == len(found):
-            return Line(row, summaries)
-        left_out = "" if self.selection.holds(row) else " (left out by --only)"
-        count = f"{len(found) - len(summaries)} of {len(found)} seeds"
-        return Line(row, summaries, f"{count} {NOT_RUN}{left_out}")
+        jobs = [Job(row, seed) for seed in row.seeds]
+        found = {job: s for job in jobs if (s := self.campaign.find(job)) is not None}
+        missing = ""
+        if len(found) < len(jobs):
+            left_out = "" if self.selection.holds(row) else " (left out by --only)"
+            missing = f"{len(jobs) - len(found)} of {len(jobs)} seeds {NOT_RUN}{left_out}"
+        return Line(row, tuple(found.values()), missing, tuple(map(self.campaign.folder, found)))
 
     def write(self, name: str) -> list[Line]:
         """Writes a result's tables and figures, with what exists of its runs."""

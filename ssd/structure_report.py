@@ -18,11 +18,6 @@ from ssd.folder import STRUCTURE, SUMMARY, read_json
 from ssd.report import NAMED, save_figure
 from ssd.structure import Snapshot, load_structure
 
-# Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", "-.", ":")
-
 
 def write_structure_figures(folder: Path) -> None:
     """Draws the figures of one finished run into its folder.
@@ -33,27 +28,7 @@ def write_structure_figures(folder: Path) -> None:
     snapshots = load_structure(folder / STRUCTURE).snapshots
     summary = read_structure_summary(folder)
     save_figure(draw_transfer(snapshots), folder / "structure_transfer")
-    save_figure(draw_coverage([summary]), folder / "structure_coverage")
-
-
-def write_comparison(runs: Sequence[Path], folder: Path) -> None:
-    """Draws entropy and coverage of the methods of several finished runs into a folder.
-
-    Args:
-        runs: folders; those of one method are its seeds. folder: made if it does not exist.
-
-    Raises:
-        UserError: no run, a summary that is missing or damaged, or of unequal numbers of tasks.
-    """
-    if not runs:
-        raise UserError("no runs to compare; name at least one folder of a finished run")
-    summaries = [read_structure_summary(run) for run in runs]
-    tasks = {len(s["structure"]["mean_entropy_bits"]) for s in summaries}
-    if len(tasks) != 1:
-        raise UserError(f"the runs have {sorted(tasks)} tasks; compare runs of one protocol")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_figure(draw_entropy(summaries), folder / "structure_entropy")
-    save_figure(draw_coverage(summaries), folder / "structure_coverage")
+    save_figure(draw_coverage(summary), folder / "structure_coverage")
 
 
 def read_structure_summary(folder: Path) -> dict[str, Any]:
@@ -118,52 +93,17 @@ def _write_values(axes: Axes, matrix: np.ndarray, colors: np.ndarray) -> None:
         )
 
 
-def draw_entropy(summaries: Sequence[Mapping[str, Any]]) -> Figure:
-    """Mean activation entropy over tasks, a line a method."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    _lines(axes, summaries, "mean_entropy_bits")
-    axes.set(ylabel="mean activation entropy (bits)")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return figure
-
-
-def draw_coverage(summaries: Sequence[Mapping[str, Any]]) -> Figure:
-    """Effective rank and used fraction over tasks, a line a method."""
+def draw_coverage(summary: Mapping[str, Any]) -> Figure:
+    """Effective rank and used fraction over tasks."""
     figure, row = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     labels = {
         "effective_rank": "effective rank of the code",
         "used_fraction": f"share of neurons active\nfor {metrics.USED:.1%} of inputs or more",
     }
     for axes, (name, label) in zip(row, labels.items(), strict=True):
-        _lines(axes, summaries, name)
-        axes.set(ylabel=label)
+        values = summary["structure"][name]
+        axes.plot(values, marker="o", markersize=5, markevery=-(-len(values) // NAMED))
+        axes.set(xlabel="after training task", ylabel=label)
         axes.set_ylim(bottom=0)
-    row[0].legend(frameon=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return figure
-
-
-def _lines(axes: Axes, summaries: Sequence[Mapping[str, Any]], name: str) -> None:
-    """A measure over tasks: per method the mean over its runs, with one standard deviation."""
-    methods = list(dict.fromkeys(summary["method"] for summary in summaries))
-    for number, method in enumerate(methods):
-        runs = np.array([s["structure"][name] for s in summaries if s["method"] == method])
-        count = runs.shape[1]
-        stride = -(-count // NAMED)
-        aside = stride * 0.06 * (number - (len(methods) - 1) / 2)  # equal lines stay visible
-        axes.errorbar(
-            np.arange(count) + aside,
-            runs.mean(0),
-            runs.std(0, ddof=1) if len(runs) > 1 else None,
-            color=COLORS[number % len(COLORS)],
-            linestyle=DASHES[number % len(DASHES)],
-            marker=MARKERS[number % len(MARKERS)],
-            markevery=stride,
-            errorevery=stride,
-            markersize=5,
-            elinewidth=0.8,
-            capsize=2,
-            label=method if len(runs) == 1 else f"{method} ({len(runs)} seeds)",
-        )
-    axes.set(xlabel="after training task")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -113,7 +113,8 @@ def test_everything(
         for fact in ("command: python -m ssd.reproduce all", "machine:", "torch ", "seeds: 0, 1"):
             assert fact in text
             assert fact in (out / f"{name}.csv").read_text()
-    for stem in ("table1", "bwt", "table2", "ablations", "structure_cifar10_24"):
+    for stem in ("table1", "bwt", "table2", "ablations", "structure_cifar10_24",
+                 "structure_heat_maps_cifar10_24"):  # fmt: skip
         assert plt.imread(out / f"{stem}.png")[..., :3].std() > 0.02
         assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert not plt.get_fignums()
@@ -132,8 +133,12 @@ def test_everything(
     structure = table(out / "structure.csv")
     for row in structure:
         assert (row["jaccard"] == row["kl_bits"] == "") == (row["method"] == UNKNOWN)
+        # Address and coverage are of an SDMLP; at the large size three methods are run.
+        found = [row[m] != "" for m in ("address_cosine", "effective_rank", "used_fraction")]
+        assert found == [row["method"] in ("sdmlp", "ssd", "ssd+ewc")] * 3
     assert {r["measure"] for r in table(out / "structure_tasks.csv")} == {
-        "mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits"
+        "mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits",
+        "address_cosine", "effective_rank", "used_fraction",
     }  # fmt: skip
     # The second time nothing is trained, and the tables are the same but for their origin.
     trained.clear()
@@ -475,6 +480,38 @@ def test_structure_over_tasks(row: Row) -> None:
     assert stem == "structure_cifar10_10000"
     assert len(figure.axes) == 2
     plt.close(figure)
+
+
+def test_heat_maps(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every panel shows the same neurons in the same order, of a seed that all methods have."""
+    monkeypatch.setattr("ssd.figures.HEAT_MAP_NEURONS", 3)
+    frequency = {
+        "sdmlp": [[0.1, 0.0, 0.9, 0.0, 0.3], [0.1, 0.0, 0.0, 0.5, 0.9]],
+        "ssd+ewc": [[0.1, 0.0, 0.9, 0.0, 0.1], [0.1, 0.0, 0.4, 0.5, 0.7]],
+    }
+    lines = []
+    for method, seeds in (("ssd+ewc", (1, 2)), ("sdmlp", (0, 1)), ("l2", (0, 1)), ("ssd", (1,))):
+        folders = [tmp_path / f"{method}{seed}" for seed in seeds]
+        runs = [{"seed": seed, "mean_entropy_bits": [0.4, 0.2]} for seed in seeds]
+        for folder, seed in zip(folders, seeds, strict=True):
+            folder.mkdir()
+            if method in frequency:  # nothing of ssd is left but its summary
+                values = frequency[method] if seed == 1 else np.zeros((2, 5))
+                np.save(folder / "activation_frequency.npy", values)
+        lines.append(Line(replace(row, method=method), runs, folders=folders))
+    figures = dict(draw("structure", RESULTS["structure"], lines))
+    assert list(figures) == ["structure_cifar10_10000", "structure_heat_maps_cifar10_10000"]
+    panels = [axes for axes in figures["structure_heat_maps_cifar10_10000"].axes if axes.images]
+    assert [axes.get_title() for axes in panels] == ["sdmlp", "ssd+ewc"]
+    for axes, values in zip(panels, frequency.values(), strict=True):
+        # Neurons 4, 2 and 3 are the most active; 2 serves task 0 most, 4 more than 3 task 1.
+        np.testing.assert_array_equal(axes.images[0].get_array(), np.array(values)[:, [2, 4, 3]])
+        assert axes.images[0].get_clim() == (1e-3, 1)
+    for figure in figures.values():
+        plt.close(figure)
+    other = Line(lines[0].row, lines[0].summaries[1:], folders=lines[0].folders[1:])
+    assert len(draw("structure", RESULTS["structure"], [lines[1], other])) == 1  # no common seed
+    plt.close("all")
 
 
 @pytest.mark.parametrize("short", [False, True])

@@ -14,10 +14,8 @@ from ssd.folder import STRUCTURE, SUMMARY
 from ssd.structure import Snapshot, StructureRecorder
 from ssd.structure_report import (
     draw_coverage,
-    draw_entropy,
     draw_transfer,
     pairwise,
-    write_comparison,
     write_structure_figures,
 )
 
@@ -88,56 +86,23 @@ def test_transfer_shows_the_three_matrices(tasks: int) -> None:
     plt.close(figure)
 
 
-def test_lines_are_means_over_the_seeds_of_a_method(tmp_path: Path) -> None:
-    summaries = [
-        finished(tmp_path / f"{method}{seed}", 4, method, seed)
-        for method, seed in (("sdmlp", 0), ("ssd", 1), ("ssd", 2), ("ssd", 3))
-    ]
-    for draw, names in (
-        (draw_entropy, ["mean_entropy_bits"]),
-        (draw_coverage, ["effective_rank", "used_fraction"]),
-    ):
-        figure = draw(summaries)
-        for axes, name in zip(figure.axes, names, strict=True):
-            values = np.array([s["structure"][name] for s in summaries])
-            (alone, _, no_bars), (line, _, (bars,)) = axes.containers
-            assert no_bars == ()
-            np.testing.assert_allclose(alone.get_ydata(), values[0])
-            np.testing.assert_allclose(line.get_ydata(), values[1:].mean(0))
-            heights = [segment[1, 1] - segment[0, 1] for segment in bars.get_segments()]
-            np.testing.assert_allclose(heights, 2 * values[1:].std(0, ddof=1))
-            assert axes.get_ylim()[0] == 0
-        labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-        assert labels == ["sdmlp", "ssd (3 seeds)"]
-        plt.close(figure)
+def test_coverage_shows_the_measures(tmp_path: Path) -> None:
+    summary = finished(tmp_path, 4)
+    figure = draw_coverage(summary)
+    for axes, name in zip(figure.axes, ("effective_rank", "used_fraction"), strict=True):
+        np.testing.assert_array_equal(axes.lines[0].get_ydata(), summary["structure"][name])
+        assert axes.get_ylim()[0] == 0
+    plt.close(figure)
 
 
-def test_comparison_makes_its_folder(tmp_path: Path) -> None:
-    runs = [tmp_path / method for method in ("sdmlp", "ssd")]
-    for run in runs:
-        finished(run, 3, run.name)
-    write_comparison(runs, tmp_path / "new" / "figures")
-    assert {file.name for file in (tmp_path / "new" / "figures").iterdir()} == {
-        f"structure_{name}.{suffix}"
-        for name in ("entropy", "coverage")
-        for suffix in ("png", "pdf")
-    }
-
-
-def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
-    out = tmp_path / "figures"
-    finished(tmp_path / "a", 3)
-    finished(tmp_path / "b", 4)
-    with pytest.raises(UserError, match=r"the runs have \[3, 4\] tasks"):
-        write_comparison([tmp_path / "a", tmp_path / "b"], out)
-    with pytest.raises(UserError, match="no runs to compare"):
-        write_comparison([], out)
-    with pytest.raises(UserError, match="holds no finished run"):
-        write_comparison([tmp_path / "c"], out)
-    (tmp_path / "b" / SUMMARY).write_text('{"method": "ssd"}')
+def test_summaries_without_structure(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    (tmp_path / SUMMARY).write_text('{"method": "ssd"}')
     with pytest.raises(UserError, match="has no structure"):
-        write_comparison([tmp_path / "b"], out)
-    assert not out.exists()
+        write_structure_figures(tmp_path)
+    (tmp_path / SUMMARY).unlink()
+    with pytest.raises(UserError, match="holds no finished run"):
+        write_structure_figures(tmp_path)
 
 
 def test_a_run_without_its_record(tmp_path: Path) -> None:
