@@ -58,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("features", "cifar100"):
         monkeypatch.setitem(config.PROTOCOLS, name, Protocol(2, {}, {}, TINY))
     monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
+    monkeypatch.setattr(experiments, "SHORT_LARGE_SEEDS", (0, 1))
     few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
     monkeypatch.setattr(experiments, "ABLATIONS", few)
     settings = {name: {"share": 0.5} for name in ("cifar10", "cifar100")}
@@ -123,8 +124,9 @@ def test_everything(
     rows = table(out / "table1.csv")
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
-    # Two benchmarks, two seeds; three methods at the large size; the ablations.
-    assert len(trained) == 2 * 2 * len(RUN) + 2 * 2 * 3 + 2 * 3
+    # Two benchmarks, two seeds; three methods of one at the large size; the ablations, and two
+    # methods at another learning rate.
+    assert len(trained) == 2 * 2 * len(RUN) + 2 * 3 + 2 * 3 + 2 * 2
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
     took = entry("all")
     assert took["runs_needed"] == took["runs_trained"] == len(trained) + 4
@@ -440,7 +442,13 @@ def test_short_is_over_all_class_orders_where_claims_are_judged() -> None:
             seeds = {
                 r.method: r.seeds for r in rows if (r.benchmark, r.neurons) == (benchmark, neurons)
             }
-            assert {seeds[m] for m in experiments.SHORT_LARGE} == {experiments.SEEDS}
+            expected = experiments.SEEDS
+            if neurons > experiments.SIZES[0]:
+                expected = experiments.SHORT_LARGE_SEEDS
+                if benchmark.name not in experiments.SHORT_LARGE_ON:
+                    assert not seeds
+                    continue
+            assert {seeds[m] for m in experiments.SHORT_LARGE} == {expected}
 
 
 def test_note_of_networks_that_are_trained_short() -> None:
@@ -518,8 +526,9 @@ def test_heat_maps(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_every_ablation_changes_something(short: bool) -> None:
     features = {benchmark.name: "features.npz" for benchmark in experiments.BENCHMARKS}
     default, *rows = experiments.ablations(short, features)
-    assert {row.factor for row in rows} == set(experiments.ABLATIONS)
-    count = sum(len(values) - 1 for values in experiments.ABLATIONS.values())
-    assert len(rows) == count  # every value but the default
+    assert {row.factor for row in rows} == set(experiments.ABLATIONS) | ({"lr"} if short else set())
+    others = [len(values) - 1 for values in experiments.ABLATIONS.values()]
+    # Every value but the default; --short two at most, and two methods at another learning rate.
+    assert len(rows) == (sum(min(n, 2) for n in others) + 2 if short else sum(others))
     for number, row in enumerate(rows):
         assert row.config not in (default.config, *(other.config for other in rows[:number]))
