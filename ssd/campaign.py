@@ -154,6 +154,10 @@ class Campaign:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
+    def weights(self, job: Job) -> int:
+        """Weights of the encoder of a run."""
+        return self.data[job.row.benchmark.name].x_train.shape[1] * job.row.neurons
+
     def work(self, job: Job) -> float:
         """Size of a run for the time left: the encoder's multiplications."""
         data = self.data[job.row.benchmark.name]

@@ -34,6 +34,9 @@ from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interr
 from ssd.workers import processes_for, train_all
 
 ALL = "all"
+# Encoder weights up to which several processes share the work: larger ones would push one another
+# out of the cache, and one process uses all cores with them.
+SMALL = 2**20
 # Runs of a batch where several processes share the work.
 SIDE_BY_SIDE = 3
 
@@ -153,14 +156,17 @@ class Reproduction:
         return {name: [job for n, job in waiting if n == name] for name in self.results}
 
     def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
-        """Trains the jobs, on a CPU in several processes; Interrupted if Ctrl-C is hit."""
-        own = [job for job in jobs if job.row.peer is None]
+        """Trains the jobs, on a CPU small ones in several processes; Interrupted by Ctrl-C."""
+        own = [
+            job for job in jobs
+            if job.row.peer is None and self.campaign.weights(job) <= SMALL
+        ]  # fmt: skip
         work = sum(self.campaign.work(job) for job in own)
         processes = processes_for(work, len(own), self.campaign.options.device)
         with stop_on_interrupt() as stopped, display.progress:
             if processes > 1:
                 self._train_apart(display, own, processes, stopped)
-                jobs = [job for job in jobs if job.row.peer is not None]
+                jobs = [job for job in jobs if job not in set(own)]
             for batch in batches(jobs):
                 if stopped():
                     raise Interrupted

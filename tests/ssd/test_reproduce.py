@@ -532,3 +532,18 @@ def test_every_ablation_changes_something(short: bool) -> None:
     assert len(rows) == (sum(min(n, 2) for n in others) + 2 if short else sum(others))
     for number, row in enumerate(rows):
         assert row.config not in (default.config, *(other.config for other in rows[:number]))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_processes_train_what_one_would(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["table1", "--only", "cifar10", "24", "sdmlp", "ssd"]
+    assert call(*arguments, "--runs", "runs/one") == 0
+    one = {path.parent.name: path.read_text() for path in Path("runs/one").glob("*/*.csv")}
+    monkeypatch.setattr(reproduce, "processes_for", lambda *_: 2)
+    assert call(*arguments, "--runs", "runs/several") == 0
+    several = {path.parent.name: path.read_text() for path in Path("runs/several").glob("*/*.csv")}
+    assert len(one) == 4
+    assert one == several
+    assert "run 4 of 4" in capsys.readouterr().out
