@@ -172,11 +172,13 @@ class Protocol:
     paper: Mapping[str, Any]
     quick: Mapping[str, Any] = field(default_factory=dict)
     short: Mapping[str, Any] = field(default_factory=dict)
+    sdmlp: Mapping[str, Any] = field(default_factory=dict)  # what its code has other than `paper`
 
 
-# The SDMLP code: 500 epochs a task and N = 5,000,000 for MNIST; the paper: 2,000 on features.
+# The SSD paper: 2,000 epochs a task. The SDMLP code: 500 for MNIST; N = 5,000,000.
+_SDMLP_MNIST = {"epochs": 500}
 _MNIST = {
-    "epochs": 500, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005,
+    "epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005,
     "mas_coefficient": 0.5, "si_coefficient": 1500.0, "si_beta": 0.005, "l2_coefficient": 10.0,
 }  # fmt: skip
 _CIFAR = {
@@ -185,7 +187,13 @@ _CIFAR = {
 }  # fmt: skip
 
 # A neuron counts at most once a sample: epochs x samples of the first task bound what N can be.
+_MNIST_5K = {**_MNIST, "anneal_samples": 175_000}
 _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
+# k = 1: N of the SDMLP code, as neurons are rarely active; one neuron alone cannot be distilled.
+_K1_SUBNETWORK, _K1_ANNEAL_SAMPLES = 2.0, 500_000
+
+_FEATURES_QUICK = {"ewc_coefficient": 100.0, "ewc_beta": 0.02}
+_CIFAR100_QUICK = {**_FEATURES_QUICK, "anneal_samples": 10_000}
 
 # Chosen on the validation split: results/sweeps/mnist-twelve*.md, cifar10-*.md, cifar100*.md.
 _SHORT = {"lr": 2.0, "temperature": 2.0, "alpha": 0.4, "ewc_coefficient": 400.0, "ewc_beta": 0.005}
@@ -194,22 +202,29 @@ _FEATURES_SHORT = {**_SHORT, "epochs": 8, "anneal_samples": 50_000}
 _CIFAR100_SHORT = {**_SHORT, "epochs": 5, "anneal_samples": 3_000, "ewc_coefficient": 800.0}
 
 PROTOCOLS: Mapping[str, Protocol] = {
-    "mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT),
-    "fashion-mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT),
+    "mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
+    "fashion-mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
     "mnist-5k": Protocol(
         5,
-        _MNIST,
+        _MNIST_5K,
         {"epochs": 200, "anneal_samples": 70_000, "eval_every": 20},
         {"epochs": 20, "anneal_samples": 7_000},
+        _SDMLP_MNIST,
     ),
     "cifar10": Protocol(5, _CIFAR, {}, _FEATURES_SHORT),
-    "cifar100": Protocol(50, _CIFAR100, {}, _CIFAR100_SHORT),
-    "features": Protocol(5, _CIFAR, {"ewc_coefficient": 100.0, "ewc_beta": 0.02}, _FEATURES_SHORT),
+    "cifar100": Protocol(50, _CIFAR100, _CIFAR100_QUICK, _CIFAR100_SHORT),
+    "features": Protocol(5, _CIFAR, _FEATURES_QUICK, _FEATURES_SHORT),
 }
 DATASETS = tuple(PROTOCOLS)
 
-# R of the paper's two network sizes.
-PRESETS = ("quick", "short", "paper-1k", "paper-10k")
+# The full protocols: whose they are, R and k.
+_FULL = {
+    f"{whose}-{size}{suffix}": (whose, neurons, k)
+    for whose in ("paper", "sdmlp")
+    for k, suffix in ((10, ""), (1, "-k1"))
+    for neurons, size in ((1_000, "1k"), (10_000, "10k"))
+}
+PRESETS = ("quick", "short", *_FULL)
 
 
 def preset(name: str, dataset: str) -> dict[str, Any]:
@@ -217,7 +232,9 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
 
     `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
     `short` runs in seconds, for `python -m ssd.reproduce --short`, and evaluates after tasks only.
-    `paper-1k` and `paper-10k` are the protocol of the paper at R = 1,000 and 10,000.
+    `paper-1k`, `paper-10k` are the protocol of the SSD paper at R = 1,000 and 10,000, k = 10;
+    `paper-1k-k1`, `paper-10k-k1` at k = 1. `sdmlp-` in place of `paper-` is the SDMLP code's, which
+    is shorter on MNIST.
     """
     if dataset not in PROTOCOLS:
         raise UserError(f"--dataset {dataset} is unknown; choose from {', '.join(DATASETS)}")
@@ -227,15 +244,15 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     if name == "short":
         settings = {**protocol.paper, **protocol.short}
         return {"tasks": protocol.tasks, "eval_every": settings["epochs"], **settings}
-    if name in PRESETS:
-        neurons = 1000 if name == "paper-1k" else 10_000
-        epochs = protocol.paper["epochs"]
-        return {
-            "tasks": protocol.tasks,
-            "neurons": neurons,
-            "eval_every": epochs // 20,
-            **protocol.paper,
-        }
+    if name in _FULL:
+        whose, neurons, k = _FULL[name]
+        settings = {"neurons": neurons, "k": k, **protocol.paper}
+        if whose == "sdmlp":
+            settings |= protocol.sdmlp
+        if k == 1:
+            settings["subnetwork"] = _K1_SUBNETWORK
+            settings["anneal_samples"] = min(_K1_ANNEAL_SAMPLES, settings["anneal_samples"])
+        return {"tasks": protocol.tasks, "eval_every": settings["epochs"] // 20, **settings}
     raise UserError(f"--preset {name} is unknown; choose from {', '.join(PRESETS)}")
 
 
@@ -244,9 +261,12 @@ def resolve(given: Mapping[str, Any]) -> Config:
 
     Args:
         given: settings by name; "preset" names the preset; what is no setting is passed over.
+
+    A feature file cut into as many tasks as Split CIFAR-100 has that protocol: its tasks are short.
     """
     names = {setting.name for setting in fields(Config)}
     dataset = given.get("dataset", "features" if "features" in given else "mnist")
-    settings = preset(given.get("preset", "quick"), dataset)
+    many = dataset == "features" and given.get("tasks") == PROTOCOLS["cifar100"].tasks
+    settings = preset(given.get("preset", "quick"), "cifar100" if many else dataset)
     settings |= {name: value for name, value in given.items() if name in names}
     return Config(**{**settings, "dataset": dataset})

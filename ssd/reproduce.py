@@ -26,9 +26,10 @@ from ssd.data import default_root
 from ssd.errors import UserError
 from ssd.experiments import RESULTS, Row
 from ssd.figures import draw
+from ssd.hints import hints
 from ssd.lines import NOT_RUN, Line
 from ssd.report import save_figure
-from ssd.run import Interrupted, RunOptions, device_name
+from ssd.run import Interrupted, RunOptions, device_name, make_tasks
 from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 from ssd.workers import processes_for, train_all
@@ -150,6 +151,22 @@ class Reproduction:
                         jobs.setdefault(self.campaign.folder(job), (name, job))
         return list(jobs.values())
 
+    def hints(self) -> list[str]:
+        """What the user should know of the networks that may be trained."""
+        rows = dict.fromkeys(job.row for _, job in self._needed())
+        networks = [row for row in rows if row.peer is None or row.peer.method]
+        streams = {(row.benchmark, row.config.tasks): row for row in networks}
+        samples = {
+            stream: len(make_tasks(row.config, self.campaign.data[row.benchmark.name])[0].y_train)
+            for stream, row in streams.items()
+        }
+        found = [
+            f"{row.benchmark.title}: {hint}"
+            for row in networks
+            for hint in hints(row.config, samples[row.benchmark, row.config.tasks])
+        ]
+        return list(dict.fromkeys(found))
+
     def missing(self) -> dict[str, list[Job]]:
         """What each result needs trained that no earlier one does."""
         waiting = [pair for pair in self._needed() if self.campaign.find(pair[1]) is None]
@@ -257,6 +274,8 @@ def execute(arguments: Sequence[str]) -> None:
     notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     for reason in dict.fromkeys(reproduction.refused.values()):
         notices.print(f"note: left out, {reason}", style="yellow")
+    for hint in reproduction.hints():
+        notices.print(f"note: {hint}", style="yellow")
     if "table2" in names and not experiments.PEERS:
         notices.print("note: table2 has no peers yet", style="yellow")
     run_all(reproduction, notices)

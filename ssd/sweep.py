@@ -40,6 +40,7 @@ from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.errors import UserError
 from ssd.folder import SUMMARY, commit, versions
+from ssd.hints import hints
 from ssd.jobs import job_folder, run_jobs
 from ssd.run import Interrupted, RunOptions, make_tasks
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
@@ -332,7 +333,7 @@ def execute(arguments: Sequence[str] | None) -> None:
 
 
 def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Config]]:
-    """The data and each row's settings, which suit one another."""
+    """The data and each row's settings, which suit one another; says what may not be meant."""
     first = sweep.config(sweep.rows[0])
     features = Path(first.features) if first.features else None
     data = load(
@@ -341,8 +342,11 @@ def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Con
     )  # fmt: skip
     # The subset may stand in for MNIST: the settings are then the subset's.
     configs = [sweep.config(row, data.name) for row in sweep.rows]
-    for config in {(c.tasks, c.validation): c for c in configs}.values():
-        make_tasks(config, data)
+    streams = {(c.tasks, c.validation): c for c in configs}
+    samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
+    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation])]
+    for hint in dict.fromkeys(found):
+        notices.print(f"note: {hint}", style="yellow")
     return data, configs
 
 

@@ -34,6 +34,7 @@ from ssd.folder import (
     read_json,
     versions,
 )
+from ssd.hints import hints
 from ssd.report import accuracy_table, seeds_table, write_figures
 from ssd.run import Interrupted, RunOptions, make_tasks, run, run_together
 from ssd.structure_report import write_structure_figures
@@ -261,8 +262,8 @@ def execute(arguments: Sequence[str] | None) -> None:
     if data.name != config.dataset:
         # The subset stands in: everything that is written bears its name and its settings.
         config = resolve({**given, "dataset": data.name})
-    if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
-        notices.print("note: a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
+    for hint in hints(config, len(make_tasks(config, data)[0].y_train)):
+        notices.print(f"note: {hint}", style="yellow")
     folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
     try:
         with stop_on_interrupt() as stopped:

@@ -5,15 +5,73 @@ from math import inf, nan
 
 import pytest
 
-from ssd.config import DATASETS, PRESETS, Config, option, preset
+from ssd.config import DATASETS, PRESETS, Config, option, preset, resolve
 from ssd.errors import UserError
+from ssd.hints import hints
+
+# Training samples of the first task in class order, at least.
+SAMPLES = {
+    "mnist": 12_665, "fashion-mnist": 12_000, "mnist-5k": 800, "cifar10": 10_000,
+    "cifar100": 1_000, "features": 10_000,
+}  # fmt: skip
 
 
 def test_defaults_and_presets_are_valid() -> None:
     Config().validate()
     for name in PRESETS:
         for dataset in DATASETS:
-            Config(**{"dataset": dataset, **preset(name, dataset)}).validate()
+            config = Config(**{"dataset": dataset, **preset(name, dataset)})
+            config.validate()
+            assert hints(config, SAMPLES[dataset]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "neurons", "k"),
+    [
+        ("paper-1k", 2000, 1_000, 10), ("paper-10k", 2000, 10_000, 10),
+        ("paper-1k-k1", 2000, 1_000, 1), ("paper-10k-k1", 2000, 10_000, 1),
+        ("sdmlp-1k", 500, 1_000, 10), ("sdmlp-10k", 500, 10_000, 10),
+        ("sdmlp-1k-k1", 500, 1_000, 1), ("sdmlp-10k-k1", 500, 10_000, 1),
+    ],
+)  # fmt: skip
+def test_full_protocols(name: str, epochs: int, neurons: int, k: int) -> None:
+    for dataset in DATASETS:
+        config = resolve({"preset": name, "dataset": dataset})
+        assert config.epochs == (epochs if "mnist" in dataset else 2000)
+        assert (config.neurons, config.k) == (neurons, k)
+        assert config.subnetwork == (2 if k == 1 else 1)
+    switch = resolve({"preset": name}).anneal_samples
+    assert switch == (500_000 if k == 1 else 5_000_000)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_feature_file_of_50_tasks_is_cifar100(name: str) -> None:
+    given = {"preset": name, "features": "cifar100.npz", "tasks": 50}
+    assert resolve(given) == replace(
+        resolve({"preset": name, "dataset": "cifar100"}),
+        dataset="features",
+        features="cifar100.npz",
+    )
+    five = resolve({**given, "tasks": 5})
+    assert five == resolve({"preset": name, "features": "cifar100.npz"})
+    assert five.anneal_samples >= resolve(given).anneal_samples
+
+
+def test_hints() -> None:
+    one = Config(k=1)
+    assert hints(one, 12_000) == [
+        "a subnetwork of one neuron has nothing to distil; use --subnetwork 2"
+    ]
+    for fine in ({"subnetwork": 2.0}, {"lam": 0.0}, {"method": "lwf"}, {"k": 2}):
+        assert hints(replace(one, **fine), 12_000) == []
+    early = Config(epochs=20, anneal_samples=100_000)
+    assert hints(early, 5_000) == []
+    for schedule in ("gaba", "linear"):
+        [line] = hints(replace(early, schedule=schedule), 4_999)
+        assert "--anneal-samples 100,000 is more than the 99,980 that the first task" in line
+        assert "\n" not in line
+    for flat in ({"schedule": "flat"}, {"method": "relu-mlp"}, {"method": "topk-mlp"}):
+        assert hints(replace(early, **flat), 4_999) == []
 
 
 BAD = [

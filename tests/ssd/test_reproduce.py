@@ -269,6 +269,21 @@ def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert (row["note"], row["seeds"]) == ("", "0 1")
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_hints_of_what_is_trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = Protocol(2, {}, {}, {**TINY, "anneal_samples": 10_000})
+    monkeypatch.setitem(config.PROTOCOLS, "cifar100", tiny)
+    assert call("table1", "--only", "cifar100", "sdmlp", "24") == 0
+    assert call("table1", "--only", "cifar10", "sdmlp", "24") == 0
+    said = [text for text in capsys.readouterr().err.splitlines() if "left out" not in text]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "note: Split CIFAR-100 features (50 tasks): --anneal-samples 10,000 is more than the "
+    )
+
+
 BAD = {
     "unknown result": (["table9"], "table9 is unknown; choose from table1, "),
     "unknown name": (["table1", "--only", "cifar11"], "--only cifar11 is unknown; choose from"),

@@ -28,7 +28,7 @@ neurons = 32
 k = 3
 epochs = 2
 batch_size = 64
-anneal_samples = 300
+anneal_samples = 150
 validation = 0.25
 """
 GRID = (
@@ -161,6 +161,17 @@ def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
     )
     (row,) = rows()
     assert row["mean_accuracy_std"] == ""
+
+
+def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once each, before anything is trained."""
+    base = BASE.replace("k = 3", "k = 1").replace("= 150", "= 300")
+    Path("s.toml").write_text(base + "[grid]\nmax_norm = [1.0, 2.0]")
+    sweep._load(read_sweep(Path("s.toml")), Path(), sweep.Console(stderr=True, soft_wrap=True))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("note: a subnetwork of one neuron has nothing to distil")
+    assert said[1].startswith("note: --anneal-samples 300 is more than the 192 that the first task")
 
 
 def test_runs_are_crossed_with_the_grid(folder: Path) -> None:

@@ -24,7 +24,7 @@ from ssd.run import RunOptions, run
 
 SMALL = [
     *("--tasks", "2", "--neurons", "32", "-k", "3", "--epochs", "2", "--batch-size", "64"),
-    *("--anneal-samples", "300", "--method", "ssd+ewc", "--device", "cpu"),
+    *("--anneal-samples", "250", "--method", "ssd+ewc", "--device", "cpu"),
 ]
 
 
@@ -345,7 +345,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline", "no_figures")
 def test_subset_is_labelled_everywhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--neurons", "32", "-k", "3", "--epochs", "1", "--anneal-samples", "300"]
+    arguments = ["--neurons", "32", "-k", "3", "--epochs", "1", "--anneal-samples", "30"]
     assert train.main(["--dataset", "mnist", "--device", "cpu", *arguments]) == 0
     printed, said = capsys.readouterr()
     assert said.count("\n") == 1
@@ -380,6 +380,15 @@ def test_subset_has_settings_of_its_own() -> None:
     assert resolve(given).epochs == Config().epochs
     assert resolve({**given, "epochs": 3, "dataset": "mnist-5k"}).epochs == 3
     assert subset.lr == 0.1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_hints_are_one_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(small("-k", "1", "--anneal-samples", "257", "--quiet")) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("note: a subnetwork of one neuron has nothing to distil")
+    assert said[1].startswith("note: --anneal-samples 257 is more than the 256 that the first task")
+    assert len(said) == 2
 
 
 def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
