@@ -4,7 +4,7 @@
     seeds = 3                   # runs of each row, with seeds seed, seed + 1, ..
 
     [base]                      # settings of every run: any field of ssd.config.Config
-    validation = 0.1
+    validation = 0.1            # share of the training data to rank on; without it, the test set
 
     [grid]                      # lists; every combination is a row
     alpha = [0.5, 0.7]
@@ -253,6 +253,8 @@ def markdown_text(title: str, varied: Sequence[str], records: Sequence[Mapping[s
         lines.append("| " + " | ".join(texts) + " |")
     found = versions()
     lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
+    if any(record["evaluated_on"] == "test" for record in records):
+        lines += ["", "**Ranked on the TEST set**: nothing may be chosen by this table."]
     lines += ["", f"torch {found['torch']}, Python {found['python']}, commit {commit()}."]
     return "\n".join(lines) + "\n"
 
@@ -345,6 +347,8 @@ def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Con
     streams = {(c.tasks, c.validation): c for c in configs}
     samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
     found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation])]
+    if any(config.validation == 0 for config in configs):
+        found.insert(0, "without validation in [base] the rows are ranked on the test set")
     for hint in dict.fromkeys(found):
         notices.print(f"note: {hint}", style="yellow")
     return data, configs

@@ -103,6 +103,7 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     markdown = Path("out/sweep.md").read_text().splitlines()
     assert "validation" in markdown[0]
     assert "Mean ± standard error of the mean over seeds, each its own class order." in markdown
+    assert "TEST" not in "".join(markdown)
     assert markdown[4].startswith(f"| **{table[0]['method']}** |")
 
 
@@ -175,6 +176,16 @@ def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert said[1].startswith("note: --anneal-samples 300 is more than the 192 that the first task")
 
 
+def test_ranked_on_the_test_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = BASE.replace("validation = 0.25\n", "").replace("seeds = 2", "")
+    Path("s.toml").write_text(content + "[grid]\nlr = [0.5, 1.0]\n")
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    printed, said = capsys.readouterr()
+    assert said == "note: without validation in [base] the rows are ranked on the test set\n"
+    assert printed.startswith("best of 2 (test): ")
+    assert "**Ranked on the TEST set**" in Path("out/sweep.md").read_text()
+
+
 def test_runs_are_crossed_with_the_grid(folder: Path) -> None:
     path = Path("s.toml")
     runs = '[[runs]]\nmethod = "ssd"\nlam = 0.5\n[[runs]]\nmethod = "ewc"\n'
@@ -209,6 +220,7 @@ def test_rank_of_single_runs() -> None:
     assert table[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
     assert table[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
     assert table[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
+    assert "**Ranked on the TEST set**: nothing may be chosen by this table." in table
 
 
 FILES = {
