@@ -7,7 +7,8 @@ from itertools import pairwise
 from statistics import mean
 
 from ssd.experiments import DEFAULT, SHORT_LARGE
-from ssd.lines import NOT_RUN, Line, estimate, shown
+from ssd.lines import NOT_RUN, Line, shown
+from ssd.metrics import estimate
 
 GAIN = 0.05  # of accuracy, from each method to the next
 FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD

@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ssd.experiments import DEFAULT, SHORT_LARGE, Result
 from ssd.folder import read_frequency
-from ssd.lines import Line, estimate
+from ssd.lines import Line
+from ssd.metrics import estimate
 from ssd.report import NAMED, busiest_first, draw_heat_map
 
 # Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from ssd.experiments import Row
 from ssd.folder import FREQUENCY
+from ssd.metrics import estimate
 
 NOT_RUN = "not run"
 DIGITS = {"seconds": 1, "mean_active": 1, "effective_rank": 1}  # all else: 4
@@ -68,11 +68,6 @@ def _measured(summary: Mapping[str, Any], measure: str) -> list[float]:
     values = value if isinstance(value, list) else [value]
     # The first task has nothing to be compared with.
     return [v for v in values if v is not None]
-
-
-def estimate(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error s / sqrt(n); None for the error of a single value."""
-    return mean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else None
 
 
 def shown(measure: str, values: Sequence[float]) -> str:

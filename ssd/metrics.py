@@ -6,6 +6,8 @@ A[t, i] is the accuracy on task i after training task t, rows and columns from 0
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ def forgetting(accuracy: Tensor) -> float:
     if len(accuracy) == 1:
         return 0.0
     return (accuracy[:-1].amax(0) - accuracy[-1])[:-1].mean().item()
+
+
+def estimate(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error s / sqrt(n); None for the error of a single value."""
+    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def activation_entropy(frequency: Tensor) -> Tensor:

@@ -458,7 +458,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def result_table(measured: dict[str, list[Row]], title: str) -> Table:
     """Mean and standard deviation over the seeds."""
-    table = Table("learner", title=title)
+    table = Table("learner", title=title, caption="mean ± standard deviation over seeds")
     for heading in ("mean accuracy", "BWT", "seconds", "settings"):
         table.add_column(heading, justify="left" if heading == "settings" else "right")
     for name, rows in measured.items():

@@ -30,7 +30,15 @@ from ssd.hints import hints
 from ssd.lines import NOT_RUN, Line
 from ssd.report import save_figure
 from ssd.run import Interrupted, RunOptions, device_name, make_tasks
-from ssd.tables import csv_text, markdown_text, provenance, records, rich_table, task_records
+from ssd.tables import (
+    csv_text,
+    doubts,
+    markdown_text,
+    provenance,
+    records,
+    rich_table,
+    task_records,
+)
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 from ssd.workers import processes_for, train_all
 
@@ -295,6 +303,8 @@ def run_all(reproduction: Reproduction, notices: Console) -> None:
         for name, group in waiting.items():
             reproduction.train(display, group)
             result, lines = RESULTS[name], reproduction.write(name)
+            if warning := doubts(lines):
+                notices.print(f"note: {name} shows {warning}", style="yellow")
             console.print(rich_table(f"{name}: {result.title}", result, lines))
             for claim in verdicts(lines) if result.claims else ():
                 console.print(claim)

@@ -4,7 +4,7 @@
     seeds = 3                   # runs of each row, with seeds seed, seed + 1, ..
 
     [base]                      # settings of every run: any field of ssd.config.Config
-    validation = 0.1
+    validation = 0.1            # share of the training data to rank on; without it, the test set
 
     [grid]                      # lists; every combination is a row
     alpha = [0.5, 0.7]
@@ -26,9 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import product
-from math import nan
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +40,7 @@ from ssd.errors import UserError
 from ssd.folder import SUMMARY, commit, versions
 from ssd.hints import hints
 from ssd.jobs import job_folder, run_jobs
+from ssd.metrics import estimate
 from ssd.run import Interrupted, RunOptions, make_tasks
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 from ssd.trainer import Event, Trainer
@@ -59,6 +58,7 @@ SECTIONS = {
 # Settings that belong at the top of the file: they are the same for the whole sweep.
 SHARED = {"dataset", "features"}
 MEASURES = ("mean_accuracy", "bwt", "forgetting", "seconds")
+SPREAD = "mean ± standard error of the mean over seeds, each its own class order"
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,13 @@ class SweepDisplay:
 def rank(
     sweep: Sweep, configs: Sequence[Config], summaries: Sequence[Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """One record a row: its varied settings, then mean and std of each measure over the seeds.
+    """One record a row: its varied settings, then each measure's mean and standard error.
 
     Args:
         configs: of each row. summaries: of each row's runs.
 
     Returns:
-        records, the highest mean accuracy first; the std of a single run is NaN.
+        records, the highest mean accuracy first; the standard error of a single run is None.
     """
     records = []
     for config, group in zip(configs, summaries, strict=True):
@@ -218,34 +218,33 @@ def rank(
             values = [summary[measure] for summary in group]
             if measure == "seconds":  # of all runs that were trained side by side
                 values = [summary["seconds"] / summary["trained_together"] for summary in group]
-            record[measure] = mean(values)
-            record[f"{measure}_std"] = stdev(values) if len(values) > 1 else nan
+            record[measure], record[f"{measure}_standard_error"] = estimate(values)
         record |= {"seeds": len(group), "evaluated_on": group[0]["evaluated_on"]}
         records.append(record)
     return sorted(records, key=lambda record: -record["mean_accuracy"])
 
 
 def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
-    """A record as texts: settings, then `mean ± std` of each measure."""
+    """A record as texts: settings, then `mean ± standard error` of each measure."""
     texts = [f"{record[n]:g}" if isinstance(record[n], float) else str(record[n]) for n in varied]
     for measure in MEASURES:
         digits = 1 if measure == "seconds" else 4
-        text, deviation = f"{record[measure]:.{digits}f}", record[f"{measure}_std"]
-        texts.append(text if deviation != deviation else f"{text} ± {deviation:.{digits}f}")
+        text, error = f"{record[measure]:.{digits}f}", record[f"{measure}_standard_error"]
+        texts.append(text if error is None else f"{text} ± {error:.{digits}f}")
     return texts
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """sweep.csv: full precision; a deviation that is not known is empty."""
+    """sweep.csv: full precision; a standard error that is not known is empty."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({n: "" if v != v else v for n, v in record.items()} for record in records)
+    writer.writerows(records)
     return stream.getvalue()
 
 
 def markdown_text(title: str, varied: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
-    """sweep.md: the table, the best row in bold, and what it was measured with."""
+    """sweep.md: the table, the best row in bold, what it was measured on and with."""
     header = [*varied, *(measure.replace("_", " ") for measure in MEASURES)]
     lines = [f"# {title}", "", " | ".join(["", *header, ""]).strip(), "|---" * len(header) + "|"]
     for number, record in enumerate(records):
@@ -253,13 +252,16 @@ def markdown_text(title: str, varied: Sequence[str], records: Sequence[Mapping[s
         texts = [f"**{text}**" for text in texts] if number == 0 else texts
         lines.append("| " + " | ".join(texts) + " |")
     found = versions()
+    lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
+    if any(record["evaluated_on"] == "test" for record in records):
+        lines += ["", "**Ranked on the TEST set**: nothing may be chosen by this table."]
     lines += ["", f"torch {found['torch']}, Python {found['python']}, commit {commit()}."]
     return "\n".join(lines) + "\n"
 
 
 def result_table(title: str, varied: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Table:
     """The ranking for a terminal; * marks the best."""
-    table = Table(title=title, title_style="bold")
+    table = Table(title=title, title_style="bold", caption=SPREAD)
     table.add_column("")
     for name in (*varied, *(measure.replace("_", " ") for measure in MEASURES)):
         table.add_column(name, justify="right", overflow="fold")
@@ -345,6 +347,8 @@ def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Con
     streams = {(c.tasks, c.validation): c for c in configs}
     samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
     found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation])]
+    if any(config.validation == 0 for config in configs):
+        found.insert(0, "without validation in [base] the rows are ranked on the test set")
     for hint in dict.fromkeys(found):
         notices.print(f"note: {hint}", style="yellow")
     return data, configs

@@ -15,9 +15,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ssd.claims import verdicts
-from ssd.experiments import DEFAULT, PAPER_ENTROPY, Result, Row
+from ssd.experiments import DEFAULT, PAPER_ENTROPY, Published, Result, Row
 from ssd.folder import commit, versions
-from ssd.lines import NOT_RUN, Line, estimate, seconds, shown
+from ssd.lines import NOT_RUN, Line, seconds, shown
+from ssd.metrics import estimate
+
+# What ± and the columns *_standard_error are.
+SPREAD = "standard error of the mean over seeds, each seed its own class order (0: in order)"
 
 
 def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -57,10 +61,10 @@ def _key(row: Row) -> dict[str, Any]:
 
 def cells(result: Result, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """The table as texts for a reader: its header and a list a row."""
-    ablated = any(line.row.factor for line in lines)
+    ablated, published = any(line.row.factor for line in lines), _published(result, lines)
     header = ["benchmark", "R", "method", *(["factor", "value"] if ablated else [])]
     header += [measure.replace("_", " ") for measure in result.measures]
-    header += ["to default"] if ablated else ["paper", "ours - paper"]
+    header += ["to default"] if ablated else ["paper", "ours - paper"] if published else []
     body = []
     for line, record in zip(lines, records(result, lines), strict=True):
         row = line.row
@@ -69,12 +73,18 @@ def cells(result: Result, lines: Sequence[Line]) -> tuple[list[str], list[list[s
         texts += [shown(m, line.values(m)) or _why_empty(line) for m in result.measures]
         if ablated:
             texts.append(_signed(record["difference_to_default"]))
-        else:
+        elif published:
             mark = " (inferred)" if record["paper_inferred"] else ""
             texts.append("" if record["paper"] is None else f"{record['paper']:g}{mark}")
             texts.append(_signed(record["difference"]))
         body.append([*texts, f"{len(line.summaries)} of {len(row.seeds)}", line.note])
     return [*header, "seeds", "note"], body
+
+
+def _published(result: Result, lines: Sequence[Line]) -> list[Published]:
+    """The publications' figures that a table shows."""
+    found = (line.row.published(result.measures[0]) for line in lines)
+    return [figure for figure in found if figure is not None]
 
 
 def _why_empty(line: Line) -> str:
@@ -89,8 +99,10 @@ def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
     """Where the figures come from: command, commits, machines, versions, seeds, time."""
     summaries = [summary for line in lines for summary in line.summaries]
     seeds = sorted({s["seed"] for s in summaries})
-    commits = sorted({s["commit"] for s in summaries})
+    commits = _commits(lines)
+    warning = doubts(lines)
     return {
+        **({"warning": warning} if warning else {}),
         "command": command,
         "commit": commit(),
         "commits of the runs": ", ".join(commits) or NOT_RUN,
@@ -101,6 +113,21 @@ def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
         "evaluated on": ", ".join(sorted({s["evaluated_on"] for s in summaries})) or NOT_RUN,
         "wall time of the runs": f"{sum(map(seconds, summaries)):.0f} s in {len(summaries)} runs",
     }
+
+
+def _commits(lines: Sequence[Line]) -> list[str]:
+    return sorted({summary["commit"] for line in lines for summary in line.summaries})
+
+
+def doubts(lines: Sequence[Line]) -> str:
+    """Why the runs of a table cannot be repeated from one commit; empty if they can."""
+    commits = _commits(lines)
+    found = [f"of {len(commits)} commits"] if len(commits) > 1 else []
+    if any(commit.endswith("-dirty") for commit in commits):
+        found.append("with uncommitted changes")
+    if "unknown" in commits:
+        found.append("of an unknown commit")
+    return f"runs {', '.join(found)}" if found else ""
 
 
 def machine() -> str:
@@ -126,7 +153,7 @@ def processor() -> str:
 def csv_text(table: Sequence[Mapping[str, Any]], origin: Mapping[str, str]) -> str:
     """A table in full precision; the lines before its header start with # and say its origin."""
     stream = io.StringIO()
-    for name, text in origin.items():
+    for name, text in {"spread": SPREAD, **origin}.items():
         stream.write(f"# {name}: {text}\n")
     if table:
         writer = csv.DictWriter(stream, list(table[0]), lineterminator="\n")
@@ -142,11 +169,12 @@ def markdown_text(
     header, body = cells(result, lines)
     text = [f"# {title}", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     text += [f"| {' | '.join(row)} |" for row in body]
-    text += ["", "Mean ± standard error over seeds, each seed its own class order (0: in order)."]
-    sources = {p.source: p for line in lines if (p := line.row.published(result.measures[0]))}
-    if sources:
-        text += [f"Published figures: {'; '.join(sources)}; inferred: which row it is of is our",
-                 "reading."]  # fmt: skip
+    text += ["", f"± is the {SPREAD}."]
+    if published := _published(result, lines):
+        sources = "; ".join(dict.fromkeys(figure.source for figure in published))
+        inferred = any(figure.inferred for figure in published)
+        meaning = "; inferred: which row it is of is our reading" if inferred else ""
+        text += [f"Published figures: {sources}{meaning}."]
     if "mean_entropy_bits" in result.measures:
         text += [f"For comparison, {PAPER_ENTROPY} (data set and size are not named)."]
     if result.claims:
@@ -174,10 +202,12 @@ def task_records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
 def rich_table(title: str, result: Result, lines: Sequence[Line]) -> Table:
     """The first measure of the table, for a terminal; * marks what is inferred."""
     measure, ablated = result.measures[0], any(line.row.factor for line in lines)
+    published = _published(result, lines)
     header = ["benchmark", "R", "method", *(["factor", "value"] if ablated else [])]
     header += [measure.replace("_", " ")]
-    header += ["to default"] if ablated else ["paper", "ours - paper"]
+    header += ["to default"] if ablated else ["paper", "ours - paper"] if published else []
     table = Table(title=title, title_style="bold", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.caption = "± standard error" + "; * inferred" * any(p.inferred for p in published)
     for name in [*header, "seeds"]:
         table.add_column(name, no_wrap=True)
     for line, record in zip(lines, records(result, lines), strict=True):
@@ -187,7 +217,7 @@ def rich_table(title: str, result: Result, lines: Sequence[Line]) -> Table:
         texts.append(shown(measure, line.values(measure)) or _why_empty(line))
         if ablated:
             texts.append(_signed(record["difference_to_default"]))
-        else:
+        elif published:
             paper = "" if record["paper"] is None else f"{record['paper']:g}{mark}"
             texts += [paper, _signed(record["difference"])]
         table.add_row(*texts, f"{len(line.summaries)} of {len(row.seeds)}")

@@ -285,10 +285,11 @@ def result_line(summary: dict[str, Any]) -> str:
     """Mean accuracy and BWT of one run, or of several with their deviation."""
     if "seeds" not in summary:
         return f"mean accuracy {summary['mean_accuracy']:.4f}  BWT {summary['bwt']:+.4f}"
-    return "  ".join(
+    texts = [
         f"{label} {summary[measure]['mean']:.4f} ± {summary[measure]['std']:.4f}"
         for label, measure in (("mean accuracy", "mean_accuracy"), ("BWT", "bwt"))
-    )
+    ]
+    return "  ".join(texts) + f"  (± std of {len(summary['seeds'])} seeds)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -165,7 +165,9 @@ def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
     arguments = ["--features", str(archive(tmp_path / "tiny.npz")), "--tasks", "2"]
     arguments += ["--neurons", "20", "--seeds", "2", "--out", str(out)]
     assert peers.main(arguments) == 0
-    assert "tiny, 2 tasks, R = 20, 2 seeds" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tiny, 2 tasks, R = 20, 2 seeds" in printed
+    assert "mean ± standard deviation over seeds" in printed
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for entry in some:

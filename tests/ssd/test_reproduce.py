@@ -23,9 +23,10 @@ from ssd.config import Config, Protocol
 from ssd.data import Task
 from ssd.experiments import PAPER, RESULTS, TABLE1, Peer, Row
 from ssd.figures import draw
-from ssd.lines import Line, estimate
+from ssd.lines import Line
+from ssd.metrics import estimate
 from ssd.run import Interrupted
-from ssd.tables import records, task_records
+from ssd.tables import markdown_text, provenance, records, task_records
 
 TINY = {
     "epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0
@@ -51,6 +52,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar10.npz"), 96)
     write_features(Path("data/features/cifar100.npz"), 120)
     benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
+    for module in ("run", "campaign"):
+        monkeypatch.setattr(f"ssd.{module}.commit", lambda: "c0ffee")  # of a run, never dirty
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     monkeypatch.setattr(experiments, "SHORT_OWN", {})
     monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
@@ -114,6 +117,10 @@ def test_everything(
         for fact in ("command: python -m ssd.reproduce all", "machine:", "torch ", "seeds: 0, 1"):
             assert fact in text
             assert fact in (out / f"{name}.csv").read_text()
+        assert "± is the standard error of the mean over seeds" in text
+        assert "warning" not in text
+        spread = (out / f"{name}.csv").read_text().splitlines()[0]
+        assert spread.startswith("# spread: standard error of the mean over seeds")
     for stem in ("table1", "bwt", "table2", "ablations", "structure_cifar10_24",
                  "structure_heat_maps_cifar10_24"):  # fmt: skip
         assert plt.imread(out / f"{stem}.png")[..., :3].std() > 0.02
@@ -408,6 +415,53 @@ def test_published_figures(row: Row) -> None:
         assert neurons in experiments.SIZES
         assert method in methods
         assert measure in ("mean_accuracy", "bwt")
+
+
+def test_inferred_is_explained_where_it_is_shown(row: Row) -> None:
+    small = replace(row, config=replace(row.config, neurons=1000))
+    for name, shows in (("table1", True), ("bwt", False)):
+        lines = [line("sdmlp", [0.7], 0.1, row), line("ssd+ewc", [0.7], 0.1, small)]
+        text = markdown_text("title", RESULTS[name], lines, {})
+        assert "Published figures: Xue et al., AAAI 2026" in text
+        assert ("inferred: which row it is of" in text) is shows
+    # Where nothing was published there are no columns for it.
+    text = markdown_text("title", RESULTS["bwt"], [line("ssd+ewc", [0.7], 0.1, row)], {})
+    assert "| method | bwt | forgetting | seeds | note |" in text
+
+
+@pytest.mark.parametrize(
+    ("commits", "warning"),
+    [
+        (["a", "a"], ""),
+        (["a", "b"], "runs of 2 commits"),
+        (["a-dirty", "a-dirty"], "runs with uncommitted changes"),
+        (["a", "a-dirty"], "runs of 2 commits, with uncommitted changes"),
+        (["unknown"], "runs of an unknown commit"),
+        ([], ""),
+    ],
+)
+def test_runs_of_several_commits(row: Row, commits: list[str], warning: str) -> None:
+    runs = [
+        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0}
+        for n, c in enumerate(commits)
+    ]
+    origin = provenance("command", [Line(row, runs)])
+    assert origin.get("warning", "") == warning
+    assert ("warning" in origin) == bool(warning)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_warning_of_several_commits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("table1", "--only", "cifar10", "sdmlp", "24") == 0
+    monkeypatch.setattr("ssd.run.commit", lambda: "decaf-dirty")
+    assert call("table1", "--only", "cifar10", "ssd", "24") == 0
+    said = capsys.readouterr().err
+    warning = "runs of 2 commits, with uncommitted changes"
+    assert said.count(f"note: table1 shows {warning}\n") == 1
+    text = (folder / "results/reproduction-short/table1.md").read_text()
+    assert f"- warning: {warning}" in text
 
 
 def test_standard_error() -> None:

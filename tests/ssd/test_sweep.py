@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import isnan
+from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -87,7 +87,7 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             share = "trained_together" if measure == "seconds" else None
             values = [s[measure] / s.get(share, 1) for s in group]
             assert float(row[measure]) == pytest.approx(mean(values))
-            assert float(row[f"{measure}_std"]) == pytest.approx(stdev(values))
+            assert float(row[f"{measure}_standard_error"]) == pytest.approx(stdev(values) / sqrt(2))
         assert row["seeds"] == "2"
         assert row["evaluated_on"] == "validation"
     accuracies = [float(row["mean_accuracy"]) for row in table]
@@ -102,6 +102,8 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{accuracies[0]:.4f}" in marked[0]
     markdown = Path("out/sweep.md").read_text().splitlines()
     assert "validation" in markdown[0]
+    assert "Mean ± standard error of the mean over seeds, each its own class order." in markdown
+    assert "TEST" not in "".join(markdown)
     assert markdown[4].startswith(f"| **{table[0]['method']}** |")
 
 
@@ -160,7 +162,7 @@ def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
         run(config, data, Path("alone"), options)["accuracy_matrix"] == (summary["accuracy_matrix"])
     )
     (row,) = rows()
-    assert row["mean_accuracy_std"] == ""
+    assert row["mean_accuracy_standard_error"] == ""
 
 
 def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +174,16 @@ def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(said) == 2
     assert said[0].startswith("note: a subnetwork of one neuron has nothing to distil")
     assert said[1].startswith("note: --anneal-samples 300 is more than the 192 that the first task")
+
+
+def test_ranked_on_the_test_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = BASE.replace("validation = 0.25\n", "").replace("seeds = 2", "")
+    Path("s.toml").write_text(content + "[grid]\nlr = [0.5, 1.0]\n")
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    printed, said = capsys.readouterr()
+    assert said == "note: without validation in [base] the rows are ranked on the test set\n"
+    assert printed.startswith("best of 2 (test): ")
+    assert "**Ranked on the TEST set**" in Path("out/sweep.md").read_text()
 
 
 def test_runs_are_crossed_with_the_grid(folder: Path) -> None:
@@ -201,13 +213,14 @@ def test_rank_of_single_runs() -> None:
         [[{**summary, "mean_accuracy": 0.25}], [{**summary, "mean_accuracy": 0.75}]],
     )
     assert [r["k"] for r in records] == [2, 1]
-    assert all(isnan(r["bwt_std"]) for r in records)
+    assert all(r["bwt_standard_error"] is None for r in records)
     assert cells(records[0], ["k"]) == ["2", "0.7500", "-0.5000", "0.5000", "2.0"]
     assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,1,test"
     table = markdown_text("title", ["k"], records).splitlines()
     assert table[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
     assert table[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
     assert table[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
+    assert "**Ranked on the TEST set**: nothing may be chosen by this table." in table
 
 
 FILES = {

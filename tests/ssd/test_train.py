@@ -306,6 +306,7 @@ def test_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(orders) > 1
     mean, std = (aggregate["mean_accuracy"][key] for key in ("mean", "std"))
     assert f"mean accuracy {mean:.4f} ± {std:.4f}" in printed
+    assert "(± std of 3 seeds)" in printed
     assert "already holds a run" in refused(folder, capsys, small("--seeds", "3", "--out", "s"))
     (folder / "s" / SUMMARY).unlink()
     (folder / "s" / "seed3" / SUMMARY).unlink()
