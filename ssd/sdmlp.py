@@ -71,7 +71,7 @@ class AnnealedTopKLinear(TopKLinear):
         self._scratch = Scratch()
         self._response: Tensor | None = None
         self._excited = True
-        self._responded = -1
+        self._responded = (-1, -1)
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -117,12 +117,14 @@ class AnnealedTopKLinear(TopKLinear):
         """gaba(), None once it is 1 everywhere, and whether any neuron is excited (g <= 0)."""
         if self.schedule != "gaba":
             return None, False
-        if self._responded != self.counts._version:
+        # A Triton kernel that counts leaves the version of counts as it was; that of samples moves.
+        now = (self.counts._version, self.samples._version)
+        if self._responded != now:
             gaba = self.gaba()
             least = gaba.min()
             self._response = None if least >= 1 else gaba
             self._excited = bool(least <= 0)
-            self._responded = self.counts._version
+            self._responded = now
         return self._response, self._excited
 
     @torch.no_grad()

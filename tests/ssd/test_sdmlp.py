@@ -176,3 +176,14 @@ def test_estimating_scores_changes_no_bit(
 def test_unknown_schedule() -> None:
     with pytest.raises(ValueError, match="sometimes"):
         AnnealedTopKLinear(3, 4, 2, schedule="sometimes")
+
+
+def test_the_response_is_renewed_though_a_kernel_counts_unseen() -> None:
+    """As Triton's do: memory changes, the tensor's version does not."""
+    layer = AnnealedTopKLinear(3, 4, 2, anneal_samples=10)
+    assert layer.response()[1]
+    version = layer.counts._version
+    layer.counts.numpy()[:] = 10
+    layer.samples += 1
+    assert layer.counts._version == version
+    assert layer.response() == (None, False)
