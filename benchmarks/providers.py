@@ -12,6 +12,7 @@ from benchmarks.cases import Case, Shape
 BUILDERS: dict[str, Callable[[Shape, torch.device], Case]] = {
     "topk": selecting.topk,
     "linear_topk": selecting.linear_topk,
+    "linear_active": selecting.linear_active,
     "linear_inhibit": selecting.linear_inhibit,
     "sparse_linear": coded.sparse_linear,
     "count_active": coded.count_active,

@@ -1,4 +1,4 @@
-"""Cases of the ops that select: topk, linear_topk, linear_inhibit."""
+"""Cases of the ops that select: topk, linear_topk, linear_inhibit, linear_active."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmarks import gate, peers
 from benchmarks.cases import Case, Provider, Shape
 from benchmarks.common import compiled, impls, normal
 from ssd_kernels import reference
+from ssd_kernels.linear_active import Scratch
 
 
 def topk(shape: Shape, device: torch.device) -> Case:
@@ -190,3 +191,39 @@ def linear_inhibit(shape: Shape, device: torch.device) -> Case:
         size,
         2 * batch * d * neurons,
     )
+
+
+def linear_active(shape: Shape, device: torch.device) -> Case:
+    batch, d, neurons, k = (shape.sizes[name] for name in ("B", "d", "R", "k"))
+    scratch = Scratch()
+
+    def inputs() -> Any:
+        gaba = torch.linspace(0.5, 1, neurons, device=device, dtype=shape.dtype)
+        return *(normal(shape, device, *size) for size in ((batch, d), (neurons, d))), gaba
+
+    def library(given: Any) -> Any:
+        x, weight, gaba = given
+        a = F.linear(x, weight).relu()
+        hidden = (a - gaba * torch.topk(a, k + 1).values[:, k:]).relu()
+        firing = hidden.any(0).nonzero().squeeze(1)
+        return hidden[:, firing], firing
+
+    def call(given: Any, impl: str | None) -> Any:
+        x, weight, gaba = given
+        return ours.linear_active(x, weight, k, gaba, scratch=scratch, impl=impl)
+
+    def check(_: str, given: Any, result: Any) -> str:
+        values, firing = result
+        rows = gate.sample_rows(given[0])
+        x, weight, gaba = (t.double() for t in given)
+        true = reference.linear_inhibit(x[rows], weight, k, gaba)
+        dense = values.new_zeros(true.shape).index_copy_(1, firing, values[rows])
+        return gate.close("h", dense, true)
+
+    named = "F.linear + torch.topk"
+    size = (batch * d + neurons * d + neurons) * shape.dtype.itemsize
+    return Case(
+        shape.op, shape.mode, shape.dtype, shape.sizes, inputs,
+        impls("linear_active", device, call) | {named: library}, check, size,
+        2 * batch * d * neurons,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ SHAPES = CUDA if DEVICE.type == "cuda" else CPU
 BASELINES = {
     "topk": "torch.topk",
     "linear_topk": "F.linear + torch.topk",
+    "linear_active": "F.linear + torch.topk",
     "linear_inhibit": "F.linear + torch.topk",
     "sparse_linear": "dense matmul",
     "count_active": "index_add_",
