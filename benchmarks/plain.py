@@ -13,13 +13,29 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class PlainSDMLP(nn.Module):
-    """SDMLP after its GABA switch, dense: x [B, d] -> logits [B, C] and hidden [B, R]."""
+    """SDMLP, dense: x [B, d] -> logits [B, C] and hidden [B, R].
 
-    def __init__(self, encoder: Tensor, decoder: Tensor, k: int) -> None:
+    Args:
+        encoder: [R, d]. decoder: [R, C]. k: active neurons.
+        counts: [R] how often each neuron was active; None: the GABA switch is over.
+        anneal_samples: activations until a neuron is inhibited in full.
+    """
+
+    counts: Tensor | None
+
+    def __init__(
+        self,
+        encoder: Tensor,
+        decoder: Tensor,
+        k: int,
+        counts: Tensor | None = None,
+        anneal_samples: int = 1,
+    ) -> None:
         super().__init__()
         self.encoder = nn.Linear(encoder.shape[1], encoder.shape[0], bias=False)
         self.decoder = nn.Linear(decoder.shape[0], decoder.shape[1], bias=False)
-        self.k = k
+        self.k, self.anneal_samples = k, anneal_samples
+        self.register_buffer("counts", None if counts is None else counts.clone())
         with torch.no_grad():
             self.encoder.weight.copy_(encoder)
             self.decoder.weight.copy_(decoder.T)
@@ -27,7 +43,11 @@ class PlainSDMLP(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         a = self.encoder(F.normalize(x.relu(), dim=1)).relu()
         inhibition = a.detach().topk(self.k + 1).values[:, -1:]
+        if self.counts is not None:
+            inhibition = inhibition * (2 * self.counts / self.anneal_samples - 1).clamp(-1, 1)
         hidden = (a - inhibition).relu()
+        if self.training and self.counts is not None:
+            self.counts += (hidden > 0).sum(0)
         return self.decoder(hidden), hidden
 
 

@@ -1,8 +1,9 @@
-"""Tables on the terminal, a figure and a Markdown table from the rows of a run.
+"""Tables on the terminal, a figure and Markdown tables from the rows of a run.
 
     python -m benchmarks.report FILE.csv docs/performance.md
 
-puts the medians of a CSV file between the two marker comments of a Markdown file.
+puts the medians of a CSV file between the two marker comments of a Markdown file, and what they say
+of the targets between two more, if it has those.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import step_targets
 from benchmarks.record import Row, read
 from benchmarks.targets import targets
 
@@ -127,14 +129,24 @@ def markdown(rows: list[Row]) -> str:
         for provider, metrics in providers.items():
             row = metrics.get("time") or next(iter(metrics.values()))
             taken = f"{_text(row.p50)} {row.unit}" if row.correct else "wrong result"
+            counted = [f"{n} {_text(m.p50)}" for n, m in metrics.items() if m.unit == ""]
+            taken = ", ".join([taken, *counted]) if "time" in metrics else taken
             cells = f"{op} {mode}", f"{dtype} {sizes}".strip(), provider, taken
             lines.append(f"| {' | '.join(cells)} | {_text(row.roofline_fraction)} |")
     return "\n".join(lines)
 
 
-def insert(document: str, table: str, name: str) -> str:
-    """The document with `table` between the markers of the benchmark `name`."""
-    begin, end = f"<!-- medians {name} -->", f"<!-- /medians {name} -->"
+def fill(document: str, rows: list[Row], name: str) -> str:
+    """The document with every table that it has markers for, of the benchmark `name`."""
+    document = insert(document, markdown(rows), f"medians {name}")
+    if f"<!-- targets {name} -->" in document:
+        document = insert(document, step_targets.markdown(rows), f"targets {name}")
+    return document
+
+
+def insert(document: str, table: str, marker: str) -> str:
+    """The document with `table` between <!-- marker --> and <!-- /marker -->."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     if not pattern.search(document):
         raise ValueError(f"the document has no {begin} .. {end}")
@@ -144,4 +156,4 @@ def insert(document: str, table: str, name: str) -> str:
 if __name__ == "__main__":
     source, document = map(Path, sys.argv[1:])
     text = document.read_text(encoding="utf-8")
-    document.write_text(insert(text, markdown(read(source)), source.stem), encoding="utf-8")
+    document.write_text(fill(text, read(source), source.stem), encoding="utf-8")

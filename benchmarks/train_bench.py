@@ -4,16 +4,14 @@
 
 Providers of a step: ours; plain (benchmarks/plain.py: dense eager autograd, a DataLoader, an
 optimiser, the teacher at every step); compiled, the same under torch.compile; and the float32
-product x W1^T alone, the floor of every method that computes all scores in float32.
+product of x and W1 alone, the floor of every method that computes all scores in float32, as one
+writes it and in the order that a CPU multiplies fastest.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -26,192 +24,88 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import record
-from benchmarks.plain import PlainSDMLP, PlainStep, batches
+from benchmarks import record, step_cases, step_targets
+from benchmarks.step_cases import EXCITED, SWITCHING, Problem, make_trainer, step_of
 from benchmarks.timing import Run, alternate
-from ssd.config import Config
-from ssd.data import Task
-from ssd.learner import Learner, build_model
-from ssd.trainer import Trainer
 
-CLASSES = 10
-SAMPLES = 10  # batches in the synthetic task
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The size of a step; B, d, R, k as everywhere."""
-
-    B: int = 128
-    d: int = 256
-    R: int = 10_000
-    k: int = 10
-
-    def shape(self, **more: int) -> dict[str, int]:
-        return {"B": self.B, "d": self.d, "R": self.R, "k": self.k, "C": CLASSES, **more}
-
-
-def features(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rectified clusters, as the features of a network are; [N, d] and labels [N]."""
-    count = problem.B * SAMPLES
-    y = torch.arange(count, device=device) % CLASSES
-    centres = 1.5 * torch.randn(CLASSES, problem.d, device=device)
-    return (centres[y] + torch.randn(count, problem.d, device=device)).relu(), y
-
-
-def make_trainer(
-    problem: Problem, method: str, device: torch.device, ewc_tasks: int = 1, seeds: int = 1
-) -> Trainer:
-    """A trainer in its second task: the GABA switch is over and there is a teacher."""
-    torch.manual_seed(0)
-    x, y = features(problem, device)
-    task = Task(tuple(range(CLASSES)), x, y, x[:10], y[:10])
-    learners = []
-    for seed in range(seeds):
-        config = Config(
-            method=method, neurons=problem.R, k=problem.k, batch_size=problem.B, schedule="flat",
-            tasks=2, seed=seed,
-        )  # fmt: skip
-        learners.append(
-            Learner(config, [task, task], build_model(config, problem.d, CLASSES).to(device))
-        )
-    trainer = Trainer(learners)
-    for step in range(20):
-        step_of(trainer, step % SAMPLES)()
-    for learner in learners:
-        for regularizer in learner.regularizers * ewc_tasks:
-            regularizer.end_task(x, torch.arange(len(x), device=device))
-        if learner.distiller is not None:
-            learner.distiller.end_task(x)
-            learner.distiller.begin_task(x)
-    trainer.task = 1
-    return trainer
-
-
-def step_of(trainer: Trainer, batch: int) -> Run:
-    size = trainer.config.batch_size
-    samples = torch.arange(batch * size, (batch + 1) * size, device=trainer.device)
-    return lambda: trainer.step([samples] * len(trainer.learners))
-
-
-def repeated(trainer: Trainer) -> Run:
-    """A step as training takes it: on CUDA a replay of the graph."""
-    if trainer.resident is None:
-        return step_of(trainer, 0)
-    trainer.load_task()
-    return trainer.resident.first_step()
-
-
-def endless(x: Tensor, y: Tensor, size: int) -> Iterator[list[Tensor]]:
-    while True:
-        yield from batches(x, y, size)
-
-
-def step_runs(
-    problem: Problem, method: str, device: torch.device, compiled: bool
-) -> dict[str, Run]:
-    """A step of every provider, from the same weights."""
-    trainer = make_trainer(problem, method, device)
-    (learner,) = trainer.learners
-    encoder, decoder = (p.detach() for p in learner.parameters)
-    task = learner.tasks[0]
-    neurons = torch.zeros(0, dtype=torch.int64)
-    if learner.distiller is not None:
-        neurons = learner.distiller.neurons["encoder"]
-
-    def plain() -> PlainStep:
-        model = PlainSDMLP(encoder, decoder, problem.k).to(device)
-        teacher = PlainSDMLP(encoder, decoder, problem.k).to(device) if len(neurons) else None
-        return PlainStep(model, teacher, neurons, trainer.config.lr)
-
-    expected = plain().loss(task.x_train, task.y_train).item()
-    stepper, stream = plain(), endless(task.x_train, task.y_train, problem.B)
-    eager = [step_of(trainer, batch) for batch in range(SAMPLES)]
-    ours = cycle(eager if trainer.resident is None else [repeated(trainer)])
-    address = F.normalize(task.x_train[: problem.B], dim=1)
-    runs: dict[str, Run] = {
-        "ours": lambda: next(ours)(),
-        "plain": lambda: stepper(*next(stream)),
-        "float32 product alone": lambda: address @ encoder.T,
-    }
-    if compiled:
-        fast = plain().compiled()
-        runs["compiled"] = lambda: fast(*next(stream))
-    check(trainer, expected)
-    return runs
-
-
-def check(trainer: Trainer, expected: float) -> None:
-    """The providers must compute the same loss, or their times mean nothing."""
-    (learner,) = trainer.learners
-    task = learner.tasks[0]
-    with torch.no_grad():
-        logits = learner.model(task.x_train)
-        samples = torch.arange(len(task.y_train), device=logits.device)
-        if learner.distiller is None:
-            loss = F.cross_entropy(logits, task.y_train).item()
-        else:
-            loss = learner.distiller.loss(logits, task.y_train, samples).item()
-    if abs(loss - expected) > 1e-4 * max(1.0, abs(expected)):
-        raise SystemExit(f"train_bench: our loss {loss} is not the plain one {expected}")
-
-
-def parts(problem: Problem, device: torch.device) -> dict[str, Run]:
-    """The two halves of our SSD step: what depends on all neurons, and what does not."""
-    trainer = make_trainer(problem, "ssd", device)
-    (learner,) = trainer.learners
-    encoder = learner.model.encoder
-    samples = torch.arange(problem.B, device=device)
-    step_of(trainer, 0)()  # loads the task
-    address = learner.inputs[samples]
-    code = encoder.code(address)
-    assert code is not None
-
-    def backward() -> None:
-        trainer._sparse_step({0: (address, code._replace(values=code.values.detach()))}, [samples])
-
-    return {"encode": lambda: encoder.code(address), "backward + update": backward}
+Shape = dict[str, int]
+Grown = dict[str, dict[str, dict[int, float]]]
 
 
 class Bench:
     """Times runs in turns and writes a row for each."""
 
-    def __init__(self, writer: record.Writer, device: torch.device, seconds: float) -> None:
-        self.writer, self.device, self.seconds = writer, device, seconds
+    def __init__(self, writer: record.Writer, device: torch.device, quick: bool) -> None:
+        self.writer, self.device, self.quick = writer, device, quick
 
-    def measure(self, op: str, runs: dict[str, Run], shape: dict[str, int]) -> dict[str, float]:
-        """Medians in milliseconds by provider."""
+    def measure(
+        self, op: str, runs: dict[str, Run], shape: Shape, seconds: float = 1.5
+    ) -> dict[str, float]:
+        """Medians in milliseconds by provider, each timed for so long and at least five times."""
         for run in runs.values():
             run()  # compiles and fills caches
-        times, errors = alternate(runs, self.seconds, self.device)
+        times, errors = alternate(runs, 0.1 if self.quick else seconds, self.device)
         for name, error in errors.items():
             print(f"{op} {name}: {error}", file=sys.stderr)
         for name, t in times.items():
-            self.writer.write(
-                record.Row(
-                    op,
-                    name,
-                    "step",
-                    "float32",
-                    shape,
-                    "time",
-                    t.p20,
-                    t.p50,
-                    t.p80,
-                    "ms",
-                    None,
-                    True,
-                )
-            )
+            self._write(op, name, shape, "time", t.p20, t.p50, t.p80, "ms")
         return {name: t.p50 for name, t in times.items()}
 
+    def note(self, op: str, provider: str, shape: Shape, metric: str, value: float) -> None:
+        """Something counted that the time goes with."""
+        self._write(op, provider, shape, metric, value, value, value, "")
 
-def growth(bench: Bench, quick: bool) -> dict[str, dict[str, dict[int, float]]]:
+    def _write(
+        self, op: str, provider: str, shape: Shape, metric: str, *figures: float | str
+    ) -> None:
+        p20, p50, p80, unit = figures
+        self.writer.write(
+            record.Row(
+                op, provider, "step", "float32", shape, metric, p20, p50, p80, unit, None, True
+            )
+        )  # fmt: skip
+
+
+def steps(bench: Bench) -> None:
+    """After the GABA switch: ours, plain, compiled and the product alone; SSD beside SDMLP."""
+    sizes = [2000] if bench.quick else [10_000, 100_000]
+    for neurons in track(sizes, "steps"):
+        problem = Problem(R=neurons)
+        for method in ("ssd", "sdmlp"):
+            trainer = make_trainer(problem, method, bench.device)
+            runs = step_cases.step_runs(trainer, compiled=not bench.quick)
+            runs |= step_cases.products(trainer)
+            bench.measure(method, runs, problem.shape())
+    problem = Problem(R=sizes[0])
+    both = {method: make_trainer(problem, method, bench.device) for method in ("ssd", "sdmlp")}
+    runs = {m: step_cases.step_runs(t, compiled=False)["ours"] for m, t in both.items()}
+    bench.measure("ssd and sdmlp", runs, problem.shape(), seconds=4.0)
+
+
+def switch(bench: Bench) -> None:
+    """In the middle of the GABA switch, and before it, when every neuron is excited."""
+    for neurons in track([1000] if bench.quick else [1000, 10_000], "GABA switch"):
+        problem = Problem(R=neurons)
+        for phase in (SWITCHING, EXCITED):
+            trainer = make_trainer(problem, "ssd", bench.device, phase=phase)
+            op, shape = f"ssd {phase}", problem.shape()
+            bench.note(op, "ours", shape, "graded", step_cases.graded_share(trainer))
+            bench.measure(op, step_cases.step_runs(trainer, compiled=False), shape)
+            bench.note(op, "ours", shape, step_cases.path_of(trainer), 1.0)
+
+
+def epochs(bench: Bench) -> None:
+    samples = 1500 if bench.quick else 10_000
+    for neurons in track([1000] if bench.quick else [1000, 10_000], "epochs"):
+        problem = Problem(R=neurons, N=samples)
+        trainer = make_trainer(problem, "ssd", bench.device)
+        bench.measure("ssd epoch", step_cases.epoch_runs(trainer), problem.shape())
+
+
+def growth(bench: Bench) -> Grown:
     """{axis: {part: {size: ms}}}; R reaches a million neurons."""
     sizes = {
         "R": [1000, 10_000, 100_000, 1_000_000],
@@ -219,25 +113,44 @@ def growth(bench: Bench, quick: bool) -> dict[str, dict[str, dict[int, float]]]:
         "k": [2, 10, 50],
         "d": [64, 256, 1024],
     }
-    grown: dict[str, dict[str, dict[int, float]]] = {}
+    grown: Grown = {}
     for axis, values in sizes.items():
-        for value in track(values[:2] if quick else values, f"growth in {axis}"):
+        for value in track(values[:2] if bench.quick else values, f"growth in {axis}"):
             problem = Problem(**{axis: value})
-            runs = parts(problem, bench.device)
+            runs = step_cases.halves(make_trainer(problem, "ssd", bench.device))
             for part, ms in bench.measure(f"growth {axis}", runs, problem.shape()).items():
                 grown.setdefault(axis, {}).setdefault(part, {})[value] = ms
-    for axis, method, values, part in (
-        ("tasks", "ssd+ewc", [1, 2] if quick else [1, 10, 50], "step with EWC"),
-        ("S", "ssd", [1, 2] if quick else [1, 2, 5, 10], "step of S learners"),
-    ):
-        # In turns, or a drift of the machine would pass for growth.
-        runs = {}
-        for value in track(values, f"growth in {axis}"):
-            chosen = {"ewc_tasks": value} if axis == "tasks" else {"seeds": value}
-            runs[str(value)] = repeated(make_trainer(Problem(), method, bench.device, **chosen))
-        times = bench.measure(f"growth {axis}", runs, Problem().shape())
-        grown[axis] = {part: {value: times[str(value)] for value in values}}
-    return grown
+    return grown | {
+        "tasks": {"step with EWC": growth_in_tasks(bench)},
+        "S": {"step of S learners": growth_in_learners(bench)},
+    }
+
+
+def growth_in_tasks(bench: Bench) -> dict[int, float]:
+    """Each past task had data of its own, and steps that moved the weights."""
+    problem = Problem(R=2000) if bench.quick else Problem()
+    numbers = [1, 2] if bench.quick else [1, 10, 50]
+    runs: dict[str, Run] = {}
+    for number in track(numbers, "growth in tasks"):
+        trainer = make_trainer(problem, "ssd+ewc", bench.device, past=number)
+        runs[str(number)] = step_of(trainer, 0)
+        rows = step_cases.important_rows(trainer)
+        bench.note("growth tasks", str(number), problem.shape(), "important rows", rows)
+    runs[f"{step_targets.SAME_ROWS} {numbers[-1]}"] = step_cases.as_one_task(trainer)
+    # In turns, or a drift of the machine would pass for growth.
+    times = bench.measure("growth tasks", runs, problem.shape(), seconds=4.0)
+    return {number: times[str(number)] for number in numbers}
+
+
+def growth_in_learners(bench: Bench) -> dict[int, float]:
+    numbers = [1, 2] if bench.quick else [1, 2, 5, 10]
+    problem = Problem(R=2000) if bench.quick else Problem()
+    runs = {
+        str(n): step_cases.repeated(make_trainer(problem, "ssd", bench.device, seeds=n))
+        for n in track(numbers, "growth in S")
+    }
+    times = bench.measure("growth S", runs, problem.shape())
+    return {number: times[str(number)] for number in numbers}
 
 
 def exponent(times: dict[int, float]) -> float:
@@ -245,7 +158,7 @@ def exponent(times: dict[int, float]) -> float:
     return float(np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0])
 
 
-def draw(grown: dict[str, dict[str, dict[int, float]]], path: Path, title: str) -> None:
+def draw(grown: Grown, path: Path, title: str) -> None:
     figure, axes = plt.subplots(
         1, len(grown), figsize=(3.2 * len(grown), 3.4), layout="constrained"
     )
@@ -258,47 +171,6 @@ def draw(grown: dict[str, dict[str, dict[int, float]]], path: Path, title: str) 
     figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def targets(
-    steps: dict[tuple[str, int], dict[str, float]],
-    grown: dict[str, dict[str, dict[int, float]]],
-) -> list[tuple[str, str, str]]:
-    """What the step is meant to reach, what it reached, and whether that is enough."""
-    rows = []
-    for (method, neurons), ms in steps.items():
-        least = 5.0 if method == "ssd" else 3.0
-        ratio = ms["plain"] / ms["ours"]
-        name = f"{method} step against plain, R = {neurons:,}"
-        rows.append((name, f"{ratio:.1f}x of >= {least:.0f}x", verdict(ratio >= least)))
-        if "compiled" in ms:
-            rows.append((f"{name} compiled", f"{ms['compiled'] / ms['ours']:.1f}x", ""))
-        floor = ms["float32 product alone"]
-        rows.append(
-            (f"{method} step against the float32 product alone, R = {neurons:,}",
-             f"{ms['ours'] / floor:.2f} of <= 1", verdict(ms["ours"] <= floor))
-        )  # fmt: skip
-    update = grown["R"]["backward + update"]
-    if 1_000_000 in update:
-        ratio = update[1_000_000] / update[10_000]
-        rows.append(
-            ("backward + update, R from 10,000 to 1,000,000", f"{ratio:.2f} of < 1.3",
-             verdict(ratio < 1.3))
-        )  # fmt: skip
-    seeds = grown["S"]["step of S learners"]
-    if 10 in seeds:
-        rows.append(("step of 10 learners at once against 1", f"{seeds[10] / seeds[1]:.1f}x", ""))
-    tasks = grown["tasks"]["step with EWC"]
-    if 50 in tasks:
-        ratio = tasks[50] / tasks[1]
-        rows.append(
-            ("step with 50 EWC tasks against 1", f"{ratio:.2f} of <= 1.05", verdict(ratio <= 1.05))
-        )
-    return rows
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "missed"
 
 
 def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
@@ -321,23 +193,19 @@ def main() -> int:
     path = options.out or record.results_folder(device) / "train_bench.csv"
     title = f"{name}; torch {torch.__version__}"
     console.print(title if device.type == "cuda" else f"CPU FIGURES, no GPU was used: {title}")
-    sizes = [2000] if options.quick else [10_000, 100_000]
-    steps: dict[tuple[str, int], dict[str, float]] = {}
     with record.Writer(path, name) as writer:
-        bench = Bench(writer, device, 0.2 if options.quick else 4.0)
-        for neurons in sizes:
-            for method in ("ssd", "sdmlp"):
-                problem = Problem(R=neurons)
-                runs = step_runs(problem, method, device, compiled=not options.quick)
-                steps[method, neurons] = bench.measure(method, runs, problem.shape())
-        grown = growth(bench, options.quick)
+        bench = Bench(writer, device, options.quick)
+        steps(bench)
+        switch(bench)
+        epochs(bench)
+        grown = growth(bench)
     draw(grown, path.with_suffix(".png"), title)
     measured = [
-        (f"{method}, R = {neurons:,}", provider, f"{ms:.2f}")
-        for (method, neurons), times in steps.items()
-        for provider, ms in times.items()
+        (f"{row.op}, R = {row.shape['R']:,}", row.provider, f"{row.p50:.2f}")
+        for row in writer.rows
+        if row.metric == "time" and not row.op.startswith("growth")
     ]
-    console.print(table("step", ("problem", "provider", "median ms"), measured))
+    console.print(table("steps and epochs", ("problem", "provider", "median ms"), measured))
     curves = [
         (axis, part, ", ".join(f"{size:,}: {ms:.2f}" for size, ms in times.items()),
          f"{exponent(times):.2f}")
@@ -345,7 +213,7 @@ def main() -> int:
         for part, times in by_part.items()
     ]  # fmt: skip
     console.print(table("growth", ("axis", "part", "ms by size", "exponent"), curves))
-    console.print(table("targets", ("target", "measured", ""), targets(steps, grown)))
+    console.print(table("targets", ("target", "measured", ""), step_targets.verdicts(writer.rows)))
     console.print(f"rows: {path}")
     return 0
 
