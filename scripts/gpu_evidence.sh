@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPU evidence in twelve minutes: CUDA tests, benchmark, compute-sanitizer, training benchmark.
+# GPU evidence, a quarter of an hour: CUDA tests, benchmark, compute-sanitizer, training benchmark.
 #
 #   scripts/gpu_evidence.sh [tests|bench|sanitizer|train]...     (no argument: all four)
 #
@@ -56,7 +56,7 @@ tests() {
     : >"$out/tests.log"
     part tests tests.log 160 "$python" -m pytest tests/kernels -q -p no:cacheprovider --durations=10
     # Training as CUDA graphs; needs safetensors too.
-    part "resident tests" tests.log 120 "$python" -m pytest tests/ssd/test_resident.py -q \
+    part "resident tests" tests.log 200 "$python" -m pytest tests/ssd/test_resident.py -q \
         -p no:cacheprovider
 }
 
@@ -92,7 +92,7 @@ train() {
         return
     fi
     : >"$out/train_bench.log"
-    part train train_bench.log 180 "$python" benchmarks/train_bench.py --out "$out/train_bench.csv"
+    part train train_bench.log 360 "$python" benchmarks/train_bench.py --out "$out/train_bench.csv"
 }
 
 versions | tee "$summary"
