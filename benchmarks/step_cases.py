@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.plain import PlainSDMLP, PlainStep, batches
-from benchmarks.step_targets import PRODUCTS
+from benchmarks.step_targets import APART, BACKWARD, PRODUCTS
 from benchmarks.timing import Run
 from ssd.config import Config
 from ssd.data import Task
@@ -20,6 +20,7 @@ from ssd.distillation import evaluating
 from ssd.learner import Learner, build_model
 from ssd.sdmlp import SDMLP
 from ssd.trainer import Trainer
+from ssd_kernels import TopKOutput
 
 CLASSES = 10
 BATCHES = 10  # in a synthetic task, unless the problem says how many samples
@@ -234,19 +235,34 @@ def epoch_runs(trainer: Trainer) -> dict[str, Run]:
     return {"ours": lambda: next(events), "plain": plain_epoch}
 
 
-def halves(trainer: Trainer) -> dict[str, Run]:
-    """The two halves of our SSD step: what depends on all neurons, and what does not."""
+def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
+    """The two halves of our SSD step: what depends on all neurons, and what does not.
+
+    The second one also for a code in which every slot is another neuron, so that it touches B k
+    rows whatever R; and how many rows each touches.
+    """
     (learner,) = trainer.learners
     encoder = _sdmlp(learner).encoder
     samples = torch.arange(trainer.config.batch_size, device=trainer.device)
     address = learner.inputs[samples]
     code = encoder.code(address)
     assert code is not None
+    slots, neurons = code.indices.numel(), trainer.config.neurons
+    codes = {BACKWARD: code}
+    if slots <= neurons:
+        spread = torch.arange(slots, device=trainer.device) * (neurons // slots)
+        # Neighbours in a sample would make the gather easier than a code does.
+        codes[APART] = code._replace(indices=spread.view(code.indices.shape[::-1]).T.contiguous())
 
-    def backward() -> None:
-        trainer._sparse_step({0: (address, code._replace(values=code.values.detach()))}, [samples])
+    def backward(code: TopKOutput) -> Run:
+        return lambda: trainer._sparse_step(
+            {0: (address, code._replace(values=code.values.detach()))}, [samples]
+        )
 
-    return {"encode": lambda: encoder.code(address), "backward + update": backward}
+    runs: dict[str, Run] = {"encode": lambda: encoder.code(address)}
+    runs |= {name: backward(code) for name, code in codes.items()}
+    rows = {name: len(code.indices[code.values > 0].unique()) for name, code in codes.items()}
+    return runs, rows
 
 
 def as_one_task(trainer: Trainer) -> Run:

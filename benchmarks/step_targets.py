@@ -15,6 +15,8 @@ PRODUCTS = {
     "float32 product alone, fastest order": "torch.mm(W, x.T, out=kept)",
 }
 SAME_ROWS = "1 on the rows of"
+# The half of a step that costs nothing for neurons at rest, and the same on B k rows.
+BACKWARD, APART = "backward + update", "backward + update, B k rows"
 
 
 class Medians:
@@ -81,9 +83,16 @@ def _epochs(found: Medians) -> Iterator[Verdict]:
 
 
 def _growth(found: Medians) -> Iterator[Verdict]:
-    half = ("growth R", "backward + update")
-    ratio = _ratio(found.get(*half, R=1_000_000), found.get(*half, R=10_000))
-    yield from _line("backward + update, R = 1,000,000 over R = 10,000", ratio, 1.3)
+    large, small = 1_000_000, 10_000
+    for half in (BACKWARD, APART):
+        times, rows = (
+            [found.get("growth R", half, metric, R=size) for size in (large, small)]
+            for metric in ("time", "touched rows")
+        )
+        touched = " over ".join(f"{count:,.0f}" for count in rows if count is not None)
+        name = f"{BACKWARD}, R = {large:,} over R = {small:,}"
+        name += f" (touched rows: {touched})" if touched else ""
+        yield from _line(name, _ratio(*times), 1.3)
     many, few = (_important(found, tasks) for tasks in ("50", "1"))
     if many and few:
         name = f"step with 50 EWC tasks ({many} rows with importance) over 1 task"

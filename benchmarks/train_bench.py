@@ -117,7 +117,9 @@ def growth(bench: Bench) -> Grown:
     for axis, values in sizes.items():
         for value in track(values[:2] if bench.quick else values, f"growth in {axis}"):
             problem = Problem(**{axis: value})
-            runs = step_cases.halves(make_trainer(problem, "ssd", bench.device))
+            runs, rows = step_cases.halves(make_trainer(problem, "ssd", bench.device))
+            for part, count in rows.items():
+                bench.note(f"growth {axis}", part, problem.shape(), "touched rows", count)
             for part, ms in bench.measure(f"growth {axis}", runs, problem.shape()).items():
                 grown.setdefault(axis, {}).setdefault(part, {})[value] = ms
     return grown | {

@@ -215,6 +215,29 @@ def test_step_targets_are_ratios_of_medians() -> None:
         "SSD step over SDMLP step, R = 10,000": ["1.10 of <= 1.15", "met"],
         "backward + update, R = 1,000,000 over R = 10,000": ["1.25 of <= 1.3", "met"],
     }  # fmt: skip
+    rows += [
+        *(
+            row("growth R", "backward + update", n, "touched rows", r)
+            for n, r in ((800, 10_000), (1100, 1_000_000))
+        ),
+        row("growth R", step_targets.APART, 4.0),
+        row("growth R", step_targets.APART, 4.4, neurons=1_000_000),
+        row("growth R", step_targets.APART, 1280, "touched rows"),
+        row("growth R", step_targets.APART, 1280, "touched rows", 1_000_000),
+    ]
+    growth = [line for line in step_targets.verdicts(rows) if line[0].startswith("backward")]
+    assert growth == [
+        (
+            "backward + update, R = 1,000,000 over R = 10,000 (touched rows: 1,100 over 800)",
+            "1.25 of <= 1.3",
+            "met",
+        ),
+        (
+            "backward + update, R = 1,000,000 over R = 10,000 (touched rows: 1,280 over 1,280)",
+            "1.10 of <= 1.3",
+            "met",
+        ),
+    ]
     # Of tasks nothing is said before the rows that carry importance are counted.
     rows += [
         row("growth tasks", "1", 2000, "important rows"),
