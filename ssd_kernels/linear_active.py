@@ -18,6 +18,9 @@ from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.topk import GROUP
 
+# Groups to a group of groups.
+SUPER = 4
+
 
 class ActiveNeurons(NamedTuple):
     """What fires in a batch."""
@@ -61,7 +64,7 @@ def linear_active(
         gaba: [R] in (0, 1], each neuron's response to inhibition; None means 1.
         inhibition: "subtract" or "mask", see linear_inhibit.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
-        scratch: memory of an earlier call, used again on a CPU.
+        scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
         impl: "torch" or "reference"; by default the fastest for the device.
 
     Returns:
@@ -78,7 +81,7 @@ def linear_active(
     with torch.no_grad():
         active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
         if counts is not None:
-            fired = (active.values > 0).sum(0)
+            fired = active.values.sign().sum(0)  # faster than to sum booleans
             counts.index_add_(0, active.neurons, fired.to(counts.dtype))
     return active
 
@@ -95,7 +98,7 @@ def _torch(
     batch, neurons = len(x), len(weight)
     if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
         return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
-    padded = -(-neurons // GROUP) * GROUP
+    padded = -(-neurons // (GROUP * SUPER)) * GROUP * SUPER
     scores = scratch(0, x, padded, batch)
     torch.mm(weight, x.T, out=scores[:neurons])
     scores[neurons:] = 0
@@ -108,7 +111,7 @@ def _torch(
     # What is not a number fires, so that it is seen.
     fires = ~(surplus[:neurons].amax(1) <= 0)
     chosen = fires.nonzero().squeeze(1)
-    own = surplus.index_select(0, chosen)
+    own = surplus[:neurons] if len(chosen) == neurons else surplus.index_select(0, chosen)
     if inhibition == "mask":
         own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
     return ActiveNeurons(own.relu_().T, chosen)
@@ -116,14 +119,29 @@ def _torch(
 
 def _inhibition(scores: Tensor, k: int) -> Tensor:
     """The (k+1)-th largest entry of relu(scores) in each column of [R, B], [B]."""
-    batch = scores.shape[1]
-    groups = scores.view(-1, GROUP, batch)
-    rows = scores.T
-    if k + 1 < len(groups):
-        # The k+1 largest lie in the k+1 groups with the largest maxima.
-        best = groups.amax(1).T.contiguous().topk(k + 1, sorted=False).indices
-        rows = groups[best, :, torch.arange(batch).unsqueeze(1)].flatten(1)
-    return rows.topk(k + 1).values[:, k].relu()
+    return _largest(scores, k + 1).topk(k + 1).values[:, k].relu()
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """A few entries [B, m] of each column of [R, B], the `count` largest among them."""
+    groups = scores.view(-1, GROUP, scores.shape[1])
+    if count >= len(groups):
+        return scores.T
+    # They lie in the groups with the largest maxima.
+    maxima = groups.amax(1)
+    if len(maxima) <= GROUP * count:
+        best = maxima.T.contiguous().topk(count, sorted=False).indices
+        return _members(groups, best)
+    # So do the largest of many maxima.
+    above = maxima.view(-1, SUPER, scores.shape[1])
+    best = above.amax(1).T.contiguous().topk(count, sorted=False).indices
+    order = _members(above, best).topk(count, sorted=False).indices
+    return _members(groups, best.gather(1, order // SUPER) * SUPER + order % SUPER)
+
+
+def _members(groups: Tensor, chosen: Tensor) -> Tensor:
+    """The entries [B, m n] of some groups [B, m] in each column of [G, n, B]."""
+    return groups[chosen, :, torch.arange(len(chosen)).unsqueeze(1)].flatten(1)
 
 
 def _firing(hidden: Tensor) -> ActiveNeurons:

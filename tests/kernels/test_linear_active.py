@@ -25,7 +25,8 @@ def dense(active: tuple[Tensor, Tensor], neurons: int) -> Tensor:
 @pytest.mark.parametrize("inhibition", ["subtract", "mask"])
 @pytest.mark.parametrize("graded", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "neurons", "k"), [(5, 63, 3), (1, 16, 16), (7, 17, 16), (3, 1000, 10), (128, 33, 1)]
+    ("batch", "neurons", "k"),
+    [(5, 63, 3), (1, 16, 16), (7, 17, 16), (3, 1000, 10), (128, 33, 1), (9, 3001, 10)],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_equals_the_dense_layer(
@@ -51,10 +52,10 @@ def test_equals_the_dense_layer(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 6), st.integers(1, 70), st.data())
+@given(st.integers(1, 6), st.integers(1, 70) | st.integers(600, 900), st.data())
 def test_any_shape_and_ties(batch: int, neurons: int, data: st.DataObject) -> None:
     """Small whole numbers: many equal scores, many at the inhibition, rows of zeros."""
-    k = data.draw(st.integers(1, neurons))
+    k = data.draw(st.integers(1, neurons if neurons <= 70 else 2))
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     x = torch.randint(-2, 3, (batch, 3), generator=draw).double()
     weight = torch.randint(-2, 3, (neurons, 3), generator=draw).double()
