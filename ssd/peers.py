@@ -18,7 +18,7 @@ from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
@@ -40,7 +40,7 @@ from ssd.readout import (
     only_seen,
     ridge_solution,
 )
-from ssd_kernels import row_gradient, sparse_linear, topk
+from ssd_kernels import TopKOutput, row_gradient, sparse_linear, topk
 
 # Samples whose hidden layer is held at a time.
 CHUNK = 4096
@@ -56,16 +56,37 @@ class Learner(Protocol):
         """Scores [N, C] of x [N, d]; the label is that of the largest."""
 
 
+@runtime_checkable
+class CodedLearner(Learner, Protocol):
+    """A learner whose scores are read from a code of the input."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the code of an input stays what it is after the first task."""
+
+    def encode(self, x: Tensor) -> list[TopKOutput]:
+        """Codes of x [N, d], part by part."""
+
+    def read(self, codes: Sequence[TopKOutput]) -> Tensor:
+        """predict(x), from what encode(x) returned."""
+
+
 def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
     """Trains on each task in turn; the accuracy matrix [T, T] float64 on the test sets.
 
     Row t is what the learner knows after task t; classes that no task has shown yet score 0.
     """
     accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    codes: list[TopKOutput] = []
     for t, task in enumerate(tasks):
         learner.fit_task(task.x_train, task.y_train)
         seen = tasks[: t + 1]
-        labels = learner.predict(torch.cat([s.x_test for s in seen])).argmax(1)
+        if isinstance(learner, CodedLearner) and learner.fixed:
+            codes += learner.encode(task.x_test)
+            scores = learner.read(codes)
+        else:
+            scores = learner.predict(torch.cat([s.x_test for s in seen]))
+        labels = scores.argmax(1)
         right = labels == torch.cat([s.y_test for s in seen])
         parts = right.double().split([len(s.y_test) for s in seen])
         accuracy[t, : t + 1] = torch.stack([part.mean() for part in parts]).cpu()

@@ -8,6 +8,8 @@ what the encoder takes from the first one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -195,10 +197,20 @@ class CodeReadout:
         scale = weight.abs().max().clamp(min=1e-300)
         return (weight / scale).float(), (bias / scale).float()
 
-    def predict(self, x: Tensor) -> Tensor:
+    @property
+    def fixed(self) -> bool:
+        """Whether the code of an input stays what it is after the first task."""
+        return isinstance(self.encoder, RandomCode)
+
+    def encode(self, x: Tensor) -> list[TopKOutput]:
+        """Codes of x [N, d], part by part."""
+        return [self.encoder(part) for part in x.split(CHUNK)]
+
+    def read(self, codes: Sequence[TopKOutput]) -> Tensor:
+        """Scores [N, C] of what encode returned."""
         weight, bias = self.decoder()
-        scores = []
-        for part in x.split(CHUNK):
-            values, indices, *_ = self.encoder(part)
-            scores.append(sparse_linear(values, indices, weight, bias))
+        scores = [sparse_linear(code.values, code.indices, weight, bias) for code in codes]
         return only_seen(torch.cat(scores), self.counts)
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.read(self.encode(x))

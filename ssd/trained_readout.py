@@ -13,6 +13,7 @@ from ssd.learner import Learner, build_model
 from ssd.readout import CodeReadout, LearnedCode
 from ssd.sdmlp import SDMLP
 from ssd.trainer import Trainer
+from ssd_kernels import TopKOutput
 
 
 class TrainedReadout:
@@ -60,6 +61,17 @@ class TrainedReadout:
             next(event for event in self._events if event.kind == "task")
         self._frozen = self._freeze
         self._readout.fit_task(x, y)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the code of an input stays what it is after the first task."""
+        return self._freeze
+
+    def encode(self, x: Tensor) -> list[TopKOutput]:
+        return self._readout.encode(x)
+
+    def read(self, codes: Sequence[TopKOutput]) -> Tensor:
+        return self._readout.read(codes)
 
     def predict(self, x: Tensor) -> Tensor:
         return self._readout.predict(x)

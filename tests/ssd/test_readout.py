@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssd.data import Task
 from ssd.errors import UserError
+from ssd.peers import evaluate_stream
 from ssd.readout import (
     CodeReadout,
     LearnedCode,
@@ -98,6 +100,21 @@ def test_the_code_takes_its_mean_from_the_first_task_alone() -> None:
     before = code.mean.clone()
     learner.fit_task(x[y >= 2], y[y >= 2])
     assert torch.equal(code.mean, before)
+
+
+def test_codes_of_test_sets_that_are_kept_change_nothing() -> None:
+    class Anew(CodeReadout):
+        fixed = False  # type: ignore[assignment]
+
+    x, y = data()
+    tasks = [
+        Task(tuple(c), x[own][::2], y[own][::2], x[own][1::2], y[own][1::2])
+        for c in ([0, 1], [2], [3])
+        for own in [torch.isin(y, torch.tensor(c))]
+    ]
+    kept, anew = (evaluate_stream(cls(random_code(), C), tasks) for cls in (CodeReadout, Anew))
+    assert torch.equal(kept, anew)
+    assert kept[-1].mean() > 0.8
 
 
 def test_random_code_by_hand() -> None:

@@ -61,7 +61,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("features", "cifar100"):
         monkeypatch.setitem(config.PROTOCOLS, name, Protocol(2, {}, {}, TINY))
     monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
-    monkeypatch.setattr(experiments, "SHORT_LARGE_SEEDS", (0, 1))
     few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
     monkeypatch.setattr(experiments, "ABLATIONS", few)
     settings = {name: {"share": 0.5} for name in ("cifar10", "cifar100")}
@@ -483,8 +482,10 @@ def test_definitions(short: bool) -> None:
             tasks = 50 if each.benchmark.name == "cifar100" else 5
             assert each.config.tasks == (1 if each.method == "joint" else tasks)
     # The switch to inhibition can end within the first task: a neuron counts once a sample.
-    samples = {"mnist": 12_665, "cifar10": 10_000, "cifar100": 1_000}
+    first = {"mnist": 12_665, "cifar10": 10_000, "cifar100": 1_000}
+    joint = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
     for each in RESULTS["table1"].rows(short, {}):
+        samples = joint if each.method == "joint" else first
         counted = each.config.epochs * samples[each.benchmark.name]
         assert each.config.anneal_samples < counted
 
@@ -511,13 +512,11 @@ def test_short_is_over_all_class_orders_where_claims_are_judged() -> None:
             seeds = {
                 r.method: r.seeds for r in rows if (r.benchmark, r.neurons) == (benchmark, neurons)
             }
-            expected = experiments.SEEDS
-            if neurons > experiments.SIZES[0]:
-                expected = experiments.SHORT_LARGE_SEEDS
-                if benchmark.name not in experiments.SHORT_LARGE_ON:
-                    assert not seeds
-                    continue
-            assert {seeds[m] for m in experiments.SHORT_LARGE} == {expected}
+            large = neurons > experiments.SIZES[0]
+            if large and benchmark.name not in experiments.SHORT_LARGE_ON:
+                assert not seeds
+                continue
+            assert {seeds[m] for m in experiments.SHORT_LARGE} == {experiments.SEEDS}
 
 
 def test_note_of_networks_that_are_trained_short() -> None:
