@@ -55,7 +55,7 @@ SHORT_SEEDS = (0, 1)  # of --short, for all else
 SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
     ("mnist", 1_000, "ssd+ewc"): {"alpha": 0.7},
     ("mnist", 10_000, "sdmlp"): {"epochs": 3, "anneal_samples": 24_000},
-    ("mnist", 10_000, "ssd"): {"epochs": 3, "anneal_samples": 24_000},
+    ("mnist", 10_000, "ssd"): {"epochs": 3, "anneal_samples": 24_000, "alpha": 0.25},
     ("mnist", 10_000, "ssd+ewc"): {
         "epochs": 3, "anneal_samples": 24_000, "alpha": 0.7, "ewc_coefficient": 600.0,
     },
