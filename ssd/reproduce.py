@@ -65,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("results", metavar="RESULT", nargs="*", default=[ALL],
         help=f"{', '.join(RESULTS)} or {ALL} (default)")  # fmt: skip
     add("--short", action="store_true", help="scaled down: minutes on a CPU; not the protocol")
+    add(
+        "--large",
+        action="store_true",
+        help="with --short: five class orders in place of two at R = 10,000",
+    )
     add("--out", metavar="DIR", type=Path,
         help="tables and figures (default results/reproduction, with --short "
         "results/reproduction-short)")  # fmt: skip
@@ -265,6 +270,8 @@ def execute(arguments: Sequence[str]) -> None:
     for name in given.results:
         if name not in (*RESULTS, ALL):
             raise UserError(f"{name} is unknown; choose from {', '.join([*RESULTS, ALL])}")
+    if given.large and not given.short:
+        raise UserError("--large goes with --short; without it every row has five class orders")
     selection = Selection.of(given.only)
     options = RunOptions(choose_device(given.device))
     out = given.out or Path("results") / ("reproduction-short" if given.short else "reproduction")
@@ -275,6 +282,8 @@ def execute(arguments: Sequence[str]) -> None:
     folder = given.features_folder or root / "features"
     features = {b.name: str(folder / b.features) for b in experiments.BENCHMARKS if b.features}
     results = {name: RESULTS[name].rows(given.short, features) for name in names}
+    if given.large:
+        results = {name: experiments.over_all_orders(rows) for name, rows in results.items()}
     data, absent = load_benchmarks([r for rows in results.values() for r in rows], root, features)
     command = shlex.join(["python", "-m", "ssd.reproduce", *arguments])
     campaign = Campaign(data, absent, given.runs, options)

@@ -505,18 +505,38 @@ def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (changed.eval_every == own["epochs"]) is short
 
 
-def test_short_is_over_all_class_orders_where_claims_are_judged() -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_class_orders_of_the_rows_where_claims_are_judged(large: bool) -> None:
     rows = experiments.table1(True, {})
+    if large:
+        rows = experiments.over_all_orders(rows)
     for benchmark in experiments.BENCHMARKS:
         for neurons in experiments.SIZES:
             seeds = {
                 r.method: r.seeds for r in rows if (r.benchmark, r.neurons) == (benchmark, neurons)
             }
-            large = neurons > experiments.SIZES[0]
-            if large and benchmark.name not in experiments.SHORT_LARGE_ON:
-                assert not seeds
-                continue
-            assert {seeds[m] for m in experiments.SHORT_LARGE} == {experiments.SEEDS}
+            expected = experiments.SEEDS
+            if neurons > experiments.SIZES[0]:
+                if benchmark.name not in experiments.SHORT_LARGE_ON:
+                    assert not seeds
+                    continue
+                expected = experiments.SEEDS if large else experiments.SHORT_SEEDS
+            assert {seeds[m] for m in experiments.SHORT_LARGE} == {expected}
+            others = {s for m, s in seeds.items() if m not in experiments.SHORT_LARGE}
+            assert others <= {experiments.SHORT_SEEDS}
+
+
+def test_large_adds_class_orders(
+    folder: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "SEEDS", (0, 1, 2))
+    monkeypatch.setattr(experiments, "SHORT_LARGE_ON", ("cifar10",))
+    command = ["bwt", "--short", "--only", "cifar10", "32", "sdmlp"]
+    for more, count in (([], 2), (["--large"], 3)):
+        assert reproduce.main([*command, *more]) == 0
+        runs = [c for f in folder.glob("runs/*/*/config.json") if (c := f.read_text())]
+        assert len(runs) == count
+    assert reproduce.main(["bwt", "--large"]) == 2
 
 
 def test_note_of_networks_that_are_trained_short() -> None:
