@@ -56,7 +56,7 @@ def active_step(trainer: Trainer, number: int, address: Tensor, samples: Tensor)
     back = decoder @ slopes.T
     if output.grad_hidden is not None and present is not None:
         back.index_add_(0, places, output.grad_hidden.T * (present / len(samples)))
-    # In place what the gradient of relu is: a product with a mask takes ten times as long.
+    # In place what the gradient of relu is: a product with a mask takes far longer.
     torch.ops.aten.threshold_backward.grad_input(back, own, 0.0, grad_input=back)
     gradients = [back @ address, (slopes.T @ hidden).T.contiguous()]
     trainer.update(each, *_widened(each, gradients, None if everything else rows))

@@ -43,8 +43,8 @@ from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interr
 from ssd.workers import processes_for, train_all
 
 ALL = "all"
-# Encoder weights up to which several processes share the work. At R = 10,000 that gains 16 % with
-# d = 256 and 7 % with d = 784; larger ones would push one another out of the cache.
+# Encoder weights up to which several processes share the work, R = 10,000 with d = 784 among them;
+# larger ones would push one another out of the cache, and one process uses all cores with them.
 SMALL = 2**23
 # Runs of a batch where several processes share the work.
 SIDE_BY_SIDE = 3
@@ -65,11 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("results", metavar="RESULT", nargs="*", default=[ALL],
         help=f"{', '.join(RESULTS)} or {ALL} (default)")  # fmt: skip
     add("--short", action="store_true", help="scaled down: minutes on a CPU; not the protocol")
-    add(
-        "--large",
-        action="store_true",
-        help="with --short: five class orders in place of two at R = 10,000",
-    )
+    add("--large", action="store_true",
+        help="with --short: five class orders in place of two at R = 10,000")  # fmt: skip
     add("--out", metavar="DIR", type=Path,
         help="tables and figures (default results/reproduction, with --short "
         "results/reproduction-short)")  # fmt: skip

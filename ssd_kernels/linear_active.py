@@ -16,10 +16,7 @@ from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
-from ssd_kernels.topk import GROUP
-
-# Groups to a group of groups.
-SUPER = 4
+from ssd_kernels.topk import GROUP, SUPER
 
 
 class ActiveNeurons(NamedTuple):
@@ -81,7 +78,8 @@ def linear_active(
     with torch.no_grad():
         active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
         if counts is not None:
-            fired = active.values.sign().sum(0)  # faster than to sum booleans
+            # Faster than to sum booleans; in float64, where every count is exact.
+            fired = active.values.sign().sum(0, dtype=torch.float64)
             counts.index_add_(0, active.neurons, fired.to(counts.dtype))
     return active
 

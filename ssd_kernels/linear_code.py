@@ -26,15 +26,13 @@ from ssd_kernels import _checks, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.topk import GROUP, select, topk
+from ssd_kernels.topk import GROUP, SUPER, select, topk
 
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
 TINY = 1e-30
 # Opening more groups than one in so many costs more than all scores.
 GROUP_SHARE = 8
-# Groups to a group of groups.
-SUPER = 4
 # More candidates than one in so many neurons cost more than all scores.
 DENSE_SHARE = 32
 

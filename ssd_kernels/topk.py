@@ -16,6 +16,7 @@ from ssd_kernels.reference import TopKOutput
 MAX_K = 256
 # On a CPU, neurons per group whose maximum is looked at first; group i of n is i, i + n, i + 2n, ..
 GROUP = 16
+SUPER = 4  # groups to a group of groups, where even their maxima are many
 GROUPS = True  # off: torch.topk ranks every key; the result is the same
 # Keys below that of -inf: what is no neuron, and a neuron that the mask disallows.
 NOTHING = tl.constexpr(-(2**31))

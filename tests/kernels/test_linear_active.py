@@ -51,6 +51,13 @@ def test_equals_the_dense_layer(
         assert torch.equal(counts, (expected > 0).sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_that_no_short_mantissa_holds(dtype: torch.dtype) -> None:
+    x, weight, counts = torch.ones(999, 4), torch.ones(20, 4), torch.zeros(20, dtype=torch.int64)
+    linear_active(x.to(dtype), weight.to(dtype), 3, torch.full((20,), 0.5).to(dtype), counts=counts)
+    assert (counts == 999).all()
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 70) | st.integers(600, 900), st.data())
 def test_any_shape_and_ties(batch: int, neurons: int, data: st.DataObject) -> None:
