@@ -78,8 +78,9 @@ def linear_active(
     with torch.no_grad():
         active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
         if counts is not None:
-            # Faster than to sum booleans; in float64, where every count is exact.
-            fired = active.values.sign().sum(0, dtype=torch.float64)
+            # Faster than to sum booleans, in a dtype that holds every count.
+            exact = torch.float32 if len(x) <= 2**24 else torch.float64
+            fired = active.values.sign().sum(0, dtype=exact)
             counts.index_add_(0, active.neurons, fired.to(counts.dtype))
     return active
 
