@@ -103,6 +103,8 @@ def _switch_half(trainer: Trainer) -> None:
             step += 1
         encoder.counts *= STILL // QUICK_SWITCH
         encoder.anneal_samples = STILL
+    if trainer.resident is not None:  # it took the number when it was made
+        trainer.resident.anneal_samples.fill_(STILL)
 
 
 def graded_share(trainer: Trainer) -> float:

@@ -1,6 +1,6 @@
 """Measures every op of ssd_kernels beside PyTorch and the peers that are installed.
 
-    python benchmarks/topk_bench.py [--quick] [--op OP] [--out FILE.csv] [--budget SECONDS]
+    python benchmarks/topk_bench.py [--quick] [--op OP] [--rows targets] [--out FILE.csv] [--budget SECONDS]
 
 Without a GPU it measures small shapes on the CPU and says so. Rows go to
 benchmarks/results/<gpu>/topk_bench.csv as they are measured, and a figure beside them.
@@ -45,7 +45,7 @@ def main() -> int:
     with record.Writer(path, name) as writer:
         bench = Bench(writer, device, console, options)
         try:
-            bench.run([s for s in _shapes(cuda, options.quick) if options.op in (None, s.op)])
+            bench.run(_shapes(cuda, options))
         finally:
             report.show(console, writer.rows, title, cuda)
             report.figure(writer.rows, path.with_suffix(".png"), title)
@@ -64,6 +64,7 @@ class Bench:
         options: argparse.Namespace,
     ) -> None:
         self.writer, self.device, self.console = writer, device, console
+        self.options = options
         self.deadline = time.monotonic() + options.budget
         self.seconds = 0.01 if options.quick else 0.3
         # A case that compiles slowly must not eat the others' time.
@@ -92,7 +93,11 @@ class Bench:
         sets = self._sets(case)
         started, runs = time.monotonic(), {}
         memory: dict[str, int | None] = {}
-        for name, provider in case.providers.items():
+        # What is slow to compile comes last, where the budget cuts.
+        for name in sorted(case.providers, key=lambda name: "(compile)" in name):
+            provider = case.providers[name]
+            if self.options.no_compile and "(compile)" in name:
+                continue
             if self.lost or time.monotonic() > min(self.deadline, started + self.case_seconds):
                 self.console.print(f"{case.title}: {name} not measured, the time budget is spent")
                 continue
@@ -205,8 +210,13 @@ def _rate(amount: float, taken: Quantiles) -> Quantiles:
     return Quantiles(amount / taken.p80, amount / taken.p50, amount / taken.p20)
 
 
-def _shapes(cuda: bool, quick: bool) -> list[cases.Shape]:
-    return cases.QUICK if quick else cases.CUDA if cuda else cases.CPU
+def _shapes(cuda: bool, options: argparse.Namespace) -> list[cases.Shape]:
+    shapes = cases.QUICK if options.quick else cases.CUDA if cuda else cases.CPU
+    if options.rows == "targets":
+        shapes = shapes[: cases.TARGETS]
+    elif options.rows == "others":
+        shapes = shapes[cases.TARGETS :]
+    return [s for s in shapes if options.op in (None, s.op)]
 
 
 def _options() -> argparse.Namespace:
@@ -214,6 +224,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="CSV file; the figure goes beside it")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
     parser.add_argument("--op", choices=sorted(providers.BUILDERS), help="this op alone")
+    parser.add_argument("--rows", choices=("all", "targets", "others"), default="all",
+                        help="the shapes that the targets name, or the others")  # fmt: skip
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--budget", type=float, default=240, help="seconds, compiling included")
     return parser.parse_args()
 

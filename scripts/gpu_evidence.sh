@@ -1,27 +1,54 @@
 #!/usr/bin/env bash
-# GPU evidence, a quarter of an hour: CUDA tests, benchmark, compute-sanitizer, training benchmark.
+# GPU evidence in two calls of at most 280 s each, or part by part.
 #
-#   scripts/gpu_evidence.sh [tests|bench|sanitizer|train]...     (no argument: all four)
+#   scripts/gpu_evidence.sh first|second|PART...
 #
-# Run from anywhere; needs python3 with torch, triton, pytest, hypothesis, rich and matplotlib, no
-# installation of this repository, no network. Each part has its own time limit and runs whether or
-# not an earlier one failed. Files go to $OUT (default: benchmarks/results/<gpu>/): evidence.txt
-# (versions and each part's outcome), tests.log, topk_bench.csv/.png/.log, sanitizer.log, train.*.
-# $PYTHON names another interpreter, $GIT_COMMIT the commit where there is no git. Exit status: the number of parts that failed.
+#   first    smoke step bench tests       does every kernel run, is it right, are the targets met
+#   second   others train sanitizer profile
+#
+# Run from anywhere; needs python3 with torch, triton, pytest (xdist, timeout), hypothesis, rich and
+# matplotlib, no installation of this repository, no network. Each part has a time limit and runs
+# whether or not an earlier one failed; a limit is cut to what is left of the call. Files go to $OUT
+# (default: benchmarks/results/<gpu>/): evidence-<call>.txt (versions, a line a part), <call>.log
+# (what the parts printed) and the tables of the benchmarks, all written as they grow. $PYTHON names
+# another interpreter, $GIT_COMMIT the commit where there is no git, $SECONDS_ALLOWED the limit of
+# the call. Exit status: the number of parts that failed.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+allowed=${SECONDS_ALLOWED:-280}
+
+case ${1:-} in
+first) call=first parts=(smoke step bench tests) ;;
+second) call=second parts=(others train sanitizer profile) ;;
+"" | -*)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+    ;;
+*) call=parts parts=("$@") ;;
+esac
+for name in "${parts[@]}"; do
+    case $name in
+    smoke | step | bench | tests | others | train | sanitizer | profile) ;;
+    *)
+        echo "unknown part: $name (smoke, step, bench, tests, others, train, sanitizer, profile)" >&2
+        exit 2
+        ;;
+    esac
+done
+
 out=${OUT:-$("$python" -c 'import torch
 from benchmarks.record import results_folder
 print(results_folder(torch.device("cuda" if torch.cuda.is_available() else "cpu")))')} || exit 1
 mkdir -p "$out" || exit 1
-summary=$out/evidence.txt
+summary=$out/evidence-$call.txt log=$out/$call.log
 failed=0
+: >"$log"
 
 versions() {
     date -u '+date %Y-%m-%dT%H:%M:%SZ'
-    "$python" -c 'import platform, torch
+    timeout 60 "$python" -c 'import platform, torch
 from benchmarks.record import commit, device_name, installed
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("commit", commit())
@@ -34,80 +61,83 @@ for name in ("triton", "pytest", "hypothesis", "flashinfer-python", "quack-kerne
     fi
 }
 
-# part NAME LOG SECONDS COMMAND...: runs a command under a time limit and notes how it ended.
+# left LIMIT: the smaller of the limit and what is left of the call, at least 1.
+left() {
+    local rest=$((allowed - SECONDS - 5))
+    [ "$rest" -ge 1 ] || rest=1
+    echo $((rest < $1 ? rest : $1))
+}
+
+# part NAME LIMIT COMMAND...: runs a command under a time limit and notes how it ended.
 part() {
-    local name=$1 log=$out/$2 seconds=$3 start=$SECONDS status
-    shift 3
-    echo "== $name, at most $seconds s" >>"$log"
-    timeout --kill-after=10 "$seconds" "$@" >>"$log" 2>&1
+    local name=$1 seconds start=$SECONDS status outcome begin
+    seconds=$(left "$2")
+    shift 2
+    echo "== $name, at most $seconds s" | tee -a "$log"
+    begin=$(($(wc -l <"$log") + 1))
+    # An interrupt first: pytest and the benchmarks then report what they have.
+    timeout --signal=INT --kill-after=8 "$seconds" "$@" >>"$log" 2>&1
     status=$?
-    tail -n 40 "$log"
-    local outcome=passed
+    tail -n +"$begin" "$log" | tail -n 60
     case $status in
-    0) ;;
+    0) outcome=passed ;;
     124 | 137) outcome="ran past its $seconds s" ;;
     *) outcome="failed with status $status" ;;
     esac
     [ "$status" -eq 0 ] || failed=$((failed + 1))
-    echo "$name: $outcome, $((SECONDS - start)) s" | tee -a "$summary"
+    # What the part itself says in its last line.
+    local last
+    last=$(tail -n +"$begin" "$log" | grep -v '^ *$' | tail -n 1 | cut -c1-160)
+    echo "$name: $outcome, $((SECONDS - start)) s; $last" | tee -a "$summary"
 }
 
+smoke() { part smoke 70 "$python" scripts/smoke.py; }
+step() { part step 45 "$python" scripts/step_evidence.py; }
+profile() { part profile 45 "$python" scripts/step_evidence.py --profile; }
+
 tests() {
-    : >"$out/tests.log"
-    part tests tests.log 160 "$python" -m pytest tests/kernels -q -p no:cacheprovider --durations=10
-    # Training as CUDA graphs; needs safetensors too.
-    part "resident tests" tests.log 200 "$python" -m pytest tests/ssd/test_resident.py -q \
-        -p no:cacheprovider
+    part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_resident.py -q -m cuda -n 8 \
+        --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
 }
 
 bench() {
-    : >"$out/topk_bench.log"
-    part bench topk_bench.log 230 "$python" benchmarks/topk_bench.py --budget 200 \
-        --out "$out/topk_bench.csv"
+    local seconds
+    seconds=$(left 120)
+    part bench "$seconds" "$python" benchmarks/topk_bench.py --rows targets --no-compile \
+        --budget $((seconds - 15)) --out "$out/topk_bench.csv"
 }
 
+others() {
+    local seconds
+    seconds=$(left 90)
+    part others "$seconds" "$python" benchmarks/topk_bench.py --rows others \
+        --budget $((seconds - 15)) --out "$out/topk_bench_others.csv"
+}
+
+train() { part train 120 "$python" benchmarks/train_bench.py --out "$out/train_bench.csv"; }
+
 sanitizer() {
-    : >"$out/sanitizer.log"
     local checker
     checker=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
     if [ ! -x "$checker" ]; then
-        echo "compute-sanitizer is not installed: the cases run without it" | tee -a "$summary"
-        part "sanitizer cases" sanitizer.log 40 "$python" scripts/sanitizer_cases.py
+        echo "sanitizer: not run, compute-sanitizer is not installed" | tee -a "$summary"
         return
     fi
     # PyTorch's caching allocator would hide an access beyond the end of a tensor.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     # Compiled before, so that the checker sees the kernels and not the compiler.
-    part "sanitizer cases" sanitizer.log 30 "$python" scripts/sanitizer_cases.py
-    for tool in memcheck racecheck; do
-        part "sanitizer $tool" sanitizer.log 35 "$checker" --tool "$tool" --error-exitcode 99 \
-            --print-limit 20 "$python" scripts/sanitizer_cases.py
+    part "sanitizer cases" 30 "$python" scripts/smoke.py --quick
+    for tool in memcheck initcheck; do
+        part "sanitizer $tool" 60 "$checker" --tool "$tool" --error-exitcode 99 \
+            --print-limit 20 "$python" scripts/smoke.py --quick
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
-train() {
-    if [ ! -f benchmarks/train_bench.py ]; then
-        echo "train: benchmarks/train_bench.py does not exist yet" | tee -a "$summary"
-        return
-    fi
-    : >"$out/train_bench.log"
-    part train train_bench.log 360 "$python" benchmarks/train_bench.py --out "$out/train_bench.csv"
-}
-
 versions | tee "$summary"
-[ $# -gt 0 ] || set -- tests bench sanitizer train
-for name in "$@"; do
-    case $name in
-    tests) tests ;;
-    bench) bench ;;
-    sanitizer) sanitizer ;;
-    train) train ;;
-    *)
-        echo "unknown part: $name (tests, bench, sanitizer, train)" >&2
-        failed=$((failed + 1))
-        ;;
-    esac
+for name in "${parts[@]}"; do
+    "$name"
 done
+cat "$summary"
 echo "files in $out:" && ls -l "$out"
 exit "$failed"

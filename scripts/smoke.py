@@ -1,0 +1,245 @@
+"""Runs every op and every implementation on small shapes against the specification in fp64.
+
+    python scripts/smoke.py [--quick]     one line a case: ok, how wrong, or what was raised
+
+Goes on after a failure; where the GPU no longer answers, the rest runs in a new process. --quick
+takes fp32 alone, as compute-sanitizer needs it. Without a GPU the plain PyTorch implementations
+run, and with TRITON_INTERPRET=1 Triton's too. Exit status: 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+import ssd_kernels as ours
+from benchmarks.common import CUDA_ONLY
+from ssd_kernels import _dispatch
+from ssd_kernels.linear_inhibit import linear_inhibit
+from ssd_kernels.row_gradient import row_gradient
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Odd on purpose: [B, d] x [R, d], and a row that is a whole number of no tile.
+B, D, R, K, C = 5, 24, 517, 7, 13
+S = 2  # networks
+# Largest error of a result over its largest entry: a few roundings of the dtype.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+Results = tuple[Tensor | None, ...]
+Draw = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    """run(impl, draw) -> results; draw(sizes) gives a normal tensor of the case's dtype."""
+
+    op: str
+    name: str
+    run: Callable[[str, Draw], Results]
+    half: bool = True  # whether 16-bit inputs are tried
+
+
+def main(arguments: list[str]) -> int:
+    quick = "--quick" in arguments
+    skip, wrong = (int(arguments[-2]), int(arguments[-1])) if "--from" in arguments else (0, 0)
+    for number, (case, impl, dtype) in enumerate(_cases(quick)):
+        if number < skip:
+            continue
+        start = time.perf_counter()
+        found = _attempt(case, impl, dtype)
+        seconds = time.perf_counter() - start
+        title = f"{case.op + case.name:30} {impl:10} {str(dtype)[6:]:9}"
+        print(f"{title} {seconds:5.1f} s  {found or 'ok'}", flush=True)
+        wrong += bool(found)
+        if not _answers():
+            print("the GPU no longer answers: the rest runs in a new process", flush=True)
+            again = [a for a in arguments if a == "--quick"]
+            os.execv(sys.executable, [sys.executable, __file__, *again, "--from",
+                                      str(number + 1), str(wrong)])  # fmt: skip
+    print(f"{DEVICE}: {wrong} wrong of {number + 1}")
+    return 1 if wrong else 0
+
+
+def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
+    runs_triton = DEVICE.type == "cuda" or _dispatch.interpreted()
+    for case in CASES:
+        for impl in import_module(f"ssd_kernels.{case.op}").IMPLEMENTATIONS:
+            if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
+                continue
+            yield case, impl, torch.float32
+            if not quick and case.half and impl in CUDA_ONLY:
+                yield case, impl, torch.float16
+                if not _dispatch.interpreted():  # which has no bfloat16
+                    yield case, impl, torch.bfloat16
+
+
+def _attempt(case: Case, impl: str, dtype: torch.dtype) -> str:
+    """ "" if every result is the specification's, else what is wrong."""
+    try:
+        got, true = (_run(case, name, dtype) for name in (impl, "reference"))
+        return "; ".join(filter(None, (_wrong(*pair) for pair in enumerate(zip(got, true)))))  # noqa: B905
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " | ".join(lines[:1] + lines[1:][-3:])
+        return f"{type(error).__name__}: {said[:600]} ({Path(where.filename).name}:{where.lineno})"
+
+
+def _run(case: Case, impl: str, dtype: torch.dtype) -> Results:
+    """The reference computes in fp64 on the same, rounded inputs."""
+    torch.manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        drawn = torch.randn(*sizes).to(dtype)
+        return (drawn.double() if impl == "reference" else drawn).to(DEVICE)
+
+    return case.run(impl, draw)
+
+
+def _wrong(number: int, pair: tuple[Tensor | None, Tensor | None]) -> str:
+    got, true = pair
+    if got is None or true is None:
+        return "" if got is true else f"result {number} is {got}, expected {true}"
+    if got.shape != true.shape:
+        return f"result {number} has shape {list(got.shape)}, expected {list(true.shape)}"
+    if not got.dtype.is_floating_point:
+        return "" if torch.equal(got, true) else f"result {number}: integers differ"
+    scale = true.abs().max().clamp(min=1e-30)
+    error = ((got.double() - true).abs().max() / scale).item()
+    return "" if error <= TOLERANCE[got.dtype] else f"result {number} is off by {error:.2g}"
+
+
+def _answers() -> bool:
+    if DEVICE.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            return False
+    return True
+
+
+def _counts(neurons: int = R) -> Tensor:
+    return torch.zeros(neurons, dtype=torch.int64, device=DEVICE)
+
+
+def _leaves(draw: Draw, *sizes: tuple[int, ...]) -> list[Tensor]:
+    return [draw(*size).requires_grad_() for size in sizes]
+
+
+def _topk(impl: str, draw: Draw) -> Results:
+    scores = draw(B, R)
+    boost = 1 + draw(R) / 8
+    mask = torch.rand(R, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.3
+    return *ours.topk(scores, K, impl=impl)[:2], *ours.topk(scores.round(), K, impl=impl)[:2], \
+        ours.topk(scores, K, boost=boost, mask=mask, impl=impl)[1]  # fmt: skip
+
+
+def _topk_parts(impl: str, draw: Draw) -> Results:
+    return ours.topk(draw(2, 40_003), 64, impl=impl)[:2]
+
+
+def _linear_topk(impl: str, draw: Draw) -> Results:
+    leaves, counts = _leaves(draw, (B, D), (R, D), (R,)), _counts()
+    x, weight, bias = leaves
+    values, indices, cut, _ = ours.linear_topk(
+        x, weight, K, bias, inhibition="subtract", threshold=True, counts=counts, impl=impl
+    )
+    assert cut is not None
+    loss = values.float().square().sum() + cut.float().sum()
+    return values, indices, cut, counts, *torch.autograd.grad(loss, leaves)
+
+
+def _linear_topk_of_networks(impl: str, draw: Draw) -> Results:
+    x, weight = draw(S * B, D), draw(S * R, D)
+    return ours.linear_topk(x, weight, K, blocks=S, impl=impl)[:2]
+
+
+def _linear_inhibit(impl: str, draw: Draw) -> Results:
+    leaves, counts = _leaves(draw, (B, D), (R, D), (R,)), _counts()
+    x, weight, bias = leaves
+    gaba = torch.linspace(-1, 1, R, device=DEVICE).to(x.dtype)
+    hidden = linear_inhibit(x, weight, K, gaba, bias, counts=counts, impl=impl)
+    return hidden, counts, *torch.autograd.grad(hidden.float().square().sum(), leaves)
+
+
+def _code(draw: Draw) -> tuple[Tensor, Tensor]:
+    values = draw(B, K)
+    generator = torch.Generator().manual_seed(2)
+    indices = torch.stack([torch.randperm(R, generator=generator)[:K] for _ in range(B)])
+    indices[1] = indices[0]  # neurons of several slots
+    return values, indices.to(DEVICE)
+
+
+def _sparse_linear(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    leaves = [values.requires_grad_(), *_leaves(draw, (R, C), (C,))]
+    out = ours.sparse_linear(values, indices, *leaves[1:], impl=impl)
+    return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+
+def _row_gradient(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    return (row_gradient(values, draw(B, D), indices, R, impl=impl),)
+
+
+def _count_active(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    counts, last = _counts(), _counts()
+    ours.count_active(values, indices, counts, last, 3, impl=impl)
+    return counts, last
+
+
+def _code_gram(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    gram, cross = values.new_zeros(R, R), values.new_zeros(2, R, C)
+    labels = torch.arange(B, device=DEVICE) % C
+    ours.code_gram(values, indices, gram, cross[0], labels, impl=impl)
+    ours.code_gram(values, indices, gram, cross[1], draw(B, C), impl=impl)
+    return gram, cross
+
+
+def _distill(impl: str, draw: Draw) -> Results:
+    labels = torch.arange(B, device=DEVICE) % C
+    return ours.distill(
+        draw(B, C), labels, draw(B, C), draw(B, K).relu(), draw(B, K).relu(),
+        alpha=0.6, lam=0.3, temperature=2.0, impl=impl,
+    )  # fmt: skip
+
+
+def _row_update(impl: str, draw: Draw) -> Results:
+    coefficients, indices = _code(draw)
+    weights, buffers = ([draw(R, D), draw(R, C)] for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "nonnegative": True, "impl": impl}
+    norm = ours.row_update(
+        weights, [coefficients, 2 * coefficients], [draw(B, D), draw(B, C)], indices,
+        normalize=[True, False], momentum=0.9, buffers=buffers, **options,
+    )  # fmt: skip
+    return norm, *weights, *buffers
+
+
+CASES = [
+    Case("topk", "", _topk),
+    Case("topk", " in parts", _topk_parts),
+    Case("linear_topk", "", _linear_topk),
+    Case("linear_topk", " of networks", _linear_topk_of_networks),
+    Case("linear_inhibit", "", _linear_inhibit),
+    Case("sparse_linear", "", _sparse_linear),
+    Case("row_gradient", "", _row_gradient),
+    Case("count_active", "", _count_active),
+    Case("code_gram", "", _code_gram, half=False),
+    Case("distill", "", _distill, half=False),
+    Case("row_update", "", _row_update, half=False),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
