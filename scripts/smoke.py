@@ -76,7 +76,7 @@ def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
             if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
                 continue
             yield case, impl, torch.float32
-            if not quick and case.half and impl in CUDA_ONLY:
+            if not quick and case.half and runs_triton:
                 yield case, impl, torch.float16
                 if not _dispatch.interpreted():  # which has no bfloat16
                     yield case, impl, torch.bfloat16
