@@ -2,14 +2,15 @@
 
     python scripts/step_evidence.py [--profile]
 
-Prints how far the weights end from the CPU's, relative to how far the step moved them, the time of
-a replay, and with --profile the kernels of a replay. Exit status: the number of phases that failed.
+Prints how far the weights end from the CPU's, beyond rounding and relative to how far the step
+moved them, the time of a replay, and with --profile the kernels of a replay. Exit status: the number of phases that failed.
 """
 
 from __future__ import annotations
 
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from ssd.trainer import Trainer
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALLOWED = 1e-3  # of the step's length
 LONGER = 100  # the step that is compared, or the rounding of the weights would hide it
+ROUNDING = 1e-7  # of weights that are scaled to unit length
 REPLAYS = 20  # under the profiler
 
 
@@ -50,18 +52,19 @@ def _step(phase: str, profile: bool) -> tuple[str, float, float]:
     """The step's path, the error of the weights after it, and its milliseconds."""
     problem = Problem()
     cpu = make_trainer(problem, "ssd", torch.device("cpu"), phase=phase)
+    (learner,) = cpu.learners
+    learner.config = replace(learner.config, lr=LONGER * learner.config.lr)
+    cpu.lr *= LONGER
     gpu = _copy(cpu, problem)
     before = [p.detach().clone() for p in cpu.learners[0].parameters]
     order = cpu.learners[0].order(cpu.task, cpu.epoch)
     assert gpu.resident is not None
     (path,) = gpu.resident._paths()
-    for trainer in (cpu, gpu):
-        trainer.lr *= LONGER
     run = gpu.resident.first_step()
     run()
     cpu.step([order[: problem.B]])
     error = max(
-        ((ours.cpu() - theirs).norm() / (theirs - old).norm()).item()
+        (((ours.cpu() - theirs).norm() - ROUNDING * old.norm()) / (theirs - old).norm()).item()
         for ours, theirs, old in zip(
             gpu.learners[0].parameters, cpu.learners[0].parameters, before, strict=True
         )
@@ -71,7 +74,7 @@ def _step(phase: str, profile: bool) -> tuple[str, float, float]:
         raise errors[""]
     if profile:
         _profile(run)
-    return path, error, times[""].p50
+    return path, max(error, 0.0), times[""].p50
 
 
 def _copy(trainer: Trainer, problem: Problem) -> Trainer:

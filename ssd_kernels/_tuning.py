@@ -20,6 +20,8 @@ TABLE: dict[str, dict[str, Rows]] = {
         "default": (
             ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 64, "num_warps": 1}),
             ({"neurons": 1024, "k": 32}, {"TILE": 1024, "PROGRAMS": 64, "num_warps": 1}),
+            ({"neurons": 4096, "k": 64}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
+            ({"k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
             ({}, {"TILE": 2048, "PROGRAMS": 32, "num_warps": 4}),
         ),
     },
@@ -59,15 +61,17 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({"width": 16}, {"SLOTS": 8, "BLOCK": 16, "num_warps": 1}),
             ({"width": 64}, {"SLOTS": 4, "BLOCK": 64, "num_warps": 1}),
             ({"width": 256}, {"SLOTS": 4, "BLOCK": 256, "num_warps": 2}),
-            ({}, {"SLOTS": 4, "BLOCK": 512, "num_warps": 4}),
+            ({"width": 1024}, {"SLOTS": 2, "BLOCK": 1024, "num_warps": 2}),
+            ({}, {"SLOTS": 2, "BLOCK": 2048, "num_warps": 4}),
         ),
     },
     "sparse_linear": {
         "default": (
             ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
             ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
-            # A slice of weight 256 columns wide stays in L2 while every sample reads it.
-            ({}, {"SLOTS": 16, "BLOCK": 256, "num_warps": 4}),
+            # A slice of weight 256 columns wide stays in L2 while every sample reads it. One warp
+            # holds whole rows of the slice, so slots are summed without a barrier.
+            ({}, {"SLOTS": 16, "BLOCK": 256, "num_warps": 1}),
         ),
     },
     "distill": {

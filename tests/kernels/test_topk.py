@@ -257,6 +257,18 @@ def test_offsets_beyond_32_bits() -> None:
     assert got.values.tolist() == [[2.0, 0.0, 0.0]] * batch
 
 
+def test_no_part_of_a_row_is_empty() -> None:
+    """The kernel reads ahead from each part to the next: one without a tile would break the chain."""
+    from importlib import import_module
+
+    device, parts_of = torch.device("cpu"), import_module("ssd_kernels.topk")._parts
+    for batch in (1, 2, 3):
+        for neurons in range(4096, 40_000, 517):
+            parts = parts_of(batch, neurons, 10, device)
+            tiles = -(-neurons // _tuning.config("topk", device, neurons=neurons, k=10)["TILE"])
+            assert (parts - 1) * -(-tiles // parts) < tiles
+
+
 @pytest.mark.cuda
 def test_in_a_cuda_graph() -> None:
     scores = torch.randn(64, 5000, device="cuda")
