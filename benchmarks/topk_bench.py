@@ -1,6 +1,6 @@
 """Measures every op of ssd_kernels beside PyTorch and the peers that are installed.
 
-    python benchmarks/topk_bench.py [--quick] [--op OP] [--rows targets] [--out FILE.csv] [--budget SECONDS]
+    python benchmarks/topk_bench.py [--quick] [--op OP] [--rows targets] [--budget SECONDS]
 
 Without a GPU it measures small shapes on the CPU and says so. Rows go to
 benchmarks/results/<gpu>/topk_bench.csv as they are measured, and a figure beside them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from benchmarks import cases, peers, providers, record, report, timing
 from benchmarks.cases import Case
+from benchmarks.targets import targets
 from benchmarks.timing import Quantiles, Roofline, Run
 
 MAX_SETS = 16
@@ -50,7 +52,10 @@ def main() -> int:
             report.show(console, writer.rows, title, cuda)
             report.figure(writer.rows, path.with_suffix(".png"), title)
             console.print(f"{title}. Rows: {path}")
-    return 1 if bench.lost else 0
+    verdicts = Counter(target.verdict(writer.rows if cuda else [])[1] for target in targets())
+    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    console.print(f"targets: {found}; providers of ours that are wrong: {bench.wrong}")
+    return 1 if bench.lost or bench.wrong else 0
 
 
 class Bench:
@@ -70,6 +75,7 @@ class Bench:
         # A case that compiles slowly must not eat the others' time.
         self.case_seconds = options.budget / 8
         self.lost = False
+        self.wrong = 0  # providers of ours
 
     def run(self, shapes: list[cases.Shape]) -> None:
         ceilings = self._roofline(tuple({s.dtype: None for s in shapes}))
@@ -111,12 +117,14 @@ class Bench:
                 if wrong:
                     self.console.print(f"[red]{case.title}: {name} is wrong:[/red] {escape(wrong)}")
             if wrong:
+                self.wrong += name.startswith("ours")
                 self._write(case, name, "time", None, "ms", None)
             else:
                 runs[name] = run
         times, errors = timing.alternate(runs, self.seconds, self.device)
         for name, raised in errors.items():
             self._failed(f"{case.title}: {name}", raised)
+            self.wrong += name.startswith("ours")
             self._write(case, name, "time", None, "ms", None)
         for name, quantiles in times.items():
             self._measured(case, name, quantiles, memory[name], ceilings)

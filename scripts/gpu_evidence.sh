@@ -4,7 +4,7 @@
 #   scripts/gpu_evidence.sh first|second|PART...
 #
 #   first    smoke step bench tests       does every kernel run, is it right, are the targets met
-#   second   others train sanitizer profile
+#   second   profile others sanitizer train
 #
 # Run from anywhere; needs python3 with torch, triton, pytest (xdist, timeout), hypothesis, rich and
 # matplotlib, no installation of this repository, no network. Each part has a time limit and runs
@@ -21,7 +21,7 @@ allowed=${SECONDS_ALLOWED:-280}
 
 case ${1:-} in
 first) call=first parts=(smoke step bench tests) ;;
-second) call=second parts=(others train sanitizer profile) ;;
+second) call=second parts=(profile others sanitizer train) ;;
 "" | -*)
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
@@ -96,7 +96,7 @@ step() { part step 45 "$python" scripts/step_evidence.py; }
 profile() { part profile 45 "$python" scripts/step_evidence.py --profile; }
 
 tests() {
-    part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_resident.py -q -m cuda -n 8 \
+    part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_resident.py -q -m cuda -n 12 \
         --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
 }
 

@@ -3,7 +3,7 @@
     python scripts/step_evidence.py [--profile]
 
 Prints how far the weights end from the CPU's, beyond rounding and relative to how far the step
-moved them, the time of a replay, and with --profile the kernels of a replay. Exit status: the number of phases that failed.
+moved them, the time of a replay, and with --profile its kernels. Exit status: phases that failed.
 """
 
 from __future__ import annotations

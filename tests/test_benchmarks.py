@@ -108,7 +108,7 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
     built = providers.build(shape, CPU)
     wrong = {"wrong": lambda scores: torch.topk(-scores, 10), "raises": raises}
     case = replace(built, providers=built.providers | wrong)
-    options = argparse.Namespace(quick=True, budget=60.0)
+    options = argparse.Namespace(quick=True, budget=60.0, no_compile=True)
     with (tmp_path / "log").open("w") as log, record.Writer(tmp_path / "rows.csv", "cpu") as rows:
         bench = topk_bench.Bench(rows, CPU, Console(file=log, width=200), options)
         bench.measure(case, timing.Roofline(1e9, {torch.float32: 1e9}))

@@ -258,7 +258,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_no_part_of_a_row_is_empty() -> None:
-    """The kernel reads ahead from each part to the next: one without a tile would break the chain."""
+    """The kernel reads ahead from one part to the next; one without a tile would break that."""
     from importlib import import_module
 
     device, parts_of = torch.device("cpu"), import_module("ssd_kernels.topk")._parts

@@ -1,0 +1,136 @@
+"""scripts/gpu_evidence.sh as a dry run: a stub stands in for Python, so no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What the stub is asked to run, by a word of its arguments -> the part.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+    -c*) echo "versions of the stub"; exit 0 ;;
+    *scripts/smoke.py*) part=smoke ;;
+    *--profile*) part=profile ;;
+    *scripts/step_evidence.py*) part=step ;;
+    *"--rows targets"*) part=bench ;;
+    *"--rows others"*) part=others ;;
+    *train_bench.py*) part=train ;;
+    *pytest*) part=tests ;;
+esac
+echo "$part $*" >>"$STUB_CALLS"
+echo "$part began"
+[ "$part" = "$STUB_CRASHES" ] && { echo "Error: $part fell over" >&2; exit 3; }
+[ "$part" = "$STUB_HANGS" ] && sleep 60
+while [ $# -gt 0 ]; do
+    [ "$1" = --out ] && { echo row >"$2"; echo picture >"${2%.csv}.png"; }
+    shift
+done
+echo "$part ended"
+"""
+# compute-sanitizer's stub runs what it is given.
+CHECKER = '#!/usr/bin/env bash\nwhile [ "$1" != "$PYTHON" ]; do shift; done\nexec "$@"\n'
+
+
+class Run:
+    """One dry run: its exit status, what it left behind, and how long it took."""
+
+    def __init__(self, folder: Path, *parts: str, seconds: int = 60, **stub: str) -> None:
+        programs, self.out, calls = folder / "bin", folder / "out", folder / "calls"
+        programs.mkdir()
+        calls.touch()
+        for name, text in (("python-stub", STUB), ("compute-sanitizer", CHECKER)):
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        environment = os.environ | {
+            "PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": str(programs / "python-stub"),
+            "OUT": str(self.out), "STUB_CALLS": str(calls), "SECONDS_ALLOWED": str(seconds),
+            "STUB_CRASHES": "", "STUB_HANGS": "", **stub,
+        }  # fmt: skip
+        start = time.monotonic()
+        done = subprocess.run(
+            ["bash", "scripts/gpu_evidence.sh", *parts], cwd=ROOT, env=environment,
+            capture_output=True, text=True, timeout=50,
+        )  # fmt: skip
+        self.seconds = time.monotonic() - start
+        self.status, self.printed, self.said = done.returncode, done.stdout, done.stderr
+        self.calls = [line.split()[0] for line in calls.read_text().splitlines()]
+
+    def summary(self, call: str) -> dict[str, str]:
+        """Part -> its line in evidence-<call>.txt."""
+        lines = (self.out / f"evidence-{call}.txt").read_text().splitlines()
+        return dict(line.split(": ", 1) for line in lines if ": " in line)
+
+
+def test_first_call(tmp_path: Path) -> None:
+    run = Run(tmp_path, "first", seconds=280)
+    assert run.status == 0, run.printed + run.said
+    assert run.calls == ["smoke", "step", "bench", "tests"]
+    limits = [int(n) for n in re.findall(r"at most (\d+) s", run.printed)]
+    assert limits[:3] == [70, 45, 120]
+    assert sum(limits[:3]) < 280 - 30  # what the last part is left with at least
+    assert limits[3] <= 150
+    found = run.summary("first")
+    assert list(found) == ["smoke", "step", "bench", "tests"]
+    assert all(re.fullmatch(rf"passed, \d+ s; {part} ended", found[part]) for part in found)
+    files = {path.name for path in run.out.iterdir()}
+    assert files == {"evidence-first.txt", "first.log", "topk_bench.csv", "topk_bench.png"}
+
+
+def test_second_call(tmp_path: Path) -> None:
+    run = Run(tmp_path, "second", seconds=280)
+    assert run.status == 0, run.printed + run.said
+    # The sanitizer's cases once without it, then under memcheck and initcheck.
+    assert run.calls == ["profile", "others", "smoke", "smoke", "smoke", "train"]
+    assert "sanitizer memcheck" in run.summary("second")
+    assert "sanitizer initcheck" in run.summary("second")
+    assert len(list(run.out.iterdir())) == 6  # eight at most come back
+
+
+def test_a_part_that_crashes_stops_no_other(tmp_path: Path) -> None:
+    run = Run(tmp_path, "first", STUB_CRASHES="smoke")
+    assert run.status == 1
+    assert run.calls == ["smoke", "step", "bench", "tests"]
+    assert run.summary("first")["smoke"].startswith("failed with status 3")
+    assert "Error: smoke fell over" in run.summary("first")["smoke"]
+    assert "Error: smoke fell over" in (run.out / "first.log").read_text()
+    assert run.summary("first")["tests"].startswith("passed")
+
+
+def test_a_part_that_hangs_is_ended_and_stops_no_other(tmp_path: Path) -> None:
+    run = Run(tmp_path, "first", seconds=10, STUB_HANGS="step")
+    assert run.status == 1
+    assert run.calls == ["smoke", "step", "bench", "tests"]
+    assert run.summary("first")["step"].startswith("ran past its 5 s")
+    assert run.summary("first")["bench"].startswith("passed")
+    assert "step began" in (run.out / "first.log").read_text()
+    assert run.seconds < 20
+
+
+def test_single_parts_and_unknown_ones(tmp_path: Path) -> None:
+    run = Run(tmp_path, "tests", "smoke")
+    assert run.status == 0
+    assert run.calls == ["tests", "smoke"]
+    assert list(run.summary("parts")) == ["tests", "smoke"]
+    for number, (wrong, said) in enumerate([((), "first|second|PART"), (("all",), "unknown part")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run = Run(folder, *wrong)
+        assert run.status == 2
+        assert said in run.said
+        assert not run.out.exists()
+
+
+@pytest.mark.parametrize("part", ["tests", "bench", "others"])
+def test_what_a_part_runs_exists(part: str, tmp_path: Path) -> None:
+    """The stub hides a wrong file name or option, so the names are looked up here."""
+    Run(tmp_path, part)
+    command = (tmp_path / "calls").read_text().split()
+    files = [word for word in command if word.endswith(".py") or word.startswith("tests/")]
+    assert files
+    assert all((ROOT / file.removeprefix("--ignore=")).exists() for file in files)
