@@ -43,7 +43,9 @@ TAIL = 3  # columns of a wider matrix that an op is not handed
 @contextmanager
 def small_tiles(slab: int | None = None, groups: int | None = None) -> Iterator[None]:
     """Launches with short tiles; a slab of few rows and programs of few groups where asked for."""
-    table = {op: {"default": (({}, chosen),)} for op, chosen in TILES.items()}
+    table: dict[str, dict[str, _tuning.Rows]] = {
+        op: {"default": (({}, chosen),)} for op, chosen in TILES.items()
+    }
     limits: dict[str, Any] = {} if slab is None else {"slab_rows": lambda *_: slab}
     limits |= {} if groups is None else {"MAX_GROUPS": groups}
     with ExitStack() as stack:

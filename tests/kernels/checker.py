@@ -17,8 +17,8 @@ Lanes that are masked off do nothing. Programs run one after another, in a rando
 
 What it cannot see: a barrier that only some threads reach; a lane that the compiler holds in
 several threads, or in other threads for the load than for the store of one position; shared memory;
-what torch ops read inside an operator registered with torch.library; a kernel that waits for
-another program.
+a kernel that waits for another program; what tolist, numpy, or the inside of an operator registered
+with torch.library reads.
 
 triton-viz 3.0, the one such tool on PyPI, checks bounds alone: it knows neither barriers nor lanes
 nor what was written.
@@ -29,6 +29,7 @@ TRITON_INTERPRET=1 must be set before Triton is imported.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ ADDRESS = np.uint64(2**48 - 1)
 # The torch ops that write every element of what they change.
 OVERWRITING = ("fill_", "zero_", "copy_", "normal_", "uniform_", "random_")
 FRESH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-TRITON = str(Path(triton.__file__).parent)
+TRITON = str(Path(triton.__file__).parent) + os.sep
 
 
 class Fault(AssertionError):
@@ -231,13 +232,14 @@ class Checker:
         yield interpreter, "_implicit_cvt", self._convert(interpreter._implicit_cvt)
         yield builder, "set_grid_idx", self._next_program(builder)
         yield builder, "create_barrier", self._barrier
-        for name, kind in (
-            ("create_masked_load", "load"),
-            ("create_masked_store", "store"),
-            ("create_atomic_rmw", "atomic"),
-            ("create_atomic_cas", "atomic"),
+        for name, kind, pointers, mask in (  # the two are places among the arguments
+            ("create_masked_load", "load", 0, 1),
+            ("create_masked_store", "store", 0, 2),
+            ("create_atomic_rmw", "atomic", 1, 3),
+            ("create_atomic_cas", "atomic", 0, None),
         ):
-            yield builder, name, self._memory_op(name, kind, getattr(builder, name))
+            original = getattr(builder, name)
+            yield builder, name, self._memory_op(kind, pointers, mask, original)
 
     def _launch(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -315,21 +317,19 @@ class Checker:
         launch.ops["barrier"] += 1
         launch.sites.add(_site())
 
-    def _memory_op(self, name: str, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The pointers come first; a masked op has the mask after one operand more or none."""
-
+    def _memory_op(
+        self, kind: str, pointers: int, mask: int | None, original: Callable[..., Any]
+    ) -> Callable[..., Any]:
         def operate(*args: Any, **kwargs: Any) -> Any:
-            before = args[:1] if name == "create_atomic_rmw" else ()
-            pointers, *rest = args[len(before) :]
-            mask = {"create_masked_load": 0, "create_atomic_cas": None}.get(name, 1)
-            live = np.ones(1, dtype=bool) if mask is None else rest[mask].data
-            self._check(kind, pointers, live)
-            plain = interpreter.TensorHandle(pointers.data & ADDRESS, pointers.dtype)
-            return original(*before, plain, *rest, **kwargs)
+            given = list(args)
+            tagged = given[pointers]
+            self._check(kind, tagged, np.True_ if mask is None else given[mask].data)
+            given[pointers] = interpreter.TensorHandle(tagged.data & ADDRESS, tagged.dtype)
+            return original(*given, **kwargs)
 
         return operate
 
-    def _check(self, kind: str, pointers: Any, mask: Array) -> None:
+    def _check(self, kind: str, pointers: Any, mask: Any) -> None:
         launch, site = self.launches[-1], _site()
         launch.ops[kind] += 1
         launch.sites.add(site)
@@ -424,7 +424,7 @@ class Checker:
             written = shadow.written[shadow.bytes_of(access.at)].all(axis=1)
             self._refuse(~written, access, "reads memory that nothing wrote")
 
-    def _refuse(self, bad: Array, access: Access, why: str) -> None:
+    def _refuse(self, bad: Any, access: Access, why: str) -> None:
         if not bad.any():
             return
         first = int(np.flatnonzero(bad)[0])
@@ -458,7 +458,9 @@ def _site() -> Site:
 
 @contextmanager
 def checking(seed: int | None = None) -> Iterator[list[Launch]]:
-    """Checks what runs inside; yields the list of launches, which grows. Not re-entrant."""
+    """Checks what runs inside; yields the list of launches, which grows. Not to be nested."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the checker needs TRITON_INTERPRET=1, set before Triton is imported")
     if seed is None:
         seed = int(np.random.default_rng().integers(2**31))
     checker = Checker(seed)
@@ -466,4 +468,8 @@ def checking(seed: int | None = None) -> Iterator[list[Launch]]:
         for owner, name, hook in list(checker.hooks()):
             stack.enter_context(mock.patch.object(owner, name, hook))
         stack.enter_context(checker.memory)
-        yield checker.launches
+        try:
+            yield checker.launches
+        except Exception:
+            print(f"checking(seed={seed}) repeats the order of the programs", file=sys.stderr)
+            raise

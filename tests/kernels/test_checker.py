@@ -117,24 +117,23 @@ def all_launches() -> list[Launch]:
     return [launch for case in checked_cases.CASES for launch in launches(case)]
 
 
-def launched_names() -> set[str]:
-    """Every name that the package launches: name[grid](..)."""
-    return {
+def kernels() -> set[str]:
+    """What the package launches, name[grid](..), and what is called a kernel."""
+    jitted = {f.name for f in functions()}
+    launched = {
         node.func.value.id
         for module in modules()
         for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Subscript)
         and isinstance(node.func.value, ast.Name)
-        and node.func.value.id.endswith("_kernel")
     }
+    return {name for name in jitted if name in launched or name.endswith("_kernel")}
 
 
 def test_triton_kernels_were_all_launched() -> None:
-    kernels = {f.name for f in functions() if f.name.endswith("_kernel")}
-    assert kernels
-    assert kernels == launched_names()
-    assert {launch.kernel for launch in all_launches()} == kernels
+    assert kernels()
+    assert {launch.kernel for launch in all_launches()} == kernels()
 
 
 def test_triton_switches_were_all_on_and_off() -> None:
@@ -183,10 +182,10 @@ def changed(function: Function, node: ast.expr, text: str) -> Iterator[None]:
         yield
 
 
-def found(function: Function, node: ast.expr, text: str) -> Fault | None:
-    """The first fault in any of the cases that run the memory ops of the function."""
+def found(function: Function, node: ast.expr, text: str, calls: list[ast.Call]) -> Fault | None:
+    """The first fault in any of the cases that run one of these memory ops of the function."""
     for case in sorted(checked_cases.CASES, key=cost):
-        if any(reached(function, call, sites(case)) for call in memory_calls(function)):
+        if any(reached(function, call, sites(case)) for call in calls):
             with changed(function, node, text), checking(SEED):
                 try:
                     checked_cases.run(case)
@@ -206,40 +205,46 @@ def barriers() -> list[Any]:
 
 @pytest.mark.parametrize(("function", "barrier"), barriers())
 def test_triton_barrier_taken_out_is_found(function: Function, barrier: ast.Call) -> None:
-    fault = found(function, barrier, "None")
+    fault = found(function, barrier, "None", [barrier])
     assert fault is not None
     assert "without a barrier" in str(fault)
 
 
-# One `<` of these says what a result is, and no more: the place is the program's own either way.
+# Without the bound these touch a place of the program's own, or a row whose factor is 0.
 HARMLESS = ("tl.load(weight + neuron[:, None] * weight_stride", "tl.store(rescored + row")
 
 
 def bounds() -> list[Any]:
-    """Every a < b in the mask of a memory op, or in a name that a mask is made of."""
+    """Every a < b in the mask of memory ops, or in a name that their masks are made of."""
     params = []
     for f in functions():
-        calls = [c for c in memory_calls(f) if not ast.unparse(c).startswith(HARMLESS)]
-        masks = [word.value for c in calls for word in c.keywords if word.arg == "mask"]
-        nodes = [node for mask in masks for node in ast.walk(mask)]
-        names = {node.id for node in nodes if isinstance(node, ast.Name)}
-        nodes += [
-            node.value
-            for node in ast.walk(f.tree)
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names
-        ]
+        users: dict[ast.expr, list[ast.Call]] = {}
+        for call in memory_calls(f):
+            if not ast.unparse(call).startswith(HARMLESS):
+                for node in mask_parts(f, call):
+                    users.setdefault(node, []).append(call)
         params += [
-            pytest.param(f, node, id=f"{f.name}-{node.lineno}-{ast.unparse(node)}")
-            for node in nodes
+            pytest.param(f, node, calls, id=f"{f.name}-{node.lineno}-{ast.unparse(node)}")
+            for node, calls in users.items()
             if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Lt)
         ]
     return params
 
 
-@pytest.mark.parametrize(("function", "bound"), bounds())
-def test_triton_mask_off_by_one_is_found(function: Function, bound: ast.Compare) -> None:
+def mask_parts(function: Function, call: ast.Call) -> list[ast.expr]:
+    masks = [word.value for word in call.keywords if word.arg == "mask"]
+    nodes = [node for mask in masks for node in ast.walk(mask) if isinstance(node, ast.expr)]
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    assigned = [node for node in ast.walk(function.tree) if isinstance(node, ast.Assign)]
+    return nodes + [a.value for a in assigned if ast.unparse(a.targets[0]) in names]
+
+
+@pytest.mark.parametrize(("function", "bound", "calls"), bounds())
+def test_triton_mask_off_by_one_is_found(
+    function: Function, bound: ast.Compare, calls: list[ast.Call]
+) -> None:
     left, right = ast.unparse(bound.left), ast.unparse(bound.comparators[0])
-    assert found(function, bound, f"({left} <= {right})") is not None
+    assert found(function, bound, f"({left} <= {right})", calls) is not None
 
 
 # The checker itself: kernels made for one fault each.
@@ -410,12 +415,13 @@ def test_triton_fault_is_found(fault: str) -> None:
         run()
 
 
-def test_triton_fault_names_place_and_seed() -> None:
+def test_triton_fault_names_place_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Fault) as caught, checking(SEED):
         write_read(1, False)
     line = inspect.getsourcelines(_write_read_kernel.fn)[1]
     source = inspect.getsource(_write_read_kernel.fn).split("\n")
     places = [line + n for n, text in enumerate(source) if "tl.store" in text]
+    assert f"checking(seed={SEED})" in capsys.readouterr().err
     assert str(caught.value) == (
         f"test_checker.py:{places[1]}: load of data[1] by lane 0 follows a write of this program "
         f"without a barrier, last touched at test_checker.py:{places[0]} "
@@ -479,6 +485,12 @@ def test_triton_written_parts_are_told_from_the_rest() -> None:
         assert out[:3].tolist() == [0, 1, 2]
         with pytest.raises(Fault, match="nothing wrote"):
             out.clone()
+
+
+def test_triton_compiled_kernels_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), checking(SEED):
+        pass
 
 
 def test_triton_runs_as_ever_afterwards() -> None:
