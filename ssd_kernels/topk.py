@@ -227,7 +227,7 @@ def _select_kernel(
     first = (task % parts) * part_tiles * TILE + lane
     loaded = tl.load(
         source + (task // parts).to(tl.int64) * source_stride + first,
-        mask=(first < neurons) & (task < tasks),
+        mask=first < neurons,
         other=0,
     )
     while task < tasks:
