@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 
 setup(
     name="ssd-kernels",

@@ -1,6 +1,10 @@
 """Shared fixtures: nothing here depends on a GPU or on data outside the repository."""
 
 import os
+from collections import Counter
+
+# Tests run side by side, a thread each; set before torch is imported, for child processes too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -32,3 +36,11 @@ def pytest_report_header() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     interpreter = "on" if os.environ.get("TRITON_INTERPRET") == "1" else "off"
     return f"torch {torch.__version__}, {device}, Triton interpreter {interpreter}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A line for each reason to skip."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")

@@ -268,7 +268,9 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "name", ["topk_bench", pytest.param("train_bench", marks=pytest.mark.slow)]
+)
 def test_quick_run_without_gpu(name: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.csv"
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--out", str(out)]
@@ -285,6 +287,7 @@ def test_quick_run_without_gpu(name: str, tmp_path: Path) -> None:
     assert out.with_suffix(".png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_whole_command(tmp_path: Path) -> None:
     out = tmp_path / "bench.csv"
     command = [sys.executable, "benchmarks/command_bench.py", "--quick", "--out", str(out)]

@@ -16,11 +16,18 @@ from ssd_kernels import _dispatch
 ROOT = Path(__file__).parents[1]
 
 
+# Two processes of about the same length, so that two cores share them.
+FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
+
+
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(_dispatch.interpreted(), reason="this process is the interpreter's already")
-def test_triton_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_triton_kernels_in_the_interpreter(half: str) -> None:
+    files = [path for path in (ROOT / "tests/kernels").glob("test_*.py")]
+    files = [str(path) for path in files if (path.name in FIRST) == (half == "first")]
     # "triton" is in the id of every test that runs a kernel; CUDA must not be found.
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "triton", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

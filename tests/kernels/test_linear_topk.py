@@ -221,9 +221,9 @@ def test_groups_that_one_program_cannot_hold(
 @pytest.mark.parametrize("impl", KERNELS[3:])
 def test_rescoring_gives_up_what_it_cannot_prove(device: str, impl: str) -> None:
     """Rows of near-equal scores overflow the candidates; the others do not."""
-    x, weight, bias = layer(3, 6000, 8, torch.float32, device)
+    x, weight, bias = layer(3, 900, 8, torch.float32, device)
     base = 10 + torch.rand(8, device=device)
-    weight[:4500] = base + 1e-5 * torch.rand(4500, 8, device=device)
+    weight[:600] = base + 1e-5 * torch.rand(600, 8, device=device)
     x[0] = base
     x[1] = float("inf")
     weight, bias = weight.abs(), torch.zeros_like(bias)
@@ -447,9 +447,9 @@ def test_blocks_of_a_batch_with_leading_dimensions_or_none(device: str, impl: st
 
 @pytest.mark.parametrize("impl", KERNELS[3:])
 def test_a_network_that_cannot_be_rescored_leaves_the_others_alone(device: str, impl: str) -> None:
-    x, weight, _ = layer(6, 2 * 1500, 8, torch.float32, device)
+    x, weight, _ = layer(6, 2 * 600, 8, torch.float32, device)
     base = 10 + torch.rand(8, device=device)
-    weight[1500:] = base + 1e-5 * torch.rand(1500, 8, device=device)
+    weight[600:] = base + 1e-5 * torch.rand(600, 8, device=device)
     x[4] = base
     calls = _linear_slabs.Scores(x, weight, None, 3, "rescore", 2)
     calls.fill(calls.slabs()[0])
@@ -457,6 +457,6 @@ def test_a_network_that_cannot_be_rescored_leaves_the_others_alone(device: str, 
     assert calls.held[4] == -1
     got = op(x, weight, 3, impl=impl, blocks=2)
     expected = one_by_one(
-        x, weight, 3, None, 2, torch.zeros(3000, dtype=torch.int64, device=device), impl=impl
+        x, weight, 3, None, 2, torch.zeros(1200, dtype=torch.int64, device=device), impl=impl
     )
     assert torch.equal(got.indices, expected.indices)

@@ -102,6 +102,7 @@ def summaries() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in Path("runs").glob("*/*/summary.json")]
 
 
+@pytest.mark.slow
 def test_everything(
     folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -83,6 +83,7 @@ def test_crash_at_every_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert not kill_resume.differences(tmp_path / "expected", tmp_path / "crashed")
 
 
+@pytest.mark.slow
 def test_sigkill(tmp_path: Path) -> None:
     """The short form of `python tests/kill_resume.py --kills 20`."""
     assert kill_resume.check(kills=3, seed=0, work=tmp_path) == 0
