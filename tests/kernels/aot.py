@@ -1,10 +1,10 @@
 """Compiles what the launchers launch, for GPUs that need not be there.
 
-    python tests/kernels/aot.py [--all] [--write] [WORD ...]
+    python tests/kernels/aot.py [--all] [--gpu sm90] [--write] [WORD ...]
 
 launches.py records the launches. All of them are compiled for sm_90, and the first of each kernel
-for the other families; --all compiles them all. WORD keeps the calls that have it. --write keeps
-the table in benchmarks/results/aot/triton-VERSION.txt.
+for the other families; --all compiles them all. --gpu and WORD choose families and calls. --write
+keeps the table in benchmarks/results/aot/triton-VERSION.txt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,16 +27,13 @@ from launches import Launch
 from rich.console import Console
 from rich.table import Table
 
-from ssd_kernels._triton import triton
-
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "aot"
+WIDTH = 170  # of the table, in characters
 FULL = "sm90"  # for which every launch is always compiled
 
 # Far from the limit of 255 registers ptxas may still keep one 64-bit value on the stack, to stay at
 # a step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9.
 PARKED = 8
-# The fewest programs of so many warps that run at a time on a multiprocessor of sm_90.
-RESIDENT: dict[str, dict[int, int]] = {}
 
 
 class Resources(NamedTuple):
@@ -44,6 +41,9 @@ class Resources(NamedTuple):
     shared: int  # bytes per program
     spills: int  # bytes of local memory per thread
     resident: int | None  # programs on a multiprocessor at a time; None: not known
+
+
+Key = tuple[str, str, str, str]  # family, kernel, call, warps
 
 
 class Row(NamedTuple):
@@ -73,6 +73,8 @@ def compile_launch(launch: Launch, family: str) -> Resources:
 
 
 def _cuda_resources(asm: dict[str, Any]) -> tuple[int, int]:
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -97,24 +99,55 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def complaints(row: Row) -> list[str]:
-    """What is wrong with a launch's resources."""
+def complaints(row: Row, residents: Mapping[Key, int] | None) -> list[str]:
+    """What is wrong with a launch's resources; residents: what `kept` returns."""
+    registers, shared, spills, resident = row.resources
     found = []
-    _, shared, spills, resident = row.resources
-    if spills > (PARKED if row.resources.registers <= 128 else 0):
+    if spills > (PARKED if registers <= 128 else 0):
         found.append(f"spills {spills} bytes a thread")
     if shared > gpus.GPUS[row.family].shared_limit:
         found.append(f"takes {shared} bytes of shared memory")
-    least = RESIDENT.get(row.launch.name, {}).get(row.launch.warps)
-    if row.family == FULL and least is None:
-        found.append(f"runs {resident} programs a multiprocessor; RESIDENT names no minimum")
-    elif row.family == FULL and resident is not None and least is not None and resident < least:
-        found.append(f"runs {resident} programs a multiprocessor, not {least}")
+    if residents is not None and resident is not None:
+        least = residents.get(_key(row))
+        if least is None:
+            found.append(f"is not in {_file().name}; write it anew with aot.py --all --write")
+        elif resident < least:
+            found.append(f"runs {resident} programs a multiprocessor, not {least} as it did")
     return [f"{row.family} {row.launch.name} of {row.launch.call}: {text}" for text in found]
 
 
+def _key(row: Row) -> Key:
+    return row.family, row.launch.name, row.launch.call, str(row.launch.warps)
+
+
+def kept() -> dict[Key, int] | None:
+    """The programs per multiprocessor in the table of this Triton; None if it has no table."""
+    if not _file().exists():
+        return None
+    found: dict[Key, int] = {}
+    for line in _file().read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and cells[-1].isdigit():
+            family, name, call, warps, *_, resident = cells
+            key = family, name, call, warps
+            found[key] = min(int(resident), found.get(key, int(resident)))
+    return found
+
+
+def _file() -> Path:
+    return RESULTS / f"triton-{_version()}.txt"
+
+
+def _version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
 def table(rows: Iterable[Row]) -> Table:
-    result = Table("GPU", "kernel", "first call that launches it", title=f"Triton {version()}")
+    result = Table(title=f"Triton {_version()}: registers a thread, bytes of shared memory")
+    for heading in ("GPU", "kernel", "first call that launches it"):
+        result.add_column(heading, no_wrap=True)
     for heading in ("warps", "registers", "shared", "spills", "programs per SM"):
         result.add_column(heading, justify="right")
     for family, launch, (registers, shared, spills, resident) in rows:
@@ -123,29 +156,27 @@ def table(rows: Iterable[Row]) -> Table:
     return result
 
 
-def version() -> str:
-    return str(triton.__version__)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("words", nargs="*", metavar="WORD", help="part of a call's name")
     parser.add_argument("--all", action="store_true", help="every launch for every family")
+    parser.add_argument("--gpu", action="append", choices=list(gpus.GPUS), help="one of the GPUs")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     given = parser.parse_args(arguments)
     began = time.perf_counter()
     rows = [
         Row(family, launch, compile_launch(launch, family))
-        for family in gpus.GPUS
+        for family in given.gpu or gpus.GPUS
         for launch in chosen(family, given.all)
         if all(word in launch.call for word in given.words)
     ]
     report = table(rows)
-    Console(width=150).print(report)
+    Console(width=WIDTH).print(report)
+    residents = None if given.write else kept()
     if given.write:
-        with (RESULTS / f"triton-{version()}.txt").open("w", encoding="utf-8") as file:
-            Console(width=150, file=file).print(report)
-    wrong = [text for row in rows for text in complaints(row)]
+        with _file().open("w", encoding="utf-8") as file:
+            Console(width=WIDTH, file=file).print(report)
+    wrong = [text for row in rows for text in complaints(row, residents)]
     print(*wrong, sep="\n")
     print(f"{len(rows)} launches in {time.perf_counter() - began:.0f} s, {len(wrong)} wrong")
     return 1 if wrong else 0

@@ -39,10 +39,10 @@ class _Driver:
     def __init__(self, family: str) -> None:
         self.family = family
 
-    def get_current_device(self) -> str:
-        return self.family  # Triton keeps what it compiled by device
+    def get_current_device(self) -> Any:
+        return self  # a device of its own, so that Triton has compiled nothing for it yet
 
-    def get_current_stream(self, device: str) -> int:
+    def get_current_stream(self, device: Any) -> int:
         return 0
 
     def get_current_target(self) -> Any:

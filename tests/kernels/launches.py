@@ -24,8 +24,8 @@ import ssd_kernels as ours
 from benchmarks import cases
 from ssd_kernels import _dispatch, _segments, _tuning
 
-FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
+FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+SHORT: dict[Any, str] = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
 
 class Call(NamedTuple):
@@ -36,12 +36,14 @@ class Call(NamedTuple):
     given: dict[str, Any]
 
     def __str__(self) -> str:
-        words = [
-            name if value is True else f"{name}={value}"
-            for name, value in self.given.items()
-            if value is not False
-        ]
+        words = [_word(name, value) for name, value in self.given.items()]
         return " ".join([self.op.__name__, SHORT[self.dtype], *words])
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no {name}"
+    return f"{name}={SHORT.get(value, value)}"
 
 
 class Launch(NamedTuple):
@@ -105,6 +107,7 @@ def kernels() -> set[str]:
 @contextmanager
 def _hooked(seen: dict[tuple[str, str], Launch], call: str) -> Iterator[None]:
     """Adds every launch that is new, and keeps Triton from compiling and launching it."""
+
     def hook(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         launch = Launch(call, fn.jit_function, compile["num_warps"], compile["specialization_data"])
         seen.setdefault((launch.name, launch.specialization), launch)
@@ -301,7 +304,14 @@ def count_active(
 
 
 def code_gram(
-    dtype: torch.dtype, *, B: int, R: int, k: int, C: int = 0, labels: bool = True, into: Any = FP32
+    dtype: torch.dtype,
+    *,
+    B: int,
+    R: int,
+    k: int,
+    C: int = 0,
+    labels: bool = True,
+    into: torch.dtype = FP32,
 ) -> None:
     targets = _new(B, dtype=torch.int64) if labels else _new(B, C, dtype=dtype)
     cross = _new(R, C, dtype=into) if C else None
@@ -390,8 +400,8 @@ GRID = [
     *_grid(count_active, BF16, B=128, R=10000, k=10, stamp=True),
     *_grid(count_active, FP32, B=128, R=10000, k=10, stamp=True, tensor_step=True),
     *_grid(code_gram, FP32, B=1024, R=10000, k=32),
-    *_grid(code_gram, BF16, B=1024, R=10000, k=32, C=10, into=torch.float64),
-    *_grid(code_gram, FP32, B=1024, R=10000, k=300, C=10, labels=False, into=torch.float64),
+    *_grid(code_gram, BF16, B=1024, R=10000, k=32, C=10, into=FP64),
+    *_grid(code_gram, FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
     *_grid(distill, FP32, B=128, C=10, teacher=False),
     *_grid(distill, FP32, BF16, B=128, C=10),
     *_grid(distill, FP32, B=128, C=100, n=200, columns=True, kl="forward"),
