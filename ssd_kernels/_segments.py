@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _tuning
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 
 # Up to this many slots, ranking each against all takes one launch and less time than a sort.
 MAX_RANKED = 4096
@@ -222,47 +222,3 @@ def row_gradients(
 
 def unit_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    rank = [
-        AotCase(
-            "rank_slots",
-            _rank_kernel,
-            {"indices": "*i64", "neurons": "*i64", "slots": "*i64", "count": "i32"},
-            {name: chosen[name] for name in ("BLOCK", "RIVALS")},
-            {"num_warps": chosen["num_warps"]},
-        )
-        for _, chosen in _tuning.rows("rank_slots", family)
-    ]
-    walks = [
-        _aot_walk(kind, bounds.get("width"), compact, chosen)
-        for bounds, chosen in _tuning.rows("segments", family)
-        for kind in ("fp32", "bf16")
-        for compact in (False, True)
-    ]
-    return rank + walks
-
-
-def _aot_walk(kind: str, width: int | None, compact: bool, chosen: _tuning.Config) -> AotCase:
-    pointers = dict.fromkeys(("coefficients", "vectors", "weight", "bias_gradient"), f"*{kind}")
-    pointers |= {"gradient": "*fp32" if compact else f"*{kind}"}
-    pointers |= dict.fromkeys(("neurons", "slots"), "*i64")
-    pointers |= dict.fromkeys(("products", "squares"), "*fp32") | {"touched": "*u8"}
-    sizes = {"count": "i32", "width": "i32:16"}
-    strides = dict.fromkeys(("vectors_stride", "weight_stride", "gradient_stride"), "i32:16")
-    return AotCase(
-        f"row_gradient {kind} D<={width or 'any'}{' compact' if compact else ''}",
-        segment_kernel,
-        pointers | sizes | strides,
-        {
-            "K": 64,
-            "PRODUCTS": not compact,
-            "GRADIENT": True,
-            "COMPACT": compact,
-            "BIAS": not compact,
-            "SLOTS": chosen["SLOTS"],
-            "BLOCK": chosen["BLOCK"],
-        },
-        {"num_warps": chosen["num_warps"]},
-    )

@@ -5,8 +5,7 @@ Without Triton a kernel stays a plain function that nothing calls, so every modu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 try:
     import triton
@@ -24,16 +23,4 @@ except ImportError:  # the torch implementations serve
         return fn if fn is not None else jit
 
 
-__all__ = ["AotCase", "jit", "tl", "triton"]
-
-
-class AotCase(NamedTuple):
-    """One shipped launch, for compilation ahead of time (tests/kernels/aot.py)."""
-
-    name: str
-    kernel: Any
-    # Argument -> Triton type ("*fp32", "i64"). "i32:16" says that the value is divisible by 16, as
-    # Triton specialises at run time; pointers are, but for "*fp32:1". Constexprs are left out.
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    options: Mapping[str, int]  # num_warps, num_stages
+__all__ = ["jit", "tl", "triton"]

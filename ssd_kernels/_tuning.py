@@ -91,8 +91,6 @@ TABLE: dict[str, dict[str, Rows]] = {
     },
 }
 
-FAMILIES = ("sm80", "sm90", "sm100", "sm120", "gfx942")
-
 
 def config(op: str, device: torch.device, **shape: int) -> Config:
     """The launch configuration of `op` for inputs of this shape on this device."""

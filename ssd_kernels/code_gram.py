@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _tuning, reference
 from ssd_kernels._segments import sorted_slots
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 from ssd_kernels.row_gradient import row_gradient
 
 ACCUMULATORS = (torch.float32, torch.float64)
@@ -215,29 +215,6 @@ def _triton(
             LABELS=targets is not None and targets.dim() == 1,
             **chosen,
         )
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    return [
-        AotCase(
-            f"code_gram {kind} K<={bounds.get('slots', 'any')} into {total}"
-            f"{' labels' if labels else ''}",
-            _gram_kernel,
-            dict.fromkeys(("neurons", "slots", "indices"), "*i64")
-            | {"values": f"*{kind}", "targets": "*i64" if labels else f"*{kind}"}
-            | {"gram": f"*{total}", "cross": f"*{total}"}
-            | {"count": "i32", "width": "i32:16", "outputs": "i32"},
-            {
-                "K": bounds.get("slots", 1024),
-                "CROSS": True,
-                "LABELS": labels,
-                "BLOCK": chosen["BLOCK"],
-            },
-            {"num_warps": chosen["num_warps"]},
-        )
-        for bounds, chosen in _tuning.rows("code_gram", family)
-        for kind, total, labels in (("fp32", "fp32", True), ("bf16", "fp64", False))
-    ]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _tuning, reference
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 
 
 def count_active(
@@ -111,33 +111,6 @@ def _triton(
             STEP_ON_DEVICE=isinstance(step, Tensor),
             **chosen,
         )
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    return [
-        AotCase(
-            f"count_active {kind}{' stamp' if stamp else ''}",
-            _count_kernel,
-            {
-                "values": f"*{kind}",
-                "indices": "*i64",
-                "counts": "*i64",
-                "last_active": "*i64",
-                "step": "*i64",
-                "slots": "i64",
-            },
-            {
-                "counts_stride": 1,
-                "last_stride": 1,
-                "STAMP": stamp,
-                "STEP_ON_DEVICE": True,
-                "BLOCK": chosen["BLOCK"],
-            },
-            {"num_warps": chosen["num_warps"]},
-        )
-        for _, chosen in _tuning.rows("count_active", family)
-        for kind, stamp in (("fp32", False), ("bf16", True))
-    ]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., None]] = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, _tuning, reference
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 
 # One program holds a sample's row; beyond so many columns the torch path serves.
 MAX_COLUMNS = 4096
@@ -339,28 +339,6 @@ def _check(
         _checks.shape(op, "target_hidden", target_hidden, tuple(hidden.shape))
     if kl not in ("reverse", "forward"):
         raise ValueError(f"{op}: kl={kl!r} is not one of reverse, forward")
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    pointers = ("logits", "target_logits", "hidden", "target_hidden", "loss", "grad_logits")
-    return [
-        AotCase(
-            f"distill {kind} columns<={bounds.get('columns', MAX_COLUMNS)}",
-            _distill_kernel,
-            dict.fromkeys((*pointers, "grad_hidden"), f"*{kind}")
-            | {"labels": "*i64", "columns": "*u8", "settings": "*fp32"},
-            {
-                "C": bounds.get("columns", MAX_COLUMNS),
-                "N": bounds.get("columns", MAX_COLUMNS),
-                **dict.fromkeys(("TEACHER", "HIDDEN", "COLUMNS"), True),
-                "FORWARD": False,
-                **dict.fromkeys(("BLOCK_C", "BLOCK_N"), bounds.get("columns", MAX_COLUMNS)),
-            },
-            {"num_warps": chosen["num_warps"]},
-        )
-        for bounds, chosen in _tuning.rows("distill", family)
-        for kind in ("fp32", "bf16")
-    ]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., DistillOutput]] = {

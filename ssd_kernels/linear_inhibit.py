@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
-from ssd_kernels._triton import AotCase
 from ssd_kernels.topk import MAX_K
 
 
@@ -155,7 +154,3 @@ IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
 }
 if _dispatch.TRITON:
     IMPLEMENTATIONS["triton"] = _triton
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    return _linear_slabs.inhibit_aot_cases(family)

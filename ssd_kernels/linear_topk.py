@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
-from ssd_kernels._triton import AotCase
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_gradient import row_gradient
@@ -236,7 +235,3 @@ IMPLEMENTATIONS: dict[str, Callable[..., TopKOutput]] = {
 if _dispatch.TRITON:
     IMPLEMENTATIONS["triton"] = _triton
     IMPLEMENTATIONS |= {path: _forced(path) for path in _linear_slabs.PATHS}
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    return _linear_slabs.topk_aot_cases(family)

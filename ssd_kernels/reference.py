@@ -186,9 +186,10 @@ def row_update(
 ) -> Tensor:
     """One projected SGD step on the rows that the code touches; the others keep their bits."""
     neurons = weights[0].shape[0]
-    touched = torch.zeros(neurons, dtype=torch.bool, device=indices.device)
+    hits = torch.zeros(neurons, dtype=torch.int64, device=indices.device)
     for coefficient in coefficients:
-        touched[indices[coefficient != 0]] = True
+        hits.index_add_(0, indices.flatten(), (coefficient != 0).flatten().to(hits.dtype))
+    touched = hits > 0
     gradients = [
         row_gradient(c.to(w.dtype), i.to(w.dtype), indices, neurons)
         for w, c, i in zip(weights, coefficients, inputs, strict=True)

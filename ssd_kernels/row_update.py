@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
 from ssd_kernels._segments import segments
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 from ssd_kernels.row_gradient import segment_sum
 
 
@@ -388,37 +388,6 @@ def _check(
             )
         _checks.shape(op, f"inputs[{number}]", vector, (len(indices), weight.shape[1]))
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    return [
-        _aot_case(kind, bounds.get("width"), everything, chosen)
-        for bounds, chosen in _tuning.rows("row_update", family)
-        for kind in ("fp32", "bf16")
-        for everything in (False, True)
-    ]
-
-
-def _aot_case(kind: str, width: int | None, everything: bool, chosen: _tuning.Config) -> AotCase:
-    pointers = dict.fromkeys(("weight", "buffer"), f"*{kind}")
-    pointers |= dict.fromkeys(("gradient", "norm"), "*fp32")
-    pointers |= {"neurons": "*i64", "touched": "*u8"}
-    pointers |= dict.fromkeys(("lr", "max_norm"), "*fp32")
-    scalars = {
-        "momentum": "fp32",
-        "count": "i32",
-        "block_rows": "i32",
-        "weight_stride": "i32:16",
-        "buffer_stride": "i32:16",
-    }
-    flags = dict.fromkeys(("CLIP", "CLAMP", "NORMALIZE", "MOMENTUM"), everything)
-    return AotCase(
-        f"row_update {kind} D<={width or 'any'}{' all' if everything else ''}",
-        _apply_kernel,
-        pointers | scalars,
-        flags | {"SHARING": 2, "WIDTH": width or 4096, "BLOCK": chosen["BLOCK"]},
-        {"num_warps": chosen["num_warps"]},
-    )
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

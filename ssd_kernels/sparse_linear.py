@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 
 # Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
 GATHERED = 2**17
@@ -191,21 +191,6 @@ def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
         serve = _SparseLinear.apply
     out = serve(values.reshape(-1, slots), indices.reshape(-1, slots), weight, bias)
     return out.view(*values.shape[:-1], weight.shape[1])
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    return [
-        AotCase(
-            f"sparse_linear {kind} C<={bounds.get('outputs', 'any')}",
-            _gather_kernel,
-            dict.fromkeys(("values", "weight", "bias", "out"), f"*{kind}")
-            | {"indices": "*i64", "outputs": "i32:16", "weight_stride": "i32:16"},
-            {"K": 64, "BIAS": True, "SLOTS": chosen["SLOTS"], "BLOCK": chosen["BLOCK"]},
-            {"num_warps": chosen["num_warps"]},
-        )
-        for bounds, chosen in _tuning.rows("sparse_linear", family)
-        for kind in ("fp32", "bf16")
-    ]
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _tuning, reference
-from ssd_kernels._triton import AotCase, jit, tl
+from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import TopKOutput
 
 # The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.
@@ -283,19 +283,20 @@ def _select_kernel(
                 tl.store(buffer + position, packed, mask=keep)
                 held += found
             tile += 1
-        packed, rank = _ranked(buffer, held, CAPACITY, STEP)
-        key = (packed >> 32).to(tl.int32)
-        index = (packed & LAST).to(tl.int32) ^ LAST
-        out = task.to(tl.int64) * k + rank
-        chosen = rank < k
+        # Older Tritons mix up a name of this loop with the same name inside an `if` above.
+        best, place = _ranked(buffer, held, CAPACITY, STEP)
+        best_key = (best >> 32).to(tl.int32)
+        index = (best & LAST).to(tl.int32) ^ LAST
+        out = task.to(tl.int64) * k + place
+        chosen = place < k
         if FROM_KEYS:
             index = tl.load(origin + row * source_stride + index, mask=chosen, other=0)
         if TO_KEYS:
-            tl.store(values + out, key, mask=chosen)
+            tl.store(values + out, best_key, mask=chosen)
         else:
             value = tl.load(scores + row * scores_stride + index, mask=chosen, other=0)
             if MASK:
-                value = tl.where(key == DISALLOWED, 0.0, value)
+                value = tl.where(best_key == DISALLOWED, 0.0, value)
             tl.store(values + out, value, mask=chosen)
         tl.store(indices + out, index, mask=chosen)
         task += tl.num_programs(0)
@@ -437,55 +438,6 @@ def _triton(
         values, indices = select_triton(flat, k, boost, mask)
     shape = (*scores.shape[:-1], k)
     return TopKOutput(values.view(shape), indices.view(shape))
-
-
-def aot_cases(family: str) -> list[AotCase]:
-    cases = []
-    for bounds, chosen in _tuning.rows("topk", family):
-        size = bounds.get("neurons", chosen["TILE"])
-        largest = bounds.get("k", MAX_K)
-        cases += [_aot_case(f"R<={size} k<={k}", chosen, k, tiles=1) for k in sorted({32, largest})]
-        if not bounds:
-            cases += [_aot_case(f"k<={k}", chosen, k) for k in (32, 64, MAX_K)]
-            cases += [_aot_case("bf16", chosen, kind="bf16")]
-            cases += [_aot_case("boost mask", chosen, BOOST=True, MASK=True)]
-            cases += [_aot_case("part", chosen, TO_KEYS=True)]
-            cases += [_aot_case("merge", chosen, FROM_KEYS=True, MASK=True)]
-    return cases
-
-
-def _aot_case(
-    name: str,
-    chosen: _tuning.Config,
-    k: int = 64,
-    kind: str = "fp32",
-    tiles: int = 0,
-    **flags: bool,
-) -> AotCase:
-    flags = dict.fromkeys(("FROM_KEYS", "TO_KEYS", "BOOST", "MASK"), False) | flags
-    signature = {
-        "source": "*i32" if flags["FROM_KEYS"] else f"*{kind}",
-        "boost": f"*{kind}:1",
-        "allowed": "*u8:1",
-        "origin": "*i32",
-        "scores": f"*{kind}",
-        "buffer": "*i64",
-        "values": "*i32" if flags["TO_KEYS"] else f"*{kind}",
-        "indices": "*i32" if flags["TO_KEYS"] else "*i64",
-        **dict.fromkeys(("k", "tasks", "source_stride", "part_tiles"), "i32"),
-        **dict.fromkeys(("neurons", "scores_stride"), "i32:16"),
-    }
-    # Triton takes a size of 1 for a constant.
-    constants = {} if flags["TO_KEYS"] else {"parts": 1}
-    constants |= {"tiles": 1} if tiles else {}
-    signature |= {name: "i32" for name in ("parts", "tiles") if name not in constants}
-    return AotCase(
-        f"topk {name}",
-        _select_kernel,
-        signature,
-        constants | flags | _blocks(k, chosen),
-        {"num_warps": chosen["num_warps"]},
-    )
 
 
 IMPLEMENTATIONS = {"reference": reference.topk, "torch": _torch}

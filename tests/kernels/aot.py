@@ -1,106 +1,80 @@
-"""Compiles every shipped kernel launch for every supported GPU, without one.
+"""Compiles what the launchers launch, for GPUs that need not be there.
 
-    python tests/kernels/aot.py [op ...]      prints registers, shared memory and spills
+    python tests/kernels/aot.py [--all] [--gpu sm90] [--write] [WORD ...]
 
-An op's module lists what it ships in one function:
-
-    def aot_cases(family: str) -> list[AotCase]       (ssd_kernels._triton.AotCase)
-
-called with each of _tuning.FAMILIES; it takes its launch options from _tuning.rows(op, family).
+launches.py records the launches. All of them are compiled for sm_90, and the first of each kernel
+for the other families; --all compiles them all. --gpu and WORD choose families and calls. --write
+keeps the table in benchmarks/results/aot/triton-VERSION.txt.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import argparse
 import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-import ssd_kernels
-from ssd_kernels._triton import AotCase, triton
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
 
-KIB = 1024
+import gpus
+import launches
+from launches import Launch
+from rich.console import Console
+from rich.table import Table
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "aot"
+WIDTH = 170  # of the table, in characters
+FULL = "sm90"  # for which every launch is always compiled
 
-class Target(NamedTuple):
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit: int  # bytes a program may use
-
-
-TARGETS = {
-    "sm80": Target("cuda", 80, 32, 163 * KIB),
-    "sm90": Target("cuda", 90, 32, 227 * KIB),
-    "sm100": Target("cuda", 100, 32, 227 * KIB),
-    "sm120": Target("cuda", 120, 32, 99 * KIB),
-    "gfx942": Target("hip", "gfx942", 64, 64 * KIB),
-}
+# Far from the limit of 255 registers ptxas may still keep one 64-bit value on the stack, to stay at
+# a step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9.
+PARKED = 8
 
 
 class Resources(NamedTuple):
     registers: int  # per thread
     shared: int  # bytes per program
     spills: int  # bytes of local memory per thread
+    resident: int | None  # programs on a multiprocessor at a time; None: not known
 
 
-def modules() -> list[tuple[str, ModuleType]]:
-    names = [info.name for info in pkgutil.iter_modules(ssd_kernels.__path__)]
-    return [(name, importlib.import_module(f"ssd_kernels.{name}")) for name in names]
+Key = tuple[str, str, str, str]  # family, kernel, call, warps
 
 
-def cases(family: str) -> list[AotCase]:
-    """Every launch that some op ships for this family; the name begins with the op's."""
-    return [
-        case
-        for _, module in modules()
-        if hasattr(module, "aot_cases")
-        for case in module.aot_cases(family)
-    ]
+class Row(NamedTuple):
+    family: str
+    launch: Launch
+    resources: Resources
 
 
-def compile_case(case: AotCase, family: str) -> Resources:
-    """Compiles one launch for one family; raises what the compiler raises."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def chosen(family: str, everything: bool = False) -> list[Launch]:
+    """The launches to compile for a family."""
+    recorded = launches.grid(family).launches
+    if everything or family == FULL:
+        return recorded
+    first = {launch.name: launch for launch in reversed(recorded)}
+    return list(first.values())
 
-    target = TARGETS[family]
-    source = ASTSource(
-        case.kernel,
-        signature=_signature(case),
-        constexprs=dict(case.constexprs),
-        attrs=_divisible(case),
-    )
-    binary = triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options=dict(case.options),
-    )
-    read = _cuda_resources if target.backend == "cuda" else _hip_resources
+
+def compile_launch(launch: Launch, family: str) -> Resources:
+    """What one launch takes on one family; raises what the compiler raises."""
+    with gpus.present(family):
+        binary = launch.kernel.preload(launch.specialization)
+    read = _cuda_resources if gpus.GPUS[family].backend == "cuda" else _hip_resources
     registers, spills = read(binary.asm)
-    return Resources(registers, binary.metadata.shared, spills)
-
-
-def _signature(case: AotCase) -> dict[str, str]:
-    given = {name: kind.split(":")[0] for name, kind in case.signature.items()}
-    return {name: given.get(name, "constexpr") for name in case.kernel.arg_names}
-
-
-def _divisible(case: AotCase) -> dict[tuple[int, ...], list[list[Any]]]:
-    names = case.kernel.arg_names
-    return {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in case.signature.items()
-        if kind.endswith(":16") or (kind.startswith("*") and not kind.endswith(":1"))
-    }
+    shared = binary.metadata.shared
+    resident = gpus.resident(family, launch.warps, registers, shared)
+    return Resources(registers, shared, spills, resident)
 
 
 def _cuda_resources(asm: dict[str, Any]) -> tuple[int, int]:
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -125,29 +99,88 @@ def _number(pattern: str, text: str) -> int:
     return int(match[1])
 
 
-def table(rows: list[tuple[str, str, Resources]]) -> Any:
-    """A rich table of (family, case name, resources)."""
-    from rich.table import Table
+def complaints(row: Row, residents: Mapping[Key, int] | None) -> list[str]:
+    """What is wrong with a launch's resources; residents: what `kept` returns."""
+    registers, shared, spills, resident = row.resources
+    found = []
+    if spills > (PARKED if registers <= 128 else 0):
+        found.append(f"spills {spills} bytes a thread")
+    if shared > gpus.GPUS[row.family].shared_limit:
+        found.append(f"takes {shared} bytes of shared memory")
+    if residents is not None and resident is not None:
+        least = residents.get(_key(row))
+        if least is None:
+            found.append(f"is not in {_file().name}; write it anew with aot.py --all --write")
+        elif resident < least:
+            found.append(f"runs {resident} programs a multiprocessor, not {least} as it did")
+    return [f"{row.family} {row.launch.name} of {row.launch.call}: {text}" for text in found]
 
-    result = Table("GPU", "launch", title="Registers, shared memory and spills")
-    for heading in ("registers", "shared (bytes)", "spills (bytes)"):
+
+def _key(row: Row) -> Key:
+    return row.family, row.launch.name, row.launch.call, str(row.launch.warps)
+
+
+def kept() -> dict[Key, int] | None:
+    """The programs per multiprocessor in the table of this Triton; None if it has no table."""
+    if not _file().exists():
+        return None
+    found: dict[Key, int] = {}
+    for line in _file().read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and cells[-1].isdigit():
+            family, name, call, warps, *_, resident = cells
+            key = family, name, call, warps
+            found[key] = min(int(resident), found.get(key, int(resident)))
+    return found
+
+
+def _file() -> Path:
+    return RESULTS / f"triton-{_version()}.txt"
+
+
+def _version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def table(rows: Iterable[Row]) -> Table:
+    result = Table(title=f"Triton {_version()}: registers a thread, bytes of shared memory")
+    for heading in ("GPU", "kernel", "first call that launches it"):
+        result.add_column(heading, no_wrap=True)
+    for heading in ("warps", "registers", "shared", "spills", "programs per SM"):
         result.add_column(heading, justify="right")
-    for family, name, resources in rows:
-        result.add_row(family, name, *(str(figure) for figure in resources))
+    for family, launch, (registers, shared, spills, resident) in rows:
+        figures = (launch.warps, registers, shared, spills, "-" if resident is None else resident)
+        result.add_row(family, launch.name, launch.call, *map(str, figures))
     return result
 
 
-def main(wanted: list[str]) -> None:
-    from rich.console import Console
-
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="part of a call's name")
+    parser.add_argument("--all", action="store_true", help="every launch for every family")
+    parser.add_argument("--gpu", action="append", choices=list(gpus.GPUS), help="one of the GPUs")
+    parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
+    given = parser.parse_args(arguments)
+    began = time.perf_counter()
     rows = [
-        (family, case.name, compile_case(case, family))
-        for family in TARGETS
-        for case in cases(family)
-        if not wanted or case.name.split()[0] in wanted
+        Row(family, launch, compile_launch(launch, family))
+        for family in given.gpu or gpus.GPUS
+        for launch in chosen(family, given.all)
+        if all(word in launch.call for word in given.words)
     ]
-    Console(width=110).print(table(rows))
+    report = table(rows)
+    Console(width=WIDTH).print(report)
+    residents = None if given.write else kept()
+    if given.write:
+        with _file().open("w", encoding="utf-8") as file:
+            Console(width=WIDTH, file=file).print(report)
+    wrong = [text for row in rows for text in complaints(row, residents)]
+    print(*wrong, sep="\n")
+    print(f"{len(rows)} launches in {time.perf_counter() - began:.0f} s, {len(wrong)} wrong")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

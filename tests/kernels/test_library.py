@@ -29,7 +29,8 @@ def _topk(device: str) -> Run:
     def run(impl: str | None) -> list[Tensor]:
         plain = sk.topk(scores, SLOTS, impl=impl)
         chosen = sk.topk(scores, SLOTS, boost=boost, mask=mask, impl=impl)
-        return [*plain[:2], *chosen[:2]]
+        # By name: torch.compile of torch 2.6 cannot slice a named tuple.
+        return [plain.values, plain.indices, chosen.values, chosen.indices]
 
     return run
 
