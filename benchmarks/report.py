@@ -1,9 +1,10 @@
 """Tables on the terminal, a figure and Markdown tables from the rows of a run.
 
-    python -m benchmarks.report FILE.csv docs/performance.md
+    python -m benchmarks.report benchmarks/results/FOLDER/NAME.csv docs/performance.md
 
-puts the medians of a CSV file between the two marker comments of a Markdown file, and what they say
-of the targets between two more, if it has those.
+puts the medians of a CSV file between the two marker comments "medians NAME FOLDER" of a Markdown
+file, and what they say of the targets between two more, if it has those. The folder cpu goes
+without saying.
 """
 
 from __future__ import annotations
@@ -140,8 +141,17 @@ def fill(document: str, rows: list[Row], name: str) -> str:
     """The document with every table that it has markers for, of the benchmark `name`."""
     document = insert(document, markdown(rows), f"medians {name}")
     if f"<!-- targets {name} -->" in document:
-        document = insert(document, step_targets.markdown(rows), f"targets {name}")
+        table = kernel_targets(rows) if name.startswith("topk") else step_targets.markdown(rows)
+        document = insert(document, table, f"targets {name}")
     return document
+
+
+def kernel_targets(rows: list[Row]) -> str:
+    """What the rows of topk_bench say of the targets."""
+    lines = ["| what | wanted | measured | |", "|---|---|---|---|"]
+    for target in targets():
+        lines.append(f"| {target.what} | {target.wanted} | {' | '.join(target.verdict(rows))} |")
+    return "\n".join(lines)
 
 
 def insert(document: str, table: str, marker: str) -> str:
@@ -156,4 +166,6 @@ def insert(document: str, table: str, marker: str) -> str:
 if __name__ == "__main__":
     source, document = map(Path, sys.argv[1:])
     text = document.read_text(encoding="utf-8")
-    document.write_text(fill(text, read(source), source.stem), encoding="utf-8")
+    folder = source.resolve().parent.name
+    name = source.stem if folder == "cpu" else f"{source.stem} {folder}"
+    document.write_text(fill(text, read(source), name), encoding="utf-8")

@@ -293,8 +293,10 @@ def test_whole_command(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/command_bench.py", "--quick", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (row,) = record.read(out)
-    assert row.correct
-    assert row.p20 == row.p50 == row.p80
-    assert row.p50
-    assert row.p50 > 1000
+    alone, both = record.read(out)
+    assert [row.shape["at once"] for row in (alone, both)] == [1, 2]
+    for row in (alone, both):
+        assert row.correct
+        assert row.p20 == row.p50 == row.p80
+        assert row.p50
+        assert row.p50 > 1000
