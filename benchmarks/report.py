@@ -3,8 +3,8 @@
     python -m benchmarks.report benchmarks/results/FOLDER/NAME.csv docs/performance.md
 
 puts the medians of a CSV file between the two marker comments "medians NAME FOLDER" of a Markdown
-file, and what they say of the targets between two more, if it has those. The folder cpu goes
-without saying.
+file, and what they say of the targets between "targets NAME FOLDER", whichever of them it has. The
+folder cpu goes without saying.
 """
 
 from __future__ import annotations
@@ -139,10 +139,13 @@ def markdown(rows: list[Row]) -> str:
 
 def fill(document: str, rows: list[Row], name: str) -> str:
     """The document with every table that it has markers for, of the benchmark `name`."""
-    document = insert(document, markdown(rows), f"medians {name}")
-    if f"<!-- targets {name} -->" in document:
-        table = kernel_targets(rows) if name.startswith("topk") else step_targets.markdown(rows)
-        document = insert(document, table, f"targets {name}")
+    judged = kernel_targets if name.startswith("topk") else step_targets.markdown
+    tables = {f"medians {name}": markdown, f"targets {name}": judged}
+    wanted = [marker for marker in tables if f"<!-- {marker} -->" in document]
+    if not wanted:
+        raise ValueError(f"the document has no <!-- medians {name} --> and no targets of it")
+    for marker in wanted:
+        document = insert(document, tables[marker](rows), marker)
     return document
 
 

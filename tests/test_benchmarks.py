@@ -182,12 +182,17 @@ def test_targets_are_ratios_of_medians() -> None:
     assert target.verdict([replace(mine, correct=False), other]) == ("", "not measured")
 
 
-@pytest.mark.parametrize("name", ["topk_bench", "train_bench"])
-def test_documented_figures_are_those_of_the_file(name: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("cpu", "topk_bench"), ("cpu", "train_bench"),
+     ("nvidia-h100-80gb-hbm3", "topk_bench"), ("nvidia-h200", "topk_bench")],
+)  # fmt: skip
+def test_documented_figures_are_those_of_the_file(folder: str, name: str) -> None:
     document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    rows = record.read(ROOT / "benchmarks" / "results" / "cpu" / f"{name}.csv")
-    assert report.fill(document, rows, name) == document
-    assert name != "train_bench" or "<!-- targets train_bench -->" in document
+    rows = record.read(ROOT / "benchmarks" / "results" / folder / f"{name}.csv")
+    title = name if folder == "cpu" else f"{name} {folder}"
+    assert report.fill(document, rows, title) == document
+    assert (title == "topk_bench") != (f"<!-- targets {title} -->" in document)
 
 
 def test_step_targets_are_ratios_of_medians() -> None:

@@ -24,8 +24,8 @@ FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 @pytest.mark.skipif(_dispatch.interpreted(), reason="this process is the interpreter's already")
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_triton_kernels_in_the_interpreter(half: str) -> None:
-    files = [path for path in (ROOT / "tests/kernels").glob("test_*.py")]
-    files = [str(path) for path in files if (path.name in FIRST) == (half == "first")]
+    every = sorted((ROOT / "tests/kernels").glob("test_*.py"))
+    files = [str(path) for path in every if (path.name in FIRST) == (half == "first")]
     # "triton" is in the id of every test that runs a kernel; CUDA must not be found.
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "triton", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -290,7 +290,8 @@ def trial(batch: int, d: int, neurons: int, k: int, dtype: torch.dtype, group: i
     compiled = multiply(), choose()
     rows = torch.linspace(0, batch - 1, 64, device=DEVICE).long()
     true = (x[rows].double() @ weight.double().T + bias).topk(k)
-    right = bool((values[rows] - true.values).abs().max() < 1e-3)
+    # Rounding of the scores, which grow with d.
+    right = bool((values[rows] - true.values).abs().max() < 1e-3 * max(1.0, d / 1024))
     library = median(lambda: coarse_x @ coarse_weight.T)
     times = [median(run) for run in (multiply, choose, both)]
     return (
