@@ -138,6 +138,8 @@ versions | tee "$summary"
 for name in "${parts[@]}"; do
     "$name"
 done
+# Logs are kept with the project: no path of this machine.
+sed -i -E "s#(/[^ :\"']*)?/site-packages/##g; s#$PWD/##g; s#$out/##g; s#/[^ ]*/bin/(python)#\1#g" "$log"
 cat "$summary"
 echo "files in $out:" && ls -l "$out"
 exit "$failed"

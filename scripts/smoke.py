@@ -171,6 +171,19 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
     return hidden, counts, *torch.autograd.grad(hidden.float().square().sum(), leaves)
 
 
+def _linear_code(impl: str, draw: Draw) -> Results:
+    x, weight = draw(B, D).abs(), draw(R, D).abs()
+    gaba = torch.linspace(0.9, 1, R, device=DEVICE).to(x.dtype)
+    code, overflow = ours.linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+    # Slots of value 0 are padding, whatever their index.
+    return code.values.new_zeros(B, R).scatter_add_(1, code.indices, code.values), overflow
+
+
+def _linear_active(impl: str, draw: Draw) -> Results:
+    gaba = torch.linspace(0.9, 1, R, device=DEVICE).to(draw(1).dtype)
+    return ours.linear_active(draw(B, D), draw(R, D), K, gaba, impl=impl)
+
+
 def _code(draw: Draw) -> tuple[Tensor, Tensor]:
     values = draw(B, K)
     generator = torch.Generator().manual_seed(2)
@@ -232,6 +245,8 @@ CASES = [
     Case("linear_topk", "", _linear_topk),
     Case("linear_topk", " of networks", _linear_topk_of_networks),
     Case("linear_inhibit", "", _linear_inhibit),
+    Case("linear_code", "", _linear_code, half=False),
+    Case("linear_active", "", _linear_active, half=False),
     Case("sparse_linear", "", _sparse_linear),
     Case("row_gradient", "", _row_gradient),
     Case("count_active", "", _count_active),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import re
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import torch
+
+import ssd_kernels
+from scripts import smoke
 
 ROOT = Path(__file__).parents[1]
 # What the stub is asked to run, by a word of its arguments -> the part.
@@ -24,7 +30,7 @@ case "$*" in
     *pytest*) part=tests ;;
 esac
 echo "$part $*" >>"$STUB_CALLS"
-echo "$part began"
+echo "$part began in $PWD/scripts, /opt/lib/site-packages/torch/x.py, /opt/bin/python3"
 [ "$part" = "$STUB_CRASHES" ] && { echo "Error: $part fell over" >&2; exit 3; }
 [ "$part" = "$STUB_HANGS" ] && sleep 60
 while [ $# -gt 0 ]; do
@@ -78,6 +84,8 @@ def test_first_call(tmp_path: Path) -> None:
     found = run.summary("first")
     assert list(found) == ["smoke", "step", "bench", "tests"]
     assert all(re.fullmatch(rf"passed, \d+ s; {part} ended", found[part]) for part in found)
+    log = (run.out / "first.log").read_text()
+    assert log.count("began in scripts, torch/x.py, python3\n") == 4  # no path of the machine
     files = {path.name for path in run.out.iterdir()}
     assert files == {"evidence-first.txt", "first.log", "topk_bench.csv", "topk_bench.png"}
 
@@ -134,3 +142,39 @@ def test_what_a_part_runs_exists(part: str, tmp_path: Path) -> None:
     files = [word for word in command if word.endswith(".py") or word.startswith("tests/")]
     assert files
     assert all((ROOT / file.removeprefix("--ignore=")).exists() for file in files)
+
+
+def test_smoke_has_every_op() -> None:
+    names = [info.name for info in pkgutil.iter_modules(ssd_kernels.__path__)]
+    ops = {
+        name
+        for name in names
+        if hasattr(importlib.import_module(f"ssd_kernels.{name}"), "IMPLEMENTATIONS")
+    }
+    assert {case.op for case in smoke.CASES} == ops
+
+
+def test_smoke_says_what_is_wrong_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off(impl: str, draw: smoke.Draw) -> smoke.Results:
+        return (draw(3) + (1e-3 if impl == "torch" else 0),)
+
+    def raises(impl: str, draw: smoke.Draw) -> smoke.Results:
+        if impl == "torch":
+            raise RuntimeError("first line\nlast line")
+        return (draw(3),)
+
+    def right(impl: str, draw: smoke.Draw) -> smoke.Results:
+        return draw(3), None, torch.arange(3)
+
+    cases = [smoke.Case("distill", f" {f.__name__}", f) for f in (off, raises, right)]
+    monkeypatch.setattr(smoke, "CASES", cases)
+    monkeypatch.setattr(smoke, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(smoke, "CUDA_ONLY", {"triton"})
+    assert smoke.main(["--quick"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "result 0 is off by 0.00" in lines[0]
+    assert "RuntimeError: first line | last line" in lines[1]
+    assert lines[2].endswith("ok")
+    assert lines[3] == "cpu: 2 wrong of 3"
