@@ -81,9 +81,8 @@ def _count_kernel(
     tl.atomic_add(counts + neuron * counts_stride, one, mask=active, sem="relaxed")
     if STAMP:
         now = tl.load(step) if STEP_ON_DEVICE else step
-        # A neuron may be active in many samples, which programs share out.
-        stamps = now + tl.zeros_like(neuron)
-        tl.atomic_xchg(last_active + neuron * last_stride, stamps, mask=active, sem="relaxed")
+        # A neuron may be active in many samples: whoever comes last writes the same.
+        tl.store(last_active + neuron * last_stride, now, mask=active)
 
 
 def _triton(

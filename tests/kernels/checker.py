@@ -13,6 +13,8 @@ raises Fault at the first access that breaks a rule, and lists every launch with
   same if the shapes are equal and so are the positions. A reduction is no barrier.
 - No program touches what another one of the launch writes. Atomics may meet atomics, nothing else.
 
+Writes of the same value to one address may meet: whichever comes last, the outcome is the same.
+
 Lanes that are masked off do nothing. Programs run one after another, in a random order.
 
 What it cannot see: a barrier that only some threads reach; a lane that the compiler holds in
@@ -209,6 +211,8 @@ class Access(NamedTuple):
     at: Array  # units of the storage
     lane: Array
     element: Array  # of the argument, for messages
+    value: Array  # that a store writes
+    held: Array  # what is there before
 
 
 class Checker:
@@ -323,13 +327,14 @@ class Checker:
         def operate(*args: Any, **kwargs: Any) -> Any:
             given = list(args)
             tagged = given[pointers]
-            self._check(kind, tagged, np.True_ if mask is None else given[mask].data)
+            value = given[1].data if kind == "store" else np.zeros(())
+            self._check(kind, tagged, np.True_ if mask is None else given[mask].data, value)
             given[pointers] = interpreter.TensorHandle(tagged.data & ADDRESS, tagged.dtype)
             return original(*given, **kwargs)
 
         return operate
 
-    def _check(self, kind: str, pointers: Any, mask: Any) -> None:
+    def _check(self, kind: str, pointers: Any, mask: Any, value: Array) -> None:
         launch, site = self.launches[-1], _site()
         launch.ops[kind] += 1
         launch.sites.add(site)
@@ -339,14 +344,17 @@ class Checker:
         launch.lanes[kind] += len(live)
         tagged = pointers.data.reshape(-1)[live]
         lane = live + (self._shapes.setdefault(shape, len(self._shapes)) << 32)
+        value = np.broadcast_to(value, shape).reshape(-1)[live]
         numbers = tagged >> TAG_SHIFT
         for number in np.unique(numbers):
             own = numbers == number
-            access = self._locate(kind, int(number), pointers, tagged[own], lane[own])
+            access = self._locate(kind, int(number), pointers, tagged[own], lane[own], value[own])
             {"load": self._load, "store": self._store, "atomic": self._atomic}[kind](access)
             access.argument.shadow.last_site[access.at] = len(self._sites) - 1
 
-    def _locate(self, kind: str, number: int, pointers: Any, tagged: Array, lane: Array) -> Access:
+    def _locate(
+        self, kind: str, number: int, pointers: Any, tagged: Array, lane: Array, value: Array
+    ) -> Access:
         """The units that the lanes touch; fails outside of the tensor."""
         if number >= len(self._arguments):
             self._fail(f"{kind} at an address far outside every tensor")
@@ -357,13 +365,20 @@ class Checker:
         offset = (tagged & ADDRESS).astype(np.int64) - argument.address
         element = offset // size
         at = (offset + argument.first_byte) // argument.shadow.unit
-        access = Access(kind, argument, at, lane, element)
+        access = Access(kind, argument, at, lane, element, value, value)
         self._refuse(~argument.holds(offset), access, "lies outside of the tensor")
+        if kind == "store":
+            everywhere = np.ones(len(tagged), dtype=bool)
+            access = access._replace(
+                held=interpreter._interpreter.load(
+                    tagged & ADDRESS, everywhere, np.zeros_like(value), value.dtype
+                )
+            )
         parts = size // argument.shadow.unit
         if parts == 1:
             return access
         at = (at[:, None] + np.arange(parts)).reshape(-1)
-        return Access(kind, argument, at, lane.repeat(parts), element.repeat(parts))
+        return Access(kind, argument, at, *(each.repeat(parts) for each in access[3:]))
 
     def _load(self, access: Access) -> None:
         shadow, at, lane = access.argument.shadow, access.at, access.lane
@@ -388,10 +403,12 @@ class Checker:
 
     def _store(self, access: Access) -> None:
         shadow, at, lane = access.argument.shadow, access.at, access.lane
-        shadow.claim[at] = lane
-        self._refuse(shadow.claim[at] != lane, access, "is of two lanes at once")
+        shadow.claim[at] = np.arange(len(at))
+        rival = access.value[shadow.claim[at]]
+        self._refuse(_differ(rival, access.value), access, "is of two lanes at once")
+        changes = _differ(access.held, access.value)
         self._refuse(
-            shadow.write_segment[at] == self._segment,
+            changes & (shadow.write_segment[at] == self._segment),
             access,
             "follows a write of this program without a barrier",
         )
@@ -400,7 +417,8 @@ class Checker:
             access,
             "follows a read of another lane without a barrier",
         )
-        self._refuse_others(shadow.writer[at], access, "meets a write of another program")
+        writer = np.where(changes, shadow.writer[at], NOBODY)
+        self._refuse_others(writer, access, "meets a write of another program")
         self._refuse_others(shadow.reader[at], access, "meets a read of another program")
         self._refuse(shadow.updated[at], access, "meets an atomic")
         shadow.writer[at] = self._program
@@ -446,6 +464,12 @@ class Checker:
             f"seed {self.seed})"
         )
         raise self._fault
+
+
+def _differ(one: Array, other: Array) -> Array:
+    """Bit for bit, so that NaN equals NaN."""
+    bits = np.dtype(f"u{one.dtype.itemsize}")
+    return np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(other).view(bits)
 
 
 def _site() -> Site:

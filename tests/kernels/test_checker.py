@@ -282,7 +282,7 @@ def _write_twice_kernel(data, BARRIER: tl.constexpr, SIZE: tl.constexpr):
     tl.store(data + lane, lane)
     if BARRIER:
         tl.debug_barrier()
-    tl.store(data + lane, lane)
+    tl.store(data + lane, lane + 1)
 
 
 @jit
@@ -292,9 +292,15 @@ def _scatter_kernel(data, places, SIZE: tl.constexpr):
 
 
 @jit
+def _stamp_kernel(data, places, SIZE: tl.constexpr):
+    lane = tl.arange(0, SIZE)
+    tl.store(data + tl.load(places + lane), 7)
+
+
+@jit
 def _share_kernel(data, STRIDE: tl.constexpr, SIZE: tl.constexpr):
     lane = tl.arange(0, SIZE)
-    tl.store(data + tl.program_id(0) * STRIDE + lane, lane)
+    tl.store(data + tl.program_id(0) * STRIDE + lane, tl.program_id(0) * SIZE + lane)
 
 
 @jit
@@ -345,6 +351,11 @@ def write_twice(barrier: bool) -> None:
 
 def scatter(*places: int) -> None:
     _scatter_kernel[(1,)](numbers(4), torch.tensor(places), SIZE=4)
+
+
+def stamp() -> None:
+    """Two lanes of two programs write one value to one address."""
+    _stamp_kernel[(2,)](numbers(4), torch.tensor([3, 1, 3, 0]), SIZE=4)
 
 
 def share(stride: int) -> None:
@@ -402,6 +413,7 @@ CLEAN: dict[str, Callable[[], Any]] = {
     "read, write of a lane": lambda: read_write(0, False),
     "write, read in bytes": lambda: octets(True),
     "programs that write": lambda: share(8),
+    "writes of one value": stamp,
     "programs that read and write": lambda: neighbour(0),
     "atomics": add,
     "cas": lambda: add(cas=True),
