@@ -24,7 +24,7 @@ def implementations(op: str, device: torch.device) -> list[str]:
 
 
 def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, Provider]:
-    """`ours`, as a user gets it, and each implementation by name; call(set, impl=) -> result."""
+    """`ours`, as a user gets it, and the other implementations; call(set, impl=) -> result."""
     named: dict[str, Provider] = {"ours": partial(call, impl=None)}
     default = "triton" if device.type == "cuda" else "torch"
     for impl in implementations(op, device):

@@ -54,7 +54,10 @@ def main() -> int:
             console.print(f"{title}. Rows: {path}")
     verdicts = Counter(target.verdict(writer.rows if cuda else [])[1] for target in targets())
     found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
-    console.print(f"targets: {found}; providers of ours that are wrong: {bench.wrong}")
+    console.print(
+        f"targets: {found}; providers of ours that are wrong: {bench.wrong}; "
+        f"left out for lack of time: {bench.cut}"
+    )
     return 1 if bench.lost or bench.wrong else 0
 
 
@@ -76,6 +79,7 @@ class Bench:
         self.case_seconds = options.budget / 8
         self.lost = False
         self.wrong = 0  # providers of ours
+        self.cut = 0  # cases and providers that the budget left out
 
     def run(self, shapes: list[cases.Shape]) -> None:
         ceilings = self._roofline(tuple({s.dtype: None for s in shapes}))
@@ -84,6 +88,7 @@ class Bench:
                 why = "the CUDA context is lost" if self.lost else "the time budget is spent"
                 left = ", ".join(f"{s.op} {s.mode} {s.sizes}" for s in shapes[number:])
                 self.console.print(f"[red]not measured, {why}:[/red] {left}")
+                self.cut += len(shapes) - number
                 return
             try:
                 self.measure(providers.build(shape, self.device), ceilings)
@@ -99,13 +104,14 @@ class Bench:
         sets = self._sets(case)
         started, runs = time.monotonic(), {}
         memory: dict[str, int | None] = {}
-        # What is slow to compile comes last, where the budget cuts.
-        for name in sorted(case.providers, key=lambda name: "(compile)" in name):
+        # The default and the baselines first, what is slow to compile last: the budget cuts there.
+        for name in sorted(case.providers, key=lambda n: ("(compile)" in n, n.startswith("ours:"))):
             provider = case.providers[name]
             if self.options.no_compile and "(compile)" in name:
                 continue
             if self.lost or time.monotonic() > min(self.deadline, started + self.case_seconds):
                 self.console.print(f"{case.title}: {name} not measured, the time budget is spent")
+                self.cut += 1
                 continue
             try:
                 wrong = case.check(name, sets[0], provider(sets[0]))

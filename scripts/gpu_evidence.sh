@@ -6,13 +6,14 @@
 #   first    smoke step bench tests       does every kernel run, is it right, are the targets met
 #   second   profile others sanitizer train
 #
-# Run from anywhere; needs python3 with torch, triton, pytest (xdist, timeout), hypothesis, rich and
-# matplotlib, no installation of this repository, no network. Each part has a time limit and runs
-# whether or not an earlier one failed; a limit is cut to what is left of the call. Files go to $OUT
-# (default: benchmarks/results/<gpu>/): evidence-<call>.txt (versions, a line a part), <call>.log
-# (what the parts printed) and the tables of the benchmarks, all written as they grow. $PYTHON names
-# another interpreter, $GIT_COMMIT the commit where there is no git, $SECONDS_ALLOWED the limit of
-# the call. Exit status: the number of parts that failed.
+# Run from anywhere; needs python3 with torch, triton, pytest (and its plugins xdist, timeout and
+# benchmark), hypothesis, rich and matplotlib, no installation of this repository, no network. Each
+# part has a time limit and runs whether or not an earlier one failed; a limit is cut to what is left
+# of the call. Files go to $OUT (default: benchmarks/results/<gpu>/): evidence-<call>.txt (versions, a
+# line a part), <call>.log (what the parts printed) and the tables of the benchmarks, all written as
+# they grow; <call> is first, second or the names of the parts. $PYTHON names another interpreter,
+# $GIT_COMMIT the commit where there is no git, $SECONDS_ALLOWED the limit of the call. Exit status:
+# the number of parts that failed or were not run.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -26,7 +27,7 @@ second) call=second parts=(profile others sanitizer train) ;;
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
-*) call=parts parts=("$@") ;;
+*) call=$(IFS=-; echo "$*") parts=("$@") ;;
 esac
 for name in "${parts[@]}"; do
     case $name in
@@ -38,9 +39,10 @@ for name in "${parts[@]}"; do
     esac
 done
 
-out=${OUT:-$("$python" -c 'import torch
+# Nothing touches the GPU without a limit: a sick driver hangs.
+out=${OUT:-$(timeout -k 4 40 "$python" -c 'import torch
 from benchmarks.record import results_folder
-print(results_folder(torch.device("cuda" if torch.cuda.is_available() else "cpu")))')} || exit 1
+print(results_folder(torch.device("cuda" if torch.cuda.is_available() else "cpu")))')} || out=benchmarks/results/unknown
 mkdir -p "$out" || exit 1
 summary=$out/evidence-$call.txt log=$out/$call.log
 failed=0
@@ -48,7 +50,7 @@ failed=0
 
 versions() {
     date -u '+date %Y-%m-%dT%H:%M:%SZ'
-    timeout 60 "$python" -c 'import platform, torch
+    timeout -k 4 40 "$python" -c 'import platform, torch
 from benchmarks.record import commit, device_name, installed
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("commit", commit())
@@ -57,14 +59,16 @@ print("python", platform.python_version(), "torch", torch.__version__, "CUDA", t
 for name in ("triton", "pytest", "hypothesis", "flashinfer-python", "quack-kernels", "eai-sparsify"):
     print(name, installed(name) or "not installed")'
     if command -v nvidia-smi >/dev/null; then
-        nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+        timeout -k 4 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     fi
 }
 
-# left LIMIT: the smaller of the limit and what is left of the call, at least 1.
+GRACE=4 # seconds from the interrupt to the kill
+LEAST=8 # a part with less time is not begun
+
+# left LIMIT: the smaller of the limit and what is left of the call.
 left() {
-    local rest=$((allowed - SECONDS - 5))
-    [ "$rest" -ge 1 ] || rest=1
+    local rest=$((allowed - SECONDS - GRACE - 2))
     echo $((rest < $1 ? rest : $1))
 }
 
@@ -73,10 +77,15 @@ part() {
     local name=$1 seconds start=$SECONDS status outcome begin
     seconds=$(left "$2")
     shift 2
+    if [ "$seconds" -lt "$LEAST" ]; then
+        failed=$((failed + 1))
+        echo "$name: not run, no time is left" | tee -a "$summary" "$log"
+        return
+    fi
     echo "== $name, at most $seconds s" | tee -a "$log"
     begin=$(($(wc -l <"$log") + 1))
     # An interrupt first: pytest and the benchmarks then report what they have.
-    timeout --signal=INT --kill-after=8 "$seconds" "$@" >>"$log" 2>&1
+    timeout --signal=INT --kill-after=$GRACE "$seconds" "$@" >>"$log" 2>&1
     status=$?
     tail -n +"$begin" "$log" | tail -n 60
     case $status in
@@ -91,13 +100,13 @@ part() {
     echo "$name: $outcome, $((SECONDS - start)) s; $last" | tee -a "$summary"
 }
 
-smoke() { part smoke 70 "$python" scripts/smoke.py; }
+smoke() { part smoke 80 "$python" scripts/smoke.py; }
 step() { part step 45 "$python" scripts/step_evidence.py; }
 profile() { part profile 45 "$python" scripts/step_evidence.py --profile; }
 
 tests() {
     part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_resident.py -q -m cuda -n 12 \
-        --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
+        --maxprocesses 12 --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
 }
 
 bench() {
@@ -139,7 +148,9 @@ for name in "${parts[@]}"; do
     "$name"
 done
 # Logs are kept with the project: no path of this machine.
-sed -i -E "s#(/[^ :\"']*)?/site-packages/##g; s#$PWD/##g; s#$out/##g; s#/[^ ]*/bin/(python)#\1#g" "$log"
+sed -i -E "s#(/[^ :\"']*)?/site-packages/##g; s#$PWD/##g; s#$out/##g; s#/[^ ]*/bin/(python)#\1#g" \
+    "$log" "$summary"
+sed -i -E "s#/[^ ]*/lib/python[0-9.]*/##g; s#(/tmp|$HOME)/[^ ]*/##g" "$log" "$summary"
 cat "$summary"
 echo "files in $out:" && ls -l "$out"
 exit "$failed"

@@ -358,7 +358,7 @@ def linear_topk(
     blocks: int,
 ) -> TopKOutput:
     neurons = weight.shape[0] // blocks
-    path = heuristic(x, neurons, k)
+    path = heuristic(x, k)
     if forced is not None and _linear_slabs.possible(forced, x, neurons, k):
         path = forced
     if preactivations or path == "torch":

@@ -44,7 +44,7 @@ def linear_topk(
         blocks: number S of networks whose rows follow one another. x then holds as many samples of
             each, weight is [S R, d], bias and counts are [S R]; the samples of a network see its R
             neurons alone, and so does k. The result of a network does not depend on the others.
-        impl: "triton" (picks one of the next three), "fused", "chunked", "rescore", "torch" or
+        impl: "triton" (picks "fused" or "chunked"), "fused", "chunked", "rescore", "torch" or
             "reference"; by default the fastest for the device. A forced path that cannot serve
             these shapes gives way to what "triton" would pick; every path is exact.
 
@@ -189,11 +189,12 @@ def _serve(
     )
 
 
-def heuristic(x: Tensor, neurons: int, k: int) -> str:
-    """The implementation for x [.., d] and R = neurons of each network; every one is exact.
+def heuristic(x: Tensor, k: int) -> str:
+    """The implementation for x [.., d]; every one is exact.
 
     Measured on one H100, benchmarks/results/nvidia-h100-80gb-hbm3: "fused" is the fastest for fp32,
-    and for 16 bits up to d = 1,024; at d = 4,096 the library's GEMM saves a third of the time.
+    and for 16 bits at d = 1,024; at d = 4,096 the library's GEMM saves a third of the time (nothing
+    between the two was measured).
     "rescore" (d = 1,024, R = 65,536: 209 ms, "fused" 20) finds too many candidates.
     """
     if k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
@@ -205,7 +206,7 @@ def heuristic(x: Tensor, neurons: int, k: int) -> str:
 def _triton(
     x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, *, blocks: int, **options: Any
 ) -> TopKOutput:
-    path = heuristic(x, weight.shape[0] // blocks, k)
+    path = heuristic(x, k)
     return _serve(x, weight, k, bias, path=path, blocks=blocks, **options)
 
 
@@ -222,7 +223,7 @@ def _forced(path: str) -> Callable[..., TopKOutput]:
         # What the kernels cannot serve takes the heuristic's choice.
         neurons = weight.shape[0] // blocks
         possible = path == "torch" or _linear_slabs.possible(path, x, neurons, k)
-        chosen = path if possible else heuristic(x, neurons, k)
+        chosen = path if possible else heuristic(x, k)
         return _serve(x, weight, k, bias, path=chosen, blocks=blocks, **options)
 
     return serve

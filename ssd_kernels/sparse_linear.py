@@ -53,8 +53,9 @@ def sparse_linear(
 def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     slots = values.shape[-1]
     small = values.numel() * weight.shape[1] <= GATHERED and not weight.requires_grad
-    # On CUDA embedding_bag has no gradient of bfloat16 values.
-    lacking = values.is_cuda and values.dtype == torch.bfloat16 and values.requires_grad
+    # On CUDA embedding_bag has no gradient of bfloat16 values; the specification needs [B, K, C].
+    lacking = values.is_cuda and values.dtype == torch.bfloat16
+    lacking = lacking and values.requires_grad and torch.is_grad_enabled()
     if small or lacking or values.numel() == 0:
         return reference.sparse_linear(values, indices, weight, bias)
     out = F.embedding_bag(

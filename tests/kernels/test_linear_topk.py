@@ -294,9 +294,9 @@ def test_heuristic_names_what_can_serve() -> None:
                 torch.empty(9000, features, dtype=dtype),
             )
             for k in (1, 64, 255, 256):
-                chosen = heuristic(x, len(weight), k)
+                chosen = heuristic(x, k)
                 assert chosen == "torch" or _linear_slabs.possible(chosen, x, len(weight), k)
-    assert heuristic(torch.empty(4, 8), 9000, 256) == "torch"
+    assert heuristic(torch.empty(4, 8), 256) == "torch"
 
 
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
