@@ -4,7 +4,7 @@ import os
 from collections import Counter
 
 # Tests run side by side, a thread each; set before torch is imported, for child processes too.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
