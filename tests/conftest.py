@@ -21,6 +21,7 @@ def _seeded() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "test_interpreter" not in item.nodeid)  # the longest begin first
     if torch.cuda.is_available():
         for item in items:
             if "triton" in item.nodeid.partition("[")[2]:

@@ -125,6 +125,7 @@ def test_a_part_that_hangs_is_ended_and_stops_no_other(tmp_path: Path) -> None:
     assert run.seconds < 16
 
 
+@pytest.mark.slow
 def test_a_short_limit_leaves_time_for_the_next(tmp_path: Path) -> None:
     """A hanging part takes its own limit, not that of the others."""
     script = (

@@ -54,6 +54,7 @@ def test_every_launch_fits(kernel: str, report: list[Row]) -> None:
     assert compiled(aot.FULL, kernel, report) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != aot.FULL])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_first_launch_fits_elsewhere(family: str, kernel: str, report: list[Row]) -> None:
