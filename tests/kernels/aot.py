@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,9 @@ WIDTH = 170  # of the table, in characters
 FULL = "sm90"  # for which every launch is always compiled
 
 # Far from the limit of 255 registers ptxas may still keep one 64-bit value on the stack, to stay at
-# a step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9.
-PARKED = 8
+# a step of the occupancy; in which launches it does differs between Triton 3.8 and 3.9. Before 3.4
+# it may keep two.
+PARKED = 16 if find_spec("triton") and not find_spec("triton.knobs") else 8
 
 
 class Resources(NamedTuple):
