@@ -71,7 +71,7 @@ CUDA = [
     _shape("linear_inhibit", "forward", FP32, B=1024, d=256, R=10000, k=10),
     _shape("topk", "forward", BF16, B=8192, R=131072, k=64),
 ]
-# The first so many are the shapes that targets.py names.
+# The first so many hold every shape that targets.py names.
 TARGETS = 15
 CPU = [
     _shape("topk", "forward", FP32, B=128, R=10000, k=10),

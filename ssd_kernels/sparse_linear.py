@@ -54,8 +54,8 @@ def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
     slots = values.shape[-1]
     small = values.numel() * weight.shape[1] <= GATHERED and not weight.requires_grad
     # On CUDA embedding_bag has no gradient of bfloat16 values; the specification needs [B, K, C].
-    lacking = values.is_cuda and values.dtype == torch.bfloat16
-    lacking = lacking and values.requires_grad and torch.is_grad_enabled()
+    trained = values.requires_grad and torch.is_grad_enabled()
+    lacking = trained and values.is_cuda and values.dtype == torch.bfloat16
     if small or lacking or values.numel() == 0:
         return reference.sparse_linear(values, indices, weight, bias)
     out = F.embedding_bag(

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import (
+    cases,
     gate,
     peers,
     providers,
@@ -180,6 +181,27 @@ def test_targets_are_ratios_of_medians() -> None:
     assert target.verdict([mine, replace(other, p50=7.0)]) == ("3.5", "missed")
     assert target.verdict([mine]) == ("", "not measured")
     assert target.verdict([replace(mine, correct=False), other]) == ("", "not measured")
+
+
+def test_the_first_cases_hold_every_target() -> None:
+    providers = (
+        "ours", "ours+counts", "torch.topk", "F.linear + torch.topk", "F.linear + our topk",
+        "F.linear alone", "eai-sparsify", "dense matmul",
+    )  # fmt: skip
+    rows = [
+        replace(
+            ROW, op=shape.op, mode=shape.mode, dtype=str(shape.dtype).removeprefix("torch."),
+            shape=shape.sizes, provider=provider, metric=metric, p50=1.0, roofline_fraction=1.0,
+        )
+        for shape in cases.CUDA[: cases.TARGETS]
+        for provider in providers
+        for metric in ("time", "bandwidth", "memory")
+    ]  # fmt: skip
+    last = cases.CUDA[cases.TARGETS - 1]
+    fewer = [row for row in rows if (row.op, row.mode) != (last.op, last.mode)]
+    every = list(targets.targets())
+    assert all(target.verdict(rows)[1] != "not measured" for target in every)
+    assert any(target.verdict(fewer)[1] == "not measured" for target in every)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""benchmarks/tune.py in Triton's interpreter: what it times is right, and what is wrong it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import tune
+from ssd_kernels import _tuning
+from tests.kernels.conftest import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+PROBLEMS = [
+    tune._topk(3, 1500, 4, torch.float32),
+    tune._rows("decode", 3, 40, 4, 300, torch.float32),
+    tune._rows("walk", 3, 40, 4, 300, torch.float32),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"triton-{problem.part}")
+def test_configurations(problem: tune.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(tune, "SECONDS", 0.0)
+    monkeypatch.setitem(_tuning.TABLE, problem.op, _tuning.TABLE[problem.op])  # to be put back
+    few = tune.Problem(**vars(problem) | {"candidates": problem.candidates[:2]})
+    said: list[str] = []
+    tune.tune(few, few.candidates[1], said.append)
+    timed = [line for line in said if " ms " in line]
+    assert len(timed) == len(said) == 2 + (problem.part == "topk")
+    assert sum("(present row)" in line for line in timed) == 1
+
+    real, calls = tune.run, []
+
+    def wrong(problem: tune.Problem, chosen: object, given: object) -> tune.Results:
+        first, *others = real(problem, chosen, given)  # type: ignore[arg-type]
+        calls.append(chosen)
+        return (first + len(calls), *others)  # type: ignore[operator]
+
+    monkeypatch.setattr(tune, "run", wrong)
+    said.clear()
+    tune.tune(few, few.candidates[1], said.append)
+    assert any(line.endswith("WRONG") for line in said)
