@@ -58,7 +58,7 @@ def distill(
         TypeError, ValueError: a dtype, shape, device or option that does not fit, before any work.
     """
     _check(logits, labels, target_logits, hidden, target_hidden, kl, columns)
-    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits)
+    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits, traced="torch")
     with torch.no_grad():
         return serve(
             logits,
@@ -339,6 +339,8 @@ def _check(
         _checks.shape(op, "target_hidden", target_hidden, tuple(hidden.shape))
     if kl not in ("reverse", "forward"):
         raise ValueError(f"{op}: kl={kl!r} is not one of reverse, forward")
+    _checks.same_device(op, "logits", logits, "labels", labels)
+    _checks.in_range(op, "labels", labels, logits.shape[1])
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., DistillOutput]] = {

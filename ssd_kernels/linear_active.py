@@ -140,7 +140,9 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 def _members(groups: Tensor, chosen: Tensor) -> Tensor:
     """The entries [B, m n] of some groups [B, m] in each column of [G, n, B]."""
-    return groups[chosen, :, torch.arange(len(chosen)).unsqueeze(1)].flatten(1)
+    return groups[chosen, :, torch.arange(len(chosen), device=chosen.device).unsqueeze(1)].flatten(
+        1
+    )
 
 
 def _firing(hidden: Tensor) -> ActiveNeurons:

@@ -192,6 +192,7 @@ def _torch(
     shadow: Shadow | None,
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
+    device = x.device
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
     if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
@@ -210,7 +211,7 @@ def _torch(
     def rank(x: Tensor) -> Candidates:
         scores = x @ weight.T
         best = select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
-        return Candidates(best.flatten(), torch.full((len(x),), count))
+        return Candidates(best.flatten(), torch.full((len(x),), count, device=device))
 
     near = None
     if shadow is not None:
@@ -303,9 +304,9 @@ def _decide(
     ).values()
     slots = max(int(lengths.max()), width, k + 1)
     sample = torch.repeat_interleave(lengths, output_size=len(neurons))
-    slot = sample * slots + torch.arange(len(neurons)) - starts[sample]
+    slot = sample * slots + torch.arange(len(neurons), device=x.device) - starts[sample]
     a = scores.new_zeros(len(x) * slots).index_copy_(0, slot, scores.relu_()).view(-1, slots)
-    index = torch.zeros(len(x) * slots, dtype=torch.int64).index_copy_(0, slot, neurons)
+    index = neurons.new_zeros(len(x) * slots).index_copy_(0, slot, neurons)
     index = index.view(-1, slots)
     cut = a.topk(k + 1).values[:, k:]
     surplus = a - (cut if gaba is None else gaba[index] * cut)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels.topk import MAX_K
@@ -54,7 +53,7 @@ def linear_inhibit(
     _checks.inhibition("linear_inhibit", inhibition)
     _checks.counter("linear_inhibit", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_inhibit", IMPLEMENTATIONS, impl, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.as_given(x):
         return serve(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
 
 
@@ -78,10 +77,10 @@ def _torch(
         surplus = a - cut
     else:
         surplus = torch.addcmul(a, gaba.to(a.dtype).reshape(blocks, 1, -1), cut, value=-1)
-    hidden = a * (surplus > 0) if inhibition == "mask" else surplus.relu()
+    hidden = torch.where(surplus > 0, a, 0.0) if inhibition == "mask" else surplus.relu()
     if counts is not None:
         counts += (hidden > 0).sum(1).flatten()
-    return hidden.to(x.dtype).view(*x.shape[:-1], a.shape[-1])
+    return _dispatch.unflattened(hidden.to(x.dtype), (*x.shape[:-1], a.shape[-1]))
 
 
 class _LinearInhibit(torch.autograd.Function):
@@ -106,7 +105,6 @@ class _LinearInhibit(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, passes = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -118,7 +116,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Of x, weight and bias, each where it is needed."""
     slopes, inputs, neurons = (
-        reference.by_network(t, blocks) for t in (grad * passes.to(grad.dtype), x, weight)
+        reference.by_network(t, blocks) for t in (torch.where(passes != 0, grad, 0.0), x, weight)
     )
     return [
         torch.bmm(slopes, neurons).view(x.shape) if needs[0] else None,
@@ -141,11 +139,11 @@ def _triton(
     # The annealing starts with k = R: nothing to select that a sort would not do better.
     served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
-    if not served or learned or torch.compiler.is_compiling():
+    if not served or learned:
         return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
     flat = x.reshape(-1, x.shape[-1])
     hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts, blocks)
-    return hidden.view(*x.shape[:-1], hidden.shape[1])
+    return _dispatch.unflattened(hidden, (*x.shape[:-1], hidden.shape[1]))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels.count_active import count_active
@@ -63,7 +62,7 @@ def linear_topk(
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.as_given(x):
         return serve(
             x,
             weight,
@@ -101,17 +100,16 @@ class _LinearTopK(torch.autograd.Function):
         return values, indices, cut
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
         x, weight, indices, after, active, cut_active = ctx.saved_tensors
         slots, neurons = [], []
         if grad_values is not None:
-            slots.append(grad_values * active)
+            slots.append(torch.where(active, grad_values, 0.0))
             neurons.append(indices)
         if grad_cut is not None and ctx.has_cut:
-            slots.append((grad_cut * cut_active)[:, None])
+            slots.append(torch.where(cut_active, grad_cut, 0.0)[:, None])
             neurons.append(after[:, None])
         grads: list[Any] = [None] * 8
         if not slots:
@@ -168,7 +166,7 @@ def _serve(
     counts: Tensor | None,
     blocks: int,
 ) -> TopKOutput:
-    if preactivations or torch.compiler.is_compiling():
+    if preactivations:
         return reference.linear_topk(
             x,
             weight,
@@ -185,7 +183,9 @@ def _serve(
         x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition, counts, path, blocks
     )
     return TopKOutput(
-        values.view(*batch, k), indices.view(*batch, k), cut.view(batch) if threshold else None
+        _dispatch.unflattened(values, (*batch, k)),
+        indices.view(*batch, k),
+        _dispatch.unflattened(cut, batch) if threshold else None,
     )
 
 

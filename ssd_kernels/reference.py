@@ -12,6 +12,7 @@ alone, and indices count through the neurons of all, 0..S R - 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,9 +81,9 @@ def linear_topk(
     ranked = select(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
-    values = scores.gather(-1, indices).relu()
+    values = positive_part(scores.gather(-1, indices))
     if inhibition == "subtract":
-        values = (values - cut.detach().unsqueeze(-1)).relu()
+        values = positive_part(values - cut.detach().unsqueeze(-1))
     indices = numbered_through(indices, scores.shape[-1], blocks)
     if counts is not None:
         count_active(values, indices, counts)
@@ -107,16 +108,17 @@ def linear_inhibit(
 ) -> Tensor:
     """a = relu(x weight^T + bias), inhibited by gaba times its (k+1)-th largest entry; dense."""
     scores = by_network(scores_of(x, weight, bias, blocks), blocks)
-    a = scores.relu()
+    a = positive_part(scores)
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
     surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(blocks, 1, -1) * cut)
+    a, surplus = (t.reshape(*x.shape[:-1], a.shape[-1]) for t in (a, surplus))
     if inhibition == "mask":
         hidden = torch.where(surplus > 0, a, torch.zeros_like(a))
     else:
-        hidden = surplus.relu()
+        hidden = positive_part(surplus)
     if counts is not None:
-        counts += (hidden > 0).sum(1).flatten()
-    return hidden.to(x.dtype).view(*x.shape[:-1], hidden.shape[-1])
+        counts += by_network(hidden > 0, blocks).sum(1).flatten()
+    return hidden.to(x.dtype)
 
 
 def sparse_linear(
@@ -245,11 +247,11 @@ def divergence(
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     student, teacher = student / scale, teacher / scale
     if columns is not None:
-        # Finite, so that autograd meets no inf - inf; its softmax is 0 all the same.
-        least = torch.finfo(student.dtype).min / 4
-        student = student.masked_fill(~columns, least)
-        teacher = teacher.masked_fill(~columns, least)
+        student = student.masked_fill(~columns, -torch.inf)
+        teacher = teacher.masked_fill(~columns, -torch.inf)
     p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    if columns is not None:  # no inf - inf
+        p, q = p.masked_fill(~columns, 0.0), q.masked_fill(~columns, 0.0)
     if kl == "forward":
         p, q = q, p
     return temperature**2 * (p.exp() * (p - q)).sum(-1)
@@ -289,7 +291,7 @@ def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -
 
 def by_network(rows: Tensor, blocks: int) -> Tensor:
     """[.., d] -> [S, rows of one network, d]."""
-    return rows.reshape(blocks, rows.shape[:-1].numel() // blocks, rows.shape[-1])
+    return rows.reshape(blocks, math.prod(rows.shape[:-1]) // blocks, rows.shape[-1])
 
 
 def numbered_through(indices: Tensor, neurons: int, blocks: int) -> Tensor:
@@ -304,4 +306,9 @@ def _cut(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
     """The (k+1)-th largest entry of relu(scores); 0 where k is all of them."""
     if ranked.shape[-1] == k:
         return scores.new_zeros(scores.shape[:-1])
-    return scores.gather(-1, ranked[..., k:]).squeeze(-1).relu()
+    return positive_part(scores.gather(-1, ranked[..., k:]).squeeze(-1))
+
+
+def positive_part(x: Tensor) -> Tensor:
+    """relu(x), which keeps no hold on its result: users may write into what an op returns."""
+    return torch.where(x <= 0, torch.zeros_like(x), x)

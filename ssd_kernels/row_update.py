@@ -92,20 +92,6 @@ def _torch(
     buffers: Sequence[Tensor] | None,
     blocks: int,
 ) -> Tensor:
-    if torch.compiler.is_compiling():  # the number of touched rows is no static shape
-        return reference.row_update(
-            weights,
-            coefficients,
-            inputs,
-            indices,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            blocks=blocks,
-        )
     touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
@@ -381,11 +367,13 @@ def _check(
         coefficient, vector = coefficients[number], inputs[number]
         buffer = None if buffers is None else buffers[number]
         _checks.floating(op, weight=weight, coefficients=coefficient, inputs=vector, buffers=buffer)
-        _checks.code(op, coefficient, indices)
         if weight.dim() != 2 or weight.shape[0] != neurons:
             raise ValueError(
                 f"{op}: weights[{number}] has shape {list(weight.shape)}, expected [{neurons}, d]"
             )
+        if number == 0:
+            _checks.code(op, coefficient, indices, neurons)
+        _checks.shape(op, f"coefficients[{number}]", coefficient, tuple(indices.shape))
         _checks.shape(op, f"inputs[{number}]", vector, (len(indices), weight.shape[1]))
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 

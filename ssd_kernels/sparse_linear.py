@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
 from ssd_kernels._triton import jit, tl
+from ssd_kernels.row_gradient import row_gradient
 
 # Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
 GATHERED = 2**17
@@ -41,12 +41,12 @@ def sparse_linear(
     """
     values, weight, bias = _dispatch.autocast(values, weight, bias)
     _checks.floating("sparse_linear", values=values, weight=weight, bias=bias)
-    _checks.code("sparse_linear", values, indices)
     if weight.dim() != 2:
         raise ValueError(f"sparse_linear: weight has shape {list(weight.shape)}, expected [R, C]")
+    _checks.code("sparse_linear", values, indices, len(weight))
     _checks.shape("sparse_linear", "bias", bias, (weight.shape[1],))
     serve = _dispatch.choose("sparse_linear", IMPLEMENTATIONS, impl, values)
-    with torch.autocast(values.device.type, enabled=False):
+    with _dispatch.as_given(values):
         return serve(values, indices, weight, bias)
 
 
@@ -56,14 +56,15 @@ def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None 
     # On CUDA embedding_bag has no gradient of bfloat16 values; the specification needs [B, K, C].
     trained = values.requires_grad and torch.is_grad_enabled()
     lacking = trained and values.is_cuda and values.dtype == torch.bfloat16
-    if small or lacking or values.numel() == 0:
+    if small or lacking or values.numel() == 0 or weight.shape[1] == 0:
         return reference.sparse_linear(values, indices, weight, bias)
     out = F.embedding_bag(
         indices.reshape(-1, slots),
         _segments.unit_stride(weight),  # a strided one is read far slower
         mode="sum",
         per_sample_weights=values.reshape(-1, slots),
-    ).view(*values.shape[:-1], weight.shape[1])
+    )
+    out = _dispatch.unflattened(out, (*values.shape[:-1], weight.shape[1]))
     return out if bias is None else out + bias
 
 
@@ -169,12 +170,16 @@ class _SparseLinear(torch.autograd.Function):
         return gather_triton(values, indices, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         values, indices, weight = ctx.saved_tensors
         need_values, _, need_weight, need_bias = ctx.needs_input_grad
         grad_values = grad_weight = None
-        if need_values or need_weight:
+        if torch.is_grad_enabled():  # the gradients are to be differentiated in turn
+            if need_values:
+                grad_values = (grad_out.unsqueeze(1) * weight[indices]).sum(-1)
+            if need_weight:
+                grad_weight = row_gradient(values, grad_out, indices, len(weight))
+        elif need_values or need_weight:
             grad_values, grad_weight = gradients_triton(
                 grad_out, values, indices, weight, need_values, need_weight
             )
@@ -191,7 +196,7 @@ def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
     ):
         serve = _SparseLinear.apply
     out = serve(values.reshape(-1, slots), indices.reshape(-1, slots), weight, bias)
-    return out.view(*values.shape[:-1], weight.shape[1])
+    return _dispatch.unflattened(out, (*values.shape[:-1], weight.shape[1]))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
