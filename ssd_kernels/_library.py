@@ -52,7 +52,8 @@ def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _topk_backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
-    return topk_gradient(grad_values, *ctx.saved_tensors, ctx.shape), None, None, None
+    indices, mask = ctx.saved_tensors
+    return topk_gradient(grad_values, indices, mask, ctx.shape), None, None, None
 
 
 topk_op.register_autograd(_topk_backward, setup_context=_topk_context)

@@ -418,7 +418,8 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Any, ...]:
-        return gradient(grad_values, *ctx.saved_tensors, ctx.shape), None, None, None
+        indices, mask = ctx.saved_tensors
+        return gradient(grad_values, indices, mask, ctx.shape), None, None, None
 
 
 def gradient(
