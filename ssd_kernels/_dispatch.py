@@ -8,6 +8,7 @@ call wins over it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,8 @@ from torch import Tensor
 ENVIRONMENT = "SSD_KERNELS_IMPL"
 TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Modes in which torch operators on real tensors give tensors without data.
+TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 # (op, implementation) -> what serves in its place while torch.compile traces; see _library.
 COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -41,6 +44,7 @@ def symbolic(tensor: Tensor) -> bool:
         or tensor.is_meta
         or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or transformed()
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
     )
 
 
@@ -94,6 +98,11 @@ def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
     kind = tensor.device.type
     available = torch.amp.is_autocast_available(kind)
     return torch.autocast(kind, enabled=False) if available else nullcontext()
+
+
+def flattened(x: Tensor) -> Tensor:
+    """[.., n] -> [rows, n], for n = 0 too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unflattened(flat: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,7 +7,6 @@ _dispatch.choose makes the choice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -64,7 +63,7 @@ def topk(
 ) -> TopKOutput:
     if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
         return reference.topk(scores, k, boost=boost, mask=mask)
-    values, indices = topk_op(scores.reshape(-1, scores.shape[-1]), k, boost, mask)
+    values, indices = topk_op(_dispatch.flattened(scores), k, boost, mask)
     shape = (*scores.shape[:-1], k)
     return TopKOutput(values.view(shape), indices.view(shape))
 
@@ -142,9 +141,8 @@ def sparse_linear(
 ) -> Tensor:
     if values.dtype not in _dispatch.TRITON_DTYPES:
         return reference.sparse_linear(values, indices, weight, bias)
-    slots = values.shape[-1]
-    rows = math.prod(values.shape[:-1])
-    out = sparse_linear_op(values.reshape(rows, slots), indices.reshape(rows, slots), weight, bias)
+    code = _dispatch.flattened(values), _dispatch.flattened(indices)
+    out = sparse_linear_op(*code, weight, bias)
     return out.view(*values.shape[:-1], weight.shape[1])
 
 
@@ -374,7 +372,7 @@ def linear_topk(
             blocks=blocks,
         )
     batch = x.shape[:-1]
-    flat = x.reshape(math.prod(batch), x.shape[-1])
+    flat = _dispatch.flattened(x)
     values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, path, blocks)
     if counts is not None:
         count_active(values, indices, counts, None, 0)
@@ -443,8 +441,7 @@ def linear_inhibit(
         return reference.linear_inhibit(
             x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks
         )
-    rows = math.prod(x.shape[:-1])
-    flat = x.reshape(rows, x.shape[-1])
+    flat = _dispatch.flattened(x)
     hidden, _ = linear_inhibit_op(flat, weight, bias, k, gaba, inhibition, blocks)
     if counts is not None:
         counts += reference.by_network(hidden > 0, blocks).sum(1).flatten()

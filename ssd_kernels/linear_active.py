@@ -74,6 +74,11 @@ def linear_active(
     _checks.shape("linear_active", "gaba", gaba, (weight.shape[0],))
     _checks.inhibition("linear_active", inhibition)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
+    if _dispatch.symbolic(x):
+        raise TypeError(
+            "linear_active: how many neurons fire depends on values, and x has none here; "
+            "linear_inhibit gives all R"
+        )
     serve = _dispatch.choose("linear_active", IMPLEMENTATIONS, impl, x)
     with torch.no_grad():
         active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())

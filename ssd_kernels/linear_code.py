@@ -155,12 +155,14 @@ def linear_code(
     _checks.shape("linear_code", "gaba", gaba, (weight.shape[0],))
     _checks.inhibition("linear_code", inhibition)
     neurons = weight.shape[0] // blocks
+    _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
     if blocks > 1 and shadow is not None:
         raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
     serve = _dispatch.choose("linear_code", IMPLEMENTATIONS, impl, x)
-    if shadow is not None and x.numel() > 0 and not x.min() >= 0:
+    looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
+    if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
         return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow, blocks=blocks)
@@ -326,6 +328,7 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
             neurons,
             weight.new_zeros(len(neurons)),
             (len(starts) - 1, len(weight)),
+            device=weight.device,
             check_invariants=False,
         )
 

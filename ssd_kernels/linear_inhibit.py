@@ -35,7 +35,8 @@ def linear_inhibit(
         k: neurons that full inhibition leaves active, 1..R.
         gaba: [R], each neuron's response to I, at most 1; None means 1.
         inhibition: "subtract" as above; "mask" passes a on where a > gaba * I.
-        counts: [R] int64 or int32, updated in place: += samples in which h > 0.
+        counts: [R] int64 or int32, updated in place: += samples in which h > 0; twice as many
+            under activation checkpointing, which runs the forward twice.
         blocks: number S of networks whose rows follow one another, see linear_topk: weight is
             [S R, d], gaba, bias and counts are [S R].
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
@@ -141,7 +142,7 @@ def _triton(
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
     if not served or learned:
         return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _dispatch.flattened(x)
     hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts, blocks)
     return _dispatch.unflattened(hidden, (*x.shape[:-1], hidden.shape[1]))
 

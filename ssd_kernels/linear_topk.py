@@ -40,6 +40,8 @@ def linear_topk(
         threshold: also return I as a differentiable output.
         preactivations: also return x weight^T + bias [.., R], differentiable. Allocates it.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
+            Activation checkpointing runs the forward twice and so counts twice: there, call
+            count_active on the result instead.
         blocks: number S of networks whose rows follow one another. x then holds as many samples of
             each, weight is [S R, d], bias and counts are [S R]; the samples of a network see its R
             neurons alone, and so does k. The result of a network does not depend on the others.
@@ -180,7 +182,7 @@ def _serve(
         )
     batch = x.shape[:-1]
     values, indices, cut = _LinearTopK.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition, counts, path, blocks
+        _dispatch.flattened(x), weight, bias, k, inhibition, counts, path, blocks
     )
     return TopKOutput(
         _dispatch.unflattened(values, (*batch, k)),

@@ -91,7 +91,8 @@ def linear_topk(
         values.to(x.dtype),
         indices,
         cut.to(x.dtype) if threshold else None,
-        scores.to(x.dtype) if preactivations else None,
+        # F.linear gives a view unless x is a matrix; users may write into what an op returns.
+        scores.to(x.dtype, copy=x.dim() != 2) if preactivations else None,
     )
 
 

@@ -348,6 +348,7 @@ def _check(
     buffers: Sequence[Tensor] | None,
 ) -> None:
     op = "row_update"
+    _checks.in_place(op, "weights")
     if not weights:
         raise ValueError(f"{op}: weights is empty; give at least one matrix [R, d]")
     for name, given in (

@@ -82,7 +82,7 @@ def select(keys: Tensor, k: int) -> Tensor:
     """reference.select by torch.topk; keys [.., R] -> [.., k] int64."""
     if keys.shape[-1] == k:
         return reference.select(keys, k)
-    flat = keys.detach().reshape(-1, keys.shape[-1])
+    flat = _dispatch.flattened(keys.detach())
     values, indices = _grouped(flat, k + 1) if _pays(flat, k + 1) else torch.topk(flat + 0.0, k + 1)
     # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose k-th
     # and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
@@ -437,7 +437,7 @@ def _triton(
 ) -> TopKOutput:
     if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
         return _torch(scores, k, boost=boost, mask=mask)
-    flat = scores.reshape(-1, scores.shape[-1])
+    flat = _dispatch.flattened(scores)
     if flat.requires_grad and torch.is_grad_enabled():
         values, indices = _TopK.apply(flat, k, boost, mask)
     else:
