@@ -89,6 +89,22 @@ def blocks(op: str, networks: int, **rows: int) -> None:
             raise ValueError(f"{op}: blocks={networks} must divide the {count} rows of {name}")
 
 
+def response(
+    op: str, gaba: Tensor | None, like: Tensor, neurons: int, positive: bool = False
+) -> None:
+    """gaba [R] floating on the device of `like`; `positive`: each in (0, 1], on a CPU."""
+    if gaba is None:
+        return
+    if gaba.dtype not in FLOATING:
+        raise TypeError(f"{op}: gaba has dtype {gaba.dtype}; use a floating dtype")
+    shape(op, "gaba", gaba, (neurons,))
+    same_device(op, "x", like, "gaba", gaba)
+    if positive and gaba.is_cpu and not _dispatch.symbolic(gaba):
+        low, high = (float(bound) for bound in gaba.aminmax())
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"{op}: gaba runs from {low:g} to {high:g}, expected in (0, 1]")
+
+
 def counter(op: str, name: str, tensor: Tensor | None, like: Tensor, neurons: int) -> None:
     """An int32 or int64 tensor [R] on the device of `like`."""
     if tensor is None:

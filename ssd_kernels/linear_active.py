@@ -71,7 +71,7 @@ def linear_active(
         TypeError, ValueError: a dtype, shape, device or k that does not fit, before any work.
     """
     _checks.linear("linear_active", x, weight, None, k)
-    _checks.shape("linear_active", "gaba", gaba, (weight.shape[0],))
+    _checks.response("linear_active", gaba, x, weight.shape[0], positive=True)
     _checks.inhibition("linear_active", inhibition)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
     if _dispatch.symbolic(x):

@@ -152,7 +152,7 @@ def linear_code(
         TypeError, ValueError: a dtype, shape, device, k, width or blocks that does not fit.
     """
     _checks.linear("linear_code", x, weight, None, k, blocks)
-    _checks.shape("linear_code", "gaba", gaba, (weight.shape[0],))
+    _checks.response("linear_code", gaba, x, weight.shape[0], positive=True)
     _checks.inhibition("linear_code", inhibition)
     neurons = weight.shape[0] // blocks
     _checks.whole("linear_code", "width", width)

@@ -50,7 +50,7 @@ def linear_inhibit(
     """
     x, weight, bias = _dispatch.autocast(x, weight, bias)
     _checks.linear("linear_inhibit", x, weight, bias, k, blocks)
-    _checks.shape("linear_inhibit", "gaba", gaba, (weight.shape[0],))
+    _checks.response("linear_inhibit", gaba, x, weight.shape[0])
     _checks.inhibition("linear_inhibit", inhibition)
     _checks.counter("linear_inhibit", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_inhibit", IMPLEMENTATIONS, impl, x)

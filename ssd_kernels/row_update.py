@@ -336,6 +336,7 @@ def _check_blocks(
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
             _checks.shape("row_update", name, value, (blocks,))
+            _checks.same_device("row_update", "weights", weights[0], name, value)
 
 
 def _check(
