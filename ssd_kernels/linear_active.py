@@ -70,6 +70,8 @@ def linear_active(
     Raises:
         TypeError, ValueError: a dtype, shape, device or k that does not fit, before any work.
     """
+    if x.dim() != 2:
+        raise ValueError(f"linear_active: x has shape {list(x.shape)}, expected [B, d]")
     _checks.linear("linear_active", x, weight, None, k)
     _checks.response("linear_active", gaba, x, weight.shape[0], positive=True)
     _checks.inhibition("linear_active", inhibition)
@@ -112,9 +114,11 @@ def _torch(
         torch.sub(scores, cut, out=surplus)
     else:
         torch.addr(scores, F.pad(gaba, (0, padded - neurons)), cut, alpha=-1, out=surplus)
-    # What is not a number fires, so that it is seen.
-    fires = ~(surplus[:neurons].amax(1) <= 0)
-    chosen = fires.nonzero().squeeze(1)
+    highest = surplus[:neurons].amax(1)
+    if inhibition == "mask" and bool(highest.isnan().any()):
+        # An infinite activation under infinite inhibition does not fire, a NaN does.
+        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    chosen = (~(highest <= 0)).nonzero().squeeze(1)
     own = surplus[:neurons] if len(chosen) == neurons else surplus.index_select(0, chosen)
     if inhibition == "mask":
         own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))

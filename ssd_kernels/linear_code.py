@@ -144,13 +144,16 @@ def linear_code(
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
-        slots of value 0 are padding, whatever their index. And a 0-d bool, or one of each network
+        slots of value 0 are padding, whatever their index; where the layer's output is not
+        finite, neither is the code's. And a 0-d bool, or one of each network
         [S] if there are several: whether some sample has more than `width` active neurons, in which
         case the code is not the layer's.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device, k, width or blocks that does not fit.
     """
+    if x.dim() != 2:
+        raise ValueError(f"linear_code: x has shape {list(x.shape)}, expected [B, d]")
     _checks.linear("linear_code", x, weight, None, k, blocks)
     _checks.response("linear_code", gaba, x, weight.shape[0], positive=True)
     _checks.inhibition("linear_code", inhibition)
@@ -194,12 +197,15 @@ def _torch(
     shadow: Shadow | None,
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    device = x.device
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
     if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
         if gaba is None:
-            code = linear_topk(x, weight, k, inhibition=inhibition, blocks=blocks)
+            code = linear_topk(x, weight, k, inhibition=inhibition, threshold=True, blocks=blocks)
+            if inhibition == "mask" and code.threshold is not None:
+                # linear_topk keeps the k-th of those that tie with the threshold.
+                tied = code.values <= code.threshold.unsqueeze(1)
+                code = code._replace(values=code.values.masked_fill(tied, 0.0))
             overflow = torch.zeros(blocks, dtype=torch.bool, device=x.device)
             return _widened(code, width), overflow if blocks > 1 else overflow[0]
         hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
@@ -213,7 +219,7 @@ def _torch(
     def rank(x: Tensor) -> Candidates:
         scores = x @ weight.T
         best = select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
-        return Candidates(best.flatten(), torch.full((len(x),), count, device=device))
+        return Candidates(best.flatten(), torch.full((len(x),), count, device=x.device))
 
     near = None
     if shadow is not None:
@@ -312,11 +318,12 @@ def _decide(
     index = index.view(-1, slots)
     cut = a.topk(k + 1).values[:, k:]
     surplus = a - (cut if gaba is None else gaba[index] * cut)
-    fired = torch.where(surplus > 0, a, 0.0) if inhibition == "mask" else surplus.relu()
+    mask = inhibition == "mask"
+    fired = torch.where((surplus > 0) | a.isnan(), a, 0.0) if mask else surplus.relu()
     # Candidates ascend, so that a stable sort gives ties to the lower index.
     values, order = fired.sort(dim=1, descending=True, stable=True)
     code = TopKOutput(values[:, :width], index.gather(1, order[:, :width]))
-    return code, cut.squeeze(1), (fired > 0).sum(1)
+    return code, cut.squeeze(1), (~(fired <= 0)).sum(1)
 
 
 def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
@@ -343,7 +350,8 @@ def _widened(code: TopKOutput, width: int) -> TopKOutput:
 def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tensor]:
     code = topk(hidden, width)
     indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
-    overflow = ((hidden > 0).sum(-1) > width).view(blocks, -1).any(1)
+    # What is not a number fires, so that it is seen.
+    overflow = ((~(hidden <= 0)).sum(-1) > width).view(blocks, -1).any(1)
     return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
 
 

@@ -27,8 +27,8 @@ def linear_inhibit(
     """h = relu(a - gaba * I) with a = relu(x weight^T + bias), I its (k+1)-th largest entry a row.
 
     While some gaba < 1 more than k neurons may be active, so the result is dense; with gaba = 1
-    everywhere it equals linear_topk scattered into [.., R]. (SDMLP, Bricken et al. 2023: the GABA
-    switch goes from -1, excitation, to 1, inhibition.)
+    everywhere it equals linear_topk scattered into [.., R], but that "mask" drops all that tie with
+    I. (SDMLP, Bricken et al. 2023: the GABA switch goes from -1, excitation, to 1, inhibition.)
 
     Args:
         x: [.., d] fp16, bf16, fp32 or fp64; weight: [R, d]; bias: [R] or None.
@@ -78,10 +78,13 @@ def _torch(
         surplus = a - cut
     else:
         surplus = torch.addcmul(a, gaba.to(a.dtype).reshape(blocks, 1, -1), cut, value=-1)
-    hidden = torch.where(surplus > 0, a, 0.0) if inhibition == "mask" else surplus.relu()
+    mask = inhibition == "mask"
+    hidden = torch.where((surplus > 0) | a.isnan(), a, 0.0) if mask else surplus
+    if not mask or hidden.dtype != x.dtype:
+        hidden = reference.positive_part(hidden.to(x.dtype))
     if counts is not None:
         counts += (hidden > 0).sum(1).flatten()
-    return _dispatch.unflattened(hidden.to(x.dtype), (*x.shape[:-1], a.shape[-1]))
+    return _dispatch.unflattened(hidden, (*x.shape[:-1], a.shape[-1]))
 
 
 class _LinearInhibit(torch.autograd.Function):

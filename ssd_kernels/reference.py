@@ -81,16 +81,17 @@ def linear_topk(
     ranked = select(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
-    values = positive_part(scores.gather(-1, indices))
+    values = scores.gather(-1, indices)
     if inhibition == "subtract":
-        values = positive_part(values - cut.detach().unsqueeze(-1))
+        values = positive_part(values) - cut.detach().unsqueeze(-1)
+    values = positive_part(values.to(x.dtype))
     indices = numbered_through(indices, scores.shape[-1], blocks)
     if counts is not None:
         count_active(values, indices, counts)
     return TopKOutput(
-        values.to(x.dtype),
+        values,
         indices,
-        cut.to(x.dtype) if threshold else None,
+        positive_part(cut.to(x.dtype)) if threshold else None,
         # F.linear gives a view unless x is a matrix; users may write into what an op returns.
         scores.to(x.dtype, copy=x.dim() != 2) if preactivations else None,
     )
@@ -112,14 +113,15 @@ def linear_inhibit(
     a = positive_part(scores)
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
     surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(blocks, 1, -1) * cut)
-    a, surplus = (t.reshape(*x.shape[:-1], a.shape[-1]) for t in (a, surplus))
     if inhibition == "mask":
-        hidden = torch.where(surplus > 0, a, torch.zeros_like(a))
+        # What is not a number stays, so that it is seen.
+        hidden = torch.where((surplus > 0) | a.isnan(), a, torch.zeros_like(a))
     else:
-        hidden = positive_part(surplus)
+        hidden = surplus
+    hidden = positive_part(hidden.reshape(*x.shape[:-1], a.shape[-1]).to(x.dtype))
     if counts is not None:
         counts += by_network(hidden > 0, blocks).sum(1).flatten()
-    return hidden.to(x.dtype)
+    return hidden
 
 
 def sparse_linear(
@@ -311,5 +313,5 @@ def _cut(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
 
 
 def positive_part(x: Tensor) -> Tensor:
-    """relu(x), which keeps no hold on its result: users may write into what an op returns."""
-    return torch.where(x <= 0, torch.zeros_like(x), x)
+    """relu(x), whose gradient does not read the result: users may write into what an op returns."""
+    return F.threshold(x, 0.0, 0.0)

@@ -69,6 +69,8 @@ def segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor
 
 
 def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
+    if inputs.dtype not in _dispatch.TRITON_DTYPES:
+        return _torch(coefficients, inputs, indices, neurons)
     return row_gradients(coefficients, inputs, indices, neurons)[0]
 
 

@@ -130,6 +130,7 @@ def test_learners_on_one_path_share_one_encoder(monkeypatch: pytest.MonkeyPatch)
     trainer.resident = ResidentEpochs(trainer)
     trainer.load_task()
     trainer.resident._begin()
+    trainer.resident.counts.fill_(150)  # no neuron is excited any more
     called: list[tuple[str, int]] = []
 
     def spy(name: str) -> None:
