@@ -52,7 +52,7 @@ class Bounds(NamedTuple):
         return Bounds(*(t.reshape(*shape) for t in self))
 
     def wrong(self, got: Tensor) -> Tensor:
-        """Where `got` lies outside; rounding to its dtype is monotone, so it goes for the bounds."""
+        """Where `got` lies outside. Rounding to its dtype is monotone: the bounds are rounded."""
         lower, upper = (bound.to(got.dtype).double() for bound in self[:2])
         value = got.double()
         inside = (value >= lower) & (value <= upper)
@@ -96,6 +96,10 @@ class Ranking:
         self.bounds = bounds
         self.low = torch.where(bounds.free, -NAN_KEY, key(bounds.lower))
         self.high = torch.where(bounds.free, NAN_KEY, key(bounds.upper))
+
+    def doubtful(self) -> bool:
+        """Whether a score is or may be NaN."""
+        return bool((self.high == NAN_KEY).any())
 
     def wrong(self, indices: Tensor) -> str | None:
         """What is wrong with these k largest [.., k]: descending, ties to the lower index."""

@@ -51,7 +51,7 @@ class Draw:
         self.rng = np.random.default_rng([seed, number])
         self.small = small
         self.style = "normal"
-        self.layouts: dict[int, str] = {}  # for the case's description, by id of the tensor
+        self._twos: int | None = None
 
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self.rng.integers(len(options)))]
@@ -74,7 +74,7 @@ class Draw:
         """R: small, or about a threshold of the code."""
         if self.chance(0.5):
             return self.upto(1, 12)
-        edge = self.pick(EDGES[:3] if self.small else EDGES)
+        edge = self.pick(EDGES[:3] if self.small and self.chance(0.8) else EDGES)
         return max(1, edge + self.upto(-1, 1)) if self.chance(0.7) else self.upto(1, edge)
 
     def k(self, neurons: int) -> int:
@@ -132,11 +132,9 @@ class Draw:
 
     def _exponent(self, dtype: torch.dtype) -> int:
         """One for the whole case, so that what is added has one grain."""
-        if not hasattr(self, "_drawn_exponent"):
-            self._drawn_exponent = self.upto(-TWOS[dtype], TWOS[dtype])
-            if dtype == torch.float16:
-                self._drawn_exponent = self.upto(-4, 3)
-        return self._drawn_exponent
+        if self._twos is None:
+            self._twos = self.upto(-TWOS[dtype], TWOS[dtype] - 1)
+        return self._twos
 
     def positive(self, shape: tuple[int, ...], dtype: torch.dtype, low: float = 0.0) -> Tensor:
         """Multiples of 1/8 in [low, 1], 1 now and then everywhere."""
@@ -177,7 +175,6 @@ class Draw:
             out = tensor.clone()
         if way not in ("expanded", "contiguous"):
             out.copy_(tensor)
-        self.layouts[id(out)] = way
         return out
 
 
