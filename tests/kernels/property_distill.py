@@ -1,0 +1,192 @@
+"""What is drawn and what is right for distill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.kernels.property_bounds import Bounds, finite
+from tests.kernels.property_cases import (
+    Arguments,
+    Case,
+    Op,
+    Outputs,
+    Shapes,
+    mislabelled,
+    off,
+    other,
+)
+from tests.kernels.property_draws import STYLES, Draw
+
+
+class Distill(Op):
+    name = "distill"
+
+    def draw(self, d: Draw) -> Case:
+        d.style = d.pick([*STYLES, "infinite"])
+        case = Case(d, d.dtype())
+        batch, classes = d.samples(), max(1, d.features())
+        if d.chance(0.05):
+            classes = d.upto(200, 300)
+        case.give(logits=(batch, classes))
+        case.add("labels", torch.from_numpy(d.rng.integers(0, classes, batch)))
+        if d.chance(0.75):
+            case.give(target_logits=(batch, classes))
+            case.open = d.style == "infinite"
+        if d.chance(0.5):
+            units = d.features()
+            case.give(hidden=(batch, units), target_hidden=(batch, units))
+        for name, low, high in (("alpha", 0, 1), ("lam", 0, 1), ("temperature", 0.5, 4)):
+            kind = d.pick(["number", "number", "each", "default" if name != "alpha" else "each"])
+            if kind == "number":
+                case.arguments[name] = round(float(d.rng.uniform(low, high)), 2)
+            elif kind == "each":
+                each = torch.from_numpy(d.rng.uniform(low, high, batch)).to(case.dtype)
+                case.add(name, each)
+        case.arguments["kl"] = d.pick(["reverse", "forward"])
+        if d.chance(0.4):
+            columns = torch.from_numpy(d.rng.random((batch, classes)) < 0.5)
+            columns[torch.arange(batch), torch.from_numpy(d.rng.integers(0, classes, batch))] = True
+            case.add("columns", columns)
+        return case
+
+    def shapes(self, case: Case) -> Shapes:
+        logits, hidden = case["logits"], case["hidden"]
+        shapes: Shapes = {
+            "loss": ((len(logits),), case.dtype),
+            "grad_logits": (tuple(logits.shape), case.dtype),
+        }
+        if hidden is not None:
+            shapes["grad_hidden"] = (tuple(hidden.shape), case.dtype)
+        return shapes
+
+    def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
+        logits, labels, dtype = case["logits"].double(), case["labels"], case.dtype
+        unit = 2 * (torch.finfo(dtype).eps + torch.finfo(torch.float64).eps)
+        alpha, lam, temperature = (
+            torch.as_tensor(default if case[name] is None else case[name], dtype=torch.float64)
+            .expand(len(logits))
+            .unsqueeze(1)
+            for name, default in (("alpha", 1.0), ("lam", 0.0), ("temperature", 1.0))
+        )
+        every = torch.ones_like(logits, dtype=torch.bool)
+        log_p, error = log_softmax(logits, every, unit, dtype)
+        p, target = log_p.exp(), F.one_hot(labels, logits.shape[1]).double()
+        loss, slope = -log_p.gather(1, labels.unsqueeze(1)), p - target
+        loss_error = error.gather(1, labels.unsqueeze(1))
+        slope_error = p * miss(error) + unit * (p + target)
+        terms = []
+        if case["target_logits"] is not None:
+            loss, loss_error, slope, slope_error = (
+                alpha * t for t in (loss, loss_error, slope, slope_error)
+            )
+            share = (1 - alpha) * (1 - lam)
+            terms.append((share, "logits", "target_logits", case["columns"]))
+            if case["hidden"] is not None:
+                terms.append(((1 - alpha) * lam, "hidden", "target_hidden", None))
+        slopes = {"logits": slope}
+        errors = {"logits": slope_error}
+        if case["hidden"] is not None:
+            slopes["hidden"] = errors["hidden"] = torch.zeros(
+                case["hidden"].shape, dtype=torch.float64
+            )
+        for share, student, teacher, columns in terms:
+            term, term_error, slope, slope_error = divergence(
+                case[student].double(), case[teacher].double(), columns, temperature,
+                case["kl"], unit, dtype,
+            )  # fmt: skip
+            # A share rounds too, as 1 - alpha does, whatever is left of it.
+            loss = loss + share * term
+            loss_error = loss_error + share.abs() * term_error + 4 * unit * term.abs()
+            slopes[student] = slopes[student] + share * slope
+            errors[student] = errors[student] + share.abs() * slope_error + 4 * unit * slope.abs()
+        bounds = Bounds.around(loss, loss_error + 2 * unit * loss.abs())
+        yield from off("loss", got["loss"], bounds.reshape(len(logits)))
+        for name, slope in slopes.items():
+            error = errors[name] + unit * slope.abs()
+            yield from off(f"grad_{name}", got[f"grad_{name}"], Bounds.around(slope, error))
+
+    def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
+        logits, classes = case["logits"], case["logits"].shape[1]
+        yield "logits int64", {"logits": logits.isnan().long()}
+        yield "logits 1-d", {"logits": logits.new_ones(len(logits))}
+        yield "labels int32", {"labels": case["labels"].int()}
+        yield "labels longer", {"labels": F.pad(case["labels"], (0, 1))}
+        yield "labels on meta", {"labels": case["labels"].to("meta")}
+        yield "kl", {"kl": "sideways"}
+        yield from mislabelled(case, "labels", classes)
+        yield "columns int64", {"columns": torch.ones(logits.shape, dtype=torch.int64)}
+        yield "hidden alone", {"hidden": logits, "target_hidden": None}
+        if case["target_logits"] is not None:
+            target = case["target_logits"]
+            yield "target_logits longer", {"target_logits": F.pad(target, (0, 1))}
+            yield "target_logits of another dtype", {"target_logits": target.to(other(case.dtype))}
+            yield "target_logits on meta", {"target_logits": target.to("meta")}
+        if case["hidden"] is not None:
+            hidden = case["hidden"]
+            yield "hidden 1-d", {"hidden": hidden.new_ones(len(hidden))}
+            yield "target_hidden longer", {"target_hidden": F.pad(hidden, (0, 1))}
+            yield "target_hidden of another dtype", {"target_hidden": hidden.to(other(case.dtype))}
+
+
+def miss(error: Tensor) -> Tensor:
+    """The relative error of exp where the exponent has this error."""
+    return error.clamp(max=700).expm1()
+
+
+def log_softmax(
+    rows: Tensor, counts: Tensor, unit: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Over the columns that count, and its error bound; elsewhere 0."""
+    log_p = F.log_softmax(rows.masked_fill(~counts, -torch.inf), dim=1).masked_fill(~counts, 0.0)
+    size = torch.where(counts, finite(rows), 0.0)
+    largest = size.amax(1, keepdim=True) if rows.shape[1] else size.sum(1, keepdim=True)
+    error = unit * (rows.shape[1] + 4 + 2 * largest + finite(log_p)) + torch.finfo(dtype).tiny
+    return log_p, torch.where(largest > torch.finfo(dtype).max / 4, torch.inf, error)
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    columns: Tensor | None,
+    temperature: Tensor,
+    kl: str,
+    unit: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """T^2 KL [B, 1] and its error bound; its gradient [B, n] and that one's."""
+    counts = torch.ones_like(student, dtype=torch.bool) if columns is None else columns
+    p, p_error = log_softmax(student / temperature, counts, unit, dtype)
+    q, q_error = log_softmax(teacher / temperature, counts, unit, dtype)
+    ratio, ratio_error = p - q, p_error + q_error + unit * (p - q).abs()
+    p_exp, q_exp = (torch.where(counts, t.exp(), 0.0) for t in (p, q))
+    p_miss = p_exp * miss(p_error) + torch.finfo(dtype).tiny
+    q_miss = q_exp * miss(q_error) + torch.finfo(dtype).tiny
+    mean, mean_miss, sign = (q_exp, q_miss, -1) if kl == "forward" else (p_exp, p_miss, 1)
+    size = (mean * ratio.abs()).sum(1, keepdim=True)
+    loss = sign * (mean * ratio).sum(1, keepdim=True)
+    loss_error = (mean_miss * (ratio.abs() + ratio_error) + mean * ratio_error).sum(1, keepdim=True)
+    loss_error = loss_error + (student.shape[1] + 4) * unit * size
+    if kl == "forward":
+        slope, slope_error = p_exp - q_exp, p_miss + q_miss + unit * (p_exp + q_exp)
+    else:
+        slope = p_exp * (ratio - loss)
+        reach = ratio.abs() + loss.abs()
+        slope_error = p_miss * (reach + ratio_error + loss_error)
+        slope_error = slope_error + p_exp * (ratio_error + loss_error + 4 * unit * reach)
+    slope_error = torch.where(counts, slope_error, 0.0)
+    # Products and squares of T round and, of large ratios, overflow.
+    largest = temperature**2 * (ratio.abs().amax(1, keepdim=True) if student.shape[1] else size)
+    over = largest > torch.finfo(dtype).max / 4
+    square = temperature**2
+    loss_error = square * (loss_error + 4 * unit * loss.abs())
+    slope_error = temperature * (slope_error + 4 * unit * slope.abs())
+    return (
+        square * loss,
+        torch.where(over, torch.inf, loss_error),
+        temperature * slope,
+        torch.where(over, torch.inf, slope_error),
+    )
