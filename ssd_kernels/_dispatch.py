@@ -44,7 +44,10 @@ def symbolic(tensor: Tensor) -> bool:
         or tensor.is_meta
         or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or transformed()
-        or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
+        )
     )
 
 
