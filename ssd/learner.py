@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd.activations import CHUNK, count_activations, evaluating
 from ssd.config import Config
 from ssd.data import Task
-from ssd.distillation import CHUNK, Distiller, count_activations, evaluating
+from ssd.distillation import Distiller
 from ssd.networks import Network, ReLUMLP, TopKMLP
 from ssd.order import shuffled
 from ssd.regularizers import EWC, L2, MAS, SI, Regularizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -71,7 +73,7 @@ class AnnealedTopKLinear(TopKLinear):
         self._scratch = Scratch()
         self._response: Tensor | None = None
         self._excited = True
-        self._responded = (-1, -1)
+        self._responded: tuple[Tensor | None, int, int] = (None, -1, -1)
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -79,6 +81,11 @@ class AnnealedTopKLinear(TopKLinear):
         self.register_buffer("counts", torch.zeros(neurons, dtype=torch.int64, device=device))
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("dense_until", torch.zeros((), dtype=torch.int64, device=device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors count their versions anew: what was derived from them would seem fresh.
+        derived = {"_shadow": None, "_scratch": Scratch(), "_response": None}
+        return self.__dict__ | derived | {"_responded": (None, -1, -1)}
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -118,8 +125,8 @@ class AnnealedTopKLinear(TopKLinear):
         if self.schedule != "gaba":
             return None, False
         # A Triton kernel that counts leaves the version of counts as it was; that of samples moves.
-        now = (self.counts._version, self.samples._version)
-        if self._responded != now:
+        now = (self.counts, self.counts._version, self.samples._version)
+        if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
             self._response = None if least >= 1 else gaba

@@ -98,7 +98,8 @@ class Trainer:
         """Trains from where the trainer stands; at each event its state can be saved."""
         config = self.config
         for each in self.learners:
-            each.model.train()
+            if not each.model.training:  # else frozen submodules stay as they are
+                each.model.train()
         while self.task < len(self.learners[0].tasks):
             if self.epoch == self.position == 0:
                 for each in self.learners:
@@ -192,11 +193,13 @@ class Trainer:
     def _dense_step(self, each: Learner, address: Tensor, samples: Tensor) -> None:
         """Autograd through the whole network."""
         labels = each.labels[samples]
-        logits = each.model.respond(address)
         if each.distiller is None:
+            logits = each.model.respond(address)
             loss = F.cross_entropy(logits, labels)
         else:
-            loss = each.distiller.loss(logits, labels, samples)
+            with each.distiller.recording() as hidden:
+                logits = each.model.respond(address)
+            loss = each.distiller.loss(logits, labels, samples, hidden)
         self.update(each, list(torch.autograd.grad(loss, each.parameters)))
         self.note(each, loss.detach() * len(labels), logits.detach(), labels)
 
