@@ -314,11 +314,15 @@ class LinearInhibit(Op):
             truth.response = own.repeat_interleave(each, dim=0)
         truth.excess = excess = truth.surplus(truth.activation, truth.response)
         certain = ~excess.free & ~truth.bounds.free
-        truth.fires = certain & (excess.lower > 0)
+        mask = case["inhibition"] == "mask"
+        # What is not a number fires, so that it is seen; under "mask" that is a NaN activation.
         nan = excess.lower.isnan()
-        truth.silent = certain & ((excess.upper <= 0) | nan)
+        seen = truth.activation.lower.isnan() if mask else nan
+        truth.fires = certain & ((excess.lower > 0) | seen)
+        truth.silent = certain & ((excess.upper <= 0) | (nan & ~seen))
+        truth.least = truth.activation.lower if mask else excess.lower  # of what fires
         truth.sure = (truth.fires | truth.silent) & (
-            (truth.bounds.lower > 0) | (truth.bounds.upper <= 0) | (truth.bounds.lower.isnan())
+            (truth.bounds.lower > 0) | (truth.bounds.upper <= 0)
         )
 
     def shapes(self, case: Case) -> Shapes:
@@ -355,10 +359,12 @@ class LinearInhibit(Op):
     def gradients(self, case: Case, got: Outputs) -> dict[str, Bounds]:
         truth = case.truth
         gradient = case.upstream["out"].reshape(truth.bounds.lower.shape).double()
-        slope = torch.where(truth.fires & (truth.bounds.lower > 0), gradient, 0.0)
+        # What rounds to 0 is inactive.
+        active = got["out"].reshape(gradient.shape) > 0
+        slope = torch.where(active & (truth.bounds.lower > 0), gradient, 0.0)
         bounds = layer_gradients(case, slope, finite(slope), torch.zeros_like(slope), truth.neurons)
         if "gaba" in case.wants:
-            slope = torch.where(truth.fires, gradient, 0.0)
+            slope = torch.where(active, gradient, 0.0)
             cut = truth.cut.lower.unsqueeze(1)
             doubt = (truth.cut.upper.unsqueeze(1) - cut) * finite(slope)
             own = [
@@ -466,19 +472,25 @@ class LinearCode(Op):
             yield "indices out of range"
             return
         yield from descending(values)
-        overflow = got["overflow"].reshape(blocks)
-        least = torch.finfo(case.dtype).tiny
-        surely = (truth.fires & (truth.excess.lower > least)).sum(1) > width
-        perhaps = (~truth.silent).sum(1) > width
-        surely, perhaps = (t.view(blocks, len(values) // blocks).any(1) for t in (surely, perhaps))
-        if (surely & ~overflow).any() or (overflow & ~perhaps).any():
-            yield f"overflow is {overflow.tolist()}, expected {surely.tolist()}"
         fires = ~(values <= 0)
         hidden = torch.zeros(truth.bounds.lower.shape, dtype=case.dtype)
         if (hidden.long().scatter_add(1, indices, fires.long()) > 1).any():
             yield "a neuron twice in a row"
         hidden.scatter_add_(1, indices, torch.where(fires, values, 0.0))
-        kept = ~overflow.repeat_interleave(len(values) // blocks)
+        # Of a row that is not finite the code promises no more than that either.
+        strange = truth.fires & ~truth.least.to(case.dtype).isfinite()
+        if (strange.any(1) & values.isfinite().all(1)).any():
+            yield "the code is finite, the layer's output is not"
+        finite_rows = ~(strange | truth.excess.free).any(1)
+        each = len(values) // blocks
+        overflow = got["overflow"].reshape(blocks)
+        surely = (truth.fires & (truth.least > torch.finfo(case.dtype).tiny)).sum(1) > width
+        perhaps = (~truth.silent).sum(1) > width
+        surely, perhaps = (t.view(blocks, each).any(1) for t in (surely, perhaps))
+        wrong = (surely & ~overflow) | (overflow & ~perhaps)
+        if (wrong & finite_rows.view(blocks, each).all(1)).any():
+            yield f"overflow is {overflow.tolist()}, expected {surely.tolist()}"
+        kept = ~overflow.repeat_interleave(each) & finite_rows
         yield from LinearInhibit.dense(case, hidden, kept)
         if case["shadow"] is not None:
             yield from same("values", values, got["plain values"])
@@ -486,7 +498,9 @@ class LinearCode(Op):
             yield from same("indices", indices * fires, plain * fires)
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
-        yield from layer_faults(case)
+        for label, changed in layer_faults(case):
+            if "weight" not in changed or case["shadow"] is None:
+                yield label, changed
         yield "x 3-d", {"x": case["x"].unsqueeze(0)}
         for width in (case["k"] - 1, len(case["weight"]) // case["blocks"] + 1):
             yield f"width={width}", {"width": width}
