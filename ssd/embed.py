@@ -44,6 +44,7 @@ from ssd.images import (
     refuse_same,
 )
 from ssd.run import Interrupted
+from ssd.strict_json import dumps
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 
 TORCHVISION_BATCH = 64
@@ -216,7 +217,7 @@ def write_features(out: Path, arrays: Sequence[Tensor], origin: dict[str, Any]) 
     }
 
     def write(stream: IO[bytes]) -> None:
-        np.savez(stream, allow_pickle=False, origin=np.array(json.dumps(origin)), **content)
+        np.savez(stream, allow_pickle=False, origin=np.array(dumps(origin)), **content)
 
     write_atomically(out, write)
 

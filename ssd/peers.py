@@ -40,6 +40,7 @@ from ssd.readout import (
     only_seen,
     ridge_solution,
 )
+from ssd.strict_json import dumps
 from ssd_kernels import TopKOutput, row_gradient, sparse_linear, topk
 from ssd_kernels.reference import power_of_two
 
@@ -449,7 +450,7 @@ class Study:
     def _known(
         self, part: str, entry: Entry, neurons: int, settings: Settings, seed: int | None = None
     ) -> list[Row]:
-        key = part, entry.name, neurons, json.dumps(settings)
+        key = part, entry.name, neurons, dumps(settings)
         return [row for row in self.rows
                 if (row.split, row.learner, row.neurons, row.settings) == key
                 and seed in (None, row.seed)]  # fmt: skip
@@ -458,7 +459,7 @@ class Study:
         self, part: str, entry: Entry, neurons: int, settings: Settings, seed: int,
         accuracy: float, bwt: float, seconds: float,
     ) -> None:  # fmt: skip
-        text = json.dumps(settings)
+        text = dumps(settings)
         row = Row(self.name, part, entry.name, neurons, text, seed, self.tasks, round(accuracy, 5),
                   round(bwt, 5), round(seconds, 2), self.commit)  # fmt: skip
         self.rows.append(row)

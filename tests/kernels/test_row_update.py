@@ -262,7 +262,7 @@ def test_rows_of_any_scale_become_unit_rows(
     for unit in (2.0 ** rows.double().unsqueeze(1), torch.ones(15, 1, device=device)):
         weight = (step.weights[0].double() * unit).to(dtype)
         row_update(
-            [weight], [step.coefficients[0].to(dtype)], [torch.zeros_like(step.inputs[0]).to(dtype)],
+            [weight], [step.coefficients[0].to(dtype)], [0 * step.inputs[0].to(dtype)],
             step.indices, lr=0.1, nonnegative=True, normalize=[True], impl=impl,
         )  # fmt: skip
         results.append(weight)
