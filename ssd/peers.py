@@ -552,7 +552,10 @@ def main(arguments: Sequence[str]) -> int:
             if getattr(given, name) < least:
                 raise UserError(f"--{name} {getattr(given, name)} must be at least {least}")
         dataset = given.dataset or ("features" if given.features else "mnist")
-        data = load(dataset, given.data_root or default_root(), given.features)
+        data = load(
+            dataset, given.data_root or default_root(), given.features,
+            notice=lambda line: console.print(f"note: {line}", soft_wrap=True, highlight=False),
+        )  # fmt: skip
         split(data, given.tasks, class_order(data.classes, 0))
         name = given.features.stem if given.features else data.name
         study = Study(name, data, given.tasks, given.out, console)

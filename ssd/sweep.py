@@ -363,7 +363,8 @@ def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Con
     configs = [sweep.config(row, data.name) for row in sweep.rows]
     streams = {(c.tasks, c.validation): c for c in configs}
     samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
-    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation])]
+    largest = data.x_train.abs().max().item()
+    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation], largest)]
     if any(config.validation == 0 for config in configs):
         found.insert(0, "without validation in [base] the rows are ranked on the test set")
     for hint in dict.fromkeys(found):

@@ -262,7 +262,8 @@ def execute(arguments: Sequence[str] | None) -> None:
     if data.name != config.dataset:
         # The subset stands in: everything that is written bears its name and its settings.
         config = resolve({**given, "dataset": data.name})
-    for hint in hints(config, len(make_tasks(config, data)[0].y_train)):
+    samples, largest = len(make_tasks(config, data)[0].y_train), data.x_train.abs().max().item()
+    for hint in hints(config, samples, largest):
         notices.print(f"note: {hint}", style="yellow")
     folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
     try:
