@@ -376,9 +376,10 @@ def _narrowed(x: Tensor, name: str, path: Path) -> Tensor:
     if over or under:
         where = f"above {limits.max:.1e}" if over else f"below {limits.tiny:.1e}"
         largest = peaks[peaks.isfinite()].max().item()
+        also = "" if over else ", or set rows as small as these to 0"
         raise UserError(
             f"{path}: {over or under} rows of {name} lie {where}, out of float32's range (the "
-            f"largest entry of all is {largest:.1e}); scale all features by one factor to about 1"
+            f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
         )
     return x.float()
 

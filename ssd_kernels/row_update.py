@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -109,14 +109,8 @@ def _torch(
     touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
-    lengths = torch.stack([row_lengths(g).squeeze(1) for g in gradients])
     block = group.neurons // (weights[0].shape[0] // blocks)
-    sizes = torch.bincount(block, minlength=blocks)
-    longest = torch.segment_reduce(lengths.amax(0), "max", lengths=sizes, initial=0.0)
-    unit = reference.power_of_two(longest)
-    # Summed in order within a block, so that a block's norm does not depend on the others.
-    squares = (lengths / unit[block]).square().sum(0)
-    norm = torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt() * unit
+    norm = _block_norms(gradients, torch.bincount(block, minlength=blocks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
@@ -130,6 +124,22 @@ def _torch(
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return norm if blocks > 1 else norm[0]
+
+
+def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+    """L2 norm of each block's rows [blocks]; sizes: how many of the rows [n, d_i] it has."""
+    wide = reference.accumulation_dtype(gradients[0].dtype)
+    lengths = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=wide) for g in gradients])
+    # Summed in order within a block, so that a block's norm does not depend on the others.
+    squares = lengths.square().sum(0)
+    norm = torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt()
+    if _sound(*norm.aminmax()):
+        return norm
+    lengths = torch.stack([reference.length(g.to(wide)).squeeze(1) for g in gradients])
+    longest = torch.segment_reduce(lengths.amax(0), "max", lengths=sizes, initial=0.0)
+    unit = reference.power_of_two(longest)
+    squares = (lengths / unit.repeat_interleave(sizes)).square().sum(0)
+    return torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt() * unit
 
 
 def project_(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
@@ -180,6 +190,7 @@ def _sound(least: Tensor, most: Tensor) -> bool:
     return least.item() > _least(least.dtype) and most.item() < float("inf")
 
 
+@cache
 def _least(dtype: torch.dtype) -> float:
     """Norms above this lose nothing to squares too small for the dtype."""
     return torch.finfo(dtype).tiny ** 0.5 / torch.finfo(dtype).eps
