@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssd.networks import Network
 from ssd_kernels import (
@@ -20,6 +19,7 @@ from ssd_kernels import (
 from ssd_kernels.linear_active import ActiveNeurons, Scratch
 from ssd_kernels.linear_code import Shadow, estimate_dtype
 from ssd_kernels.nn import SparseLinear, TopKLinear
+from ssd_kernels.reference import project
 from ssd_kernels.row_update import project_
 
 # While the GABA switch is on its way, a sparse code has this many slots for each of the k.
@@ -262,7 +262,7 @@ class SDMLP(Network):
 
     def address(self, x: Tensor) -> Tensor:
         """relu(x) scaled to unit L2 norm: what the encoder sees, [B, d]."""
-        return F.normalize(x.relu(), dim=-1)
+        return project(x.relu(), nonnegative=False, normalize=True)
 
     def read(self, hidden: TopKOutput | Tensor) -> Tensor:
         """Logits [B, C] of a hidden layer, sparse or dense."""

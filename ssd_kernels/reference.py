@@ -199,8 +199,7 @@ def row_update(
         row_gradient(c.to(w.dtype), i.to(w.dtype), indices, neurons)
         for w, c, i in zip(weights, coefficients, inputs, strict=True)
     ]
-    squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
-    norm = squares.view(blocks, -1).sum(1).sqrt()
+    norm = length(torch.cat([g.reshape(blocks, -1) for g in gradients], dim=1)).squeeze(1)
     block = torch.arange(neurons, device=norm.device) // (neurons // blocks)
     scale = clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
@@ -261,19 +260,47 @@ def divergence(
 
 
 def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
-    """The factor that clips a gradient of this global norm, as torch.nn.utils.clip_grad_norm_."""
+    """The factor that clips a gradient of this global norm, of any scale.
+
+    That of torch.nn.utils.clip_grad_norm_, whose 1e-6 counts here in units of max_norm.
+    """
     if max_norm is None:
         return torch.ones_like(norm)
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    limits = torch.finfo(norm.dtype)
+    bound: float | Tensor
+    if isinstance(max_norm, Tensor):
+        bound = max_norm.to(norm.dtype).clamp(max=limits.max)
+    else:
+        bound = min(max_norm, limits.max)
+    return (bound / (norm + 1e-6 * bound).clamp(min=limits.tiny)).clamp(max=1.0)
+
+
+def power_of_two(peak: Tensor) -> Tensor:
+    """The largest power of two that is not above peak; 1 for zero and what is not finite.
+
+    To divide by it is exact, but for what vanishes beside peak.
+    """
+    wide = peak.detach().to(accumulation_dtype(peak.dtype))
+    unit = wide / (2 * torch.frexp(wide).mantissa)
+    return torch.where((wide > 0) & wide.isfinite(), unit, 1.0).to(peak.dtype)
+
+
+def length(rows: Tensor) -> Tensor:
+    """L2 norm [.., 1] of rows [.., d]; no square leaves the range of the dtype."""
+    if rows.shape[-1] == 0:
+        return rows.new_zeros(*rows.shape[:-1], 1)
+    unit = power_of_two(rows.abs().amax(dim=-1, keepdim=True))
+    return (rows / unit).norm(dim=-1, keepdim=True) * unit
 
 
 def project(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
-    """Clamp at 0, then unit L2 rows; an all-zero row stays zero."""
+    """Clamp at 0, then unit L2 rows, whatever their scale; an all-zero row stays zero."""
     if nonnegative:
         weight = weight.clamp(min=0)
-    if normalize:
-        length = weight.norm(dim=-1, keepdim=True)
-        weight = weight / torch.where(length > 0, length, torch.ones_like(length))
+    if normalize and weight.shape[-1] > 0:
+        weight = weight / power_of_two(weight.abs().amax(dim=-1, keepdim=True))
+        size = weight.norm(dim=-1, keepdim=True)
+        weight = weight / torch.where(size > 0, size, torch.ones_like(size))
     return weight
 
 
