@@ -350,7 +350,7 @@ class RowUpdate(Op):
         if limit is not None:
             limit = torch.as_tensor(limit, dtype=torch.float64)
             least, most = (
-                (limit / ((norm + sign * doubt).clamp(min=0) + 1e-6)).clamp(max=1)
+                (limit / ((norm + sign * doubt).clamp(min=0) + 1e-6 * limit)).clamp(max=1)
                 for sign in (1, -1)
             )
             scale, scale_doubt = (least + most) / 2, (most - least) / 2 + 8 * unit * most
