@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd import metrics
+from ssd import metrics, peers
 from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset, load
@@ -85,6 +85,7 @@ class Campaign:
             "tasks": row.config.tasks,
             "seed": job.seed,
             "data_crc32": data.checksum(),
+            "algorithm": peers.ALGORITHM,
         }
         if row.peer.method:
             described["config"] = describe(job.config, data)

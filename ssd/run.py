@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ssd import metrics
 from ssd.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssd.config import JOINT, Config
 from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
-from ssd.errors import UserError
+from ssd.errors import Interrupted, UserError
 from ssd.folder import (
     CHECKPOINT,
     FREQUENCY,
@@ -28,7 +29,7 @@ from ssd.folder import (
     METRICS,
     STRUCTURE,
     SUMMARY,
-    claim,
+    claimed,
     commit,
     describe,
     difference,
@@ -37,10 +38,6 @@ from ssd.folder import (
 )
 from ssd.learner import Learner, build_model
 from ssd.trainer import Event, Trainer
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has left a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,8 @@ def run_together(
         The summary of each run.
 
     Raises:
-        UserError: bad settings or a folder that is not this run's. Interrupted: it was stopped.
+        UserError: bad settings, or a folder that is not this run's or that another process has.
+        Interrupted: it was stopped.
         OSError: a file could not be written.
     """
     for config in configs:
@@ -199,11 +197,25 @@ def run_together(
     ]
     trainer = Trainer(learners)
     described = [describe(config, data) for config in configs]
-    for folder, each in zip(folders, described, strict=True):
-        claim(folder, each, options.resume)
+    with ExitStack() as held:
+        for folder, each in zip(folders, described, strict=True):
+            held.enter_context(claimed(folder, each, options.resume))
+        journal = Journal(checkpoint, folders, described)
+        return _train(trainer, journal, data, folders, options, watch, stopped)
+
+
+def _train(
+    trainer: Trainer,
+    journal: Journal,
+    data: Dataset,
+    folders: Sequence[Path],
+    options: RunOptions,
+    watch: Callable[[Trainer, Event], None],
+    stopped: Callable[[], bool],
+) -> list[dict[str, Any]]:
+    """The rest of run_together, in folders that are this process's."""
     if all((folder / SUMMARY).is_file() for folder in folders):
         return [read_json(folder / SUMMARY) for folder in folders]
-    journal = Journal(checkpoint, folders, described)
     journal.restore(trainer, options.device)
     for event in trainer.run():
         if event.kind == "epoch":
@@ -215,8 +227,8 @@ def run_together(
         if stop and trainer.task < trainer.config.tasks:
             raise Interrupted
     summaries = []
-    for folder, learner in zip(folders, learners, strict=True):
-        summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
+    for folder, learner in zip(folders, trainer.learners, strict=True):
+        summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(folders))
         write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
         write_atomically(folder / FREQUENCY, npy(learner.frequency))
         if learner.structure is not None:

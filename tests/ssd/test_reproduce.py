@@ -127,7 +127,7 @@ def test_everything(
         assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert not plt.get_fignums()
     assert said.count("\n") == 1
-    assert said.startswith(f"note: left out, refused: --method {UNKNOWN} must be any of ")
+    assert said.startswith(f"note: left out, refused: method {UNKNOWN} must be any of ")
     rows = table(out / "table1.csv")
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
@@ -270,7 +270,7 @@ def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows = table(folder / "results" / "reproduction-short" / "table1.csv")
     for row in rows:
         if row["benchmark"] == "cifar100":
-            assert "no data: --features data/features/cifar100.npz is not a file" in row["note"]
+            assert "no data: features data/features/cifar100.npz is not a file" in row["note"]
             assert row["mean_accuracy"] == ""
         elif (row["method"], row["neurons"]) == ("sdmlp", "24"):
             assert (row["note"], row["seeds"]) == ("", "0 1")
@@ -287,7 +287,7 @@ def test_hints_of_what_is_trained(
     said = [text for text in capsys.readouterr().err.splitlines() if "left out" not in text]
     assert len(said) == 1
     assert said[0].startswith(
-        "note: Split CIFAR-100 features (50 tasks): --anneal-samples 10,000 is more than the "
+        "note: Split CIFAR-100 features (50 tasks): anneal_samples 10,000 is more than the "
     )
 
 
@@ -297,7 +297,7 @@ BAD = {
     "no device": (["--device", "gpu"], "--device gpu is not a device"),
     "out is a file": (["--out", "file"], "--out file is not a folder"),
     "runs is a file": (["--runs", "file"], "--runs file is not a folder"),
-    "no data at all": (["--features-folder", "absent"], "no data: --features absent/cifar10.npz"),
+    "no data at all": (["--features-folder", "absent"], "no data: features absent/cifar10.npz"),
 }  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def test_features_of_another_shape(folder: Path) -> None:
         r["benchmark"]: r["note"] for r in rows if (r["neurons"], r["method"]) == ("24", "sdmlp")
     }
     assert notes["cifar10"] == ""
-    assert notes["cifar100"].startswith("no data: --tasks 2 does not divide the 3 classes")
+    assert notes["cifar100"].startswith("no data: tasks 2 does not divide the 3 classes")
 
 
 def line(method: str, accuracy: Sequence[float], forgetting: float, row: Row) -> Line:
@@ -442,9 +442,10 @@ def test_inferred_is_explained_where_it_is_shown(row: Row) -> None:
 )
 def test_runs_of_several_commits(row: Row, commits: list[str], warning: str) -> None:
     runs = [
-        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0}
+        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0,
+         "versions": {"torch": "2.6"}}
         for n, c in enumerate(commits)
-    ]
+    ]  # fmt: skip
     origin = provenance("command", [Line(row, runs)])
     assert origin.get("warning", "") == warning
     assert ("warning" in origin) == bool(warning)

@@ -21,7 +21,7 @@ from ssd.folder import (
     METRICS,
     STRUCTURE,
     SUMMARY,
-    claim,
+    claimed,
     describe,
 )  # fmt: skip
 from ssd.run import Interrupted, RunOptions, run
@@ -94,7 +94,8 @@ def test_torn_log_of_a_run_killed_before_its_first_checkpoint(
     tmp_path: Path, data: Dataset
 ) -> None:
     expected = run(CONFIG_SMALL, data, tmp_path / "a", CPU)
-    claim(tmp_path / "b", describe(CONFIG_SMALL, data), resume=False)
+    with claimed(tmp_path / "b", describe(CONFIG_SMALL, data), resume=False):
+        pass
     (tmp_path / "b" / METRICS).write_text('{"task": 0, "epoch": 0}\n{"ta')
     found = run(CONFIG_SMALL, data, tmp_path / "b", AGAIN)
     assert found["accuracy_matrix"] == expected["accuracy_matrix"]

@@ -156,7 +156,7 @@ def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
     assert sweep.main([*SWEPT, "--quiet"]) == 0
     (summary,) = summaries().values()
     config = Config(**summary["config"])
-    data, _ = sweep._load(read_sweep(Path("s.toml")), Path(), sweep.Console())
+    data, _ = sweep._load(read_sweep(Path("s.toml")), Path())
     options = sweep.RunOptions(sweep.choose_device("cpu"))
     assert (
         run(config, data, Path("alone"), options)["accuracy_matrix"] == (summary["accuracy_matrix"])
@@ -169,11 +169,11 @@ def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Once each, before anything is trained."""
     base = BASE.replace("k = 3", "k = 1").replace("= 150", "= 300")
     Path("s.toml").write_text(base + "[grid]\nmax_norm = [1.0, 2.0]")
-    sweep._load(read_sweep(Path("s.toml")), Path(), sweep.Console(stderr=True, soft_wrap=True))
+    sweep._load(read_sweep(Path("s.toml")), Path())
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert said[0].startswith("note: a subnetwork of one neuron has nothing to distil")
-    assert said[1].startswith("note: --anneal-samples 300 is more than the 192 that the first task")
+    assert said[1].startswith("note: anneal_samples 300 is more than the 192 that the first task")
 
 
 def test_ranked_on_the_test_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +216,10 @@ def test_rank_of_single_runs() -> None:
     assert all(r["bwt_standard_error"] is None for r in records)
     assert cells(records[0], ["k"]) == ["2", "0.7500", "-0.5000", "0.5000", "2.0"]
     assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,1,test"
-    table = markdown_text("title", ["k"], records).splitlines()
+    made = [{"commit": c, "versions": {"torch": "2.6"}} for c in ("b", "a", "b")]
+    table = markdown_text("title", ["k"], records, made).splitlines()
+    assert "torch 2.6; commit a, b." in table
+    assert "Warning: runs of 2 commits." in table
     assert table[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
     assert table[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
     assert table[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
@@ -236,20 +239,20 @@ FILES = {
     "unknown setting": ("[base]\nepoch = 2", r"epoch in \[base\] is unknown; did you mean epochs"),
     "unknown in the grid": ("[grid]\nalhpa = [1.0]", r"alhpa in \[grid\] is unknown; .* alpha"),
     "unknown in a run": ("[[runs]]\nlamda = 1", r"lamda in \[\[runs\]\] is unknown; did .* lam"),
-    "wrong type": ('[base]\nepochs = "20"', "--epochs 20 must be of type int"),
-    "wrong type in the grid": ('[grid]\nlr = [0.1, "a"]', "--lr a must be of type float"),
-    "wrong value": ("[grid]\nalpha = [0.5, 1.5]", "--alpha 1.5 must be in 0..1"),
+    "wrong type": ('[base]\nepochs = "20"', "error: (bad.toml: )?epochs 20 must be of type int"),
+    "wrong type in the grid": ('[grid]\nlr = [0.1, "a"]', "error: (bad.toml: )?lr a must be of type float"),
+    "wrong value": ("[grid]\nalpha = [0.5, 1.5]", "error: (bad.toml: )?alpha 1.5 must be in 0..1"),
     "empty list": ("[grid]\nalpha = []", "alpha must be a list of values, not \\[\\]"),
     "no list": ("[grid]\nalpha = 0.5", "alpha must be a list of values, not 0.5"),
     "twice": ("[grid]\nalpha = [0.5, 0.5]", "alpha=0.5 is listed twice"),
     "in two tables": ("[base]\nk = 3\n[grid]\nk = [3]", r"k is in both \[base\] and \[grid\]"),
     "seed in the grid": ("[grid]\nseed = [1]", r"seed belongs in \[base\], with seeds = N"),
     "data set in the base": ('[base]\ndataset = "mnist"', "dataset belongs in the top of the"),
-    "unknown data set": ('dataset = "mnits"', "--dataset mnits is unknown"),
-    "unknown preset": ('preset = "fast"', "--preset fast is unknown"),
-    "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", "--seed 92233720368547"),
-    "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "--tasks 3 does not divide"),
-    "absent features": ('features = "g.npz"', "--features g.npz is not a file"),
+    "unknown data set": ('dataset = "mnits"', "error: (bad.toml: )?dataset mnits is unknown"),
+    "unknown preset": ('preset = "fast"', "error: (bad.toml: )?preset fast is unknown"),
+    "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", "error: (bad.toml: )?seed 92233720368547"),
+    "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "error: (bad.toml: )?tasks 3 does not divide"),
+    "absent features": ('features = "g.npz"', "error: (bad.toml: )?features g.npz is not a file"),
 }  # fmt: skip
 
 
