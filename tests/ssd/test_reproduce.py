@@ -579,6 +579,41 @@ def test_structure_over_tasks(row: Row) -> None:
     plt.close(figure)
 
 
+def test_ablations_figure_tells_methods_apart(row: Row) -> None:
+    """The title names the default's method; a row of another one bears its own."""
+    rows = [
+        replace(row, method=method, factor=factor, value=value)
+        for method, factor, value in (
+            ("ssd", experiments.DEFAULT, ""), ("ssd", "kl", "forward"),
+            ("sdmlp", "lr", "0.5"), ("ssd", "lr", "0.5"),
+        )
+    ]  # fmt: skip
+    lines = [Line(each, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for each in rows]
+    for shown, labels in (
+        (lines, ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),
+        (lines[1:], ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),  # the default was not run
+    ):
+        [(stem, figure)] = draw("ablations", RESULTS["ablations"], shown)
+        assert stem == "ablations"
+        assert figure.get_suptitle() == "SSD on Split CIFAR-10 features, R = 10,000"
+        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == labels
+        plt.close(figure)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("module", ["folder", "peers"])
+def test_runs_of_another_algorithm_are_trained_anew(
+    folder: Path, trained: list[str], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["table2", "--only", "cifar10", "24", "ssd", "majority"]
+    assert call(*arguments) == 0
+    first = len(summaries())
+    monkeypatch.setattr(f"ssd.{module}.ALGORITHM", 0)
+    assert call(*arguments) == 0
+    assert len(trained) == (4 if module == "folder" else 2)
+    assert len(summaries()) == first + 2  # seeds of the method, or of the peer
+
+
 def test_heat_maps(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every panel shows the same neurons in the same order, of a seed that all methods have."""
     monkeypatch.setattr("ssd.figures.HEAT_MAP_NEURONS", 3)

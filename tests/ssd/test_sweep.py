@@ -270,3 +270,75 @@ def test_bad_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "--device gpu is not a device" in refused(capsys, ["s.toml", "--device", "gpu"])
     outs = ["s.toml", "--device", "cpu", "--out", "f.npz"]
     assert "--out f.npz is not a folder" in refused(capsys, outs)
+
+
+ONE = BASE.replace("seeds = 2", "") + "[grid]\nlr = [1]\n"
+ENCODINGS = {
+    "a byte-order mark": (b"\xef\xbb\xbf" + ONE.encode(), ""),
+    "lines of Windows": (ONE.replace("\n", "\r\n").encode(), ""),
+    "UTF-16": (ONE.encode("utf-16"), "s.toml cannot be read: not UTF-8; save it as UTF-8"),
+    "UTF-16 without a mark": (ONE.encode("utf-16-le"), "s.toml cannot be read: not UTF-8"),
+    "Latin-1": (f"# caf\xe9\n{ONE}".encode("latin-1"), "s.toml cannot be read: not UTF-8"),
+    "a second mark": (b"\xef\xbb\xbf\xef\xbb\xbf" + ONE.encode(), "s.toml is not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("case", ENCODINGS)
+def test_encodings(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    content, message = ENCODINGS[case]
+    Path("s.toml").write_bytes(content)
+    if message:
+        assert message in refused(capsys, SWEPT)
+    else:
+        assert sweep.main([*SWEPT, "--quiet"]) == 0
+        assert rows()[0]["lr"] == "1.0"
+
+
+def test_equal_settings_are_one_run_however_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = '[[runs]]\nmethod = "{}"\n'
+    Path("s.toml").write_text(ONE + runs.format("ssd+ewc"))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")}
+    Path("s.toml").write_text(ONE.replace("[1]", "[1.0]") + runs.format("sdmlp+ewc+ssd"))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")} == before
+    Path("s.toml").write_text(ONE.replace("[1]", "[1, 1.0]"))
+    assert "lr=1.0 is listed twice" in refused(capsys, SWEPT)
+    Path("s.toml").write_text(ONE + runs.format("ssd+ewc") + runs.format("ewc+ssd"))
+    assert "method=ewc+ssd lr=1 is listed twice" in refused(capsys, SWEPT)
+
+
+def test_runs_of_another_algorithm_or_of_other_data_are_trained_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("s.toml").write_text(ONE)
+    for number, change in enumerate(
+        (
+            lambda: None,
+            lambda: monkeypatch.setattr("ssd.folder.ALGORITHM", 0),
+            lambda: write_features(Path("f.npz"), 260),  # under the same name
+        ),
+        1,
+    ):
+        change()
+        assert sweep.main([*SWEPT, "--quiet"]) == 0
+        assert len(summaries()) == number
+
+
+def test_runs_of_several_commits_say_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, made in enumerate(("c0ffee", "decaf")):
+        monkeypatch.setattr("ssd.run.commit", lambda made=made: made)
+        Path("s.toml").write_text(ONE.replace("[1]", str([1, 2][: number + 1])))
+        assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert capsys.readouterr().err == "note: the table shows runs of 2 commits\n"
+    assert "commit c0ffee, decaf." in Path("out/sweep.md").read_text()
+
+
+def test_settings_that_differ_look_different() -> None:
+    values = [0.1, 0.1234567, 0.12345678, 1e-7, 2.0, 3, "ssd"]
+    texts = [sweep._text(value) for value in values]
+    assert texts == ["0.1", "0.1234567", "0.12345678", "1e-07", "2", "3", "ssd"]
