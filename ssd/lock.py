@@ -67,7 +67,11 @@ def _locked(path: Path, what: Path) -> Iterator[None]:
 
 def _acquire(path: Path, what: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            error.filename = str(what)  # the user knows nothing of its lock
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
