@@ -161,7 +161,8 @@ class Reproduction:
         found = {row: campaign.refusal(row) for row in rows}
         self.refused = {row: reword(why, WORDS) for row, why in found.items() if why}
         needed, device = self._needed(), device_name(campaign.options.device)
-        self.record = CommandRecord(out / COMMANDS, command, device, len(needed), start)
+        data = {name: found.checksum() for name, found in campaign.data.items()}
+        self.record = CommandRecord(out / COMMANDS, command, device, data, len(needed), start)
         self.trained = 0  # runs
 
     def _needed(self) -> list[tuple[str, Job]]:

@@ -601,6 +601,16 @@ def test_ablations_figure_tells_methods_apart(row: Row) -> None:
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_a_command_on_other_data_is_recorded_anew(folder: Path) -> None:
+    arguments = ["table1", "--only", "cifar10", "24", "sdmlp"]
+    for samples in (96, 100):
+        write_features(Path("data/features/cifar10.npz"), samples)
+        assert call(*arguments) == 0
+        assert entry(" ".join(arguments))["runs_trained"] == 2
+    assert len(summaries()) == 4
+
+
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("module", ["folder", "peers"])
 def test_runs_of_another_algorithm_are_trained_anew(
     folder: Path, trained: list[str], module: str, monkeypatch: pytest.MonkeyPatch
