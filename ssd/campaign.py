@@ -21,7 +21,16 @@ from ssd.data import Dataset, load
 from ssd.distillation import select_subnetwork
 from ssd.errors import UserError
 from ssd.experiments import Row
-from ssd.folder import FREQUENCY, SUMMARY, commit, describe, read_frequency, read_json, versions
+from ssd.folder import (
+    FREQUENCY,
+    SUMMARY,
+    commit,
+    describe,
+    identity,
+    read_frequency,
+    read_json,
+    versions,
+)
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
 from ssd.trainer import Event, Trainer, together
@@ -88,7 +97,7 @@ class Campaign:
             "algorithm": peers.ALGORITHM,
         }
         if row.peer.method:
-            described["config"] = describe(job.config, data)
+            described["config"] = identity(describe(job.config, data))
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join("".join(c if c.isalnum() else " " for c in row.method).split())
         return self.root / f"{data.name}-{name}-seed{job.seed}-{digest}"

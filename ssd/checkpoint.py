@@ -30,7 +30,10 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
         content: of the file, or what writes it to a stream, for content too large to hold twice.
     """
     if isinstance(content, str):
-        content = content.encode(errors="backslashreplace")  # a path in it may be no UTF-8
+        # A path in it may be no UTF-8.
+        content = (
+            content.encode(errors="surrogateescape").decode(errors="backslashreplace").encode()
+        )
     try:
         with open(temporary(path), "wb") as stream:
             if callable(content):

@@ -98,7 +98,8 @@ class Config:
         """One run has one way to be written: its folder is named by it."""
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.type == "float" and type(value) in (int, float):
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if setting.type == "float" and real:
                 object.__setattr__(self, setting.name, _as_float(value))
         if isinstance(self.method, str):
             object.__setattr__(self, "method", _in_order(self._names()) or self.method)

@@ -115,6 +115,13 @@ def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
     }
 
 
+def identity(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What describe() said, less the feature file's name: its checksum tells its content."""
+    config = described.get("config")
+    known = {**config, "features": None} if isinstance(config, dict) else config
+    return {**described, "config": known}
+
+
 @contextmanager
 def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterator[None]:
     """Makes the folder of a run, or checks that it is this very run's, and keeps others from it.
@@ -136,7 +143,7 @@ def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
     if path.is_file():
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume or use another --out")
-        changed = difference(read_json(path), described)
+        changed = difference(identity(read_json(path)), identity(described))
         if changed:
             raise UserError(
                 f"{folder} belongs to another configuration ({changed}); use another --out"

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssd.config import Config
 from ssd.data import Dataset
-from ssd.folder import SUMMARY, describe, read_json
+from ssd.folder import SUMMARY, describe, identity, read_json
 from ssd.run import RunOptions, run_together
 from ssd.trainer import Event, Trainer, together
 
@@ -21,7 +21,7 @@ MOST = 16
 
 def job_folder(root: Path, config: Config, data: Dataset) -> Path:
     """Where the run of these settings on these data lies: named by method, seed, digest."""
-    text = json.dumps(describe(config, data), sort_keys=True)
+    text = json.dumps(identity(describe(config, data)), sort_keys=True)
     return root / f"{data.name}-{config.method}-seed{config.seed}-{_digest(text)}"
 
 

@@ -33,6 +33,7 @@ from ssd.folder import (
     commit,
     describe,
     difference,
+    identity,
     read_json,
     versions,
 )
@@ -94,7 +95,8 @@ class Journal:
         tensors, state = load_checkpoint(self.path, device)
         before = state.get("runs", [])
         changed = "; ".join(
-            difference(b, now) for b, now in zip(before, self.described, strict=False)
+            difference(identity(b), identity(now))
+            for b, now in zip(before, self.described, strict=False)
         )
         if changed.strip("; ") or len(before) != len(self.described):
             raise UserError(

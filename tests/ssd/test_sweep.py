@@ -310,6 +310,16 @@ def test_equal_settings_are_one_run_however_written(
     assert "method=ewc+ssd lr=1 is listed twice" in refused(capsys, SWEPT)
 
 
+def test_the_same_data_by_another_name_are_the_same_runs(folder: Path) -> None:
+    Path("s.toml").write_text(ONE)
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")}
+    Path("f.npz").rename("g.npz")
+    Path("s.toml").write_text(ONE.replace("f.npz", str(Path("g.npz").resolve())))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")} == before
+
+
 def test_runs_of_another_algorithm_or_of_other_data_are_trained_anew(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
