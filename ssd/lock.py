@@ -28,24 +28,31 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it. OSError: it cannot be made or written to.
     """
-    _make(folder)
-    with _locked(folder / LOCK, folder):
+    with _made(folder), _locked(folder / LOCK, folder):
         yield
 
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """As folder_lock, for a file that is to be written; makes the folder that it lies in."""
-    _make(path.parent)
-    with _locked(path.with_name(f".{path.name}{LOCK}"), path):
+    with _made(path.parent), _locked(path.with_name(f".{path.name}{LOCK}"), path):
         yield
 
 
-def _make(folder: Path) -> None:
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents; those into which nothing came are removed again."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:  # said of a file in the folder's place
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    try:
+        yield
+    finally:
+        for each in new:
+            with suppress(OSError):
+                each.rmdir()
 
 
 @contextmanager

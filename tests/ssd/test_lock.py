@@ -52,11 +52,15 @@ def test_another_process_is_refused_until_the_first_ends(tmp_path: Path) -> None
 
 
 def test_nested_and_let_go(tmp_path: Path) -> None:
-    out = tmp_path / "sub" / "t.csv"
+    """Nothing is left but what came into the folder meanwhile."""
+    out = tmp_path / "sub" / "subsub" / "t.csv"
     for _ in range(2):
         with file_lock(out), file_lock(out), folder_lock(out.parent):
             assert {path.name for path in out.parent.iterdir()} == {".t.csv.lock", LOCK}
-        assert list(out.parent.iterdir()) == []
+        assert list(tmp_path.iterdir()) == []
+    with file_lock(out):
+        out.touch()
+    assert list(out.parent.iterdir()) == [out]
     with held(out, "file_lock"), folder_lock(out.parent), file_lock(out.with_name("u.csv")):
         pass
 
