@@ -153,11 +153,15 @@ class Learner:
         """What is logged of an epoch; starts the sums anew.
 
         Raises:
-            Diverged: the loss, a weight or a score on a test set is not finite.
+            Diverged: the loss, a weight or a score on a test set is not finite, or all addresses
+                of an SDMLP are 0.
         """
         self.require_finite_loss()
         if not all(map(finite, self.parameters)):
             raise Diverged("a weight is not finite")
+        if isinstance(self.model, SDMLP) and self.model.encoder.weight.amax().item() == 0:
+            # Nothing fires any more, so there is no gradient either.
+            raise Diverged("every address is 0 for good")
         samples = len(self.tasks[task].y_train)
         record: dict[str, Any] = {
             "loss": self.loss_sum.item() / samples,

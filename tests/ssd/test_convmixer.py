@@ -19,7 +19,7 @@ from ssd.convmixer import (
     read,
     statistics,
 )
-from ssd.errors import UserError
+from ssd.errors import Diverged, UserError
 from ssd.images import Images, pixels
 from ssd.run import Interrupted
 
@@ -216,3 +216,23 @@ def test_weights_of_another_version(images: Images, tmp_path: Path) -> None:
     path.write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="is damaged or was not written by"):
         load_weights(path, CPU)
+
+
+@pytest.mark.parametrize("spoiled", [1, 2, 3])
+def test_a_checkpoint_is_from_before_a_divergence(
+    images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoiled: int
+) -> None:
+    original = Pretrainer._train
+
+    def train(self: Pretrainer, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        result = original(self, *batch)
+        if self.step == spoiled:
+            next(self.model.parameters()).data[:] = torch.nan
+        return result
+
+    monkeypatch.setattr(Pretrainer, "_train", train)
+    with pytest.raises(Diverged, match=rf"--lr 0\.01 makes a weight not finite.*{spoiled + 1}"):
+        trainer(images, tmp_path / "c.safetensors").run(every=0.0)
+    tensors, state = read(tmp_path / "c.safetensors", CPU)
+    assert state["step"] == spoiled
+    assert all(t.isfinite().all() for t in tensors.values())

@@ -21,6 +21,7 @@ from ssd import campaign, campaign_display, config, experiments, reproduce
 from ssd.claims import paired, verdicts
 from ssd.config import Config, Protocol
 from ssd.data import Task
+from ssd.errors import Diverged
 from ssd.experiments import PAPER, RESULTS, TABLE1, Peer, Row
 from ssd.figures import draw
 from ssd.lines import Line
@@ -187,6 +188,34 @@ def test_table_is_what_the_summaries_say(folder: Path) -> None:
     [other] = [r for r in rows if (r["benchmark"], r["method"]) == ("cifar100", "majority")]
     assert other["mean_accuracy"] == ""
     assert other["note"] == "2 of 2 seeds not run (left out by --only)"
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_what_diverges_leaves_a_note(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def singular(tasks: Sequence[Task], *rest: Any, **settings: Any) -> Tensor:
+        calls.append(len(tasks))
+        raise Diverged("no solution")
+
+    peer = Peer(singular, settings={"cifar10": {"share": 0.5}})
+    monkeypatch.setattr(experiments, "PEERS", {"majority": peer})
+    monkeypatch.setitem(
+        config.PROTOCOLS, "features", Protocol(2, {}, {}, {**TINY, "lr": 1e30, "max_norm": 1e30})
+    )
+    for trained in (2, 0):  # the second time it is known
+        assert call("table1", "table2", "--only", "cifar10", "24", "majority", "sdmlp") == 0
+        printed = capsys.readouterr().out
+        assert printed.count(": diverged; left") == 2 * trained
+        assert len(calls) == 2
+    for name, method in (("table1", "sdmlp"), ("table2", "majority")):
+        rows = table(folder / "results" / "reproduction-short" / f"{name}.csv")
+        [row] = [r for r in rows if (r["benchmark"], r["method"]) == ("cifar10", method)
+                 and r["neurons"] in ("24", "0", "")]  # fmt: skip
+        assert row["mean_accuracy"] == ""
+        assert "2 of 2 seeds diverged" in row["note"]
 
 
 @pytest.mark.usefixtures("no_figures")
