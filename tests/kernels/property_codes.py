@@ -244,7 +244,8 @@ class CodeGram(Op):
         grains = {"gram": ("values", "values"), "cross": ("values", "targets")}
         for number, name in enumerate(case.in_place):
             # Entries are converted to the dtype of the sums: a rounding each.
-            error = rounding(size[number], len(values) + 3, case.dtype, case.grain(*grains[name]))
+            grain = min(case.grain(*grains[name]), case.grain(name))
+            error = rounding(size[number], len(values) + 3, case.dtype, grain)
             yield from off(name, after[name], Bounds.around(expected[number], error))
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:

@@ -77,7 +77,7 @@ class Distill(Op):
         p, target = log_p.exp(), F.one_hot(labels, logits.shape[1]).double()
         loss, slope = -log_p.gather(1, labels.unsqueeze(1)), p - target
         loss_error = error.gather(1, labels.unsqueeze(1))
-        slope_error = p * miss(error) + unit * (p + target)
+        slope_error = p * miss(error) + unit * (p + target) + torch.finfo(dtype).tiny
         terms = []
         if case["target_logits"] is not None:
             loss, loss_error, slope, slope_error = (

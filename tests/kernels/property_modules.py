@@ -164,7 +164,7 @@ class KSparseMLP(Module, LinearTopK):
             case.give(decoder_bias=(outputs,))
         case.truth = truth = Scores(case)
         names = ("x", "weight", "bias", "decoder", "decoder_bias")
-        case.ask(*names, nan=truth.ranking.doubtful())
+        case.ask(*names, doubt=truth.ranking.doubtful())
         case.answer(out=(*case["x"].shape[:-1], outputs))
         return case
 
