@@ -138,7 +138,10 @@ def commit() -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    cells = asdict(row) | {"shape": json.dumps(row.shape), "correct": str(row.correct).lower()}
+    cells = asdict(row) | {
+        "shape": json.dumps(row.shape, allow_nan=False),
+        "correct": str(row.correct).lower(),
+    }
     for name in NUMBERS:
         cells[name] = "" if cells[name] is None else f"{cells[name]:.6g}"
     return [cells[name] for name in COLUMNS]

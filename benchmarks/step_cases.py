@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from benchmarks.plain import PlainSDMLP, PlainStep, batches
 from benchmarks.step_targets import APART, BACKWARD, PRODUCTS
 from benchmarks.timing import Run
+from ssd.activations import evaluating
 from ssd.config import Config
 from ssd.data import Task
-from ssd.distillation import evaluating
 from ssd.learner import Learner, build_model
 from ssd.sdmlp import SDMLP
 from ssd.trainer import Trainer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,21 @@ from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset, load
 from ssd.distillation import select_subnetwork
-from ssd.errors import UserError
+from ssd.errors import Diverged, UserError
 from ssd.experiments import Row
-from ssd.folder import FREQUENCY, SUMMARY, commit, describe, read_frequency, read_json, versions
+from ssd.folder import (
+    DIVERGED,
+    FREQUENCY,
+    SUMMARY,
+    commit,
+    describe,
+    read_frequency,
+    read_json,
+    versions,
+)
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
+from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer, together
 from ssd.workers import Batch
 
@@ -88,7 +97,7 @@ class Campaign:
         }
         if row.peer.method:
             described["config"] = describe(job.config, data)
-        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(dumps(described, sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join("".join(c if c.isalnum() else " " for c in row.method).split())
         return self.root / f"{data.name}-{name}-seed{job.seed}-{digest}"
 
@@ -103,6 +112,10 @@ class Campaign:
             size = max(1, round(job.config.subnetwork * job.config.k))
             summary["structure"] = overlaps(frequency, size)
         return summary
+
+    def diverged(self, job: Job) -> bool:
+        """Whether a run ended without a summary, because its numbers were not finite."""
+        return (self.folder(job) / DIVERGED).is_file()
 
     def train(
         self,
@@ -131,8 +144,13 @@ class Campaign:
         row, data = job.row, self.data[job.row.benchmark.name]
         assert row.peer is not None
         tasks = [task.to(self.options.device) for task in make_tasks(job.config, data)]
-        start = time.perf_counter()
-        matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.config, **row.settings)
+        start, folder = time.perf_counter(), self.folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.config, **row.settings)
+        except Diverged as error:
+            write_atomically(folder / DIVERGED, dumps({"diverged": str(error)}, indent=2) + "\n")
+            return
         accuracy = matrix.cpu()
         summary = {
             "dataset": data.name,
@@ -150,9 +168,7 @@ class Campaign:
             "neurons": row.neurons,
             "settings": row.settings,
         }
-        folder = self.folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_atomically(folder / SUMMARY, dumps(summary, indent=2) + "\n")
 
     def weights(self, job: Job) -> int:
         """Weights of the encoder of a run."""

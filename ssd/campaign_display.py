@@ -56,8 +56,8 @@ class CampaignDisplay:
             left=self.left(),
         )
 
-    def end(self, jobs: Sequence[Job], summaries: Sequence[Mapping[str, Any]]) -> None:
-        """The runs of a batch have ended, with these summaries."""
+    def end(self, jobs: Sequence[Job], summaries: Sequence[Mapping[str, Any] | None]) -> None:
+        """The runs of a batch have ended, with these summaries; None for one that diverged."""
         self.running.pop(tuple(jobs), None)
         self.done += sum(self.work[job] for job in jobs)
         for job, summary in zip(jobs, summaries, strict=True):
@@ -65,7 +65,8 @@ class CampaignDisplay:
             if not self.console.is_terminal:
                 self.console.print(
                     f"run {self.ended} of {len(self.work)}: {job}: "
-                    f"accuracy {summary['mean_accuracy']:.4f}; {self.left()}"
+                    + (f"accuracy {summary['mean_accuracy']:.4f}" if summary else "diverged")
+                    + f"; {self.left()}"
                 )
 
     def _done(self) -> float:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ssd.errors import UserError
+from ssd.strict_json import dumps
 
 
 def temporary(path: Path) -> Path:
@@ -49,7 +50,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Writes named tensors and a JSON-able state, sealed with a checksum."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    text = json.dumps(state)
+    text = dumps(state)
     metadata = {"state": text, "sha256": _digest(contiguous, text)}
     write_atomically(path, save(contiguous, metadata))
 

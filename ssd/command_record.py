@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from ssd.checkpoint import write_atomically
 from ssd.folder import commit, read_json, versions
+from ssd.strict_json import dumps
 from ssd.tables import machine
 
 COMMANDS = "command.json"
@@ -59,4 +59,4 @@ class CommandRecord:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entries = {**self._entries(), self.command: entry}
-        write_atomically(self.path, json.dumps(entries, indent=2) + "\n")
+        write_atomically(self.path, dumps(entries, indent=2) + "\n")

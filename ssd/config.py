@@ -30,6 +30,8 @@ FISHER_DIVISOR = 5 * 512
 # Added by SI to the squared way of a parameter through a task.
 SI_DAMPING = 0.1
 
+# Numbers that training uses are float32: 0, or between these.
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 # Sizes and counts stay below this: neurons are indexed with 32 bits.
 LIMIT = 2**31
 
@@ -124,6 +126,17 @@ class Config:
             self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
         for name in (f.name for f in fields(self) if f.name.endswith(("_coefficient", "_beta"))):
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
+        shares = ("validation", "subnetwork")  # of samples and neurons: no part of a step
+        for name in (f.name for f in fields(self) if isinstance(f.default, float)):
+            if name in shares:
+                continue
+            value, rule = getattr(self, name), f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
+            self._require(name, value == 0 or SMALLEST <= value <= LARGEST, rule)
+        for name in (f"{penalty}_coefficient" for penalty in PENALTIES):
+            most = LARGEST / 2  # as its double is what multiplies
+            self._require(name, getattr(self, name) <= most, f"at most {most:.1e}")
+        square = SMALLEST <= self.temperature**2 <= LARGEST
+        self._require("temperature", square, "in 1e-18..1e18, as its square is float32")
         limit = self.neurons / self.k
         self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
 

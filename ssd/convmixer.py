@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssd.checkpoint import load_checkpoint, save_checkpoint
-from ssd.errors import UserError
+from ssd.errors import Diverged, UserError
 from ssd.folder import difference
 from ssd.images import Images
+from ssd.metrics import finite
 from ssd.run import Interrupted
 
 FEATURES, DEPTH, KERNEL, PATCH = 256, 8, 5, 2  # the paper's CIFAR network, 256 channels wide
@@ -201,7 +202,8 @@ class Pretrainer:
                 end. stopped: asked at every step; when true a checkpoint is written.
 
         Raises:
-            Interrupted: it was stopped. UserError: the loss is not finite.
+            Interrupted: it was stopped. Diverged: loss or weights are not finite; the checkpoint,
+                if there is one, is from before.
         """
         saved = time.perf_counter()
         for epoch in range(self.step // self.steps, self.settings.epochs):
@@ -213,21 +215,33 @@ class Pretrainer:
                 loss, correct, seen = loss + result[0], correct + result[1], seen + self.size
                 self.step += 1
                 last = index + 1 == self.steps
-                if last and not bool(torch.isfinite(loss)):
-                    raise UserError(f"--lr {self.settings.lr} makes the loss {loss}; use less")
+                stop, due = stopped(), time.perf_counter() - saved > every
+                if last or stop or due:
+                    self._require_finite(loss, epoch)
                 if last or self.step % STEPS_PER_UPDATE == 0:
                     text = (
                         f"pretraining epoch {epoch + 1}/{self.settings.epochs}: "
                         f"loss {loss * self.size / seen:.3f}, accuracy {correct / seen:.3f}"
                     )
                     watch(text, self.step, self.total, last)
-                stop, due = stopped(), time.perf_counter() - saved > every
                 if self.step == self.total or stop or due:
                     self.save()
                     saved = time.perf_counter()
                 if stop and self.step < self.total:
                     raise Interrupted
         return self.model
+
+    def _require_finite(self, loss: Tensor, epoch: int) -> None:
+        """Diverged if the loss or the network is not finite; the host reads them."""
+        floating = [t for t in self.model.state_dict().values() if t.is_floating_point()]
+        what = "" if all(map(finite, floating)) else "a weight not finite"
+        if not finite(loss):
+            what = f"the loss {loss.item()}"
+        if what:
+            raise Diverged(
+                f"pretraining diverged: --lr {self.settings.lr} makes {what} in epoch {epoch + 1}, "
+                f"step {self.step}; use less, with another --out"
+            )
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Order [N], shifts [N, 2] and flips [N] of an epoch, drawn from its number alone."""

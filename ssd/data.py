@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import tarfile
 import warnings
 import zlib
@@ -23,6 +24,8 @@ from torch import Tensor
 from ssd.errors import UserError
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
+# Of more rows or columns without information than this share the user is told.
+DEAD_SHARE = 0.5
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
 
 
@@ -147,12 +150,36 @@ def hold_out(data: Dataset, share: float) -> Dataset:
     )
 
 
+def notes(data: Dataset) -> list[str]:
+    """What the user should know of data that can be trained on: one line each."""
+    found = []
+    for part, x in (("train", data.x_train), ("test", data.x_test)):
+        dark = int((x.amax(1) <= 0).sum())
+        if dark > DEAD_SHARE * len(x):
+            found.append(
+                f"{dark:,} of the {len(x):,} rows of x_{part} have no entry above 0: "
+                "SDMLP takes the positive part, which is all zero there"
+            )
+    least, most = data.x_train.aminmax(dim=0)
+    constant = int((least == most).sum())
+    if constant > DEAD_SHARE * len(least):
+        found.append(
+            f"{constant:,} of the {len(least):,} columns of x_train are constant: they tell no "
+            "class from another"
+        )
+    return found
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
 def load(
     name: str,
     root: Path,
     features: Path | None = None,
     strict: bool = False,
-    notice: Callable[[str], None] = print,
+    notice: Callable[[str], None] = _say,
 ) -> Dataset:
     """Reads a data set, from disk or by downloading it there.
 
@@ -160,21 +187,29 @@ def load(
         name: one of config.DATASETS. root: folder of torchvision's data sets.
         features: the file of the data set "features", or a folder with the files of FOLDER_FILES.
         strict: MNIST that cannot be had is an error; otherwise its 5,000-image subset serves.
-        notice: takes the line that says so.
+        notice: takes the line that says so, and what `notes` says of the data.
 
     Raises:
         UserError: the data set is not to be had, or is damaged.
     """
     if (name == "features") != (features is not None):
         raise UserError("--dataset features and --features FILE go together")
-    if name == "features":
-        assert features is not None
-        return _checked(_read_features(features))
+    data = _checked(_read(name, root, features, strict, notice))
+    for line in notes(data):
+        notice(line)
+    return data
+
+
+def _read(
+    name: str, root: Path, features: Path | None, strict: bool, notice: Callable[[str], None]
+) -> Dataset:
+    if features is not None:
+        return _read_features(features)
     if name == "mnist-5k":
-        return _checked(_mnist_5k())
+        return _mnist_5k()
     read = _cifar if name in ("cifar10", "cifar100") else _mnist_like
     try:
-        return _checked(read(name, root))
+        return read(name, root)
     except _Unavailable as reason:
         if name != "mnist" or strict:
             raise UserError(
@@ -185,7 +220,7 @@ def load(
             f"MNIST is neither in {root} nor to be downloaded: training on mnist-5k, "
             "the 5,000-image subset"
         )
-        return _checked(_mnist_5k())
+        return _mnist_5k()
 
 
 class _Unavailable(Exception):
@@ -324,11 +359,29 @@ def _read_features(path: Path) -> Dataset:
             )
     return Dataset(
         "features",
-        x_train.flatten(1).float(),
+        _narrowed(x_train.flatten(1), "x_train", path),
         y_train.long(),
-        x_test.flatten(1).float(),
+        _narrowed(x_test.flatten(1), "x_test", path),
         y_test.long(),
     )
+
+
+def _narrowed(x: Tensor, name: str, path: Path) -> Tensor:
+    """Features as float32; UserError where that would make infinities or empty rows of them."""
+    if x.dtype != torch.float64:
+        return x.float()
+    limits, peaks = torch.finfo(torch.float32), x.abs().amax(1)
+    over = int(((peaks > limits.max) & peaks.isfinite()).sum())
+    under = int(((peaks < limits.tiny) & (peaks > 0)).sum())
+    if over or under:
+        where = f"above {limits.max:.1e}" if over else f"below {limits.tiny:.1e}"
+        largest = peaks[peaks.isfinite()].max().item()
+        also = "" if over else ", or set rows as small as these to 0"
+        raise UserError(
+            f"{path}: {over or under} rows of {name} lie {where}, out of float32's range (the "
+            f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
+        )
+    return x.float()
 
 
 def _read_npz(path: Path) -> list[Any]:

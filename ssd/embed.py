@@ -43,7 +43,9 @@ from ssd.images import (
     refuse_channels,
     refuse_same,
 )
+from ssd.metrics import finite
 from ssd.run import Interrupted
+from ssd.strict_json import dumps
 from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 
 TORCHVISION_BATCH = 64
@@ -216,7 +218,7 @@ def write_features(out: Path, arrays: Sequence[Tensor], origin: dict[str, Any]) 
     }
 
     def write(stream: IO[bytes]) -> None:
-        np.savez(stream, allow_pickle=False, origin=np.array(json.dumps(origin)), **content)
+        np.savez(stream, allow_pickle=False, origin=np.array(dumps(origin)), **content)
 
     write_atomically(out, write)
 
@@ -272,8 +274,6 @@ class Session:
         shape = SHAPES[request.dataset]
         images = torch.cat([pixels(x, shape) for x in (loaded.x_train, loaded.x_test)])
         features = self.embed(extractor, images, origin)
-        if not bool(torch.isfinite(features).all()):
-            raise UserError(f"--extractor {request.extractor} gives features that are not finite")
         x_train, x_test = features.split([len(loaded.y_train), len(loaded.y_test)])
         arrays = (x_train, loaded.y_train, x_test, loaded.y_test)
         write_features(request.out, arrays, origin)
@@ -344,7 +344,12 @@ class Session:
         saved = time.perf_counter()
         for first in range(sum(map(len, chunks)), len(images), size):
             batch = images[first : first + size].to(request.device)
-            chunks.append(extractor.function(batch).cpu())
+            found = extractor.function(batch).cpu()
+            if not finite(found):
+                raise UserError(
+                    f"--extractor {request.extractor} gives features that are not finite"
+                )
+            chunks.append(found)
             done = first + len(batch)
             self.display.update(f"embedding {request.dataset}", done, len(images), False)
             stop = self.stopped() and done < len(images)

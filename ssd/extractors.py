@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssd.activations import evaluating
 from ssd.data import DOWNLOAD_TIMEOUT
 from ssd.errors import UserError
 
@@ -31,14 +32,13 @@ def freeze(
     model: nn.Module, function: Callable[[Tensor], Tensor], channels: int, device: torch.device
 ) -> Extractor:
     """An extractor out of a network: evaluation mode, no gradients, bf16 autocast on CUDA."""
-    model.eval()
     crc = 0
     for tensor in model.state_dict().values():
         crc = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
 
-    @torch.inference_mode()
     def extract(images: Tensor) -> Tensor:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        bf16 = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+        with evaluating(model), torch.inference_mode(), bf16:
             return function(images.expand(-1, channels, -1, -1)).float()
 
     return Extractor(extract, channels, f"{crc:08x}")

@@ -16,6 +16,7 @@ from ssd.checkpoint import temporary, write_atomically
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import UserError
+from ssd.strict_json import dumps
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -24,6 +25,7 @@ MATRIX = "accuracy_matrix.csv"
 FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its training set
 STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
 SUMMARY = "summary.json"
+DIVERGED = "diverged.json"  # in the place of a summary: why there is none
 
 
 def versions() -> dict[str, str]:
@@ -72,6 +74,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def ended(folder: Path) -> bool:
+    """Whether a run has come to an end, good or bad: the same command does not train it again."""
+    return (folder / SUMMARY).is_file() or (folder / DIVERGED).is_file()
+
+
 def read_frequency(path: Path) -> np.ndarray:
     """The activation frequency [T, R] of a run; UserError if the file is damaged."""
     try:
@@ -110,7 +117,7 @@ def claim(folder: Path, described: Mapping[str, Any], resume: bool) -> None:
         raise UserError(f"{folder} exists and is not the folder of a run; use another --out")
     folder.mkdir(parents=True, exist_ok=True)
     content = {**described, "versions": versions(), "commit": commit()}
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, dumps(content, indent=2) + "\n")
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset
-from ssd.folder import SUMMARY, describe, read_json
-from ssd.run import RunOptions, run_together
+from ssd.errors import Diverged
+from ssd.folder import DIVERGED, SUMMARY, describe, ended, read_json
+from ssd.run import RunOptions, leave_out, run_together
+from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer, together
 
 # Runs of one program: beyond it memory grows and nothing gets faster.
@@ -21,7 +23,7 @@ MOST = 16
 
 def job_folder(root: Path, config: Config, data: Dataset) -> Path:
     """Where the run of these settings on these data lies: named by method, seed, digest."""
-    text = json.dumps(describe(config, data), sort_keys=True)
+    text = dumps(describe(config, data), sort_keys=True)
     return root / f"{data.name}-{config.method}-seed{config.seed}-{_digest(text)}"
 
 
@@ -35,7 +37,9 @@ def run_jobs(
 ) -> list[dict[str, Any]]:
     """Trains what has not been trained yet; the summaries, in the order of the configs.
 
-    Runs that differ only in numbers (trainer.OWN) are trained side by side as one program.
+    Runs that differ only in numbers (trainer.OWN) are trained side by side as one program. One that
+    diverges is left out, and the others go on; in place of its summary stands {"diverged": why}.
+    That is kept, so it is not trained again until its folder is deleted.
 
     Args:
         configs: one per run. data: of all of them. root: holds a folder for each run.
@@ -47,14 +51,33 @@ def run_jobs(
     for config in configs:
         config.validate()
     resumed = replace(options, resume=True)
-    waiting = [c for c in configs if not (job_folder(root, c, data) / SUMMARY).is_file()]
+    waiting = [c for c in configs if not ended(job_folder(root, c, data))]
     for batch in _batches(waiting):
-        folders = [job_folder(root, config, data) for config in batch]
-        names = "\n".join(folder.name for folder in folders)
-        checkpoint = root / f"together-{_digest(names)}.safetensors"
-        run_together(batch, data, folders, checkpoint, resumed, watch, stopped)
-        checkpoint.unlink(missing_ok=True)
-    return [read_json(job_folder(root, config, data) / SUMMARY) for config in configs]
+        while batch:
+            folders = [job_folder(root, config, data) for config in batch]
+            checkpoint = _checkpoint(root, folders)
+            try:
+                run_together(batch, data, folders, checkpoint, resumed, watch, stopped)
+                batch = []
+            except Diverged as error:
+                reason = str(error.__cause__ or error)
+                bad = folders.pop(error.number)
+                batch.pop(error.number)
+                if batch:
+                    leave_out(checkpoint, error.number, _checkpoint(root, folders))
+                write_atomically(bad / DIVERGED, dumps({"diverged": reason}, indent=2) + "\n")
+            checkpoint.unlink(missing_ok=True)
+    ends = []
+    for folder in (job_folder(root, config, data) for config in configs):
+        summary = folder / SUMMARY
+        ends.append(read_json(summary if summary.is_file() else folder / DIVERGED))
+    return ends
+
+
+def _checkpoint(root: Path, folders: Sequence[Path]) -> Path:
+    """Of runs that are trained together."""
+    names = "\n".join(folder.name for folder in folders)
+    return root / f"together-{_digest(names)}.safetensors"
 
 
 def _batches(configs: Sequence[Config]) -> list[list[Config]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssd.activations import CHUNK, count_activations, evaluating
 from ssd.config import Config
 from ssd.data import Task
-from ssd.distillation import CHUNK, Distiller, count_activations, evaluating
+from ssd.distillation import Distiller
+from ssd.errors import Diverged
+from ssd.metrics import finite, predicted
 from ssd.networks import Network, ReLUMLP, TopKMLP
 from ssd.order import shuffled
 from ssd.regularizers import EWC, L2, MAS, SI, Regularizer
@@ -134,19 +138,26 @@ class Learner:
         return shuffled(count, self.config.seed, task, 1 + epoch, device=self.device)
 
     def evaluate(self) -> list[float]:
-        """Accuracy on the test set of each task, all classes in play."""
+        """Accuracy on the test set of each task, all classes in play; Diverged, see predicted."""
         accuracies = []
         with evaluating(self.model):
             for task in self.tasks:
                 correct = sum(
-                    int((self.model(x).argmax(-1) == y).sum())
+                    int((predicted(self.model(x)) == y).sum())
                     for x, y in zip(task.x_test.split(CHUNK), task.y_test.split(CHUNK), strict=True)
                 )
                 accuracies.append(correct / len(task.y_test))
         return accuracies
 
     def end_epoch(self, task: int, evaluate: bool) -> dict[str, Any]:
-        """What is logged of an epoch; starts the sums anew."""
+        """What is logged of an epoch; starts the sums anew.
+
+        Raises:
+            Diverged: the loss, a weight or a score on a test set is not finite.
+        """
+        self.require_finite_loss()
+        if not all(map(finite, self.parameters)):
+            raise Diverged("a weight is not finite")
         samples = len(self.tasks[task].y_train)
         record: dict[str, Any] = {
             "loss": self.loss_sum.item() / samples,
@@ -158,6 +169,12 @@ class Learner:
             record["test_accuracy"] = self.evaluate()
             self.accuracy[task] = torch.tensor(record["test_accuracy"], dtype=torch.float64)
         return record
+
+    def require_finite_loss(self) -> None:
+        """Diverged if the loss of the epoch so far is not finite; the host reads it."""
+        loss = self.loss_sum.item()
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss}")
 
     def end_task(self, number: int) -> None:
         """Counts activations, selects the subnetwork, takes in the task's importances."""

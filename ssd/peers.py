@@ -30,7 +30,7 @@ from ssd.checkpoint import write_atomically
 from ssd.data import Dataset, Task, class_order, default_root, hold_out, load, split
 from ssd.errors import UserError
 from ssd.folder import commit
-from ssd.metrics import backward_transfer, mean_accuracy
+from ssd.metrics import backward_transfer, mean_accuracy, predicted
 from ssd.readout import (
     CodeReadout,
     RandomCode,
@@ -40,7 +40,9 @@ from ssd.readout import (
     only_seen,
     ridge_solution,
 )
+from ssd.strict_json import dumps
 from ssd_kernels import TopKOutput, row_gradient, sparse_linear, topk
+from ssd_kernels.reference import power_of_two
 
 # Samples whose hidden layer is held at a time.
 CHUNK = 4096
@@ -75,6 +77,9 @@ def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
     """Trains on each task in turn; the accuracy matrix [T, T] float64 on the test sets.
 
     Row t is what the learner knows after task t; classes that no task has shown yet score 0.
+
+    Raises:
+        Diverged: a score is not finite.
     """
     accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     codes: list[TopKOutput] = []
@@ -86,14 +91,28 @@ def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
             scores = learner.read(codes)
         else:
             scores = learner.predict(torch.cat([s.x_test for s in seen]))
-        labels = scores.argmax(1)
+        labels = predicted(scores)
         right = labels == torch.cat([s.y_test for s in seen])
         parts = right.double().split([len(s.y_test) for s in seen])
         accuracy[t, : t + 1] = torch.stack([part.mean() for part in parts]).cpu()
     return accuracy
 
 
-class NearestClassMean:
+class _AnyScale:
+    """Takes inputs in units of the first ones' largest entry: then no square leaves the range.
+
+    The unit is a power of two, so nothing is rounded.
+    """
+
+    _unit: float | None = None
+
+    def _in_units(self, x: Tensor) -> Tensor:
+        if self._unit is None:
+            self._unit = power_of_two(x.abs().amax()).item()
+        return x / self._unit
+
+
+class NearestClassMean(_AnyScale):
     """The class whose mean of the training data is nearest.
 
     Args:
@@ -105,17 +124,17 @@ class NearestClassMean:
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
-        self.sums.index_add_(0, y, x.double())
+        self.sums.index_add_(0, y, self._in_units(x).double())
         self.counts += y.bincount(minlength=len(self.counts))
 
     def predict(self, x: Tensor) -> Tensor:
         means = self.sums / self.counts.clamp(min=1).unsqueeze(1)
         # The squared length of x is the same for every class.
-        scores = 2 * x.double() @ means.T - means.square().sum(1)
+        scores = 2 * self._in_units(x).double() @ means.T - means.square().sum(1)
         return only_seen(scores, self.counts)
 
 
-class StreamingLDA:
+class StreamingLDA(_AnyScale):
     """Linear discriminant analysis with one covariance for all classes, equal priors.
 
     The covariance within classes comes from running sums of x, x x^T and counts alone; shrunk to
@@ -138,17 +157,17 @@ class StreamingLDA:
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
-        wide = x.double()
+        wide = self._in_units(x).double()
         self.gram.addmm_(wide.T, wide)
         self.cross.index_add_(1, y, wide.T)
         self.counts += y.bincount(minlength=len(self.counts))
 
     def predict(self, x: Tensor) -> Tensor:
         weight, bias = discriminant(self.gram, self.cross, self.counts, self.shrinkage)
-        return only_seen(x.double() @ weight + bias, self.counts)
+        return only_seen(self._in_units(x).double() @ weight + bias, self.counts)
 
 
-class FlyModel:
+class FlyModel(_AnyScale):
     """Sparse binary random projection, its largest responses, one Hebbian pass.
 
     The input is centred per sample; the k largest responses, scaled to 0..1 by the largest, are
@@ -181,10 +200,12 @@ class FlyModel:
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
 
     def _code(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        centred = x.float() - x.float().mean(1, keepdim=True)
+        x = self._in_units(x).float()
+        centred = x - x.mean(1, keepdim=True)
         values, indices, *_ = topk(centred @ self.projection.T, self.k)
         values = values.relu()
-        return values / values[:, :1].clamp(min=1e-12), indices
+        largest = values[:, :1]
+        return values / torch.where(largest > 0, largest, 1.0), indices
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
         neurons, classes = self.weight.shape
@@ -204,7 +225,7 @@ class FlyModel:
         return only_seen(torch.cat(scores), self.counts)
 
 
-class RandomReLU:
+class RandomReLU(_AnyScale):
     """relu(x P^T) with a Gaussian P, and ridge regression on the one-hot labels.
 
     Updated task by task through the Gram matrix, which gives what recursive least squares gives.
@@ -233,7 +254,7 @@ class RandomReLU:
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
 
     def _hidden(self, x: Tensor) -> Tensor:
-        return (x.float() @ self.projection.T).relu()
+        return (self._in_units(x).float() @ self.projection.T).relu()
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
         for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -394,7 +415,7 @@ class Study:
                 learner.fit_task(task.x_train, task.y_train)
             for late in wanted:
                 _set(learner, late)
-                labels = learner.predict(torch.cat([x for x, _ in joint])).argmax(1)
+                labels = predicted(learner.predict(torch.cat([x for x, _ in joint])))
                 right = (labels == torch.cat([y for _, y in joint])).double()
                 parts = right.split([len(y) for _, y in joint])
                 accuracy = mean(part.mean().item() for part in parts)
@@ -429,7 +450,7 @@ class Study:
     def _known(
         self, part: str, entry: Entry, neurons: int, settings: Settings, seed: int | None = None
     ) -> list[Row]:
-        key = part, entry.name, neurons, json.dumps(settings)
+        key = part, entry.name, neurons, dumps(settings)
         return [row for row in self.rows
                 if (row.split, row.learner, row.neurons, row.settings) == key
                 and seed in (None, row.seed)]  # fmt: skip
@@ -438,7 +459,7 @@ class Study:
         self, part: str, entry: Entry, neurons: int, settings: Settings, seed: int,
         accuracy: float, bwt: float, seconds: float,
     ) -> None:  # fmt: skip
-        text = json.dumps(settings)
+        text = dumps(settings)
         row = Row(self.name, part, entry.name, neurons, text, seed, self.tasks, round(accuracy, 5),
                   round(bwt, 5), round(seconds, 2), self.commit)  # fmt: skip
         self.rows.append(row)
@@ -531,7 +552,10 @@ def main(arguments: Sequence[str]) -> int:
             if getattr(given, name) < least:
                 raise UserError(f"--{name} {getattr(given, name)} must be at least {least}")
         dataset = given.dataset or ("features" if given.features else "mnist")
-        data = load(dataset, given.data_root or default_root(), given.features)
+        data = load(
+            dataset, given.data_root or default_root(), given.features,
+            notice=lambda line: console.print(f"note: {line}", soft_wrap=True, highlight=False),
+        )  # fmt: skip
         split(data, given.tasks, class_order(data.classes, 0))
         name = given.features.stem if given.features else data.name
         study = Study(name, data, given.tasks, given.out, console)

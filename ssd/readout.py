@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ssd.errors import UserError
+from ssd.errors import Diverged, UserError
+from ssd.metrics import finite
 from ssd.sdmlp import SDMLP
 from ssd_kernels import TopKOutput, code_gram, linear_topk, sparse_linear
+from ssd_kernels.reference import power_of_two, project
 
 # Samples whose scores are held at a time.
 CHUNK = 2048
@@ -26,6 +27,9 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """(G + r m I)^-1 X in float64, m the mean diagonal entry of G.
 
     gram G [R, R], cross X [R, C], ridge r > 0 -> [R, C].
+
+    Raises:
+        Diverged: the matrix is singular up to rounding, or not finite.
     """
     return _solve(gram.double(), cross.double(), ridge)
 
@@ -44,20 +48,30 @@ def discriminant(
 
     Returns:
         weight [R, C] and bias [C], float64.
+
+    Raises:
+        Diverged: S' is singular up to rounding, or not finite.
     """
     sums, number = cross.double(), counts.double()
     means = sums / number.clamp(min=1)
     covariance = torch.addmm(gram.double(), means, sums.T, alpha=-1).div_(number.sum())
-    # The ridge of _solve is relative to S, not to S'.
-    weight = _solve(covariance, means, shrinkage / (1 - shrinkage)) / (1 - shrinkage)
+    weight = _solve(covariance, means, shrinkage, 1 - shrinkage)
     return weight, -(means * weight).sum(0) / 2
 
 
-def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    shift = ridge * matrix.diagonal().mean()
-    shifted = matrix.clone()
-    shifted.diagonal().add_(shift)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(shifted))
+def _solve(matrix: Tensor, right: Tensor, ridge: float, share: float = 1.0) -> Tensor:
+    """(share M + ridge m I)^-1 right, m the mean diagonal entry of M."""
+    mean = matrix.diagonal().mean()
+    shifted = share * matrix
+    shifted.diagonal().add_(ridge * mean)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    solution = torch.cholesky_solve(right, factor)
+    if failed or not finite(solution):
+        raise Diverged(
+            f"a readout has no solution at strength {ridge:g}: the matrix of {len(matrix)} units "
+            f"with mean square {mean.item():g} is singular; use a larger one, or features that vary"
+        )
+    return solution
 
 
 def only_seen(scores: Tensor, counts: Tensor) -> Tensor:
@@ -98,6 +112,7 @@ class RandomCode:
     def __init__(self, addresses: Tensor, k: int, power: float = 1.0, beside: bool = False) -> None:
         self.addresses, self.k, self.power, self.beside = addresses, k, power, beside
         self.mean: Tensor | None = None
+        self._unit = 1.0
 
     @property
     def neurons(self) -> int:
@@ -105,17 +120,20 @@ class RandomCode:
         return count + features * self.beside
 
     def _raised(self, x: Tensor) -> Tensor:
+        x = x / self._unit
         return x.float() if self.power == 1 else x.float().clamp(min=0).pow(self.power)
 
     def begin(self, x: Tensor) -> None:
         """Takes the mean from the first task's data x [N, d]; later tasks leave it as it is."""
         if self.mean is None:
+            if x.dtype == torch.float64 or self.power > 1:  # else nothing leaves float32's range
+                self._unit = power_of_two(x.abs().amax()).item()
             self.mean = self._raised(x).double().mean(0).float()
 
     def __call__(self, x: Tensor) -> TopKOutput:
         """x [N, d] -> values and indices [N, k], or [N, k + d] with the input beside the code."""
         assert self.mean is not None
-        centred = F.normalize(self._raised(x) - self.mean, dim=1)
+        centred = project(self._raised(x) - self.mean, nonnegative=False, normalize=True)
         code = linear_topk(centred, self.addresses, self.k, inhibition="subtract")
         if not self.beside:
             return code
@@ -144,7 +162,7 @@ class LearnedCode:
     def __call__(self, x: Tensor) -> TopKOutput:
         """x [N, d] -> values and indices [N, k]."""
         layer = self.model.encoder
-        address = self.model.address(x.to(layer.weight.dtype))
+        address = self.model.address(x).to(layer.weight.dtype)
         return linear_topk(address, layer.weight, self.k, inhibition=layer.inhibition)
 
 

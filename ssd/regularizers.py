@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssd.activations import evaluating
 from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES, SI_DAMPING
-from ssd.distillation import evaluating
 
 Map = Callable[[Tensor], Tensor]
 

@@ -179,7 +179,10 @@ class Reproduction:
 
     def missing(self) -> dict[str, list[Job]]:
         """What each result needs trained that no earlier one does."""
-        waiting = [pair for pair in self._needed() if self.campaign.find(pair[1]) is None]
+        waiting = [
+            pair for pair in self._needed()
+            if self.campaign.find(pair[1]) is None and not self.campaign.diverged(pair[1])
+        ]  # fmt: skip
         return {name: [job for n, job in waiting if n == name] for name in self.results}
 
     def train(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
@@ -220,7 +223,7 @@ class Reproduction:
         )
 
     def _end(self, display: CampaignDisplay, jobs: Sequence[Job]) -> None:
-        display.end(jobs, [s for job in jobs if (s := self.campaign.find(job)) is not None])
+        display.end(jobs, list(map(self.campaign.find, jobs)))
         self.trained += len(jobs)
         self.record.save(self.trained)
 
@@ -233,8 +236,10 @@ class Reproduction:
             return Line(row, (), self.refused[row])
         jobs = [Job(row, seed) for seed in row.seeds]
         found = {job: s for job in jobs if (s := self.campaign.find(job)) is not None}
-        missing = ""
-        if len(found) < len(jobs):
+        missing, diverged = "", sum(map(self.campaign.diverged, jobs))
+        if diverged:
+            missing = f"{diverged} of {len(jobs)} seeds diverged"
+        elif len(found) < len(jobs):
             left_out = "" if self.selection.holds(row) else " (left out by --only)"
             missing = f"{len(jobs) - len(found)} of {len(jobs)} seeds {NOT_RUN}{left_out}"
         return Line(row, tuple(found.values()), missing, tuple(map(self.campaign.folder, found)))

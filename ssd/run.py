@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import platform
 import time
@@ -20,7 +19,7 @@ from ssd import metrics
 from ssd.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssd.config import JOINT, Config
 from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
-from ssd.errors import UserError
+from ssd.errors import Diverged, UserError
 from ssd.folder import (
     CHECKPOINT,
     FREQUENCY,
@@ -36,6 +35,7 @@ from ssd.folder import (
     versions,
 )
 from ssd.learner import Learner, build_model
+from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
 
 
@@ -118,7 +118,7 @@ class Journal:
     def write(self, event: Event) -> None:
         """Logs an epoch of each run."""
         for log, record in zip(self.logs, event.records, strict=True):
-            line = json.dumps({"task": event.task, "epoch": event.epoch, **record})
+            line = dumps({"task": event.task, "epoch": event.epoch, **record})
             with open(log, "ab") as stream:
                 stream.write(line.encode() + b"\n")
 
@@ -189,6 +189,7 @@ def run_together(
 
     Raises:
         UserError: bad settings or a folder that is not this run's. Interrupted: it was stopped.
+        Diverged: a run's numbers are not finite; the checkpoint is from before that.
         OSError: a file could not be written.
     """
     for config in configs:
@@ -205,6 +206,36 @@ def run_together(
         return [read_json(folder / SUMMARY) for folder in folders]
     journal = Journal(checkpoint, folders, described)
     journal.restore(trainer, options.device)
+    try:
+        _train(trainer, journal, options, watch, stopped)
+    except Diverged as error:
+        raise Diverged(
+            f"{error}; {checkpoint} is from before, and --resume would take the same steps: "
+            "change the settings and use another --out",
+            error.number,
+        ) from error
+    summaries = []
+    for folder, learner in zip(folders, learners, strict=True):
+        summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
+        write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
+        write_atomically(folder / FREQUENCY, npy(learner.frequency))
+        if learner.structure is not None:
+            learner.structure.save(folder / STRUCTURE)
+        write_atomically(folder / SUMMARY, dumps(summary, indent=2) + "\n")
+        summaries.append(summary)
+    return summaries
+
+
+def _train(
+    trainer: Trainer,
+    journal: Journal,
+    options: RunOptions,
+    watch: Callable[[Trainer, Event], None],
+    stopped: Callable[[], bool],
+) -> None:
+    """The trainer's run to its end, logged and saved; the state it begins with, too."""
+    if not journal.path.is_file():
+        journal.save(trainer)
     for event in trainer.run():
         if event.kind == "epoch":
             journal.write(event)
@@ -214,16 +245,23 @@ def run_together(
             journal.save(trainer)
         if stop and trainer.task < trainer.config.tasks:
             raise Interrupted
-    summaries = []
-    for folder, learner in zip(folders, learners, strict=True):
-        summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
-        write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
-        write_atomically(folder / FREQUENCY, npy(learner.frequency))
-        if learner.structure is not None:
-            learner.structure.save(folder / STRUCTURE)
-        write_atomically(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
-        summaries.append(summary)
-    return summaries
+
+
+def leave_out(checkpoint: Path, number: int, target: Path) -> None:
+    """Writes a checkpoint of all runs but one, with which run_together goes on without it.
+
+    Args:
+        checkpoint: of runs that are trained together. number: of the run. target: the new file.
+    """
+    tensors, state = load_checkpoint(checkpoint, torch.device("cpu"))
+    kept = {}
+    for name, tensor in tensors.items():
+        owner, _, rest = name.partition("/")
+        if int(owner) != number:
+            kept[f"{int(owner) - (int(owner) > number)}/{rest}"] = tensor
+    for listed in (state["runs"], state["metrics_bytes"]):
+        del listed[number]
+    save_checkpoint(target, kept, state)
 
 
 def device_name(device: torch.device) -> str:

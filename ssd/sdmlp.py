@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssd.networks import Network
 from ssd_kernels import (
@@ -18,6 +19,7 @@ from ssd_kernels import (
 from ssd_kernels.linear_active import ActiveNeurons, Scratch
 from ssd_kernels.linear_code import Shadow, estimate_dtype
 from ssd_kernels.nn import SparseLinear, TopKLinear
+from ssd_kernels.reference import project
 from ssd_kernels.row_update import project_
 
 # While the GABA switch is on its way, a sparse code has this many slots for each of the k.
@@ -71,7 +73,7 @@ class AnnealedTopKLinear(TopKLinear):
         self._scratch = Scratch()
         self._response: Tensor | None = None
         self._excited = True
-        self._responded = (-1, -1)
+        self._responded: tuple[Tensor | None, int, int] = (None, -1, -1)
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -79,6 +81,11 @@ class AnnealedTopKLinear(TopKLinear):
         self.register_buffer("counts", torch.zeros(neurons, dtype=torch.int64, device=device))
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("dense_until", torch.zeros((), dtype=torch.int64, device=device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors count their versions anew: what was derived from them would seem fresh.
+        derived = {"_shadow": None, "_scratch": Scratch(), "_response": None}
+        return self.__dict__ | derived | {"_responded": (None, -1, -1)}
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -118,8 +125,8 @@ class AnnealedTopKLinear(TopKLinear):
         if self.schedule != "gaba":
             return None, False
         # A Triton kernel that counts leaves the version of counts as it was; that of samples moves.
-        now = (self.counts._version, self.samples._version)
-        if self._responded != now:
+        now = (self.counts, self.counts._version, self.samples._version)
+        if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
             self._response = None if least >= 1 else gaba
@@ -255,7 +262,7 @@ class SDMLP(Network):
 
     def address(self, x: Tensor) -> Tensor:
         """relu(x) scaled to unit L2 norm: what the encoder sees, [B, d]."""
-        return F.normalize(x.relu(), dim=-1)
+        return project(x.relu(), nonnegative=False, normalize=True)
 
     def read(self, hidden: TopKOutput | Tensor) -> Tensor:
         """Logits [B, C] of a hidden layer, sparse or dense."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ssd import metrics
+from ssd.activations import activations_of, count_activations, evaluating
 from ssd.checkpoint import write_atomically
-from ssd.distillation import activations_of, count_activations, evaluating, select_subnetwork
+from ssd.distillation import select_subnetwork
 from ssd.errors import UserError
 from ssd.sdmlp import SDMLP
 

@@ -37,7 +37,7 @@ from ssd.checkpoint import write_atomically
 from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.errors import UserError
-from ssd.folder import SUMMARY, commit, versions
+from ssd.folder import commit, ended, versions
 from ssd.hints import hints
 from ssd.jobs import job_folder, run_jobs
 from ssd.metrics import estimate
@@ -193,7 +193,7 @@ class SweepDisplay:
 
     def advance(self, announce: bool = True) -> None:
         """Looks which runs have ended; the last one shows when it is called after the sweep."""
-        for folder in [folder for folder in self.waiting if (folder / SUMMARY).is_file()]:
+        for folder in [folder for folder in self.waiting if ended(folder)]:
             text = self.waiting.pop(folder)
             if self.plain and announce:
                 self.console.print(f"{self.total - len(self.waiting)}/{self.total} {text}")
@@ -209,24 +209,36 @@ def rank(
         configs: of each row. summaries: of each row's runs.
 
     Returns:
-        records, the highest mean accuracy first; the standard error of a single run is None.
+        records, the highest mean accuracy first; the standard error of a single run is None. A row
+        of which a run diverged comes last and has no measures: the mean of the rest would flatter.
     """
     records = []
     for config, group in zip(configs, summaries, strict=True):
         record = {name: getattr(config, name) for name in sweep.varied}
+        diverged = any("diverged" in summary for summary in group)
         for measure in MEASURES:
+            record[measure] = record[f"{measure}_standard_error"] = None
+            if diverged:
+                continue
             values = [summary[measure] for summary in group]
             if measure == "seconds":  # of all runs that were trained side by side
                 values = [summary["seconds"] / summary["trained_together"] for summary in group]
             record[measure], record[f"{measure}_standard_error"] = estimate(values)
-        record |= {"seeds": len(group), "evaluated_on": group[0]["evaluated_on"]}
+        shown = "validation" if config.validation > 0 else "test"
+        record |= {"seeds": len(group), "evaluated_on": shown}
         records.append(record)
-    return sorted(records, key=lambda record: -record["mean_accuracy"])
+    return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
+
+
+def _diverged(record: Mapping[str, Any]) -> bool:
+    return record["mean_accuracy"] is None
 
 
 def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
     """A record as texts: settings, then `mean ± standard error` of each measure."""
     texts = [f"{record[n]:g}" if isinstance(record[n], float) else str(record[n]) for n in varied]
+    if _diverged(record):
+        return [*texts, "diverged", *[""] * (len(MEASURES) - 1)]
     for measure in MEASURES:
         digits = 1 if measure == "seconds" else 4
         text, error = f"{record[measure]:.{digits}f}", record[f"{measure}_standard_error"]
@@ -235,7 +247,7 @@ def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """sweep.csv: full precision; a standard error that is not known is empty."""
+    """sweep.csv: full precision; what is not known is empty, as the measures of a diverged row."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -320,6 +332,9 @@ def execute(arguments: Sequence[str] | None) -> None:
         again = ["python", "-m", "ssd.sweep", *map(str, arguments or sys.argv[1:])]
         notices.print(f"interrupted; go on with: {shlex.join(again)}")
         raise Interrupted from None
+    for row, job, summary in zip(rows, jobs, summaries, strict=True):
+        if "diverged" in summary:
+            notices.print(f"note: {_shown(row)} seed {job.seed}: {summary['diverged']}")
     groups = [summaries[i : i + sweep.seeds] for i in range(0, len(jobs), sweep.seeds)]
     records = rank(sweep, configs, groups)
     measured = " and ".join(sorted({record["evaluated_on"] for record in records}))
@@ -329,6 +344,8 @@ def execute(arguments: Sequence[str] | None) -> None:
     write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records))
     if not given.quiet:
         Console().print(result_table(title, sweep.varied, records))
+    if _diverged(records[0]):
+        raise UserError(f"every row diverged, so none is the best  -> {folder}")
     best = {name: records[0][name] for name in sweep.varied}
     accuracy = records[0]["mean_accuracy"]
     print(f"best of {len(records)} ({measured}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
@@ -346,7 +363,8 @@ def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Con
     configs = [sweep.config(row, data.name) for row in sweep.rows]
     streams = {(c.tasks, c.validation): c for c in configs}
     samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
-    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation])]
+    largest = data.x_train.abs().max().item()
+    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation], largest)]
     if any(config.validation == 0 for config in configs):
         found.insert(0, "without validation in [base] the rows are ranked on the test set")
     for hint in dict.fromkeys(found):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import sys
@@ -37,6 +36,7 @@ from ssd.folder import (
 from ssd.hints import hints
 from ssd.report import accuracy_table, seeds_table, write_figures
 from ssd.run import Interrupted, RunOptions, make_tasks, run, run_together
+from ssd.strict_json import dumps
 from ssd.structure_report import write_structure_figures
 
 # The settings that have an option of their own, by the group of --help that shows them.
@@ -215,7 +215,7 @@ class Session:
             if self.stopped():
                 raise Interrupted
         aggregate = summarize_seeds(summaries, config)
-        write_atomically(folder / SUMMARY, json.dumps(aggregate, indent=2) + "\n")
+        write_atomically(folder / SUMMARY, dumps(aggregate, indent=2) + "\n")
         return aggregate
 
 
@@ -262,7 +262,8 @@ def execute(arguments: Sequence[str] | None) -> None:
     if data.name != config.dataset:
         # The subset stands in: everything that is written bears its name and its settings.
         config = resolve({**given, "dataset": data.name})
-    for hint in hints(config, len(make_tasks(config, data)[0].y_train)):
+    samples, largest = len(make_tasks(config, data)[0].y_train), data.x_train.abs().max().item()
+    for hint in hints(config, samples, largest):
         notices.print(f"note: {hint}", style="yellow")
     folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
     try:

@@ -8,6 +8,7 @@ gradient's norm over one learner's rows alone, so that no learner sees its compa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd.active import active_step
-from ssd.config import Config
+from ssd.config import PENALTIES, Config, option
+from ssd.errors import Diverged
 from ssd.learner import ENCODER, Learner, part
+from ssd.metrics import finite
 from ssd.resident import ResidentEpochs
 from ssd.sdmlp import SDMLP
 from ssd_kernels import TopKOutput, distill, row_gradient, row_update, sparse_linear
 from ssd_kernels.reference import clip_scale
-from ssd_kernels.row_update import project_
+from ssd_kernels.row_update import global_norm, project_
 
 # Settings in which learners that are trained together may differ.
 OWN = ("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples",
@@ -95,10 +98,16 @@ class Trainer:
         }
 
     def run(self) -> Iterator[Event]:
-        """Trains from where the trainer stands; at each event its state can be saved."""
+        """Trains from where the trainer stands; at each event its state can be saved.
+
+        Raises:
+            Diverged: what was trained is not finite. On a CPU every step is looked at, elsewhere
+                every epoch and every state that is to be saved.
+        """
         config = self.config
         for each in self.learners:
-            each.model.train()
+            if not each.model.training:  # else frozen submodules stay as they are
+                each.model.train()
         while self.task < len(self.learners[0].tasks):
             if self.epoch == self.position == 0:
                 for each in self.learners:
@@ -114,11 +123,16 @@ class Trainer:
                     first = self.position * config.batch_size
                     self.step([order[first : first + config.batch_size] for order in orders])
                     self.position += 1
+                    if self.device.type == "cpu":  # elsewhere the host would wait for the step
+                        for number, each in enumerate(self.learners):
+                            with self._blamed(number):
+                                each.require_finite_loss()
                     yield Event("step", self.task, self.epoch, self.position)
                 records = self._end_epoch()
                 yield Event("epoch", self.task, self.epoch - 1, batches, records)
-            for each in self.learners:
+            for number, each in enumerate(self.learners):
                 each.end_task(self.task)
+                self._require_finite(number, each.state())
             self.task, self.epoch = self.task + 1, 0
             yield Event("task", self.task - 1, config.epochs, 0)
 
@@ -192,11 +206,13 @@ class Trainer:
     def _dense_step(self, each: Learner, address: Tensor, samples: Tensor) -> None:
         """Autograd through the whole network."""
         labels = each.labels[samples]
-        logits = each.model.respond(address)
         if each.distiller is None:
+            logits = each.model.respond(address)
             loss = F.cross_entropy(logits, labels)
         else:
-            loss = each.distiller.loss(logits, labels, samples)
+            with each.distiller.recording() as hidden:
+                logits = each.model.respond(address)
+            loss = each.distiller.loss(logits, labels, samples, hidden)
         self.update(each, list(torch.autograd.grad(loss, each.parameters)))
         self.note(each, loss.detach() * len(labels), logits.detach(), labels)
 
@@ -385,8 +401,7 @@ class Trainer:
                 regularizer.add_gradient(gradients)
             else:
                 regularizer.add_row_gradient(gradients, rows)
-        norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()
-        scale = clip_scale(norm, each.config.max_norm)
+        scale = clip_scale(global_norm(gradients), each.config.max_norm)
         if each.momentum is not None:
             for buffer, gradient in zip(each.momentum, gradients, strict=True):
                 buffer.mul_(each.config.momentum).add_(gradient.mul_(scale))
@@ -407,17 +422,54 @@ class Trainer:
         each.correct += (logits.argmax(-1) == labels).sum()
 
     def _end_epoch(self) -> list[dict[str, Any]]:
-        self.epoch, self.position = self.epoch + 1, 0
-        evaluate = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
-        return [each.end_epoch(self.task, evaluate) for each in self.learners]
+        done = self.epoch + 1
+        evaluate = done % self.config.eval_every == 0 or done == self.config.epochs
+        records = []
+        for number, each in enumerate(self.learners):
+            with self._blamed(number):
+                records.append(each.end_epoch(self.task, evaluate))
+        self.epoch, self.position = done, 0
+        return records
+
+    @contextmanager
+    def _blamed(self, number: int) -> Iterator[None]:
+        """Says of a learner that diverged which it is, where it was and what to change."""
+        try:
+            yield
+        except Diverged as error:
+            each, config = self.learners[number], self.learners[number].config
+            own = [n for n in OWN if len({getattr(e.config, n) for e in self.learners}) > 1]
+            which = " ".join(f"{option(n)} {getattr(config, n)}" for n in own)
+            causes = ["lr", "max_norm"]
+            if any(r.active for r in each.regularizers):
+                causes += [f"{p}_coefficient" for p in PENALTIES if p in config.parts]
+            shown = [f"{option(n)} {getattr(config, n):g}" for n in causes]
+            where = f"task {min(self.task + 1, config.tasks)}"
+            if self.epoch < config.epochs:
+                where += f", epoch {self.epoch + 1}, step {self.position}"
+            raise Diverged(
+                f"{f'the run with {which}' if which else 'training'} diverged: {error} in {where}; "
+                f"most likely one of {', '.join(shown)} is too large",
+                number,
+            ) from error
+
+    def _require_finite(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        with self._blamed(number):
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not finite(tensor):
+                    raise Diverged(f"{name} is not finite")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Tensors and numbers that load_state needs to go on from here."""
-        tensors = {
-            f"{number}/{name}": tensor
-            for number, each in enumerate(self.learners)
-            for name, tensor in each.state().items()
-        }
+        """Tensors and numbers that load_state needs to go on from here.
+
+        Raises:
+            Diverged: a tensor is not finite; nothing could go on from it.
+        """
+        tensors: dict[str, Tensor] = {}
+        for number, each in enumerate(self.learners):
+            own = each.state()
+            self._require_finite(number, own)
+            tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
         return tensors, {n: getattr(self, n) for n in ("task", "epoch", "position", "steps")}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:

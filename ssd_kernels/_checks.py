@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
+from ssd_kernels import _dispatch
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INHIBITIONS = ("mask", "subtract")
+# On other devices than the CPU a look at the indices waits for the device: 1 asks for it.
+ENVIRONMENT = "SSD_KERNELS_CHECK_INDICES"
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
@@ -32,7 +40,16 @@ def same_device(op: str, first_name: str, first: Tensor, name: str, tensor: Tens
         )
 
 
+def whole(op: str, name: str, value: object, least: int = 0) -> None:
+    """An integer of at least `least`; True is none."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{op}: {name}={value!r} must be an integer")
+    if value < least:
+        raise ValueError(f"{op}: {name}={value} must be at least {least}")
+
+
 def active_range(op: str, k: int, neurons: int) -> None:
+    whole(op, "k", k, -(2**63))
     if not 1 <= k <= neurons:
         raise ValueError(f"{op}: k={k} must lie in 1..{neurons}, the number of neurons")
 
@@ -60,33 +77,76 @@ def linear(
             f"for weight {list(weight.shape)}"
         )
     shape(op, "bias", bias, (weight.shape[0],))
-    blocks(op, networks, x=x.shape[:-1].numel(), weight=weight.shape[0])
+    blocks(op, networks, x=math.prod(x.shape[:-1]), weight=weight.shape[0])
     active_range(op, k, weight.shape[0] // networks)
 
 
 def blocks(op: str, networks: int, **rows: int) -> None:
     """The rows of every named tensor can be shared out among the networks."""
+    whole(op, "blocks", networks, -(2**63))
     for name, count in rows.items():
-        if networks < 1 or count % networks:
+        if networks != 1 and (networks < 1 or count % networks):
             raise ValueError(f"{op}: blocks={networks} must divide the {count} rows of {name}")
+
+
+def response(
+    op: str, gaba: Tensor | None, like: Tensor, neurons: int, positive: bool = False
+) -> None:
+    """gaba [R] floating on the device of `like`; `positive`: each in (0, 1], on a CPU."""
+    if gaba is None:
+        return
+    if gaba.dtype not in FLOATING:
+        raise TypeError(f"{op}: gaba has dtype {gaba.dtype}; use a floating dtype")
+    shape(op, "gaba", gaba, (neurons,))
+    same_device(op, "x", like, "gaba", gaba)
+    if positive and gaba.is_cpu and not _dispatch.symbolic(gaba):
+        low, high = (float(bound) for bound in gaba.aminmax())
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"{op}: gaba runs from {low:g} to {high:g}, expected in (0, 1]")
 
 
 def counter(op: str, name: str, tensor: Tensor | None, like: Tensor, neurons: int) -> None:
     """An int32 or int64 tensor [R] on the device of `like`."""
     if tensor is None:
         return
+    in_place(op, name)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; use torch.int64 or torch.int32")
     shape(op, name, tensor, (neurons,))
     same_device(op, "the input", like, name, tensor)
 
 
-def code(op: str, values: Tensor, indices: Tensor) -> None:
-    """values [.., K] and indices [.., K] int64 of one shape, on one device."""
+def code(op: str, values: Tensor, indices: Tensor, neurons: int) -> None:
+    """values [.., K] and indices [.., K] int64 in 0..R-1 of one shape, on one device."""
     if indices.dtype != torch.int64:
         raise TypeError(f"{op}: indices have dtype {indices.dtype}; use torch.int64")
     if values.shape != indices.shape:
         raise ValueError(
             f"{op}: values have shape {list(values.shape)} but indices {list(indices.shape)}"
         )
+    if not indices.dim():
+        raise ValueError(f"{op}: indices have shape [], expected [.., K]")
     same_device(op, "values", values, "indices", indices)
+    in_range(op, "indices", indices, neurons)
+
+
+def in_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
+    """Every number lies in 0..limit-1; looked at on a CPU, and elsewhere if ENVIRONMENT is 1."""
+    if _dispatch.symbolic(numbers) or not numbers.numel():
+        return
+    if not numbers.is_cpu and (
+        os.environ.get(ENVIRONMENT) != "1" or torch.cuda.is_current_stream_capturing()
+    ):
+        return
+    low, high = (int(bound) for bound in numbers.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{op}: {name} run from {low} to {high}, expected 0..{limit - 1}")
+
+
+def in_place(op: str, *what: str) -> None:
+    """torch.func transforms see values, not changes to what lies outside the function."""
+    if not torch.compiler.is_compiling() and _dispatch.transformed():
+        raise RuntimeError(
+            f"{op}: cannot update {' and '.join(what)} in place inside a torch.func transform; "
+            "do it outside"
+        )

@@ -8,8 +8,10 @@ call wins over it.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +21,8 @@ from torch import Tensor
 ENVIRONMENT = "SSD_KERNELS_IMPL"
 TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Modes in which torch operators on real tensors give tensors without data.
+TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 # (op, implementation) -> what serves in its place while torch.compile traces; see _library.
 COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -28,10 +32,37 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jacrev, ..) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def symbolic(tensor: Tensor) -> bool:
+    """Whether values cannot be looked at: traced, transformed, or a tensor without data."""
+    return (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        or transformed()
+        or (
+            torch._C._len_torch_dispatch_stack() > 0
+            and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
+        )
+    )
+
+
 def choose(
-    op: str, implementations: Mapping[str, Callable[..., Any]], impl: str | None, tensor: Tensor
+    op: str,
+    implementations: Mapping[str, Callable[..., Any]],
+    impl: str | None,
+    tensor: Tensor,
+    traced: str = "reference",
 ) -> Callable[..., Any]:
-    """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name."""
+    """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name.
+
+    `traced` serves what `symbolic` describes: it never looks at a value, and every torch operator
+    in it has its derivatives, batching rule and shape function.
+    """
     if impl is None:
         forced = os.environ.get(ENVIRONMENT)
         impl = _default(implementations, tensor)
@@ -42,7 +73,7 @@ def choose(
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")
     if torch.compiler.is_compiling() and (op, impl) in COMPILED:
         return COMPILED[op, impl]
-    return implementations[impl]
+    return implementations[traced if symbolic(tensor) else impl]
 
 
 def _default(implementations: Mapping[str, Callable[..., Any]], tensor: Tensor) -> str:
@@ -55,7 +86,28 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> list[Any]:
     """The floating inputs as torch.autocast would hand them to a matrix product."""
     kind = tensor.device.type
     tensors = [tensor, *others]
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+    if (
+        not torch.amp.is_autocast_available(kind)
+        or not torch.is_autocast_enabled(kind)
+        or tensor.dtype == torch.float64
+    ):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Switches torch.autocast off: the inputs are in the dtype that counts."""
+    kind = tensor.device.type
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
+
+
+def flattened(x: Tensor) -> Tensor:
+    """[.., n] -> [rows, n], for n = 0 too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unflattened(flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """`flat` in another shape, and no view of it: users may write into what an op returns."""
+    return torch.ops.aten._unsafe_view(flat, shape)

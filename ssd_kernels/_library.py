@@ -27,6 +27,7 @@ from ssd_kernels.row_update import _triton as update_triton
 from ssd_kernels.row_update import per_block
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
 from ssd_kernels.topk import MAX_K, select_triton
+from ssd_kernels.topk import gradient as topk_gradient
 
 
 @torch.library.custom_op("ssd_kernels::topk", mutates_args=())
@@ -51,9 +52,7 @@ def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _topk_backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
     indices, mask = ctx.saved_tensors
-    if mask is not None:
-        grad_values = grad_values * mask[indices]
-    return grad_values.new_zeros(ctx.shape).scatter(1, indices, grad_values), None, None, None
+    return topk_gradient(grad_values, indices, mask, ctx.shape), None, None, None
 
 
 topk_op.register_autograd(_topk_backward, setup_context=_topk_context)
@@ -64,7 +63,7 @@ def topk(
 ) -> TopKOutput:
     if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
         return reference.topk(scores, k, boost=boost, mask=mask)
-    values, indices = topk_op(scores.reshape(-1, scores.shape[-1]), k, boost, mask)
+    values, indices = topk_op(_dispatch.flattened(scores), k, boost, mask)
     shape = (*scores.shape[:-1], k)
     return TopKOutput(values.view(shape), indices.view(shape))
 
@@ -142,9 +141,8 @@ def sparse_linear(
 ) -> Tensor:
     if values.dtype not in _dispatch.TRITON_DTYPES:
         return reference.sparse_linear(values, indices, weight, bias)
-    slots = values.shape[-1]
-    rows = values.shape[:-1].numel()
-    out = sparse_linear_op(values.reshape(rows, slots), indices.reshape(rows, slots), weight, bias)
+    code = _dispatch.flattened(values), _dispatch.flattened(indices)
+    out = sparse_linear_op(*code, weight, bias)
     return out.view(*values.shape[:-1], weight.shape[1])
 
 
@@ -320,10 +318,10 @@ def _linear_topk_backward(
     x, weight, values, indices, cut, after = ctx.saved_tensors
     slots, neurons = [], []
     if grad_values is not None:
-        slots.append(grad_values * (values > 0))
+        slots.append(torch.where(values > 0, grad_values, 0.0))
         neurons.append(indices)
     if grad_cut is not None and ctx.has_cut:
-        slots.append((grad_cut * (cut > 0))[:, None])
+        slots.append(torch.where(cut > 0, grad_cut, 0.0)[:, None])
         neurons.append(after[:, None])
     grads: list[Any] = [None] * 7
     if not slots:
@@ -374,7 +372,7 @@ def linear_topk(
             blocks=blocks,
         )
     batch = x.shape[:-1]
-    flat = x.reshape(batch.numel(), x.shape[-1])
+    flat = _dispatch.flattened(x)
     values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, path, blocks)
     if counts is not None:
         count_active(values, indices, counts, None, 0)
@@ -443,8 +441,7 @@ def linear_inhibit(
         return reference.linear_inhibit(
             x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks
         )
-    rows = x.shape[:-1].numel()
-    flat = x.reshape(rows, x.shape[-1])
+    flat = _dispatch.flattened(x)
     hidden, _ = linear_inhibit_op(flat, weight, bias, k, gaba, inhibition, blocks)
     if counts is not None:
         counts += reference.by_network(hidden > 0, blocks).sum(1).flatten()

@@ -387,11 +387,14 @@ def _inhibit_kernel(
     else:
         surplus = activation - inhibition
     positive = tl.where(surplus <= 0, 0.0, surplus)
-    value = positive if SUBTRACT else tl.where(surplus > 0, activation, 0.0)
+    # What is not a number stays, so that it is seen.
+    kept = (surplus > 0) | (activation != activation)
+    value = positive if SUBTRACT else tl.where(kept, activation, 0.0)
     value = value.to(hidden.dtype.element_ty)
     tl.store(hidden + at, value, mask=inside)
     if PASSES:
-        tl.store(passes + at, ((score > 0) & (surplus > 0)).to(tl.int8), mask=inside)
+        blocked = (score <= 0) | (value.to(tl.float32) <= 0)
+        tl.store(passes + at, (~blocked).to(tl.int8), mask=inside)
     if COUNT:
         active = inside & (value.to(tl.float32) > 0)
         hits = tl.sum(active.to(tl.int32), axis=0).to(counts.dtype.element_ty)

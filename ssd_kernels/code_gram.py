@@ -58,15 +58,15 @@ def _check(
 ) -> None:
     op = "code_gram"
     _checks.floating(op, values=values)
-    _checks.code(op, values, indices)
-    if indices.dim() != 2:
-        raise ValueError(f"{op}: indices have shape {list(indices.shape)}, expected [B, K]")
+    _checks.in_place(op, "gram")
     if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"{op}: gram has shape {list(gram.shape)}, expected [R, R]")
     if (cross is None) != (targets is None):
         raise ValueError(f"{op}: cross and targets must be given together")
     _accumulator("gram", gram, values)
-    _in_range("indices", indices, gram.shape[0])
+    _checks.code(op, values, indices, gram.shape[0])
+    if indices.dim() != 2:
+        raise ValueError(f"{op}: indices have shape {list(indices.shape)}, expected [B, K]")
     if cross is None or targets is None:
         return
     if cross.dim() != 2 or cross.shape[0] != gram.shape[0]:
@@ -81,7 +81,7 @@ def _check(
         if targets.dtype != torch.int64:
             raise TypeError(f"{op}: labels have dtype {targets.dtype}; use torch.int64")
         _checks.shape(op, "targets", targets, (len(values),))
-        _in_range("labels", targets, cross.shape[1])
+        _checks.in_range(op, "labels", targets, cross.shape[1])
         return
     _checks.floating(op, targets=targets)
     _checks.shape(op, "targets", targets, (len(values), cross.shape[1]))
@@ -95,15 +95,6 @@ def _accumulator(name: str, tensor: Tensor, values: Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(f"code_gram: {name} with strides {tensor.stride()} is not contiguous")
     _checks.same_device("code_gram", "values", values, name, tensor)
-
-
-def _in_range(name: str, numbers: Tensor, limit: int) -> None:
-    """On CPU alone: elsewhere a look at the numbers would wait for the device."""
-    if numbers.device.type != "cpu" or torch.compiler.is_compiling() or not numbers.numel():
-        return
-    low, high = (int(bound) for bound in numbers.aminmax())
-    if low < 0 or high >= limit:
-        raise ValueError(f"code_gram: {name} run from {low} to {high}, expected 0..{limit - 1}")
 
 
 def _torch(

@@ -32,10 +32,10 @@ def count_active(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
     """
-    _checks.code("count_active", values, indices)
     neurons = counts.shape[0] if counts.dim() else 0
     _checks.counter("count_active", "counts", counts, values, neurons)
     _checks.counter("count_active", "last_active", last_active, values, neurons)
+    _checks.code("count_active", values, indices, neurons)
     serve = _dispatch.choose("count_active", IMPLEMENTATIONS, impl, values)
     serve(values, indices, counts, last_active, step)
 
@@ -48,9 +48,6 @@ def _torch(
     step: int | Tensor,
 ) -> None:
     """At a cost free of R."""
-    if torch.compiler.is_compiling():  # the number of active slots is no static shape
-        reference.count_active(values, indices, counts, last_active, step)
-        return
     neurons = indices[values.detach() > 0]
     counts.index_add_(0, neurons, torch.ones_like(neurons, dtype=counts.dtype))
     if last_active is not None:

@@ -58,7 +58,9 @@ def distill(
         TypeError, ValueError: a dtype, shape, device or option that does not fit, before any work.
     """
     _check(logits, labels, target_logits, hidden, target_hidden, kl, columns)
-    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits)
+    for name, value in (("alpha", alpha), ("lam", lam), ("temperature", temperature)):
+        _check_setting(name, value, logits)
+    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits, traced="torch")
     with torch.no_grad():
         return serve(
             logits,
@@ -321,7 +323,8 @@ def _check(
     op = "distill"
     if logits.dim() != 2:
         raise ValueError(f"{op}: logits have shape {list(logits.shape)}, expected [B, C]")
-    _checks.floating(op, logits=logits, target_logits=target_logits, hidden=hidden)
+    taught = {"target_logits": target_logits, "hidden": hidden, "target_hidden": target_hidden}
+    _checks.floating(op, logits=logits, **taught)
     _checks.shape(op, "labels", labels, (len(logits),))
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels have dtype {labels.dtype}; use torch.int64")
@@ -329,6 +332,8 @@ def _check(
     _checks.shape(op, "columns", columns, tuple(logits.shape))
     if columns is not None and columns.dtype != torch.bool:
         raise TypeError(f"{op}: columns has dtype {columns.dtype}; use torch.bool")
+    if columns is not None:
+        _checks.same_device(op, "logits", logits, "columns", columns)
     if (hidden is None) != (target_hidden is None):
         raise ValueError(f"{op}: hidden and target_hidden must be given together")
     if hidden is not None and (hidden.dim() != 2 or len(hidden) != len(logits)):
@@ -339,6 +344,15 @@ def _check(
         _checks.shape(op, "target_hidden", target_hidden, tuple(hidden.shape))
     if kl not in ("reverse", "forward"):
         raise ValueError(f"{op}: kl={kl!r} is not one of reverse, forward")
+    _checks.same_device(op, "logits", logits, "labels", labels)
+    _checks.in_range(op, "labels", labels, logits.shape[1])
+
+
+def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dim():
+            _checks.shape("distill", name, value, (len(logits),))
+        _checks.same_device("distill", "logits", logits, name, value)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., DistillOutput]] = {

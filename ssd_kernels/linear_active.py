@@ -70,10 +70,17 @@ def linear_active(
     Raises:
         TypeError, ValueError: a dtype, shape, device or k that does not fit, before any work.
     """
+    if x.dim() != 2:
+        raise ValueError(f"linear_active: x has shape {list(x.shape)}, expected [B, d]")
     _checks.linear("linear_active", x, weight, None, k)
-    _checks.shape("linear_active", "gaba", gaba, (weight.shape[0],))
+    _checks.response("linear_active", gaba, x, weight.shape[0], positive=True)
     _checks.inhibition("linear_active", inhibition)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
+    if _dispatch.symbolic(x):
+        raise TypeError(
+            "linear_active: how many neurons fire depends on values, and x has none here; "
+            "linear_inhibit gives all R"
+        )
     serve = _dispatch.choose("linear_active", IMPLEMENTATIONS, impl, x)
     with torch.no_grad():
         active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
@@ -107,9 +114,11 @@ def _torch(
         torch.sub(scores, cut, out=surplus)
     else:
         torch.addr(scores, F.pad(gaba, (0, padded - neurons)), cut, alpha=-1, out=surplus)
-    # What is not a number fires, so that it is seen.
-    fires = ~(surplus[:neurons].amax(1) <= 0)
-    chosen = fires.nonzero().squeeze(1)
+    highest = surplus[:neurons].amax(1)
+    if inhibition == "mask" and bool(highest.isnan().any()):
+        # An infinite activation under infinite inhibition does not fire, a NaN does.
+        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    chosen = (~(highest <= 0)).nonzero().squeeze(1)
     own = surplus[:neurons] if len(chosen) == neurons else surplus.index_select(0, chosen)
     if inhibition == "mask":
         own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
@@ -140,7 +149,9 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 def _members(groups: Tensor, chosen: Tensor) -> Tensor:
     """The entries [B, m n] of some groups [B, m] in each column of [G, n, B]."""
-    return groups[chosen, :, torch.arange(len(chosen)).unsqueeze(1)].flatten(1)
+    return groups[chosen, :, torch.arange(len(chosen), device=chosen.device).unsqueeze(1)].flatten(
+        1
+    )
 
 
 def _firing(hidden: Tensor) -> ActiveNeurons:

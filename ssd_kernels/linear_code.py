@@ -144,23 +144,28 @@ def linear_code(
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
-        slots of value 0 are padding, whatever their index. And a 0-d bool, or one of each network
+        slots of value 0 are padding, whatever their index; where the layer's output is not
+        finite, neither is the code's. And a 0-d bool, or one of each network
         [S] if there are several: whether some sample has more than `width` active neurons, in which
         case the code is not the layer's.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device, k, width or blocks that does not fit.
     """
+    if x.dim() != 2:
+        raise ValueError(f"linear_code: x has shape {list(x.shape)}, expected [B, d]")
     _checks.linear("linear_code", x, weight, None, k, blocks)
-    _checks.shape("linear_code", "gaba", gaba, (weight.shape[0],))
+    _checks.response("linear_code", gaba, x, weight.shape[0], positive=True)
     _checks.inhibition("linear_code", inhibition)
     neurons = weight.shape[0] // blocks
+    _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
     if blocks > 1 and shadow is not None:
         raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
     serve = _dispatch.choose("linear_code", IMPLEMENTATIONS, impl, x)
-    if shadow is not None and x.numel() > 0 and not x.min() >= 0:
+    looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
+    if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
         return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow, blocks=blocks)
@@ -196,7 +201,11 @@ def _torch(
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
     if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
         if gaba is None:
-            code = linear_topk(x, weight, k, inhibition=inhibition, blocks=blocks)
+            code = linear_topk(x, weight, k, inhibition=inhibition, threshold=True, blocks=blocks)
+            if inhibition == "mask" and code.threshold is not None:
+                # linear_topk keeps the k-th of those that tie with the threshold.
+                tied = code.values <= code.threshold.unsqueeze(1)
+                code = code._replace(values=code.values.masked_fill(tied, 0.0))
             overflow = torch.zeros(blocks, dtype=torch.bool, device=x.device)
             return _widened(code, width), overflow if blocks > 1 else overflow[0]
         hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
@@ -210,7 +219,7 @@ def _torch(
     def rank(x: Tensor) -> Candidates:
         scores = x @ weight.T
         best = select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
-        return Candidates(best.flatten(), torch.full((len(x),), count))
+        return Candidates(best.flatten(), torch.full((len(x),), count, device=x.device))
 
     near = None
     if shadow is not None:
@@ -303,17 +312,18 @@ def _decide(
     ).values()
     slots = max(int(lengths.max()), width, k + 1)
     sample = torch.repeat_interleave(lengths, output_size=len(neurons))
-    slot = sample * slots + torch.arange(len(neurons)) - starts[sample]
+    slot = sample * slots + torch.arange(len(neurons), device=x.device) - starts[sample]
     a = scores.new_zeros(len(x) * slots).index_copy_(0, slot, scores.relu_()).view(-1, slots)
-    index = torch.zeros(len(x) * slots, dtype=torch.int64).index_copy_(0, slot, neurons)
+    index = neurons.new_zeros(len(x) * slots).index_copy_(0, slot, neurons)
     index = index.view(-1, slots)
     cut = a.topk(k + 1).values[:, k:]
     surplus = a - (cut if gaba is None else gaba[index] * cut)
-    fired = torch.where(surplus > 0, a, 0.0) if inhibition == "mask" else surplus.relu()
+    mask = inhibition == "mask"
+    fired = torch.where((surplus > 0) | a.isnan(), a, 0.0) if mask else surplus.relu()
     # Candidates ascend, so that a stable sort gives ties to the lower index.
     values, order = fired.sort(dim=1, descending=True, stable=True)
     code = TopKOutput(values[:, :width], index.gather(1, order[:, :width]))
-    return code, cut.squeeze(1), (fired > 0).sum(1)
+    return code, cut.squeeze(1), (~(fired <= 0)).sum(1)
 
 
 def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
@@ -325,6 +335,7 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
             neurons,
             weight.new_zeros(len(neurons)),
             (len(starts) - 1, len(weight)),
+            device=weight.device,
             check_invariants=False,
         )
 
@@ -339,7 +350,8 @@ def _widened(code: TopKOutput, width: int) -> TopKOutput:
 def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tensor]:
     code = topk(hidden, width)
     indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
-    overflow = ((hidden > 0).sum(-1) > width).view(blocks, -1).any(1)
+    # What is not a number fires, so that it is seen.
+    overflow = ((~(hidden <= 0)).sum(-1) > width).view(blocks, -1).any(1)
     return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels.topk import MAX_K
@@ -28,15 +27,16 @@ def linear_inhibit(
     """h = relu(a - gaba * I) with a = relu(x weight^T + bias), I its (k+1)-th largest entry a row.
 
     While some gaba < 1 more than k neurons may be active, so the result is dense; with gaba = 1
-    everywhere it equals linear_topk scattered into [.., R]. (SDMLP, Bricken et al. 2023: the GABA
-    switch goes from -1, excitation, to 1, inhibition.)
+    everywhere it equals linear_topk scattered into [.., R], but that "mask" drops all that tie with
+    I. (SDMLP, Bricken et al. 2023: the GABA switch goes from -1, excitation, to 1, inhibition.)
 
     Args:
         x: [.., d] fp16, bf16, fp32 or fp64; weight: [R, d]; bias: [R] or None.
         k: neurons that full inhibition leaves active, 1..R.
         gaba: [R], each neuron's response to I, at most 1; None means 1.
         inhibition: "subtract" as above; "mask" passes a on where a > gaba * I.
-        counts: [R] int64 or int32, updated in place: += samples in which h > 0.
+        counts: [R] int64 or int32, updated in place: += samples in which h > 0; twice as many
+            under activation checkpointing, which runs the forward twice.
         blocks: number S of networks whose rows follow one another, see linear_topk: weight is
             [S R, d], gaba, bias and counts are [S R].
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
@@ -50,11 +50,11 @@ def linear_inhibit(
     """
     x, weight, bias = _dispatch.autocast(x, weight, bias)
     _checks.linear("linear_inhibit", x, weight, bias, k, blocks)
-    _checks.shape("linear_inhibit", "gaba", gaba, (weight.shape[0],))
+    _checks.response("linear_inhibit", gaba, x, weight.shape[0])
     _checks.inhibition("linear_inhibit", inhibition)
     _checks.counter("linear_inhibit", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_inhibit", IMPLEMENTATIONS, impl, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.as_given(x):
         return serve(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
 
 
@@ -78,10 +78,13 @@ def _torch(
         surplus = a - cut
     else:
         surplus = torch.addcmul(a, gaba.to(a.dtype).reshape(blocks, 1, -1), cut, value=-1)
-    hidden = a * (surplus > 0) if inhibition == "mask" else surplus.relu()
+    mask = inhibition == "mask"
+    hidden = torch.where((surplus > 0) | a.isnan(), a, 0.0) if mask else surplus
+    if not mask or hidden.dtype != x.dtype:
+        hidden = reference.positive_part(hidden.to(x.dtype))
     if counts is not None:
         counts += (hidden > 0).sum(1).flatten()
-    return hidden.to(x.dtype).view(*x.shape[:-1], a.shape[-1])
+    return _dispatch.unflattened(hidden, (*x.shape[:-1], a.shape[-1]))
 
 
 class _LinearInhibit(torch.autograd.Function):
@@ -106,7 +109,6 @@ class _LinearInhibit(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, passes = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
@@ -118,7 +120,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Of x, weight and bias, each where it is needed."""
     slopes, inputs, neurons = (
-        reference.by_network(t, blocks) for t in (grad * passes.to(grad.dtype), x, weight)
+        reference.by_network(t, blocks) for t in (torch.where(passes != 0, grad, 0.0), x, weight)
     )
     return [
         torch.bmm(slopes, neurons).view(x.shape) if needs[0] else None,
@@ -141,11 +143,11 @@ def _triton(
     # The annealing starts with k = R: nothing to select that a sort would not do better.
     served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
-    if not served or learned or torch.compiler.is_compiling():
+    if not served or learned:
         return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = _dispatch.flattened(x)
     hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts, blocks)
-    return hidden.view(*x.shape[:-1], hidden.shape[1])
+    return _dispatch.unflattened(hidden, (*x.shape[:-1], hidden.shape[1]))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels.count_active import count_active
@@ -41,6 +40,8 @@ def linear_topk(
         threshold: also return I as a differentiable output.
         preactivations: also return x weight^T + bias [.., R], differentiable. Allocates it.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
+            Activation checkpointing runs the forward twice and so counts twice: there, call
+            count_active on the result instead.
         blocks: number S of networks whose rows follow one another. x then holds as many samples of
             each, weight is [S R, d], bias and counts are [S R]; the samples of a network see its R
             neurons alone, and so does k. The result of a network does not depend on the others.
@@ -63,7 +64,7 @@ def linear_topk(
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x)
-    with torch.autocast(x.device.type, enabled=False):
+    with _dispatch.as_given(x):
         return serve(
             x,
             weight,
@@ -101,17 +102,16 @@ class _LinearTopK(torch.autograd.Function):
         return values, indices, cut
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
         x, weight, indices, after, active, cut_active = ctx.saved_tensors
         slots, neurons = [], []
         if grad_values is not None:
-            slots.append(grad_values * active)
+            slots.append(torch.where(active, grad_values, 0.0))
             neurons.append(indices)
         if grad_cut is not None and ctx.has_cut:
-            slots.append((grad_cut * cut_active)[:, None])
+            slots.append(torch.where(cut_active, grad_cut, 0.0)[:, None])
             neurons.append(after[:, None])
         grads: list[Any] = [None] * 8
         if not slots:
@@ -168,7 +168,7 @@ def _serve(
     counts: Tensor | None,
     blocks: int,
 ) -> TopKOutput:
-    if preactivations or torch.compiler.is_compiling():
+    if preactivations:
         return reference.linear_topk(
             x,
             weight,
@@ -182,10 +182,12 @@ def _serve(
         )
     batch = x.shape[:-1]
     values, indices, cut = _LinearTopK.apply(
-        x.reshape(-1, x.shape[-1]), weight, bias, k, inhibition, counts, path, blocks
+        _dispatch.flattened(x), weight, bias, k, inhibition, counts, path, blocks
     )
     return TopKOutput(
-        values.view(*batch, k), indices.view(*batch, k), cut.view(batch) if threshold else None
+        _dispatch.unflattened(values, (*batch, k)),
+        indices.view(*batch, k),
+        _dispatch.unflattened(cut, batch) if threshold else None,
     )
 
 

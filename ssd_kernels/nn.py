@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ssd_kernels import _checks
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.sparse_linear import sparse_linear
@@ -24,6 +25,7 @@ class TopK(nn.Module):
 
     def __init__(self, k: int) -> None:
         super().__init__()
+        _checks.whole("TopK", "k", k, 1)
         self.k = k
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,8 +58,10 @@ class TopKLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= k <= neurons:
-            raise ValueError(f"TopKLinear: k={k} must lie in 1..{neurons}, the number of neurons")
+        _checks.whole("TopKLinear", "in_features", in_features)
+        _checks.whole("TopKLinear", "neurons", neurons, 1)
+        _checks.active_range("TopKLinear", k, neurons)
+        _checks.inhibition("TopKLinear", inhibition)
         self.in_features, self.neurons, self.k, self.inhibition = (
             in_features,
             neurons,
@@ -69,7 +73,7 @@ class TopKLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        bound = 1 / math.sqrt(self.in_features)
+        bound = 1 / math.sqrt(max(1, self.in_features))
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -102,6 +106,8 @@ class SparseLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _checks.whole("SparseLinear", "neurons", neurons, 1)
+        _checks.whole("SparseLinear", "out_features", out_features)
         self.neurons, self.out_features = neurons, out_features
         self.weight = nn.Parameter(torch.empty(neurons, out_features, device=device, dtype=dtype))
         self.bias = (

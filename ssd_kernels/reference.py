@@ -12,6 +12,7 @@ alone, and indices count through the neurons of all, 0..S R - 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,17 +81,19 @@ def linear_topk(
     ranked = select(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
-    values = scores.gather(-1, indices).relu()
+    values = scores.gather(-1, indices)
     if inhibition == "subtract":
-        values = (values - cut.detach().unsqueeze(-1)).relu()
+        values = positive_part(values) - cut.detach().unsqueeze(-1)
+    values = positive_part(values.to(x.dtype))
     indices = numbered_through(indices, scores.shape[-1], blocks)
     if counts is not None:
         count_active(values, indices, counts)
     return TopKOutput(
-        values.to(x.dtype),
+        values,
         indices,
-        cut.to(x.dtype) if threshold else None,
-        scores.to(x.dtype) if preactivations else None,
+        positive_part(cut.to(x.dtype)) if threshold else None,
+        # F.linear gives a view unless x is a matrix; users may write into what an op returns.
+        scores.to(x.dtype, copy=x.dim() != 2) if preactivations else None,
     )
 
 
@@ -107,16 +110,18 @@ def linear_inhibit(
 ) -> Tensor:
     """a = relu(x weight^T + bias), inhibited by gaba times its (k+1)-th largest entry; dense."""
     scores = by_network(scores_of(x, weight, bias, blocks), blocks)
-    a = scores.relu()
+    a = positive_part(scores)
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
     surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(blocks, 1, -1) * cut)
     if inhibition == "mask":
-        hidden = torch.where(surplus > 0, a, torch.zeros_like(a))
+        # What is not a number stays, so that it is seen.
+        hidden = torch.where((surplus > 0) | a.isnan(), a, torch.zeros_like(a))
     else:
-        hidden = surplus.relu()
+        hidden = surplus
+    hidden = positive_part(hidden.reshape(*x.shape[:-1], a.shape[-1]).to(x.dtype))
     if counts is not None:
-        counts += (hidden > 0).sum(1).flatten()
-    return hidden.to(x.dtype).view(*x.shape[:-1], hidden.shape[-1])
+        counts += by_network(hidden > 0, blocks).sum(1).flatten()
+    return hidden
 
 
 def sparse_linear(
@@ -194,8 +199,7 @@ def row_update(
         row_gradient(c.to(w.dtype), i.to(w.dtype), indices, neurons)
         for w, c, i in zip(weights, coefficients, inputs, strict=True)
     ]
-    squares = torch.stack([g.square().sum(1) for g in gradients]).sum(0)
-    norm = squares.view(blocks, -1).sum(1).sqrt()
+    norm = length(torch.cat([g.reshape(blocks, -1) for g in gradients], dim=1)).squeeze(1)
     block = torch.arange(neurons, device=norm.device) // (neurons // blocks)
     scale = clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
@@ -245,30 +249,58 @@ def divergence(
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     student, teacher = student / scale, teacher / scale
     if columns is not None:
-        # Finite, so that autograd meets no inf - inf; its softmax is 0 all the same.
-        least = torch.finfo(student.dtype).min / 4
-        student = student.masked_fill(~columns, least)
-        teacher = teacher.masked_fill(~columns, least)
+        student = student.masked_fill(~columns, -torch.inf)
+        teacher = teacher.masked_fill(~columns, -torch.inf)
     p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    if columns is not None:  # no inf - inf
+        p, q = p.masked_fill(~columns, 0.0), q.masked_fill(~columns, 0.0)
     if kl == "forward":
         p, q = q, p
     return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 
 def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
-    """The factor that clips a gradient of this global norm, as torch.nn.utils.clip_grad_norm_."""
+    """The factor that clips a gradient of this global norm, of any scale.
+
+    That of torch.nn.utils.clip_grad_norm_, whose 1e-6 counts here in units of max_norm.
+    """
     if max_norm is None:
         return torch.ones_like(norm)
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    limits = torch.finfo(norm.dtype)
+    bound: float | Tensor
+    if isinstance(max_norm, Tensor):
+        bound = max_norm.to(norm.dtype).clamp(max=limits.max)
+    else:
+        bound = min(max_norm, limits.max)
+    return (bound / (norm + 1e-6 * bound).clamp(min=limits.tiny)).clamp(max=1.0)
+
+
+def power_of_two(peak: Tensor) -> Tensor:
+    """The largest power of two that is not above peak; 1 for zero and what is not finite.
+
+    To divide by it is exact, but for what vanishes beside peak.
+    """
+    wide = peak.detach().to(accumulation_dtype(peak.dtype))
+    unit = wide / (2 * torch.frexp(wide).mantissa)
+    return torch.where((wide > 0) & wide.isfinite(), unit, 1.0).to(peak.dtype)
+
+
+def length(rows: Tensor) -> Tensor:
+    """L2 norm [.., 1] of rows [.., d]; no square leaves the range of the dtype."""
+    if rows.shape[-1] == 0:
+        return rows.new_zeros(*rows.shape[:-1], 1)
+    unit = power_of_two(rows.abs().amax(dim=-1, keepdim=True))
+    return (rows / unit).norm(dim=-1, keepdim=True) * unit
 
 
 def project(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
-    """Clamp at 0, then unit L2 rows; an all-zero row stays zero."""
+    """Clamp at 0, then unit L2 rows, whatever their scale; an all-zero row stays zero."""
     if nonnegative:
         weight = weight.clamp(min=0)
-    if normalize:
-        length = weight.norm(dim=-1, keepdim=True)
-        weight = weight / torch.where(length > 0, length, torch.ones_like(length))
+    if normalize and weight.shape[-1] > 0:
+        weight = weight / power_of_two(weight.abs().amax(dim=-1, keepdim=True))
+        size = weight.norm(dim=-1, keepdim=True)
+        weight = weight / torch.where(size > 0, size, torch.ones_like(size))
     return weight
 
 
@@ -289,7 +321,7 @@ def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -
 
 def by_network(rows: Tensor, blocks: int) -> Tensor:
     """[.., d] -> [S, rows of one network, d]."""
-    return rows.reshape(blocks, rows.shape[:-1].numel() // blocks, rows.shape[-1])
+    return rows.reshape(blocks, math.prod(rows.shape[:-1]) // blocks, rows.shape[-1])
 
 
 def numbered_through(indices: Tensor, neurons: int, blocks: int) -> Tensor:
@@ -304,4 +336,9 @@ def _cut(scores: Tensor, ranked: Tensor, k: int) -> Tensor:
     """The (k+1)-th largest entry of relu(scores); 0 where k is all of them."""
     if ranked.shape[-1] == k:
         return scores.new_zeros(scores.shape[:-1])
-    return scores.gather(-1, ranked[..., k:]).squeeze(-1).relu()
+    return positive_part(scores.gather(-1, ranked[..., k:]).squeeze(-1))
+
+
+def positive_part(x: Tensor) -> Tensor:
+    """relu(x), whose gradient does not read the result: users may write into what an op returns."""
+    return F.threshold(x, 0.0, 0.0)

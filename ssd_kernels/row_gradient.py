@@ -27,13 +27,14 @@ def row_gradient(
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
-        [R, d] in the dtype of inputs, without gradient.
+        [R, d] in the dtype of inputs, differentiable in coefficients and inputs.
 
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
     """
     _checks.floating("row_gradient", coefficients=coefficients, inputs=inputs)
-    _checks.code("row_gradient", coefficients, indices)
+    _checks.whole("row_gradient", "neurons", neurons)
+    _checks.code("row_gradient", coefficients, indices, neurons)
     if indices.dim() != 2:
         raise ValueError(f"row_gradient: indices have shape {list(indices.shape)}, expected [B, K]")
     if inputs.dim() != 2 or inputs.shape[0] != indices.shape[0]:
@@ -42,13 +43,12 @@ def row_gradient(
             f"expected [{indices.shape[0]}, d]"
         )
     serve = _dispatch.choose("row_gradient", IMPLEMENTATIONS, impl, inputs)
-    with torch.no_grad():
-        return serve(coefficients, inputs, indices, neurons)
+    if torch.is_grad_enabled() and (coefficients.requires_grad or inputs.requires_grad):
+        serve = reference.row_gradient
+    return serve(coefficients, inputs, indices, neurons)
 
 
 def _torch(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
-    if torch.compiler.is_compiling():  # the number of touched rows is no static shape
-        return reference.row_gradient(coefficients, inputs, indices, neurons)
     gradient = inputs.new_zeros(neurons, inputs.shape[-1])
     group = segments(indices, coefficients != 0)
     return gradient.index_copy_(0, group.neurons, segment_sum(coefficients, inputs, group))
@@ -69,6 +69,8 @@ def segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor
 
 
 def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
+    if inputs.dtype not in _dispatch.TRITON_DTYPES:
+        return _torch(coefficients, inputs, indices, neurons)
     return row_gradients(coefficients, inputs, indices, neurons)[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -92,31 +92,14 @@ def _torch(
     buffers: Sequence[Tensor] | None,
     blocks: int,
 ) -> Tensor:
-    if torch.compiler.is_compiling():  # the number of touched rows is no static shape
-        return reference.row_update(
-            weights,
-            coefficients,
-            inputs,
-            indices,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            blocks=blocks,
-        )
     touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
-    lengths = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients])
     block = group.neurons // (weights[0].shape[0] // blocks)
-    # Summed in order within a block, so that a block's norm does not depend on the others.
-    norm = torch.segment_reduce(
-        lengths.square().sum(0), "sum", lengths=torch.bincount(block, minlength=blocks), initial=0.0
-    ).sqrt()
+    norm = _block_norms(gradients, torch.bincount(block, minlength=blocks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
+    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
         step = -rate * scale
         if buffers is not None:
@@ -129,14 +112,74 @@ def _torch(
     return norm if blocks > 1 else norm[0]
 
 
+def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+    """L2 norm of each block's rows [blocks]; sizes: how many of the rows [n, d_i] it has."""
+    wide = reference.accumulation_dtype(gradients[0].dtype)
+    lengths = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=wide) for g in gradients])
+    # Summed in order within a block, so that a block's norm does not depend on the others.
+    squares = lengths.square().sum(0)
+    norm = torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt()
+    if _sound(*norm.aminmax()):
+        return norm
+    lengths = torch.stack([reference.length(g.to(wide)).squeeze(1) for g in gradients])
+    longest = torch.segment_reduce(lengths.amax(0), "max", lengths=sizes, initial=0.0)
+    unit = reference.power_of_two(longest)
+    squares = (lengths / unit.repeat_interleave(sizes)).square().sum(0)
+    return torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt() * unit
+
+
 def project_(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
     """reference.project, in place."""
     if nonnegative:
         weight.clamp_(min=0)
     if normalize:
-        length = weight.norm(dim=-1, keepdim=True)
+        length = row_lengths(weight)
         weight.div_(torch.where(length > 0, length, 1.0))
     return weight
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """L2 norm [n, 1] of rows [n, d], in the dtype of sums, whatever their scale.
+
+    A plain norm, where the host can see that it is sound; else as reference.length.
+    """
+    wide = reference.accumulation_dtype(rows.dtype)
+    if rows.is_cuda and wide == torch.float32:
+        # Squares of float32 are in the range of float64, so the host need not look.
+        return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(wide)
+    rows = rows.to(wide)
+    if rows.is_cuda or torch.compiler.is_compiling():
+        return reference.length(rows)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if len(rows) > 0 and not _sound(*length.aminmax()):
+        odd = ~((length > _least(wide)) & (length < torch.inf)).squeeze(1)
+        length[odd] = reference.length(rows[odd])
+    return length
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all tensors together, 0-d, whatever their scale."""
+    first = tensors[0]
+    if first.is_cuda and first.dtype != torch.float64:
+        wide = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+        return torch.stack(wide).norm().to(first.dtype)
+    if not (first.is_cuda or torch.compiler.is_compiling()):
+        norm = torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm()
+        if _sound(norm, norm):
+            return norm
+    lengths = [reference.length(t.reshape(1, -1)) for t in tensors]
+    return reference.length(torch.cat(lengths, dim=1)).squeeze()
+
+
+def _sound(least: Tensor, most: Tensor) -> bool:
+    """Whether plain norms between these are right; the host reads them."""
+    return least.item() > _least(least.dtype) and most.item() < float("inf")
+
+
+@cache
+def _least(dtype: torch.dtype) -> float:
+    """Norms above this lose nothing to squares too small for the dtype."""
+    return torch.finfo(dtype).tiny ** 0.5 / torch.finfo(dtype).eps
 
 
 @jit
@@ -197,12 +240,14 @@ def _apply_kernel(
             rate = tl.load(lr + block)
             scale = 1.0
             if CLIP:
-                scale = tl.load(max_norm + block) / (tl.load(norm + block) + 1e-6)
-                scale = tl.minimum(scale, 1.0, propagate_nan=tl.PropagateNan.ALL)
+                bound = tl.minimum(tl.load(max_norm + block), 3.4028234663852886e38)
+                below = tl.load(norm + block) + 1e-6 * bound
+                below = tl.maximum(below, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
+                scale = tl.minimum(bound / below, 1.0, propagate_nan=tl.PropagateNan.ALL)
             weight += neuron * weight_stride
             buffer += neuron * buffer_stride
             gradient += position * WIDTH
-            length = 0.0
+            length = tl.full([], 0.0, tl.float64)  # in whose range squares of float32 are
             for start in range(0, WIDTH, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 inside = column < WIDTH
@@ -219,9 +264,10 @@ def _apply_kernel(
                 )
                 if NORMALIZE:
                     moved = tl.where(inside, moved, 0.0)
-                    length += tl.sum(moved * moved)
+                    wide = moved.to(tl.float64)
+                    length += tl.sum(wide * wide)
                     if WIDTH <= BLOCK:
-                        moved /= tl.where(length > 0, tl.sqrt(length), 1.0)
+                        moved /= tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
                         tl.store(weight + column, moved, mask=inside)
                     else:
                         tl.store(gradient + column, moved, mask=inside)
@@ -229,12 +275,12 @@ def _apply_kernel(
                     tl.store(weight + column, moved, mask=inside)
             if NORMALIZE and WIDTH > BLOCK:
                 tl.debug_barrier()  # a thread may read what another wrote
-                length = tl.where(length > 0, tl.sqrt(length), 1.0)
+                size = tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
                 for start in range(0, WIDTH, BLOCK):
                     column = start + tl.arange(0, BLOCK)
                     inside = column < WIDTH
                     moved = tl.load(gradient + column, mask=inside, other=0.0)
-                    tl.store(weight + column, moved / length, mask=inside)
+                    tl.store(weight + column, moved / size, mask=inside)
 
 
 def _triton(
@@ -350,6 +396,7 @@ def _check_blocks(
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
             _checks.shape("row_update", name, value, (blocks,))
+            _checks.same_device("row_update", "weights", weights[0], name, value)
 
 
 def _check(
@@ -362,6 +409,7 @@ def _check(
     buffers: Sequence[Tensor] | None,
 ) -> None:
     op = "row_update"
+    _checks.in_place(op, "weights")
     if not weights:
         raise ValueError(f"{op}: weights is empty; give at least one matrix [R, d]")
     for name, given in (
@@ -381,11 +429,13 @@ def _check(
         coefficient, vector = coefficients[number], inputs[number]
         buffer = None if buffers is None else buffers[number]
         _checks.floating(op, weight=weight, coefficients=coefficient, inputs=vector, buffers=buffer)
-        _checks.code(op, coefficient, indices)
         if weight.dim() != 2 or weight.shape[0] != neurons:
             raise ValueError(
                 f"{op}: weights[{number}] has shape {list(weight.shape)}, expected [{neurons}, d]"
             )
+        if number == 0:
+            _checks.code(op, coefficient, indices, neurons)
+        _checks.shape(op, f"coefficients[{number}]", coefficient, tuple(indices.shape))
         _checks.shape(op, f"inputs[{number}]", vector, (len(indices), weight.shape[1]))
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 

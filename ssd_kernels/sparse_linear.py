@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
 from ssd_kernels._triton import jit, tl
+from ssd_kernels.row_gradient import row_gradient
 
 # Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
 GATHERED = 2**17
@@ -41,30 +41,64 @@ def sparse_linear(
     """
     values, weight, bias = _dispatch.autocast(values, weight, bias)
     _checks.floating("sparse_linear", values=values, weight=weight, bias=bias)
-    _checks.code("sparse_linear", values, indices)
     if weight.dim() != 2:
         raise ValueError(f"sparse_linear: weight has shape {list(weight.shape)}, expected [R, C]")
+    _checks.code("sparse_linear", values, indices, len(weight))
     _checks.shape("sparse_linear", "bias", bias, (weight.shape[1],))
     serve = _dispatch.choose("sparse_linear", IMPLEMENTATIONS, impl, values)
-    with torch.autocast(values.device.type, enabled=False):
+    with _dispatch.as_given(values):
         return serve(values, indices, weight, bias)
 
 
 def _torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    slots = values.shape[-1]
     small = values.numel() * weight.shape[1] <= GATHERED and not weight.requires_grad
     # On CUDA embedding_bag has no gradient of bfloat16 values; the specification needs [B, K, C].
     trained = values.requires_grad and torch.is_grad_enabled()
     lacking = trained and values.is_cuda and values.dtype == torch.bfloat16
-    if small or lacking or values.numel() == 0:
+    if small or lacking or values.numel() == 0 or weight.shape[1] == 0:
         return reference.sparse_linear(values, indices, weight, bias)
-    out = F.embedding_bag(
-        indices.reshape(-1, slots),
-        _segments.unit_stride(weight),  # a strided one is read far slower
-        mode="sum",
-        per_sample_weights=values.reshape(-1, slots),
-    ).view(*values.shape[:-1], weight.shape[1])
+    out = _EmbeddingBag.apply(_dispatch.flattened(values), _dispatch.flattened(indices), weight)
+    out = _dispatch.unflattened(out, (*values.shape[:-1], weight.shape[1]))
     return out if bias is None else out + bias
+
+
+class _EmbeddingBag(torch.autograd.Function):
+    """F.embedding_bag of a code, with the second derivatives that it lacks."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(values, indices, weight)
+        need_values, _, need_weight = ctx.needs_input_grad
+        with torch.enable_grad():
+            ctx.leaves = (
+                values.detach().requires_grad_(need_values),
+                weight.detach().requires_grad_(need_weight),
+            )
+            ctx.out = F.embedding_bag(
+                indices,
+                _segments.unit_stride(ctx.leaves[1]),  # a strided one is read far slower
+                mode="sum",
+                per_sample_weights=ctx.leaves[0],
+            )
+        return ctx.out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            twice = _differentiable_gradients(grad_out, *ctx.saved_tensors)
+            return twice[0], None, twice[1]
+        needed = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        once = iter(torch.autograd.grad(ctx.out, needed, grad_out, retain_graph=True))
+        grads = [next(once) if leaf.requires_grad else None for leaf in ctx.leaves]
+        return grads[0], None, grads[1]
+
+
+def _differentiable_gradients(
+    grad_out: Tensor, values: Tensor, indices: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of values [B, K] and weight [R, C]; slower, for they can be differentiated in turn."""
+    grad_values = (grad_out.unsqueeze(1) * weight[indices]).sum(-1)
+    return grad_values, row_gradient(values, grad_out, indices, len(weight))
 
 
 @jit
@@ -169,12 +203,13 @@ class _SparseLinear(torch.autograd.Function):
         return gather_triton(values, indices, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         values, indices, weight = ctx.saved_tensors
         need_values, _, need_weight, need_bias = ctx.needs_input_grad
         grad_values = grad_weight = None
-        if need_values or need_weight:
+        if torch.is_grad_enabled():
+            grad_values, grad_weight = _differentiable_gradients(grad_out, values, indices, weight)
+        elif need_values or need_weight:
             grad_values, grad_weight = gradients_triton(
                 grad_out, values, indices, weight, need_values, need_weight
             )
@@ -184,14 +219,13 @@ class _SparseLinear(torch.autograd.Function):
 def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if values.dtype not in _dispatch.TRITON_DTYPES or values.numel() == 0:
         return _torch(values, indices, weight, bias)
-    slots = values.shape[-1]
     serve = gather_triton
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (values, weight, bias)
     ):
         serve = _SparseLinear.apply
-    out = serve(values.reshape(-1, slots), indices.reshape(-1, slots), weight, bias)
-    return out.view(*values.shape[:-1], weight.shape[1])
+    out = serve(_dispatch.flattened(values), _dispatch.flattened(indices), weight, bias)
+    return _dispatch.unflattened(out, (*values.shape[:-1], weight.shape[1]))
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssd_kernels import _checks, _dispatch, _tuning, reference
 from ssd_kernels._triton import jit, tl
@@ -69,7 +69,7 @@ def topk(
 def _torch(
     scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
 ) -> TopKOutput:
-    if mask is not None or scores.shape[-1] == k or torch.compiler.is_compiling():
+    if mask is not None or scores.shape[-1] == k:
         return reference.topk(scores, k, boost=boost, mask=mask)
     keys = scores.detach().to(reference.accumulation_dtype(scores.dtype))
     if boost is not None:
@@ -80,9 +80,9 @@ def _torch(
 
 def select(keys: Tensor, k: int) -> Tensor:
     """reference.select by torch.topk; keys [.., R] -> [.., k] int64."""
-    if torch.compiler.is_compiling() or keys.shape[-1] == k:
+    if keys.shape[-1] == k:
         return reference.select(keys, k)
-    flat = keys.detach().reshape(-1, keys.shape[-1])
+    flat = _dispatch.flattened(keys.detach())
     values, indices = _grouped(flat, k + 1) if _pays(flat, k + 1) else torch.topk(flat + 0.0, k + 1)
     # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose k-th
     # and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
@@ -106,8 +106,9 @@ def _grouped(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = neurons // GROUP
     body = keys[:, : groups * GROUP].view(batch, GROUP, groups)
     best = torch.topk(body.amax(1), k, sorted=False).indices
-    members = (best.unsqueeze(1) + groups * torch.arange(GROUP).unsqueeze(1)).flatten(1)
-    rest = torch.arange(groups * GROUP, neurons)
+    place = torch.arange(GROUP, device=keys.device).unsqueeze(1)
+    members = (best.unsqueeze(1) + groups * place).flatten(1)
+    rest = torch.arange(groups * GROUP, neurons, device=keys.device)
     if len(rest):
         members = torch.cat([members, rest.expand(batch, -1)], dim=1)
     values, order = torch.topk(keys.gather(1, members) + 0.0, k)
@@ -416,14 +417,19 @@ class _TopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Any, ...]:
         indices, mask = ctx.saved_tensors
-        if mask is not None:
-            grad_values = grad_values * mask[indices]
-        # The indices of a row are distinct: each entry is written at most once.
-        grad = grad_values.new_zeros(ctx.shape).scatter_(1, indices, grad_values)
-        return grad, None, None, None
+        return gradient(grad_values, indices, mask, ctx.shape), None, None, None
+
+
+def gradient(
+    grad_values: Tensor, indices: Tensor, mask: Tensor | None, shape: Sequence[int]
+) -> Tensor:
+    """Of the scores, [B, R]."""
+    if mask is not None:
+        grad_values = torch.where(mask[indices], grad_values, 0.0)
+    # The indices of a row are distinct: each entry is written at most once.
+    return grad_values.new_zeros(shape).scatter(1, indices, grad_values)
 
 
 def _triton(
@@ -431,13 +437,13 @@ def _triton(
 ) -> TopKOutput:
     if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
         return _torch(scores, k, boost=boost, mask=mask)
-    flat = scores.reshape(-1, scores.shape[-1])
+    flat = _dispatch.flattened(scores)
     if flat.requires_grad and torch.is_grad_enabled():
         values, indices = _TopK.apply(flat, k, boost, mask)
     else:
         values, indices = select_triton(flat, k, boost, mask)
     shape = (*scores.shape[:-1], k)
-    return TopKOutput(values.view(shape), indices.view(shape))
+    return TopKOutput(_dispatch.unflattened(values, shape), indices.view(shape))
 
 
 IMPLEMENTATIONS = {"reference": reference.topk, "torch": _torch}

@@ -76,6 +76,31 @@ def _row_update() -> Arguments:
     }
 
 
+def _row_gradient() -> Arguments:
+    code = _code()
+    inputs = torch.randn(BATCH, INPUTS)
+    return {"coefficients": code["values"], "inputs": inputs, "indices": code["indices"]} | {
+        "neurons": NEURONS
+    }
+
+
+def _distill() -> Arguments:
+    logits = torch.randn(BATCH, OUTPUTS)
+    hidden = torch.randn(BATCH, SLOTS)
+    labels = torch.randint(OUTPUTS, (BATCH,))
+    taught = {"target_logits": logits, "hidden": hidden, "target_hidden": hidden}
+    return {"logits": logits, "labels": labels, "columns": logits > -9, "lam": 0.5} | taught
+
+
+def _linear_active() -> Arguments:
+    layer = {"x": torch.rand(BATCH, INPUTS), "weight": torch.rand(NEURONS, INPUTS), "k": SLOTS}
+    return layer | {"gaba": 1 - torch.rand(NEURONS)}
+
+
+def _linear_code() -> Arguments:
+    return _linear_active() | {"width": SLOTS + 2}
+
+
 GOOD: dict[str, Callable[[], Arguments]] = {
     "topk": _topk,
     "linear_topk": _linear_topk,
@@ -84,11 +109,24 @@ GOOD: dict[str, Callable[[], Arguments]] = {
     "code_gram": _code_gram,
     "count_active": _count_active,
     "row_update": _row_update,
+    "row_gradient": _row_gradient,
+    "distill": _distill,
+    "linear_active": _linear_active,
+    "linear_code": _linear_code,
 }
 META = torch.device("meta")
+SETTINGS: list[tuple[Arguments, type[Exception], str]] = [
+    ({"k": True}, TypeError, "k=True must be an integer"),
+    ({"k": 2.0}, TypeError, r"k=2\.0 must be an integer"),
+    ({"k": torch.tensor(2)}, TypeError, "must be an integer"),
+    ({"k": "2"}, TypeError, "k='2' must be an integer"),
+]
 LAYER: list[tuple[Arguments, type[Exception], str]] = [
+    *SETTINGS,
     ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
     ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
+    ({"blocks": True}, TypeError, "blocks=True must be an integer"),
+    ({"blocks": 1.0}, TypeError, r"blocks=1\.0 must be an integer"),
     ({"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
     ({"weight": torch.ones(9, 5).half()}, TypeError, "weight has dtype torch.float16"),
     ({"bias": torch.ones(9).double()}, TypeError, "bias has dtype torch.float64"),
@@ -107,13 +145,36 @@ LAYER: list[tuple[Arguments, type[Exception], str]] = [
     ({"blocks": 2}, ValueError, "blocks=2 must divide the 9 rows of weight"),
     ({"blocks": 3, "x": torch.ones(3, 5), "k": 4}, ValueError, r"k=4 must lie in 1\.\.3"),
 ]
+GABA: list[tuple[Arguments, type[Exception], str]] = [
+    ({"gaba": torch.ones(8)}, ValueError, r"gaba has shape \[8\], expected \[9\]"),
+    ({"gaba": torch.ones(9).long()}, TypeError, "gaba has dtype torch.int64"),
+    ({"gaba": torch.ones(9, device=META)}, ValueError, "gaba is on meta"),
+]
+GRADED: list[tuple[Arguments, type[Exception], str]] = [
+    *SETTINGS,
+    *GABA,
+    ({"gaba": torch.zeros(9)}, ValueError, r"gaba runs from 0 to 0, expected in \(0, 1\]"),
+    ({"gaba": torch.full((9,), 1.5)}, ValueError, "gaba runs from 1.5 to 1.5"),
+    ({"gaba": torch.full((9,), torch.nan)}, ValueError, "gaba runs from nan to nan"),
+]
+INDICES: list[tuple[Arguments, type[Exception], str]] = [
+    (
+        {"indices": torch.full((4, 2), bad)},
+        ValueError,
+        rf"indices run from {bad} to {bad}, .*0\.\.8",
+    )
+    for bad in (-1, 9, 2**40, -(2**63))
+]
 CODE: list[tuple[Arguments, type[Exception], str]] = [
     ({"indices": torch.zeros(4, 2).int()}, TypeError, "indices have dtype torch.int32"),
     ({"indices": torch.zeros(4, 3).long()}, ValueError, r"indices \[4, 3\]"),
     ({"indices": torch.zeros(4, 2, device=META).long()}, ValueError, "indices is on meta"),
+    *INDICES,
 ]
+CODE_OF_GRADIENTS = [*INDICES, ({"indices": torch.zeros(4, 3).long()}, ValueError, r"\[4, 3\]")]
 BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
     "topk": [
+        *SETTINGS,
         ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
         ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
         ({"scores": torch.ones(4, 9).long()}, TypeError, "scores has dtype torch.int64"),
@@ -126,7 +187,35 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"mask": torch.ones(9, device=META).bool()}, ValueError, "mask is on meta"),
     ],
     "linear_topk": LAYER,
-    "linear_inhibit": [*LAYER, ({"gaba": torch.ones(8)}, ValueError, r"gaba has shape \[8\]")],
+    "linear_inhibit": [*LAYER, *GABA],
+    "linear_active": GRADED,
+    "linear_code": [
+        *GRADED,
+        ({"width": 2.5}, TypeError, r"width=2\.5 must be an integer"),
+        ({"width": True}, TypeError, "width=True must be an integer"),
+        ({"width": 10}, ValueError, r"width=10 must lie in 2\.\.9"),
+    ],
+    "row_gradient": [
+        *CODE_OF_GRADIENTS,
+        ({"neurons": 9.0}, TypeError, r"neurons=9\.0 must be an integer"),
+        ({"neurons": -1}, ValueError, "neurons=-1 must be at least 0"),
+        ({"neurons": 1}, ValueError, r"expected 0\.\.0"),
+        ({"inputs": torch.ones(5, 5)}, ValueError, r"inputs have shape \[5, 5\]"),
+    ],
+    "distill": [
+        ({"labels": torch.full((4,), -100)}, ValueError, r"labels run from -100 to -100, .*0\.\.2"),
+        ({"labels": torch.full((4,), 3)}, ValueError, r"labels run from 3 to 3, expected 0\.\.2"),
+        ({"labels": torch.zeros(4, device=META).long()}, ValueError, "labels is on meta"),
+        ({"labels": torch.zeros(4).int()}, TypeError, "labels have dtype torch.int32"),
+        ({"target_hidden": torch.ones(4, 2).half()}, TypeError, "target_hidden has dtype"),
+        ({"target_hidden": torch.ones(4, 2, device=META)}, ValueError, "target_hidden is on meta"),
+        ({"target_hidden": torch.ones(4, 1)}, ValueError, r"target_hidden has shape \[4, 1\]"),
+        ({"target_logits": torch.ones(4, 1)}, ValueError, r"target_logits has shape \[4, 1\]"),
+        ({"columns": torch.ones(4, 3, device=META).bool()}, ValueError, "columns is on meta"),
+        ({"alpha": torch.ones(3)}, ValueError, r"alpha has shape \[3\], expected \[4\]"),
+        ({"lam": torch.ones(4, 1)}, ValueError, r"lam has shape \[4, 1\], expected \[4\]"),
+        ({"temperature": torch.ones(4, device=META)}, ValueError, "temperature is on meta"),
+    ],
     "sparse_linear": [
         *CODE,
         ({"values": torch.ones(4, 2).long()}, TypeError, "values has dtype torch.int64"),
@@ -178,8 +267,9 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"normalize": [True]}, ValueError, "1 normalize for 2 weights"),
         ({"buffers": None}, ValueError, "momentum=0.9 and buffers must be given together"),
         ({"momentum": 0.0}, ValueError, "momentum=0.0 and buffers must be given together"),
-        ({"indices": torch.zeros(4, 2).int()}, TypeError, "indices have dtype torch.int32"),
-        ({"indices": torch.zeros(4, 3).long()}, ValueError, r"indices \[4, 3\]"),
+        *CODE,
+        ({"blocks": True}, TypeError, "blocks=True must be an integer"),
+        ({"lr": torch.ones(1, device=META)}, ValueError, "lr is on meta"),
         ({"indices": torch.zeros(4).long()}, ValueError, r"indices have shape \[4\]"),
         ({"weights": [torch.rand(()), torch.rand(9, 3)]}, ValueError, r"weights\[0\] has shape"),
         (
@@ -231,20 +321,39 @@ def tensors(arguments: Arguments) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and not v.is_meta]
 
 
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize(("op", "wrong", "error", "message"), GRID)
-def test_refused(op: str, wrong: Arguments, error: type[Exception], message: str) -> None:
-    arguments = GOOD[op]() | wrong
+def test_refused(
+    op: str, wrong: Arguments, error: type[Exception], message: str, impl: str | None
+) -> None:
+    arguments = GOOD[op]() | wrong | {"impl": impl}
     before = [t.clone() for t in tensors(arguments)]
     with pytest.raises(error, match=message) as raised:
         getattr(sk, op)(**arguments)
     assert str(raised.value).startswith(f"{op}: ")
     for after, original in zip(tensors(arguments), before, strict=True):
-        assert torch.equal(after, original)
+        torch.testing.assert_close(after, original, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("op", GOOD)
 def test_the_same_arguments_without_the_fault_are_served(op: str) -> None:
     getattr(sk, op)(**GOOD[op]())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("op", [op for op in GOOD if "indices" in GOOD[op]()])
+def test_indices_on_a_gpu_are_looked_at_on_request(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSD_KERNELS_CHECK_INDICES", "1")
+    given = GOOD[op]() | {"indices": torch.full((4, 2), -1)}
+    moved = {
+        name: [t.cuda() for t in a] if name in ("weights", "coefficients", "inputs", "buffers")
+        and isinstance(a, list) else a.cuda() if isinstance(a, Tensor) else a
+        for name, a in given.items()
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{op}: indices run from -1 to -1"):
+        getattr(sk, op)(**moved)
 
 
 @pytest.mark.parametrize("op", GOOD)
@@ -254,4 +363,4 @@ def test_unknown_implementation(op: str) -> None:
     with pytest.raises(ValueError, match=rf"{op}: impl='magic' is not one of .*reference"):
         getattr(sk, op)(**arguments, impl="magic")
     for after, original in zip(tensors(arguments), before, strict=True):
-        assert torch.equal(after, original)
+        torch.testing.assert_close(after, original, rtol=0, atol=0, equal_nan=True)

@@ -219,6 +219,81 @@ def test_nan_is_not_hidden(impl: str, device: str) -> None:
     assert first[step.indices[0]].isnan().any()
 
 
+# Powers of two near 1e30 and 1e300: to scale by them is exact.
+SCALES = [(torch.float32, 100), (torch.float32, -100), (torch.float64, 1000), (torch.float64, -990)]
+
+
+def scaled(tensors: list[Tensor], exponent: int, dtype: torch.dtype) -> list[Tensor]:
+    return [t.to(dtype) * 2.0**exponent for t in tensors]
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize(("dtype", "exponent"), SCALES, ids=str)
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_clip_is_free_of_scale(
+    impl: str, dtype: torch.dtype, exponent: int, blocks: int, device: str
+) -> None:
+    """Gradients, weights and clip in other units give the same step in these units."""
+    step = Step(6, 4, 15, [20, 3], device)
+    for coefficients, inputs in ((0, exponent), (exponent, 0)):
+        got, expected = [], []
+        for unit, results in ((exponent, got), (0, expected)):
+            weights = scaled(step.weights, unit, dtype)
+            norm = row_update(
+                weights,
+                scaled(step.coefficients, coefficients and unit, dtype),
+                scaled(step.inputs, inputs and unit, dtype),
+                step.indices, lr=0.1, max_norm=0.5 * 2.0**unit, blocks=blocks, impl=impl,
+            )  # fmt: skip
+            results += scaled([norm, *weights], -unit, dtype)
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("dtype", "exponent"), SCALES, ids=str)
+@pytest.mark.parametrize("width", [20, 2100])
+def test_rows_of_any_scale_become_unit_rows(
+    impl: str, dtype: torch.dtype, exponent: int, width: int, device: str
+) -> None:
+    step = Step(6, 4, 15, [width], device)
+    rows = torch.tensor([0, exponent, 0], device=device).repeat(5)  # beside ordinary ones
+    results = []
+    for unit in (2.0 ** rows.double().unsqueeze(1), torch.ones(15, 1, device=device)):
+        weight = (step.weights[0].double() * unit).to(dtype)
+        row_update(
+            [weight], [step.coefficients[0].to(dtype)], [0 * step.inputs[0].to(dtype)],
+            step.indices, lr=0.1, nonnegative=True, normalize=[True], impl=impl,
+        )  # fmt: skip
+        results.append(weight)
+    touched = step.indices[step.coefficients[0] > 0].unique()
+    torch.testing.assert_close(results[0][touched], results[1][touched])
+    lengths = results[0][touched].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("max_norm", [float("inf"), 3e38])
+def test_a_bound_that_no_norm_reaches(impl: str, max_norm: float, device: str) -> None:
+    step = Step(4, 3, 9, [6, 5], device)
+    expected = step.run(impl, torch.float32)
+    for bound in (max_norm, torch.tensor([max_norm], device=device)):
+        for got, want in zip(step.run(impl, torch.float32, max_norm=bound), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_clip_equals_torch(impl: str, device: str) -> None:
+    """At max_norm = 1 the factor is that of torch.nn.utils.clip_grad_norm_."""
+    parameter = torch.nn.Parameter(torch.zeros(1, 3, device=device))
+    parameter.grad = torch.tensor([[3.0, 4.0, 12.0]], device=device)
+    torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    weight, one = torch.zeros(1, 3, device=device), torch.ones(1, 1, device=device)
+    gradient = torch.tensor([[3.0, 4.0, 12.0]], device=device)
+    row_update([weight], [one], [gradient], one.long() - 1, lr=1.0, max_norm=1.0, impl=impl)
+    assert torch.equal(weight, -parameter.grad)
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_strided_weights(impl: str, device: str) -> None:
     step = Step(4, 3, 9, [6, 5], device)

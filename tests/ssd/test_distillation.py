@@ -1,21 +1,24 @@
 """The distiller: its terms, its selection, and that it attaches to any module with Top-K layers."""
 
 import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
-from ssd.distillation import (
-    Distiller,
-    activations_of,
-    count_activations,
-    distillation_loss,
-    preactivations_of,
-    select_subnetwork,
-)
-from ssd_kernels import topk
+from ssd.activations import count_activations, evaluating
+from ssd.distillation import Distiller, distillation_loss, select_subnetwork
 from ssd_kernels.nn import KSparseMLP, TopK, TopKLinear
 
 
@@ -50,6 +53,19 @@ def test_distillation_loss_is_the_formula(kl: str) -> None:
     assert distillation_loss(student, student, 3.0, kl) == 0
 
 
+def test_short_dtypes_are_distilled_in_float32() -> None:
+    student, teacher = torch.randn(2, 7, 5).bfloat16()
+    loss = distillation_loss(student, teacher, 8.0)
+    assert torch.equal(loss, distillation_loss(student.float(), teacher.float(), 8.0))
+    task = second_task()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = task.model(task.x[:4])
+    assert logits.dtype == torch.bfloat16
+    loss = task.loss(logits, 0)
+    wide = task.loss(logits.float(), 0, hidden=task.distiller.activations(logits))
+    assert torch.equal(loss, wide)
+
+
 def test_one_neuron_has_nothing_to_distil() -> None:
     assert distillation_loss(torch.randn(4, 1), torch.randn(4, 1), 8.0) == 0
 
@@ -58,33 +74,6 @@ def test_selection_takes_the_most_frequent_and_the_lower_of_equals() -> None:
     frequency = torch.tensor([3, 9, 3, 0, 9, 3])
     assert select_subnetwork(frequency, 2).tolist() == [1, 4]
     assert select_subnetwork(frequency, 4).tolist() == [0, 1, 2, 4]
-
-
-def test_activations_of_a_code_are_those_of_the_dense_layer() -> None:
-    dense = torch.randn(20, 50).relu()
-    values, indices, *_ = topk(dense, 9)
-    kept = torch.zeros_like(dense).scatter(1, indices, values)
-    for neurons in (torch.tensor([0, 7, 49]), torch.arange(50), torch.tensor([13])):
-        sparse = activations_of(topk(dense, 9), neurons)
-        assert torch.equal(sparse, activations_of(kept, neurons))
-
-
-def test_activations_of_a_code_pass_gradients_to_its_values() -> None:
-    code = topk(torch.rand(3, 8, dtype=torch.float64), 4)
-    neurons = torch.tensor([1, 2, 5])
-
-    def read(values: Tensor) -> Tensor:
-        return activations_of(code._replace(values=values), neurons)
-
-    assert torch.autograd.gradcheck(read, code.values.clone().requires_grad_())
-
-
-def test_preactivations_of_every_kind_of_layer() -> None:
-    x, neurons = torch.randn(6, 12), torch.tensor([2, 9])
-    layer = TopKLinear(12, 20, 3)
-    expected = F.linear(x, layer.weight, layer.bias).relu()[:, neurons]
-    torch.testing.assert_close(preactivations_of(layer, x, neurons), expected)
-    torch.testing.assert_close(preactivations_of(TopK(3), x, neurons), x[:, neurons].relu())
 
 
 @pytest.mark.parametrize("hidden", ["after", "before"])
@@ -177,16 +166,6 @@ def test_the_teacher_is_frozen_and_run_once_a_task() -> None:
     assert not distiller.teacher_logits.requires_grad
 
 
-def test_counting_leaves_mode_hooks_and_weights_alone() -> None:
-    model = KWinnersMLP().train()
-    x = torch.randn(30, 12)
-    counts = count_activations(model, ["winners1", "winners2"], x)
-    assert model.training
-    assert not model.winners1._forward_hooks
-    assert torch.equal(counts["winners1"], (model.winners1(model.first(x)) > 0).sum(0))
-    assert counts["winners1"].sum() <= 30 * 6
-
-
 @pytest.mark.parametrize("logits", ["all", "seen"])
 def test_state_dict_round_trip(logits: str) -> None:
     model, x, y = KWinnersMLP(), torch.randn(25, 12), torch.arange(25) % 3
@@ -227,3 +206,718 @@ def test_a_model_without_top_k_layers_is_an_error() -> None:
 def test_seen_logits_need_labels() -> None:
     with pytest.raises(ValueError, match="labels"):
         Distiller(KWinnersMLP(), logits="seen").end_task(torch.randn(3, 12))
+
+
+class Task(NamedTuple):
+    """A model that has moved away from its teacher, in the middle of a task."""
+
+    model: nn.Module
+    distiller: Distiller
+    x: Tensor
+    y: Tensor
+
+    def loss(self, logits: Tensor, first: int, **options: Any) -> Tensor:
+        samples = torch.arange(first, first + len(logits))
+        return self.distiller.loss(logits, self.y[samples], samples, **options)
+
+
+def moved(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def second_task(model: nn.Module | None = None, classes: int = 5, **options: Any) -> Task:
+    model = KWinnersMLP() if model is None else model
+    distiller = Distiller(model, **{"alpha": 0.5, "lam": 0.5, "temperature": 2.0} | options)
+    x, y = torch.randn(60, 12), torch.arange(60) % classes
+    distiller.end_task(x, y)
+    distiller.begin_task(x)
+    moved(model)
+    return Task(model, distiller, x, y)
+
+
+def alone(task: Task, first: int, last: int) -> Tensor:
+    """The loss of a batch with nothing else computed in between."""
+    return task.loss(task.model(task.x[first:last]), first).detach()
+
+
+class Wrapped(nn.Module):
+    """Calls a function on a model's inputs in place of the model."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self.model, x)
+
+
+@pytest.mark.parametrize("hidden", ["after", "before"])
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda model, x: copy.deepcopy(model)(x),
+        lambda model, x: AveragedModel(model)(x),
+        lambda model, x: pickle.loads(pickle.dumps(model))(x),
+        lambda model, x: model(x),
+        lambda model, x: model.winners1(model.first(x)),
+        lambda model, x: count_activations(model, ["winners1"], x),
+        lambda model, x: moved(model),
+    ],
+    ids=["deepcopy", "average", "pickle", "itself", "a layer", "counting", "an update"],
+)
+def test_the_loss_is_of_the_pass_that_gave_the_logits(
+    hidden: str, between: Callable[[nn.Module, Tensor], object]
+) -> None:
+    task = second_task(hidden=hidden)
+    expected = alone(task, 0, 4)
+    logits = task.model(task.x[:4])
+    with evaluating(task.model):
+        task.model(task.x[30:50])
+    between(task.model, task.x[20:24])
+    assert torch.equal(task.loss(logits, 0).detach(), expected)
+
+
+def test_two_passes_before_their_losses() -> None:
+    task = second_task()
+    expected = [alone(task, 0, 4), alone(task, 4, 10)]
+    first, second = task.model(task.x[:4]), task.model(task.x[4:10])
+    for logits, start, loss in ((second, 4, expected[1]), (first, 0, expected[0])):
+        actual = task.loss(logits, start)
+        assert torch.equal(actual.detach(), loss)
+        actual.backward()  # of a graph of its own
+
+
+def test_activations_die_with_their_logits() -> None:
+    for model in (KWinnersMLP(), nn.Sequential(nn.Linear(12, 40), TopK(6))):
+        task = second_task(model)
+        logits = model(task.x[:4])
+        task.loss(logits, 0).backward()
+        watched = [weakref.ref(z) for z in task.distiller.activations(logits).values()]
+        model(task.x)
+        del logits
+        gc.collect()
+        assert [z() for z in watched] == [None] * len(watched)
+        assert len(task.distiller._passes) == 0
+
+
+def test_a_failed_pass_leaves_nothing_behind() -> None:
+    task = second_task()
+    expected = alone(task, 0, 4)
+    handle = task.model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task.model(task.x[8:12])
+    handle.remove()
+    task.model.winners1(torch.randn(2, 40))
+    assert torch.equal(alone(task, 0, 4), expected)
+
+
+def test_threads_do_not_see_each_other() -> None:
+    meet = threading.Barrier(2)
+
+    def meeting(model: nn.Module, x: Tensor) -> Tensor:
+        inner = model.winners1(model.first(x))
+        if together:
+            meet.wait()
+        return model.head(model.winners2(model.second(inner)))
+
+    together = False
+    task = second_task(Wrapped(KWinnersMLP(), meeting))
+    expected, actual = [alone(task, 0, 4), alone(task, 4, 8)], {}
+    together = True
+
+    def run(first: int) -> None:
+        actual[first] = task.loss(task.model(task.x[first : first + 4]), first).detach()
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (0, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [actual[0], actual[4]] == expected
+
+
+def saved(thing: Any) -> Any:
+    stream = io.BytesIO()
+    torch.save(thing, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, saved, lambda thing: pickle.loads(pickle.dumps(thing))]
+)
+def test_a_copy_of_the_distiller_has_a_model_of_its_own(copied: Callable[[Any], Any]) -> None:
+    task = second_task()
+    expected = alone(task, 0, 4)
+    other = task._replace(distiller=copied(task.distiller))
+    other = other._replace(model=other.distiller.model)
+    assert other.model is not task.model
+    logits = task.model(task.x[:4])
+    assert torch.equal(alone(other, 0, 4), expected)
+    assert torch.equal(task.loss(logits, 0), task.loss(task.model(task.x[:4]), 0))
+    with pytest.raises(ValueError, match="not what the model returned"):
+        other.loss(logits, 0)
+    moved(other.model)
+    assert torch.equal(alone(task, 0, 4), expected)
+    task.distiller.remove()
+    with pytest.raises(RuntimeError, match="removed"):
+        copied(task.distiller).begin_task(task.x)
+    other.distiller.begin_task(other.x)
+
+
+def test_remove_leaves_the_users_hooks_and_later_use_is_refused() -> None:
+    task = second_task()
+    calls = []
+    task.model.winners1.register_forward_hook(lambda *_: calls.append(1))
+    expected = alone(task, 0, 4)
+    logits = task.model(task.x[:4])
+    task.distiller.remove()
+    task.distiller.remove()
+    assert torch.equal(task.loss(logits, 0).detach(), expected)
+    logits = task.model(task.x[:4])
+    assert len(calls) == 3
+    for use in (
+        lambda: task.loss(logits, 0),
+        lambda: task.distiller.activations(logits),
+        lambda: task.distiller.recording().__enter__(),
+        lambda: task.distiller.begin_task(task.x),
+        lambda: task.distiller.end_task(task.x),
+    ):
+        with pytest.raises(RuntimeError, match="removed"):
+            use()
+    assert [len(m._forward_hooks) for m in task.model.modules() if m._forward_hooks] == [1]
+
+
+def test_a_distiller_that_is_dropped_takes_its_hooks_along() -> None:
+    model = KWinnersMLP()
+    Distiller(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda logits: logits / 2,
+        lambda logits: logits[:, torch.arange(5)],
+        lambda logits: logits.double().float(),
+        lambda logits: logits.masked_fill(logits < 0, -1e4),
+        lambda logits: logits.detach(),
+        lambda logits: logits.clone(),
+    ],
+)
+def test_changed_logits_need_the_activations_of_the_models_own(
+    changed: Callable[[Tensor], Tensor],
+) -> None:
+    task = second_task()
+    logits = task.model(task.x[:4])
+    with pytest.raises(ValueError, match="not what the model returned"):
+        task.loss(changed(logits), 0)
+    hidden = task.distiller.activations(logits)
+    actual = task.loss(changed(logits), 0, hidden=hidden)
+    without = second_task(copy.deepcopy(task.model), lam=0.0)
+    without.distiller.load_state_dict(task.distiller.state_dict())
+    terms = [
+        distillation_loss(z, task.distiller.teacher_hidden[n][:4], 2.0) for n, z in hidden.items()
+    ]
+    teacher = task.distiller.teacher_logits[:4]
+    expected = 0.5 * F.cross_entropy(changed(logits), task.y[:4]) + 0.5 * (
+        0.5 * distillation_loss(changed(logits), teacher, 2.0) + 0.5 * torch.stack(terms).mean()
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+def test_logits_of_no_known_pass_are_refused() -> None:
+    task, other = second_task(), second_task()
+    logits = task.model(task.x[:4])
+    for foreign in (
+        other.model(task.x[:4]),
+        copy.deepcopy(task.model)(task.x[:4]),
+        task.model.forward(task.x[:4]),
+        torch.randn(4, 5),
+    ):
+        with pytest.raises(ValueError, match="not what the model returned"):
+            task.loss(foreign, 0)
+    task.distiller.end_task(task.x)
+    task.distiller.begin_task(task.x)  # with another subnetwork
+    with pytest.raises(ValueError, match="not what the model returned"):
+        task.loss(logits, 0)
+
+
+def test_lwf_takes_any_logits() -> None:
+    task = second_task(lam=0.0)
+    logits = task.model(task.x[:4])
+    expected = task.loss(logits, 0)
+    torch.testing.assert_close(task.loss(logits / 2 * 2, 0), expected)
+    assert len(task.distiller._passes) == 0
+
+
+def test_a_pass_without_gradients_has_the_same_loss() -> None:
+    task = second_task()
+    expected = alone(task, 0, 4)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            logits = task.model(task.x[:4])
+        actual = task.loss(logits, 0)
+        assert torch.equal(actual, expected)
+        assert not actual.requires_grad
+
+
+def test_functional_call_is_a_pass_too() -> None:
+    task = second_task()
+    weights = {name: p.detach() + 0.1 for name, p in task.model.named_parameters()}
+    logits = torch.func.functional_call(task.model, weights, (task.x[:4],))
+    actual = task.loss(logits, 0).detach()
+    task.model.load_state_dict(weights)
+    torch.testing.assert_close(actual, alone(task, 0, 4))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_checkpointed_passes(whole: bool) -> None:
+    reentrant = False
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        inner = model.winners1(model.first(x))
+
+        def rest(inner: Tensor) -> Tensor:
+            return model.head(model.winners2(model.second(inner)))
+
+        return checkpoint(rest, inner, use_reentrant=reentrant) if not whole else rest(inner)
+
+    task = second_task(Wrapped(KWinnersMLP(), run))
+    plain = second_task(copy.deepcopy(task.model.model))
+    state = {n.replace("model.", ""): t for n, t in task.distiller.state_dict().items()}
+    plain.distiller.load_state_dict(state)
+    plain.model.load_state_dict(task.model.model.state_dict())
+    expected = plain.distiller.loss(plain.model(task.x[:4]), task.y[:4], torch.arange(4))
+    expected.backward()
+
+    def logits() -> Tensor:
+        x = task.x[:4].clone().requires_grad_()
+        return checkpoint(task.model, x, use_reentrant=reentrant) if whole else task.model(x)
+
+    loss = task.loss(logits(), 0)
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(task.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    reentrant = True
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        task.loss(logits(), 0)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: m.head(m.winners1(m.winners1(m.second(m.first(x))))), "'model.winners1' ran"),
+        (lambda m, x: m.head(m.second(m.winners1(m.first(x)))), "'model.winners2' did not run"),
+    ],
+)
+def test_a_layer_that_runs_twice_or_not_at_all_is_named(
+    function: Callable[[nn.Module, Tensor], Tensor], message: str
+) -> None:
+    odd = Wrapped(KWinnersMLP(), function)
+    with pytest.raises(ValueError, match=message):
+        Distiller(odd).end_task(torch.randn(9, 12))
+    task = second_task(Wrapped(KWinnersMLP(), lambda m, x: m(x)))
+    task.model.function = function  # as a layer that is dropped at random
+    logits = task.model(task.x[:4])
+    with pytest.raises(ValueError, match=message):
+        task.loss(logits, 0)
+    with (
+        pytest.raises(ValueError, match=message),
+        task.distiller.recording() as hidden,
+    ):
+        task.model(task.x[:4])
+    assert not hidden
+
+
+def test_one_layer_at_two_places_is_named() -> None:
+    winners = TopK(3)
+    model = nn.Sequential(nn.Linear(12, 20), winners, nn.Linear(20, 20), winners)
+    with pytest.raises(ValueError, match="'1' ran 2 times"):
+        Distiller(model).end_task(torch.randn(4, 12))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda m, x: (m(x), x), "returns a tuple"),
+        (lambda m, x: {"logits": m(x)}, "returns a dict"),
+        (lambda m, x: m(x).mean(), "not logits"),
+        (lambda m, x: m(x).unsqueeze(1), "not logits"),
+    ],
+)
+def test_a_model_that_returns_no_logits_is_named(
+    function: Callable[[nn.Module, Tensor], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        second_task(Wrapped(KWinnersMLP(), function))
+
+
+@pytest.mark.parametrize("hidden", ["after", "before"])
+@pytest.mark.parametrize(
+    "layer", [nn.Sequential(nn.Linear(12, 20), TopK(4)), TopKLinear(12, 20, 4)]
+)
+def test_sequences_are_distilled_position_by_position(layer: nn.Module, hidden: str) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(20, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(dense(self.layer(x)).mean(1))
+
+    def dense(output: Any) -> Tensor:
+        if isinstance(output, Tensor):
+            return output
+        zeros = torch.zeros(*output.values.shape[:-1], 20)
+        return zeros.scatter(-1, output.indices, output.values)
+
+    def z(x: Tensor) -> Tensor:
+        if hidden == "after":
+            return dense(layer(x))[..., neurons]
+        linear = layer if isinstance(layer, TopKLinear) else layer[0]
+        return F.linear(x, linear.weight, linear.bias).relu()[..., neurons]
+
+    model, x, y = Pooled(), torch.randn(10, 7, 12), torch.arange(10) % 5
+    distiller = Distiller(model, 0.5, 1.0, 2.0, subnetwork=1.5, hidden=hidden)
+    distiller.end_task(x)
+    (neurons,) = distiller.neurons.values()
+    hits = (dense(layer(x)) > 0).sum((0, 1))
+    assert torch.equal(neurons, select_subnetwork(hits, 6))
+    distiller.begin_task(x)
+    teacher = z(x).detach()
+    moved(model)
+    samples = torch.tensor([3, 1, 8])
+    logits = model(x[samples])
+    expected = 0.5 * F.cross_entropy(logits, y[samples]) + 0.5 * distillation_loss(
+        z(x[samples]), teacher[samples], 2.0
+    )
+    torch.testing.assert_close(distiller.loss(logits, y[samples], samples), expected)
+
+
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_named() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = TopK(2), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x.flatten(0, 1)).view(x.shape).mean(1))
+
+    distiller = Distiller(Flat())
+    distiller.end_task(torch.randn(4, 5, 6))
+    with pytest.raises(ValueError, match=r"'layer' has activations \[20, 2\] for 4 inputs"):
+        distiller.begin_task(torch.randn(4, 5, 6))
+
+
+def test_before_needs_the_layers_input() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = TopKLinear(12, 20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x=x).values
+
+    for model, layers in ((Keyword(), None), (nn.Sequential(nn.Linear(12, 20)), {"0": 3})):
+        distiller = Distiller(model, hidden="before", layers=layers)
+        distiller.end_task(torch.randn(8, 12))
+        with pytest.raises(ValueError, match=r'hidden="before" needs a tensor \[B, \.\., '):
+            distiller.begin_task(torch.randn(8, 12))
+
+
+@pytest.mark.parametrize(
+    ("order", "fullgraph"),
+    [
+        ("distiller outside", False),
+        ("distiller outside", True),
+        ("distiller inside", False),
+        ("in place", False),
+    ],
+)
+def test_compiled_models(order: str, fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    plain = second_task()
+    model = copy.deepcopy(plain.model)
+    if order == "in place":
+        model.compile(backend="eager", fullgraph=fullgraph)
+        run = inside = model
+    else:
+        run = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        inside = run if order == "distiller outside" else model
+    distiller = Distiller(inside, 0.5, 0.5, 2.0)
+    assert distiller.layers == plain.distiller.layers
+    distiller.load_state_dict(plain.distiller.state_dict())
+    distiller.begin_task(plain.x)
+    distiller.load_state_dict(plain.distiller.state_dict())
+    for size in (4, 6):
+        logits = run(plain.x[:size])
+        run(plain.x[20:30])
+        samples = torch.arange(size)
+        loss = distiller.loss(logits, plain.y[:size], samples)
+        torch.testing.assert_close(loss.detach(), alone(plain, 0, size))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_wrappers_leave_names_alone() -> None:
+    plain = second_task()
+    model = nn.DataParallel(copy.deepcopy(plain.model))
+    for names in (None, ["winners1", "winners2"], ["module.winners1", "module.winners2"]):
+        distiller = Distiller(model, 0.5, 0.5, 2.0, layers=names)
+        distiller.load_state_dict(plain.distiller.state_dict())
+        actual = distiller.loss(model(plain.x[:4]), plain.y[:4], torch.arange(4))
+        assert torch.equal(actual.detach(), alone(plain, 0, 4))
+
+
+def _rank(rank: int, folder: Path, x: Tensor, y: Tensor) -> None:
+    distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 40), nn.BatchNorm1d(40), TopK(6), nn.Linear(40, 6))
+    parallel = nn.parallel.DistributedDataParallel(model)
+    distiller = Distiller(parallel, logits="seen", frequency="accumulated")
+    own = slice(0, 4000) if rank == 0 else slice(4000, None)  # of unequal numbers of chunks
+    labels = y[own]
+    for _ in range(2):
+        distiller.begin_task(x[own])
+        distiller.end_task(x[own], labels)
+    distiller.begin_task(x[own])
+    before = len(distiller.teacher_logits)
+    loss = distiller.loss(parallel(x[own][:8]), labels[:8], torch.arange(8))
+    loss.backward()
+    gradient = model[0].weight.grad
+    torch.save((distiller.counts, distiller.classes_seen, before, gradient), folder / str(rank))
+    distributed.destroy_process_group()
+
+
+def test_ranks_choose_one_subnetwork(tmp_path: Path) -> None:
+    x, y = torch.randn(5000, 12), torch.arange(5000) // 1000
+    x[4000:] += 2
+    torch.multiprocessing.spawn(_rank, (tmp_path, x, y), nprocs=2)
+    (counts, seen, size, gradient), other = (torch.load(tmp_path / str(n)) for n in range(2))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 40), nn.BatchNorm1d(40), TopK(6), nn.Linear(40, 6))
+    assert torch.equal(counts["2"], 2 * count_activations(model, ["2"], x)["2"])
+    assert torch.equal(counts["2"], other[0]["2"])
+    assert seen.tolist() == other[1].tolist() == [0, 1, 2, 3, 4]
+    assert (size, other[2]) == (4000, 1000)
+    assert torch.equal(gradient, other[3])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"logits": torch.randn(4, 5, 2)}, r"logits \[4, 5, 2\]"),
+        ({"logits": torch.randn(0, 5)}, r"logits \[0, 5\]"),
+        ({"logits": (torch.randn(4, 5),)}, "not a tuple"),
+        ({"logits": torch.randn(4, 7)}, r"logits \[4, 7\]"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \[3\]"),
+        ({"labels": torch.zeros(4, 5)}, r"labels \[4, 5\]"),
+        ({"labels": torch.zeros(4)}, "labels are torch.float32"),
+        ({"labels": torch.tensor([0, 1, 2, 5])}, r"labels hold 5; they must lie in 0\.\.4"),
+        ({"labels": torch.tensor([0, 1, 2, -100])}, "labels hold -100"),
+        ({"samples": torch.arange(3)}, r"samples \[3\]"),
+        ({"samples": torch.ones(4, dtype=torch.bool)}, "samples .*bool"),
+        ({"samples": torch.tensor([0, 1, 2, -1])}, "samples hold -1"),
+        ({"samples": torch.tensor([0, 1, 2, 60])}, r"samples hold 60; they must lie in 0\.\.59"),
+        ({"hidden": {}}, "hidden is of layers"),
+        ({"hidden": {"winners1": torch.randn(4, 6), "winners2": torch.randn(4, 1)}}, "shape"),
+    ],
+)
+def test_arguments_of_loss_are_checked(arguments: dict[str, Any], message: str) -> None:
+    task = second_task()
+    logits = task.model(task.x[:4])
+    given = {"logits": logits, "labels": task.y[:4], "samples": torch.arange(4), "hidden": None}
+    with pytest.raises(ValueError, match=message):
+        task.distiller.loss(**given | arguments)
+    task.distiller.loss(**given | {"labels": task.y[:4].int(), "samples": [0, 1, 2, 3]}).backward()
+
+
+def test_a_task_that_has_not_begun_has_no_teacher() -> None:
+    task = second_task()
+    task.distiller.end_task(task.x)
+    assert not task.distiller.teaches
+    with pytest.raises(RuntimeError, match="begin_task"):
+        task.loss(task.model(task.x[:4]), 0)
+    task.distiller.begin_task(task.x[:10])
+    with pytest.raises(ValueError, match="samples hold 13"):
+        task.loss(task.model(task.x[10:14]), 10)
+
+
+def test_tasks_leave_the_model_as_it_is() -> None:
+    model = nn.Sequential(
+        nn.Linear(12, 40), nn.BatchNorm1d(40), nn.Dropout(0.5), TopK(6), nn.Linear(40, 5)
+    )
+    model[1].eval()
+    model[4].weight.requires_grad_(False)
+    calls = []
+    model[3].register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(8, 12)).sum().backward()
+    x, random = torch.randn(30, 12), torch.get_rng_state()
+    before = copy.deepcopy([*model.state_dict().items()])
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    distiller = Distiller(model)
+    distiller.end_task(x)
+    distiller.begin_task(x)
+    assert [m.training for m in model.modules()] == [True, True, False, True, True, True]
+    assert all(
+        torch.equal(a, b) for (_, a), b in zip(before, model.state_dict().values(), strict=True)
+    )
+    assert [p.requires_grad for p in model.parameters()] == [True] * 4 + [False, True]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert gradient is None or torch.equal(parameter.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert len(calls) == 3
+    distiller.remove()
+    assert len(model[3]._forward_hooks) == 1
+
+
+def test_state_is_copied_both_ways_and_goes_to_the_models_device() -> None:
+    task = second_task(logits="seen")
+    state = task.distiller.state_dict()
+    expected = copy.deepcopy(state)
+    other = Distiller(KWinnersMLP(), logits="seen")
+    other.load_state_dict(state)
+    for tensor in state.values():
+        tensor.fill_(-1)
+    for distiller in (task.distiller, other):
+        assert all(torch.equal(t, expected[n]) for n, t in distiller.state_dict().items())
+    far = Distiller(KWinnersMLP().to("meta"), logits="seen")
+    far.load_state_dict(expected)
+    assert {t.device.type for t in far.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("counts/winners1"), "counts are of layers"),
+        (lambda s: s.pop("neurons/winners2"), "neurons are of layers"),
+        (lambda s: s.pop("teacher_hidden/winners2"), "teacher_hidden are of layers"),
+        (lambda s: s.pop("teacher_logits"), "no teacher_logits"),
+        (lambda s: s.update({"neurons/other": torch.arange(6)}), "neurons are of layers"),
+        (lambda s: s.update({"something": torch.arange(6)}), "'something' is no part"),
+        (lambda s: s.update({"neurons/winners1": torch.arange(5)}), r"\[5\], not \[6\]"),
+        (lambda s: s.update({"neurons/winners1": torch.arange(35, 41)}), "hold 40"),
+        (lambda s: s.update({"neurons/winners1": torch.arange(-1, 5)}), "hold -1"),
+        (lambda s: s.update({"counts/winners1": torch.arange(5)}), "has 5 neurons, k=6"),
+        (lambda s: s.update({"counts/winners1": torch.ones(4, 10)}), r"\[4, 10\]"),
+        (lambda s: s.update({"teacher_hidden/winners1": torch.ones(60, 5)}), r"\[60, \.\., 6\]"),
+        (lambda s: s.update({"teacher_logits": torch.ones(50, 5)}), r"\[50, \.\., "),
+        (lambda s: s.update({"classes_seen": torch.arange(3)}), "classes_seen"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_named_and_changes_nothing(
+    change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    task = second_task()
+    before, state = task.distiller.state_dict(), task.distiller.state_dict()
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        task.distiller.load_state_dict(state)
+    after = task.distiller.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_state_without_the_seen_classes_is_named() -> None:
+    task = second_task()
+    with pytest.raises(ValueError, match="classes_seen"):
+        Distiller(task.model, logits="seen").load_state_dict(task.distiller.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ({"counts": {"winners1": torch.ones(40)}}, "counts are of layers"),
+        ({"counts": {"winners1": torch.ones(40), "winners2": torch.ones(3)}}, "3 neurons, k=4"),
+        ({"labels": torch.tensor([0, -1])}, "labels hold -1"),
+        ({"labels": torch.tensor([0.0, 1.0])}, "labels are torch.float32"),
+    ],
+)
+def test_arguments_of_end_task_are_checked(end: dict[str, Any], message: str) -> None:
+    task = second_task(logits="seen")
+    before = task.distiller.state_dict()
+    with pytest.raises(ValueError, match=message):
+        task.distiller.end_task(task.x, **{"labels": task.y} | end)
+    assert before.keys() == task.distiller.state_dict().keys()
+
+
+def test_a_seen_class_that_the_model_has_not_is_named() -> None:
+    distiller = Distiller(KWinnersMLP(), logits="seen")
+    distiller.end_task(torch.randn(3, 12), torch.tensor([0, 7, 1]))
+    with pytest.raises(ValueError, match="label 7 was seen, but the model has 5 classes"):
+        distiller.begin_task(torch.randn(3, 12))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha=1\.5"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"lam": -0.1}, r"lam=-0\.1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"subnetwork": 0.0}, r"subnetwork=0\.0"),
+        ({"subnetwork": float("nan")}, "subnetwork=nan"),
+        ({"layers": {}}, "layers={}"),
+        ({"layers": "first"}, "layers='first'"),
+        ({"layers": {"first": 0}}, "'first' has k=0"),
+        ({"layers": {"first": 2.0}}, r"'first' has k=2\.0"),
+        ({"layers": {"first": True}}, "'first' has k=True"),
+        ({"layers": {"second.encoder": 31}}, r"k=31; k must be an integer in 1\.\.30"),
+    ],
+)
+def test_numbers_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
+    model = KWinnersMLP()
+    model.second = KSparseMLP(40, 30, 30, 4)
+    with pytest.raises(ValueError, match=message):
+        Distiller(model, **arguments)
+
+
+def test_a_layer_with_fewer_neurons_than_k_is_named() -> None:
+    with pytest.raises(ValueError, match="layer 'first' has 40 neurons, k=41"):
+        Distiller(KWinnersMLP(), layers={"first": 41}).end_task(torch.randn(3, 12))
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_entries_masked_in_both_are_left_out(kl: str) -> None:
+    student, teacher = torch.randn(2, 7, 5).double()
+    masked = torch.tensor([False, True, False, True, False])
+    whole = student.masked_fill(masked, -torch.inf).requires_grad_()
+    part = student[:, ~masked].clone().requires_grad_()
+    loss = distillation_loss(whole, teacher.masked_fill(masked, -torch.inf), 3.0, kl)
+    expected = distillation_loss(part, teacher[:, ~masked], 3.0, kl)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(whole.grad[:, ~masked], part.grad)
+    assert not whole.grad[:, masked].any()
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e-2, 1.0, 30.0, 1e6, 1e12])
+def test_any_temperature_gives_a_finite_loss(temperature: float, kl: str) -> None:
+    student, teacher = 20 * torch.randn(6, 5), 20 * torch.randn(6, 5)
+    student.requires_grad_()
+    loss = distillation_loss(student, teacher, temperature, kl)
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+    if 1e-3 < temperature < 100:
+        exact = distillation_loss(student.double(), teacher.double(), temperature, kl)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 1), (4, 4), (1, 5)])
+def test_shapes_that_differ_are_not_broadcast(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"student \[4, 5\] and teacher"):
+        distillation_loss(torch.randn(4, 5), torch.randn(shape), 2.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_named(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature={temperature}"):
+        distillation_loss(torch.randn(4, 5), torch.randn(4, 5), temperature)

@@ -81,3 +81,14 @@ def test_frozen() -> None:
     with torch.no_grad():
         model[1].bias[0] += 1
     assert freeze(model, model, 3, CPU).crc32 != extractor.crc32
+
+
+def test_the_mode_of_the_network_neither_matters_nor_changes() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.9), nn.Flatten()).train()
+    extractor = freeze(model, lambda images: model(images.float()), 3, CPU)
+    images = torch.randint(256, (5, 3, 2, 2), dtype=torch.uint8)
+    before = model[0].running_mean.clone()
+    features = extractor.function(images)
+    assert model.training
+    assert torch.equal(model[0].running_mean, before)
+    assert torch.equal(features, model.eval()(images.float()))

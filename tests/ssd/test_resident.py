@@ -130,6 +130,7 @@ def test_learners_on_one_path_share_one_encoder(monkeypatch: pytest.MonkeyPatch)
     trainer.resident = ResidentEpochs(trainer)
     trainer.load_task()
     trainer.resident._begin()
+    trainer.resident.counts.fill_(1000)  # no neuron is excited any more
     called: list[tuple[str, int]] = []
 
     def spy(name: str) -> None:
@@ -170,7 +171,7 @@ def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch
     trainer.load_task()
     trainer.resident._load_task()
 
-    def compiled(op: str, implementations: Any, impl: Any, tensor: Any) -> Any:
+    def compiled(op: str, implementations: Any, *_: Any, **__: Any) -> Any:
         # What torch.compile would trace: the Triton launches as opaque operators.
         return _dispatch.COMPILED[op, "triton"] if op != "linear_code" else implementations["torch"]
 

@@ -1,5 +1,8 @@
 """The network: constraints, schedules, and the sparse code of an almost k-sparse layer."""
 
+import copy
+import pickle
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 
 from ssd.sdmlp import SDMLP, AnnealedTopKLinear
 from ssd_kernels import TopKOutput
+from ssd_kernels.linear_code import Shadow
 
 
 def test_constraints_hold_from_the_start() -> None:
@@ -186,4 +190,31 @@ def test_the_response_is_renewed_though_a_kernel_counts_unseen() -> None:
     layer.counts.numpy()[:] = 10
     layer.samples += 1
     assert layer.counts._version == version
+    assert layer.response() == (None, False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_forgets_what_was_derived_from_the_tensors_of_the_first(
+    copied: Callable[[AnnealedTopKLinear], AnnealedTopKLinear],
+) -> None:
+    """Its tensors count their versions from 0 and may reach those of the first."""
+    layer = AnnealedTopKLinear(3, 4, 2, anneal_samples=10)
+    for _ in range(3):
+        layer.counts += 1
+        layer.samples += 1
+    assert layer.response()[1]
+    layer._shadow, versions = Shadow(layer.weight.detach().abs()), layer._responded[1:]
+    other = copied(layer)
+    assert other._shadow is None
+    while other.samples._version < versions[1]:
+        other.samples += 1
+    while other.counts._version < versions[0]:
+        other.counts += 10
+    assert other.response() == (None, False)
+
+
+def test_the_response_is_renewed_with_other_counters() -> None:
+    layer = AnnealedTopKLinear(3, 4, 2, anneal_samples=10)
+    assert layer.response()[1]
+    layer.load_state_dict(layer.state_dict() | {"counts": torch.full((4,), 10)}, assign=True)
     assert layer.response() == (None, False)

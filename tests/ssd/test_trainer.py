@@ -1,5 +1,6 @@
 """The task loop: events, order of data, evaluation, and going on from a saved state."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -80,3 +81,33 @@ def test_a_saved_state_goes_on_to_the_same_bits(stop: int, momentum: float) -> N
     for name, tensor in expected.items():
         assert torch.equal(tensor, actual[name]), name
     assert whole.steps == second.steps
+
+
+def test_a_frozen_submodule_stays_in_evaluation_mode() -> None:
+    trainer = make_trainer()
+    (learner,) = trainer.learners
+    learner.model.encoder.eval()
+    for _ in trainer.run():
+        assert learner.model.training
+        assert not learner.model.encoder.training
+    assert learner.model.encoder.samples == 0
+    learner.model.eval()
+    trainer.task = 0
+    next(trainer.run())
+    assert learner.model.encoder.training
+
+
+@pytest.mark.parametrize("hidden", ["after", "before"])
+def test_the_dense_steps_loss_is_of_its_own_pass(hidden: str) -> None:
+    trainer = make_trainer(replace(CONFIG, method="topk-mlp+ssd", hidden=hidden))
+    (learner,) = trainer.learners
+    events = trainer.run()
+    while next(events).kind != "task":
+        pass
+    learner.begin_task(1)
+    twin = copy.deepcopy(learner.distiller)
+    samples = torch.arange(16)
+    x, y = learner.tasks[1].x_train[samples], learner.tasks[1].y_train[samples]
+    expected = twin.loss(twin.model(x), y, samples)
+    trainer.step([samples])
+    torch.testing.assert_close(learner.loss_sum.item() / 16, expected.item())
