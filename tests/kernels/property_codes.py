@@ -349,10 +349,8 @@ class RowUpdate(Op):
         scale, scale_doubt = torch.ones_like(norm), torch.zeros_like(norm)
         limit = case["max_norm"]
         if limit is not None:
-            limit = torch.as_tensor(limit, dtype=torch.float64)
             least, most = (
-                (limit / ((norm + sign * doubt).clamp(min=0) + 1e-6)).clamp(max=1)
-                for sign in (1, -1)
+                reference.clip_scale((norm + sign * doubt).clamp(min=0), limit) for sign in (1, -1)
             )
             scale, scale_doubt = (least + most) / 2, (most - least) / 2 + 8 * unit * most
         rate = torch.as_tensor(case["lr"], dtype=torch.float64).expand(blocks)
