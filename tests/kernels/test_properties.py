@@ -254,7 +254,7 @@ KINDS: dict[str, Callable[[Case], bool]] = {
     "d = 1": lambda case: case["x"] is not None and case["x"].shape[-1] == 1,
     "R = 1": lambda case: case["weight"] is not None and case["weight"].shape[0] == 1,
     "R > 4,096": lambda case: case["weight"] is not None and case["weight"].shape[0] > 4096,
-    "C = 0": lambda case: case["decoder"] is not None and case["decoder"].shape[1] == 0,
+    "C = 0": lambda case: "out" in case.upstream and case.upstream["out"].shape[-1] == 0,
     "k = R": lambda case: case["scores"] is not None and case["k"] == case["scores"].shape[-1],
     "k >= MAX_K": lambda case: isinstance(case["k"], int) and case["k"] >= MAX_K,
     "networks": lambda case: (case["blocks"] or 1) > 1,
