@@ -6,7 +6,6 @@ python benchmarks/command_bench.py --quick  # one of each, short: does everythin
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from benchmarks import record
+from ssd.cli import ArgumentParser, exit_status
 from ssd.data import default_root
 
 RUNS = 3
@@ -45,8 +45,8 @@ def seconds(arguments: tuple[str, ...], at_once: int = 1) -> float:
             own.mkdir()
             runs.append(
                 subprocess.Popen(
-                    [*command, *arguments], cwd=own, env=environment, text=True,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                    [*command, *arguments], cwd=own, env=environment, encoding="utf-8",
+                    errors="replace", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                 )
             )  # fmt: skip
         said = [run.communicate()[1] for run in runs]
@@ -57,8 +57,8 @@ def seconds(arguments: tuple[str, ...], at_once: int = 1) -> float:
     return took
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main() -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short run of each")
     parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/<device>)")
     options = parser.parse_args()
@@ -67,11 +67,11 @@ def main() -> int:
     arguments = QUICK if options.quick else ("--dataset", "mnist")
     count = 1 if options.quick else RUNS
     times: dict[int, list[float]] = {1: [], AT_ONCE: []}
-    for _ in track(range(count), "whole command"):
-        for at_once, taken in times.items():
-            taken.append(seconds(arguments, at_once))
     console, medians = Console(), {}
     with record.Writer(path, record.device_name(device)) as writer:
+        for _ in track(range(count), "whole command"):
+            for at_once, taken in times.items():
+                taken.append(seconds(arguments, at_once))
         for at_once, taken in times.items():
             low, middle, high = map(float, np.percentile(taken, [20, 50, 80]))
             medians[at_once] = middle
@@ -94,8 +94,7 @@ def main() -> int:
         ):
             console.print(f"target: {what}: {'met' if met else 'missed'}")
     console.print(f"rows: {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

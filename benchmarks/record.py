@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+
+from ssd.lock import file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("forward", "backward", "full", "step")
@@ -57,6 +60,9 @@ class Writer:
     """Writes rows to a CSV file as they come, so that a killed run leaves what it had.
 
     Each row is stamped with device, torch, triton, commit and date. Use as a context manager.
+
+    Raises:
+        UserError: another process writes the file. OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, device: str) -> None:
@@ -68,8 +74,10 @@ class Writer:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         self.rows: list[Row] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", newline="", encoding="utf-8")
+        with ExitStack() as held:
+            held.enter_context(file_lock(path))
+            self._file = held.enter_context(path.open("w", newline="", encoding="utf-8"))
+            self._held = held.pop_all()
         self._csv = csv.writer(self._file)
         self._csv.writerow(COLUMNS)
 
@@ -88,12 +96,12 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._held.close()
 
 
 def read(path: Path) -> list[Row]:
     """The rows of a CSV file; ValueError if its columns are not this schema's."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.DictReader(file)
         if tuple(lines.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path.name}: columns {lines.fieldnames} are not {list(COLUMNS)}")
@@ -132,7 +140,8 @@ def commit() -> str:
         return given
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, check=True)
+        return done.stdout.decode(errors="replace").strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

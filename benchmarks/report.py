@@ -20,6 +20,9 @@ from rich.table import Table
 from benchmarks import step_targets
 from benchmarks.record import Row, read
 from benchmarks.targets import targets
+from ssd.checkpoint import read_text, write_atomically
+from ssd.cli import ArgumentParser, exit_status
+from ssd.errors import UserError
 
 Case = tuple[str, str, str, str]
 COLOURS = {"met": "green", "missed": "red", "not measured": "dim"}
@@ -166,9 +169,19 @@ def insert(document: str, table: str, marker: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", document)
 
 
+def main() -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", metavar="NAME.csv", type=Path, help="rows of a benchmark")
+    parser.add_argument("document", metavar="FILE.md", type=Path, help="has the marker comments")
+    given = parser.parse_args()
+    folder = given.source.resolve().parent.name
+    name = given.source.stem if folder == "cpu" else f"{given.source.stem} {folder}"
+    try:
+        text = fill(read_text(given.document), read(given.source), name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    write_atomically(given.document, text)
+
+
 if __name__ == "__main__":
-    source, document = map(Path, sys.argv[1:])
-    text = document.read_text(encoding="utf-8")
-    folder = source.resolve().parent.name
-    name = source.stem if folder == "cpu" else f"{source.stem} {folder}"
-    document.write_text(fill(text, read(source), name), encoding="utf-8")
+    sys.exit(exit_status(main, place=""))

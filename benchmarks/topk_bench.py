@@ -26,6 +26,7 @@ from benchmarks import cases, peers, providers, record, report, timing
 from benchmarks.cases import Case
 from benchmarks.targets import targets
 from benchmarks.timing import Quantiles, Roofline, Run
+from ssd.cli import ArgumentParser, exit_status
 
 MAX_SETS = 16
 
@@ -234,7 +235,7 @@ def _shapes(cuda: bool, options: argparse.Namespace) -> list[cases.Shape]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="CSV file; the figure goes beside it")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run at all")
     parser.add_argument("--op", choices=sorted(providers.BUILDERS), help="this op alone")
@@ -246,4 +247,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

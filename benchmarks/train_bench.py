@@ -10,7 +10,6 @@ writes it and in the order that a CPU multiplies fastest.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import record, step_cases, step_targets
 from benchmarks.step_cases import EXCITED, SWITCHING, Problem, make_trainer, step_of
 from benchmarks.timing import Run, alternate
+from ssd.cli import ArgumentParser, exit_status
 
 Shape = dict[str, int]
 Grown = dict[str, dict[str, dict[int, float]]]
@@ -184,8 +184,8 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     return shown
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main() -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds")
     parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/<device>)")
     options = parser.parse_args()
@@ -217,8 +217,7 @@ def main() -> int:
     console.print(table("growth", ("axis", "part", "ms by size", "exponent"), curves))
     console.print(table("targets", ("target", "measured", ""), step_targets.verdicts(writer.rows)))
     console.print(f"rows: {path}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

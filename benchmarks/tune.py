@@ -9,7 +9,6 @@ order of the sums.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -25,6 +24,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from benchmarks import gate, record, timing
+from ssd.cli import ArgumentParser, exit_status
+from ssd.errors import UserError
+from ssd.lock import file_lock
 from ssd_kernels import _tuning, reference
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
 from ssd_kernels.topk import select_triton
@@ -170,21 +172,19 @@ def _same(got: Results, expected: Results) -> bool:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them")
     parser.add_argument("--out", type=Path, help="text file (default benchmarks/results/<gpu>)")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     if not torch.cuda.is_available():
-        print("tune: torch finds no CUDA device here", file=sys.stderr)
-        return 2
+        raise UserError("torch finds no CUDA device here; run it on a machine with one")
     problems = [p for p in PROBLEMS if not options.parts or p.part in options.parts]
     present = [_tuning.config(p.op, DEVICE, **p.bounds) for p in problems]
     path = options.out or record.results_folder(DEVICE) / "tuning.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with file_lock(path), path.open("w", encoding="utf-8") as file:
 
         def say(line: str) -> None:
             print(line, flush=True)
@@ -205,8 +205,7 @@ def main() -> int:
             say(problem.title)
             tune(problem, row, say)
             torch.cuda.empty_cache()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -9,6 +9,7 @@ run, and with TRITON_INTERPRET=1 Triton's too. Exit status: 1 if a case failed.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import ssd_kernels as ours
 from benchmarks.common import CUDA_ONLY
+from ssd.cli import ArgumentParser, exit_status
 from ssd_kernels import _dispatch
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.row_gradient import row_gradient
@@ -49,8 +51,12 @@ class Case(NamedTuple):
 
 
 def main(arguments: list[str]) -> int:
-    quick = "--quick" in arguments
-    skip, wrong = (int(arguments[-2]), int(arguments[-1])) if "--from" in arguments else (0, 0)
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fp32 alone")
+    parser.add_argument("--from", nargs=2, type=int, default=(0, 0), dest="begun",
+                        help=argparse.SUPPRESS)  # fmt: skip
+    given = parser.parse_args(arguments)
+    quick, (skip, wrong) = given.quick, given.begun
     if skip and DEVICE.type != "cuda":
         print(f"cuda: no device any more; {wrong} wrong of {skip}")
         return 1
@@ -65,7 +71,7 @@ def main(arguments: list[str]) -> int:
         wrong += bool(found)
         if not _answers():
             print("the GPU no longer answers: the rest runs in a new process", flush=True)
-            again = [a for a in arguments if a == "--quick"]
+            again = ["--quick"] if quick else []
             os.execv(sys.executable, [sys.executable, __file__, *again, "--from",
                                       str(number + 1), str(wrong)])  # fmt: skip
     print(f"{DEVICE}: {wrong} wrong of {number + 1}")
@@ -266,4 +272,4 @@ CASES = [
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(lambda: main(sys.argv[1:]), place=""))

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from benchmarks.step_cases import EXCITED, INHIBITED, SWITCHING, Problem, make_trainer
 from benchmarks.timing import alternate
+from ssd.cli import ArgumentParser, exit_status
 from ssd.learner import Learner, build_model
 from ssd.resident import ResidentEpochs
 from ssd.trainer import Trainer
@@ -33,11 +34,14 @@ REPLAYS = 20  # under the profiler
 
 
 def main(arguments: list[str]) -> int:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", action="store_true", help="the kernels of a replay")
+    given = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")
     failed = 0
     for phase in (INHIBITED, SWITCHING, EXCITED):
         try:
-            path, error, milliseconds = _step(phase, "--profile" in arguments)
+            path, error, milliseconds = _step(phase, given.profile)
         except Exception:
             print(f"step {phase}: raised\n{traceback.format_exc(limit=-6)}", flush=True)
             failed += 1
@@ -119,4 +123,4 @@ def _profile(run: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(lambda: main(sys.argv[1:]), place=""))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd import metrics
+from ssd import metrics, peers
 from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset, load
@@ -26,6 +26,7 @@ from ssd.folder import (
     SUMMARY,
     commit,
     describe,
+    identity,
     read_frequency,
     read_json,
     versions,
@@ -94,9 +95,10 @@ class Campaign:
             "tasks": row.config.tasks,
             "seed": job.seed,
             "data_crc32": data.checksum(),
+            "algorithm": peers.ALGORITHM,
         }
         if row.peer.method:
-            described["config"] = describe(job.config, data)
+            described["config"] = identity(describe(job.config, data))
         digest = hashlib.sha256(dumps(described, sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join("".join(c if c.isalnum() else " " for c in row.method).split())
         return self.root / f"{data.name}-{name}-seed{job.seed}-{digest}"

@@ -30,12 +30,17 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
     Args:
         content: of the file, or what writes it to a stream, for content too large to hold twice.
     """
+    if isinstance(content, str):
+        # A path in it may be no UTF-8.
+        content = (
+            content.encode(errors="surrogateescape").decode(errors="backslashreplace").encode()
+        )
     try:
         with open(temporary(path), "wb") as stream:
             if callable(content):
                 content(stream)
             else:
-                stream.write(content.encode() if isinstance(content, str) else content)
+                stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary(path), path)
@@ -45,6 +50,22 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk does not name the file
         raise
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a user may have written; a byte-order mark is no part of it.
+
+    Raises:
+        UserError: it is not UTF-8. OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # as in UTF-16 without its mark
+        raise UserError(f"{path} cannot be read: not UTF-8; save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

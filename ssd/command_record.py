@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ class CommandRecord:
     """A command's entry in the file of all commands that wrote into a folder.
 
     A command that was stopped goes on with its entry. One that had ended keeps it while there is
-    nothing to train, and begins a new one otherwise.
+    nothing to train, and begins a new one otherwise, as it does on other data.
 
     Args:
         path: the JSON file, {command: entry}. command: as typed. device: of the runs.
+        data: checksum of each benchmark's.
         needed: runs that it shows and may train; those it did not train were there before.
         start: time.perf_counter() when the process took it up.
 
@@ -29,10 +31,19 @@ class CommandRecord:
         UserError: the file is damaged.
     """
 
-    def __init__(self, path: Path, command: str, device: str, needed: int, start: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        command: str,
+        device: str,
+        data: Mapping[str, str],
+        needed: int,
+        start: float,
+    ) -> None:
         self.path, self.command, self.device = path, command, device
-        self.needed, self.start = needed, start
-        self.before = self._entries().get(command, {})
+        self.data, self.needed, self.start = dict(data), needed, start
+        before = self._entries().get(command, {})
+        self.before = before if before.get("data") == self.data else {}
 
     def _entries(self) -> dict[str, Any]:
         return read_json(self.path) if self.path.is_file() else {}
@@ -51,6 +62,7 @@ class CommandRecord:
             "commits": sorted({*before.get("commits", []), commit()}),
             "machine": machine(),
             "device": self.device,
+            "data": self.data,
             "versions": versions(),
             "runs_needed": self.needed,
             "runs_trained": before.get("runs_trained", 0) + trained,

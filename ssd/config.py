@@ -5,7 +5,7 @@ SSD = Xue et al., AAAI 2026 (arXiv 2512.15267). SDMLP = Bricken et al., ICLR 202
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from typing import Any
@@ -96,6 +96,16 @@ class Config:
 
     eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
+    def __post_init__(self) -> None:
+        """One run has one way to be written: its folder is named by it."""
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if setting.type == "float" and real:
+                object.__setattr__(self, setting.name, _as_float(value))
+        if isinstance(self.method, str):
+            object.__setattr__(self, "method", _in_order(self._names()) or self.method)
+
     @property
     def parts(self) -> frozenset[str]:
         """The method's parts without its network: any of DISTILLATIONS, PENALTIES and joint."""
@@ -170,6 +180,21 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value) + 0.0  # -0.0 + 0.0 is 0.0
+    except OverflowError:
+        return inf if value > 0 else -inf
+
+
+def _in_order(names: Sequence[str]) -> str:
+    """A method of these parts, without the network that goes without saying; "" if it is none."""
+    if not set(names) <= set(PARTS) or len(set(names)) < len(names):
+        return ""
+    parts = sorted(names, key=PARTS.index)
+    return "+".join(parts[1:] if parts[0] == NETWORKS[0] and len(parts) > 1 else parts)
 
 
 def option(name: str) -> str:

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssd.checkpoint import load_checkpoint, save_checkpoint
-from ssd.errors import Diverged, UserError
+from ssd.errors import Diverged, Interrupted, UserError
 from ssd.folder import difference
 from ssd.images import Images
 from ssd.metrics import finite
-from ssd.run import Interrupted
 
 FEATURES, DEPTH, KERNEL, PATCH = 256, 8, 5, 2  # the paper's CIFAR network, 256 channels wide
 WEIGHT_DECAY, MAX_NORM, WARM_UP = 0.01, 1.0, 0.2  # WARM_UP: share of the steps
 PADDING = 4  # pixels by which a training image is shifted at most
 STEPS_PER_UPDATE = 10
+# Raise it when a change moves features or weights: what another left is not gone on with.
+ALGORITHM = 1
 
 
 class Mixer(nn.Module):
@@ -272,13 +273,18 @@ class Pretrainer:
 
 def describe(images: Images, settings: Settings) -> dict[str, Any]:
     """What makes a pretraining this pretraining; JSON-able."""
-    return {"data": images.name, "data_crc32": images.checksum(), **asdict(settings)}
+    return {
+        "data": images.name, "data_crc32": images.checksum(), "algorithm": ALGORITHM,
+        **asdict(settings),
+    }  # fmt: skip
 
 
 def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """load_checkpoint, with advice that fits a file that has no folder of its own."""
     try:
         return load_checkpoint(path, device)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except UserError as error:
         raise UserError(
             f"{path} is damaged or was not written by python -m ssd.embed; use another"

@@ -344,7 +344,7 @@ def _read_features(path: Path) -> Dataset:
         raise UserError(f"--features {path} must end in .npz or .pt")
     try:
         arrays = _read_folder(path) if path.is_dir() else readers[path.suffix](path)
-        x_train, y_train, x_test, y_test = (torch.as_tensor(a).detach() for a in arrays)
+        x_train, y_train, x_test, y_test = map(_tensor, arrays)
     except UserError:
         raise
     except Exception as error:
@@ -382,6 +382,13 @@ def _narrowed(x: Tensor, name: str, path: Path) -> Tensor:
             f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
         )
     return x.float()
+
+
+def _tensor(array: Any) -> Tensor:
+    """As torch takes it: numpy's arrays in the byte order of this machine."""
+    if isinstance(array, np.ndarray):
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.as_tensor(array).detach()
 
 
 def _read_npz(path: Path) -> list[Any]:

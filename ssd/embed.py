@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -27,10 +26,20 @@ from torch import Tensor
 
 from ssd import data
 from ssd.checkpoint import save_checkpoint, write_atomically
-from ssd.convmixer import Pretrainer, Settings, describe, load_weights, read
+from ssd.cli import (
+    ArgumentParser,
+    check_file,
+    choose_device,
+    command_line,
+    exit_status,
+    in_words,
+    resumable,
+    stop_on_interrupt,
+)
+from ssd.convmixer import ALGORITHM, Pretrainer, Settings, describe, load_weights, read
 from ssd.data import Dataset, default_root
 from ssd.display import StepDisplay
-from ssd.errors import UserError
+from ssd.errors import Interrupted, UserError
 from ssd.extractors import TORCHVISION, Extractor, freeze, load_torchvision, torchvision_model
 from ssd.folder import difference
 from ssd.images import (
@@ -43,10 +52,9 @@ from ssd.images import (
     refuse_channels,
     refuse_same,
 )
+from ssd.lock import file_lock
 from ssd.metrics import finite
-from ssd.run import Interrupted
 from ssd.strict_json import dumps
-from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 
 TORCHVISION_BATCH = 64
 
@@ -69,7 +77,6 @@ def build_parser() -> ArgumentParser:
         "pretrains on ImageNet32: --pretrain-folder, if you have it. Its weights stay next to "
         "FILE.npz, as FILE.convmixer.safetensors.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     defaults = {field.name: field.default for field in fields(Settings)}
     add = parser.add_argument
@@ -191,8 +198,7 @@ def check_out(out: Path) -> None:
     """UserError where --out cannot be written."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out} must end in .npz")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a file")
+    check_file(out)
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it")
     try:
@@ -231,10 +237,8 @@ def convert(source: Path, out: Path) -> str:
     """
     if out.exists():
         raise UserError(f"--out {out} exists already; use another")
-    try:
+    with in_words({"--features": "--convert"}):
         loaded = data.load("features", default_root(), source)
-    except UserError as error:
-        raise UserError(str(error).replace("--features", "--convert", 1)) from error
     arrays = (loaded.x_train, loaded.y_train, loaded.x_test, loaded.y_test)
     write_features(out, arrays, {"converted": source.name, "data_crc32": loaded.checksum()})
     return summary(f"converted {source}", loaded.x_train.shape[1], arrays, out)
@@ -290,6 +294,7 @@ class Session:
             "extractor": request.extractor,
             "batch_size": request.settings.batch_size,
             "device": device.type,
+            "algorithm": ALGORITHM,
         }
         if request.extractor.startswith(TORCHVISION):
             name = request.extractor.removeprefix(TORCHVISION)
@@ -300,7 +305,9 @@ class Session:
             refuse_same(
                 request.dataset, origin["pretraining"]["data"], f"--weights {request.weights}"
             )
-            return origin, lambda: freeze(model, model.embed, len(model.mean), device)
+            extractor = freeze(model, model.embed, len(model.mean), device)
+            origin["weights_crc32"] = extractor.crc32
+            return origin, lambda: extractor
         if request.folder is not None:
             images = load_folder(request.folder, self.display.update)
         else:
@@ -362,31 +369,29 @@ class Session:
         return torch.cat(chunks)
 
 
-def execute(arguments: Sequence[str] | None) -> None:
+def execute(arguments: Sequence[str]) -> None:
     """Parses, checks, loads, pretrains, embeds and writes; bad input is refused before any work."""
     given = vars(build_parser().parse_args(arguments))
     if "out" not in given:
         raise UserError("--out is missing (see --help)")
+    out = given["out"]
     if "convert" in given:
         foreign = [name for name in given if name not in CONVERTING]
         if foreign:
             raise UserError(f"--{foreign[0].replace('_', '-')} does not go with --convert")
-        check_out(given["out"])
-        print(convert(given["convert"], given["out"]))
+        check_out(out)
+        with file_lock(out):
+            print(convert(given["convert"], out))
         return
-    check_out(given["out"])
+    check_out(out)
     request = check(given)
-    loaded = data.load(request.dataset, request.root, strict=True)
+    again = command_line("ssd.embed", [*arguments, *([] if request.resume else ["--resume"])])
     display = StepDisplay(Console(), given.get("quiet", False))
     try:
-        with stop_on_interrupt() as stopped, display.progress:
-            line = Session(request, loaded, display, stopped).run()
-    except (Interrupted, KeyboardInterrupt):
-        command = [*(sys.argv[1:] if arguments is None else arguments)]
-        command += [] if request.resume else ["--resume"]
-        resume = shlex.join(["python", "-m", "ssd.embed", *command])
-        print(f"interrupted; go on with: {resume}", file=sys.stderr)
-        raise Interrupted from None
+        with resumable(f"go on with: {again}"), file_lock(out):
+            loaded = data.load(request.dataset, request.root, strict=True)
+            with stop_on_interrupt() as stopped, display.progress:
+                line = Session(request, loaded, display, stopped).run()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"--batch-size {request.settings.batch_size} needs more memory than {request.device} "
@@ -397,7 +402,7 @@ def execute(arguments: Sequence[str] | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line of embedding; returns the exit status."""
-    return exit_status(lambda: execute(arguments))
+    return exit_status(lambda: execute(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Mistakes of the user's: shown as one line, without a traceback."""
+"""What ends a command without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What was wrong, with the value, and what to do about it."""
+    """What was wrong, with the value, and what to do about it: shown as one line."""
 
 
 class Diverged(UserError):
@@ -20,3 +20,7 @@ class Diverged(UserError):
 
     def __reduce__(self) -> tuple[type[Diverged], tuple[str, int]]:
         return type(self), (str(self), self.number)  # a worker's reaches the command as a pickle
+
+
+class Interrupted(Exception):
+    """The work was asked to stop and has left what it goes on from."""

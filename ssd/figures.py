@@ -125,7 +125,12 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
     """A panel a measure, a mark for each value of each factor, the default as a band."""
     default = next((line for line in lines if line.row.factor == DEFAULT), None)
     varied = [line for line in lines if line is not default][::-1]
-    names = [f"{line.row.factor} = {line.row.value}" for line in varied]
+    base = (default or lines[0]).row
+    names = [
+        f"{line.row.method}, " * (line.row.method != base.method)
+        + f"{line.row.factor} = {line.row.value}"
+        for line in varied
+    ]
     figure, row = plt.subplots(
         1,
         len(result.measures),
@@ -150,9 +155,8 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
     if default is not None:
         handles, labels = row[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", frameon=False)
-        figure.suptitle(
-            f"SSD on {default.row.benchmark.title}, R = {default.row.neurons:,}", fontsize="medium"
-        )
+    title = f"{base.method.upper()} on {base.benchmark.title}, R = {base.neurons:,}"
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssd.checkpoint import temporary, write_atomically
+from ssd.checkpoint import read_text, temporary, write_atomically
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import UserError
+from ssd.lock import LOCK, folder_lock
 from ssd.strict_json import dumps
+
+# Raise it when a change moves the numbers of runs: those of another are neither gone on with nor
+# shown. Commits are recorded too, but most of them move no number.
+ALGORITHM = 1
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -39,6 +45,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def versions_of(summaries: Iterable[Mapping[str, Any]]) -> str:
+    """The versions that runs were trained with, as text."""
+    found = {", ".join(f"{n} {v}" for n, v in s["versions"].items()) for s in summaries}
+    return "; ".join(sorted(found))
+
+
 def commit() -> str:
     """The commit of the checkout, "-dirty" if more than results changed; "unknown" outside one."""
     here = Path(__file__)
@@ -58,19 +70,31 @@ def _git(*arguments: str) -> str:
         ["git", *arguments],
         cwd=Path(__file__).parent,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=True,
     ).stdout.strip()
+
+
+def doubts(commits: Collection[str]) -> str:
+    """Why runs of these commits cannot be repeated from one; empty if they can."""
+    several = len(set(commits))
+    found = [f"of {several} commits"] if several > 1 else []
+    if any(commit.endswith("-dirty") for commit in commits):
+        found.append("with uncommitted changes")
+    if "unknown" in commits:
+        found.append("of an unknown commit")
+    return f"runs {', '.join(found)}" if found else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run; UserError if it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); use another --out") from error
+        raise UserError(f"{path} is damaged ({error}); use another folder") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not an object); use another --out")
+        raise UserError(f"{path} is damaged (not an object); use another folder")
     return content
 
 
@@ -94,30 +118,47 @@ def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
         "data": data.name,
         "data_crc32": data.checksum(),
         "seeds": seeds,
+        "algorithm": ALGORITHM,
     }
 
 
-def claim(folder: Path, described: Mapping[str, Any], resume: bool) -> None:
-    """Makes the folder of a run, or checks that it belongs to this very run.
+def identity(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What describe() said, less the feature file's name: its checksum tells its content."""
+    config = described.get("config")
+    known = {**config, "features": None} if isinstance(config, dict) else config
+    return {**described, "config": known}
+
+
+@contextmanager
+def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """Makes the folder of a run, or checks that it is this very run's, and keeps others from it.
 
     Raises:
-        UserError: the folder holds something else. OSError: it cannot be made.
+        UserError: it holds something else, or another process has it. OSError: it cannot be made.
     """
+    _holds(folder, described, resume)  # what is something else's is not touched
+    with folder_lock(folder):
+        if not _holds(folder, described, resume):
+            content = {**described, "versions": versions(), "commit": commit()}
+            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
+        yield
+
+
+def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
+    """Whether a folder holds this run already; UserError if it holds something else."""
     path = folder / CONFIG
     if path.is_file():
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume or use another --out")
-        changed = difference(read_json(path), described)
+        changed = difference(identity(read_json(path)), identity(described))
         if changed:
             raise UserError(
                 f"{folder} belongs to another configuration ({changed}); use another --out"
             )
-        return
+        return True
     if folder.exists() and not _is_empty(folder):
         raise UserError(f"{folder} exists and is not the folder of a run; use another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {**described, "versions": versions(), "commit": commit()}
-    write_atomically(path, dumps(content, indent=2) + "\n")
+    return False
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -138,5 +179,5 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a run killed at its very start leaves."""
-    leftover = temporary(folder / CONFIG)
-    return folder.is_dir() and all(file == leftover for file in folder.iterdir())
+    leftovers = (temporary(folder / CONFIG), folder / LOCK)
+    return folder.is_dir() and all(file in leftovers for file in folder.iterdir())

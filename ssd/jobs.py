@@ -12,7 +12,7 @@ from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import Diverged
-from ssd.folder import DIVERGED, SUMMARY, describe, ended, read_json
+from ssd.folder import DIVERGED, SUMMARY, describe, ended, identity, read_json
 from ssd.run import RunOptions, leave_out, run_together
 from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer, together
@@ -23,7 +23,7 @@ MOST = 16
 
 def job_folder(root: Path, config: Config, data: Dataset) -> Path:
     """Where the run of these settings on these data lies: named by method, seed, digest."""
-    text = dumps(describe(config, data), sort_keys=True)
+    text = dumps(identity(describe(config, data)), sort_keys=True)
     return root / f"{data.name}-{config.method}-seed{config.seed}-{_digest(text)}"
 
 

@@ -13,12 +13,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from rich.console import Console
@@ -26,10 +27,20 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd.checkpoint import write_atomically
+from ssd.checkpoint import read_text, write_atomically
+from ssd.cli import (
+    ArgumentParser,
+    check_file,
+    command_line,
+    exit_status,
+    in_words,
+    note,
+    resumable,
+)
 from ssd.data import Dataset, Task, class_order, default_root, hold_out, load, split
 from ssd.errors import UserError
-from ssd.folder import commit
+from ssd.folder import commit, difference, doubts
+from ssd.lock import file_lock
 from ssd.metrics import backward_transfer, mean_accuracy, predicted
 from ssd.readout import (
     CodeReadout,
@@ -43,6 +54,9 @@ from ssd.readout import (
 from ssd.strict_json import dumps
 from ssd_kernels import TopKOutput, row_gradient, sparse_linear, topk
 from ssd_kernels.reference import power_of_two
+
+# Raise it when a change moves the numbers of peers: those of another are not shown.
+ALGORITHM = 1
 
 # Samples whose hidden layer is held at a time.
 CHUNK = 4096
@@ -306,6 +320,8 @@ class Row:
     bwt: float
     seconds: float
     commit: str
+    data_crc32: str
+    algorithm: int
 
 
 def entries(features: int, neurons: int) -> list[Entry]:
@@ -377,7 +393,7 @@ def _local_readout(
 class Study:
     """Chooses each learner's settings on a validation split, then measures it on the test set.
 
-    Rows that `out` holds already are not measured again.
+    Rows that `out` holds already are not measured again: it belongs to these very data.
 
     Args:
         name: of the data set. tasks: T. out: CSV file or None. console: where progress goes.
@@ -391,11 +407,12 @@ class Study:
     ) -> None:
         self.name, self.data, self.tasks, self.out, self.console = name, data, tasks, out, console
         self.rows = read_rows(out) if out is not None and out.exists() else []
+        self.key: dict[str, Any] = {
+            "data_crc32": data.checksum(), "tasks": tasks, "algorithm": ALGORITHM
+        }  # fmt: skip
         for row in self.rows:
-            if (row.dataset, row.tasks) != (name, tasks):
-                raise UserError(
-                    f"--out {out} holds {row.dataset} in {row.tasks} tasks; use another file"
-                )
+            if changed := difference(asdict(row), self.key):
+                raise UserError(f"--out {out} is of another study ({changed}); use another file")
         self.commit = commit()
         self.validation = hold_out(data, VALIDATION)
 
@@ -421,8 +438,9 @@ class Study:
                 accuracy = mean(part.mean().item() for part in parts)
                 self._add("validation", entry, neurons, early | late, VALIDATION_SEED,
                           accuracy, math.nan, perf_counter() - start)  # fmt: skip
-        tried = [row for row in self.rows if (row.split, row.learner, row.neurons)
-                 == ("validation", entry.name, neurons)]  # fmt: skip
+        # In the order of the grid, not of the file, where interruptions may have left another.
+        tried = [row for early in entry.early for late in entry.late
+                 for row in self._known("validation", entry, neurons, early | late)]  # fmt: skip
         return json.loads(max(tried, key=lambda row: row.mean_accuracy).settings)
 
     def measure(self, entry: Entry, neurons: int, seeds: int) -> list[Row]:
@@ -440,7 +458,8 @@ class Study:
             accuracy = evaluate_stream(learner, stream)
             self._add("test", entry, neurons, settings, seed, mean_accuracy(accuracy),
                       backward_transfer(accuracy), perf_counter() - start)  # fmt: skip
-        return self._known("test", entry, neurons, settings)
+        return [row for seed in range(seeds)
+                for row in self._known("test", entry, neurons, settings, seed)]  # fmt: skip
 
     def _build(self, entry: Entry, neurons: int, seed: int, early: Settings) -> Learner:
         generator = torch.Generator().manual_seed(seed)
@@ -460,13 +479,13 @@ class Study:
         accuracy: float, bwt: float, seconds: float,
     ) -> None:  # fmt: skip
         text = dumps(settings)
-        row = Row(self.name, part, entry.name, neurons, text, seed, self.tasks, round(accuracy, 5),
-                  round(bwt, 5), round(seconds, 2), self.commit)  # fmt: skip
+        row = Row(self.name, part, entry.name, neurons, text, seed,
+                  mean_accuracy=round(accuracy, 5), bwt=round(bwt, 5), seconds=round(seconds, 2),
+                  commit=self.commit, **self.key)  # fmt: skip
         self.rows.append(row)
         line = f"{part} {entry.name} {text} seed {seed}: {accuracy:.4f}"
         self.console.print(line, soft_wrap=True, highlight=False)
         if self.out is not None:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.out, format_rows(self.rows))
 
 
@@ -486,15 +505,19 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 def read_rows(path: Path) -> list[Row]:
     """What format_rows wrote; UserError if the file is something else."""
-    kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(("neurons", "seed", "tasks"), int)
+    whole = ("neurons", "seed", "tasks", "algorithm")
+    kinds: dict[str, Callable[[str], Any]] = dict.fromkeys(whole, int)
     kinds |= dict.fromkeys(("mean_accuracy", "bwt", "seconds"), float)
+    lines = csv.DictReader(StringIO(read_text(path)))
+    columns = [field.name for field in fields(Row)]
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [
-                Row(**{name: kinds.get(name, str)(text) for name, text in line.items()})
-                for line in csv.DictReader(file)
-            ]
-    except (TypeError, ValueError, OSError) as error:
+        if list(lines.fieldnames or ()) != columns:
+            raise ValueError(f"its columns are not {', '.join(columns)}")
+        return [
+            Row(**{name: kinds.get(name, str)(text) for name, text in line.items()})
+            for line in lines
+        ]
+    except (TypeError, ValueError, csv.Error) as error:
         raise UserError(f"--out {path} is not a table of peers ({error}); use another") from error
 
 
@@ -520,17 +543,11 @@ def spread(numbers: Sequence[float]) -> str:
     return f"{text} ± {stdev(numbers):.3f}" if len(numbers) > 1 else text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m ssd.peers",
         description="Measure learners that need no gradients; settings are chosen on a "
         "validation split of the training data.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="mnist, fashion-mnist, mnist-5k, .. (default mnist)")
@@ -543,36 +560,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str]) -> int:
-    """0 done, 2 a mistake of the user, 130 interrupted."""
-    console = Console(stderr=True)
-    try:
-        given = _parser().parse_args(arguments)
-        for name, least in (("neurons", 10), ("seeds", 1)):
-            if getattr(given, name) < least:
-                raise UserError(f"--{name} {getattr(given, name)} must be at least {least}")
-        dataset = given.dataset or ("features" if given.features else "mnist")
-        data = load(
-            dataset, given.data_root or default_root(), given.features,
-            notice=lambda line: console.print(f"note: {line}", soft_wrap=True, highlight=False),
-        )  # fmt: skip
+def execute(arguments: Sequence[str]) -> None:
+    """Checks, loads and measures; nothing is written before all checks are done."""
+    given = _parser().parse_args(arguments)
+    for name, least in (("neurons", 10), ("seeds", 1)):
+        if getattr(given, name) < least:
+            raise UserError(f"--{name} {getattr(given, name)} must be at least {least}")
+    out, dataset = given.out, given.dataset or ("features" if given.features else "mnist")
+    if out is not None:
+        check_file(out)
+    again = f"go on with: {command_line('ssd.peers', arguments)}"
+    again = "without --out FILE nothing is kept" if out is None else again
+    with resumable(again), in_words({"--validation": "the validation share"}):
+        data = load(dataset, given.data_root or default_root(), given.features, notice=note)
         split(data, given.tasks, class_order(data.classes, 0))
         name = given.features.stem if given.features else data.name
-        study = Study(name, data, given.tasks, given.out, console)
-        measured = {
-            entry.name: study.measure(entry, given.neurons, given.seeds)
-            for entry in entries(data.x_train.shape[1], given.neurons)
-        }
-        title = f"{name}, {given.tasks} tasks, R = {given.neurons:,}, {given.seeds} seeds"
-        Console().print(result_table(measured, title))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        progress = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+        if out is not None and out.exists():
+            Study(name, data, given.tasks, out, progress)  # what is of another is not touched
+        with nullcontext() if out is None else file_lock(out):
+            study = Study(name, data, given.tasks, out, progress)
+            measured = {
+                entry.name: study.measure(entry, given.neurons, given.seeds)
+                for entry in entries(data.x_train.shape[1], given.neurons)
+            }
+    commits = {row.commit for rows in measured.values() for row in rows}
+    if len(commits) > 1:
+        note(f"the table shows {doubts(commits)}")
+    title = f"{name}, {given.tasks} tasks, R = {given.neurons:,}, {given.seeds} seeds"
+    Console().print(result_table(measured, title))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of the peers; returns the exit status."""
+    return exit_status(lambda: execute(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

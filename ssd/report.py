@@ -23,7 +23,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from ssd.checkpoint import write_atomically
+from ssd.checkpoint import read_text, write_atomically
 from ssd.errors import UserError
 from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_frequency, read_json
 from ssd.metrics import USED, activation_entropy
@@ -69,7 +69,7 @@ def write_figures(folder: Path) -> None:
     """Draws the four figures of a finished run into its folder, as PNG and PDF."""
     summary = read_json(folder / SUMMARY)
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        lines = read_text(folder / METRICS).splitlines()
         records = [json.loads(line) for line in lines]
     except ValueError as error:
         raise UserError(f"{folder} is damaged ({error}); use another --out") from error

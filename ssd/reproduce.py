@@ -7,7 +7,6 @@ and results that share runs train them once.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +20,29 @@ from ssd.campaign import Campaign, Job, batches, load_benchmarks
 from ssd.campaign_display import CampaignDisplay
 from ssd.checkpoint import write_atomically
 from ssd.claims import verdicts
+from ssd.cli import (
+    SETTINGS,
+    ArgumentParser,
+    check_folder,
+    choose_device,
+    command_line,
+    exit_status,
+    in_words,
+    note,
+    resumable,
+    reword,
+    stop_on_interrupt,
+)
 from ssd.command_record import COMMANDS, CommandRecord
 from ssd.data import default_root
-from ssd.errors import UserError
+from ssd.errors import Interrupted, UserError
 from ssd.experiments import RESULTS, Row
 from ssd.figures import draw
 from ssd.hints import hints
 from ssd.lines import NOT_RUN, Line
+from ssd.lock import folder_lock
 from ssd.report import save_figure
-from ssd.run import Interrupted, RunOptions, device_name, make_tasks
+from ssd.run import RunOptions, device_name, make_tasks
 from ssd.tables import (
     csv_text,
     doubts,
@@ -39,10 +52,11 @@ from ssd.tables import (
     rich_table,
     task_records,
 )
-from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
 from ssd.workers import processes_for, train_all
 
 ALL = "all"
+# What library code calls --out is the folder of a run.
+WORDS = {**SETTINGS, "--out": "--runs"}
 # Encoder weights up to which several processes share the work, R = 10,000 with d = 784 among them;
 # larger ones would push one another out of the cache, and one process uses all cores with them.
 SMALL = 2**23
@@ -59,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python -m ssd.reproduce all --short\n"
         "  python -m ssd.reproduce table1 bwt --only cifar10 10000 sdmlp ssd ssd+ewc",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("results", metavar="RESULT", nargs="*", default=[ALL],
@@ -146,9 +159,10 @@ class Reproduction:
         self.out, self.short, self.command = out, short, command
         rows = dict.fromkeys(row for rows in results.values() for row in rows)
         found = {row: campaign.refusal(row) for row in rows}
-        self.refused = {row: reason for row, reason in found.items() if reason}
+        self.refused = {row: reword(why, WORDS) for row, why in found.items() if why}
         needed, device = self._needed(), device_name(campaign.options.device)
-        self.record = CommandRecord(out / COMMANDS, command, device, len(needed), start)
+        data = {name: found.checksum() for name, found in campaign.data.items()}
+        self.record = CommandRecord(out / COMMANDS, command, device, data, len(needed), start)
         self.trained = 0  # runs
 
     def _needed(self) -> list[tuple[str, Job]]:
@@ -171,7 +185,7 @@ class Reproduction:
             for stream, row in streams.items()
         }
         found = [
-            f"{row.benchmark.title}: {hint}"
+            f"{row.benchmark.title}: {reword(hint, WORDS)}"
             for row in networks
             for hint in hints(row.config, samples[row.benchmark, row.config.tasks])
         ]
@@ -278,29 +292,32 @@ def execute(arguments: Sequence[str]) -> None:
     options = RunOptions(choose_device(given.device))
     out = given.out or Path("results") / ("reproduction-short" if given.short else "reproduction")
     for place, path in (("--out", out), ("--runs", given.runs)):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{place} {path} is not a folder; use another {place}")
+        check_folder(path, place)
     root = given.data_root or default_root()
     folder = given.features_folder or root / "features"
     features = {b.name: str(folder / b.features) for b in experiments.BENCHMARKS if b.features}
     results = {name: RESULTS[name].rows(given.short, features) for name in names}
     if given.large:
         results = {name: experiments.over_all_orders(rows) for name, rows in results.items()}
-    data, absent = load_benchmarks([r for rows in results.values() for r in rows], root, features)
-    command = shlex.join(["python", "-m", "ssd.reproduce", *arguments])
-    campaign = Campaign(data, absent, given.runs, options)
-    reproduction = Reproduction(results, selection, campaign, out, given.short, command, start)
-    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    for reason in dict.fromkeys(reproduction.refused.values()):
-        notices.print(f"note: left out, {reason}", style="yellow")
-    for hint in reproduction.hints():
-        notices.print(f"note: {hint}", style="yellow")
-    if "table2" in names and not experiments.PEERS:
-        notices.print("note: table2 has no peers yet", style="yellow")
-    run_all(reproduction, notices)
+    command = command_line("ssd.reproduce", arguments)
+    with in_words(WORDS):
+        rows = [row for group in results.values() for row in group]
+        data, absent = load_benchmarks(rows, root, features)
+        campaign = Campaign(data, absent, given.runs, options)
+        with folder_lock(given.runs), folder_lock(out):
+            reproduction = Reproduction(
+                results, selection, campaign, out, given.short, command, start
+            )
+            for reason in dict.fromkeys(reproduction.refused.values()):
+                note(f"left out, {reason}")
+            for hint in reproduction.hints():
+                note(hint)
+            if "table2" in names and not experiments.PEERS:
+                note("table2 has no peers yet")
+            run_all(reproduction)
 
 
-def run_all(reproduction: Reproduction, notices: Console) -> None:
+def run_all(reproduction: Reproduction) -> None:
     """Trains and writes result by result: the first tables are there before the last runs.
 
     Raises:
@@ -310,30 +327,30 @@ def run_all(reproduction: Reproduction, notices: Console) -> None:
     waiting = reproduction.missing()
     jobs = [job for group in waiting.values() for job in group]
     display = CampaignDisplay(console, {job: reproduction.campaign.work(job) for job in jobs})
-    try:
-        for name, group in waiting.items():
-            reproduction.train(display, group)
-            result, lines = RESULTS[name], reproduction.write(name)
-            if warning := doubts(lines):
-                notices.print(f"note: {name} shows {warning}", style="yellow")
-            console.print(rich_table(f"{name}: {result.title}", result, lines))
-            for claim in verdicts(lines) if result.claims else ():
-                console.print(claim)
-    except (Interrupted, KeyboardInterrupt):
-        for name in waiting:
-            reproduction.write(name)
-        reproduction.record.save(reproduction.trained)
-        notices.print(
-            f"interrupted; {reproduction.out} shows what exists; go on with: {reproduction.command}"
-        )
-        raise Interrupted from None
+    how = f"{reproduction.out} shows what exists; go on with: {reproduction.command}"
+    with resumable(how):
+        try:
+            for name, group in waiting.items():
+                reproduction.train(display, group)
+                result, lines = RESULTS[name], reproduction.write(name)
+                if warning := doubts(lines):
+                    note(f"{name} shows {warning}")
+                console.print(rich_table(f"{name}: {result.title}", result, lines))
+                for claim in verdicts(lines) if result.claims else ():
+                    console.print(claim)
+        except (Interrupted, KeyboardInterrupt):
+            for name in waiting:
+                reproduction.write(name)
+            reproduction.record.save(reproduction.trained)
+            raise
     reproduction.record.save(reproduction.trained, finished=True)
     console.print(f"{len(jobs)} runs trained  -> {reproduction.out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
-    return exit_status(lambda: execute(sys.argv[1:] if arguments is None else arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: execute(given), "--out or --runs")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ssd import metrics
 from ssd.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssd.config import JOINT, Config
 from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
-from ssd.errors import Diverged, UserError
+from ssd.errors import Diverged, Interrupted, UserError
 from ssd.folder import (
     CHECKPOINT,
     FREQUENCY,
@@ -27,20 +28,17 @@ from ssd.folder import (
     METRICS,
     STRUCTURE,
     SUMMARY,
-    claim,
+    claimed,
     commit,
     describe,
     difference,
+    identity,
     read_json,
     versions,
 )
 from ssd.learner import Learner, build_model
 from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has left a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,8 @@ class Journal:
         tensors, state = load_checkpoint(self.path, device)
         before = state.get("runs", [])
         changed = "; ".join(
-            difference(b, now) for b, now in zip(before, self.described, strict=False)
+            difference(identity(b), identity(now))
+            for b, now in zip(before, self.described, strict=False)
         )
         if changed.strip("; ") or len(before) != len(self.described):
             raise UserError(
@@ -188,7 +187,8 @@ def run_together(
         The summary of each run.
 
     Raises:
-        UserError: bad settings or a folder that is not this run's. Interrupted: it was stopped.
+        UserError: bad settings, or a folder that is not this run's or that another process has.
+        Interrupted: it was stopped.
         Diverged: a run's numbers are not finite; the checkpoint is from before that.
         OSError: a file could not be written.
     """
@@ -200,30 +200,25 @@ def run_together(
     ]
     trainer = Trainer(learners)
     described = [describe(config, data) for config in configs]
-    for folder, each in zip(folders, described, strict=True):
-        claim(folder, each, options.resume)
-    if all((folder / SUMMARY).is_file() for folder in folders):
-        return [read_json(folder / SUMMARY) for folder in folders]
-    journal = Journal(checkpoint, folders, described)
-    journal.restore(trainer, options.device)
-    try:
-        _train(trainer, journal, options, watch, stopped)
-    except Diverged as error:
-        raise Diverged(
-            f"{error}; {checkpoint} is from before, and --resume would take the same steps: "
-            "change the settings and use another --out",
-            error.number,
-        ) from error
-    summaries = []
-    for folder, learner in zip(folders, learners, strict=True):
-        summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), len(learners))
-        write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
-        write_atomically(folder / FREQUENCY, npy(learner.frequency))
-        if learner.structure is not None:
-            learner.structure.save(folder / STRUCTURE)
-        write_atomically(folder / SUMMARY, dumps(summary, indent=2) + "\n")
-        summaries.append(summary)
-    return summaries
+    with ExitStack() as held:
+        for folder, each in zip(folders, described, strict=True):
+            held.enter_context(claimed(folder, each, options.resume))
+        if all((folder / SUMMARY).is_file() for folder in folders):
+            return [read_json(folder / SUMMARY) for folder in folders]
+        journal = Journal(checkpoint, folders, described)
+        journal.restore(trainer, options.device)
+        try:
+            _train(trainer, journal, options, watch, stopped)
+        except Diverged as error:
+            raise Diverged(
+                f"{error}; {checkpoint} is from before, and --resume would take the same steps: "
+                "change the settings and use another --out",
+                error.number,
+            ) from error
+        return [
+            _conclude(folder, learner, data, trainer, journal)
+            for folder, learner in zip(folders, learners, strict=True)
+        ]
 
 
 def _train(
@@ -245,6 +240,20 @@ def _train(
             journal.save(trainer)
         if stop and trainer.task < trainer.config.tasks:
             raise Interrupted
+
+
+def _conclude(
+    folder: Path, learner: Learner, data: Dataset, trainer: Trainer, journal: Journal
+) -> dict[str, Any]:
+    """Writes what a run has come to; its summary."""
+    beside = len(trainer.learners)
+    summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), beside)
+    write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
+    write_atomically(folder / FREQUENCY, npy(learner.frequency))
+    if learner.structure is not None:
+        learner.structure.save(folder / STRUCTURE)
+    write_atomically(folder / SUMMARY, dumps(summary, indent=2) + "\n")
+    return summary
 
 
 def leave_out(checkpoint: Path, number: int, target: Path) -> None:

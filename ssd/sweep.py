@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -33,16 +32,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ssd.checkpoint import write_atomically
+from ssd.checkpoint import read_text, write_atomically
+from ssd.cli import (
+    SETTINGS,
+    ArgumentParser,
+    check_folder,
+    choose_device,
+    command_line,
+    exit_status,
+    in_words,
+    note,
+    resumable,
+    reword,
+    stop_on_interrupt,
+)
 from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.errors import UserError
-from ssd.folder import commit, ended, versions
+from ssd.folder import doubts, ended, versions_of
 from ssd.hints import hints
 from ssd.jobs import job_folder, run_jobs
+from ssd.lock import folder_lock
 from ssd.metrics import estimate
-from ssd.run import Interrupted, RunOptions, make_tasks
-from ssd.train import ArgumentParser, choose_device, exit_status, stop_on_interrupt
+from ssd.run import RunOptions, make_tasks
 from ssd.trainer import Event, Trainer
 
 if sys.version_info >= (3, 11):
@@ -87,10 +99,9 @@ def read_sweep(path: Path) -> Sweep:
         UserError: it is absent or not TOML, or holds an unknown name or a value no run could use.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"{path} cannot be read: {reason}") from error
+        content = tomllib.loads(read_text(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
     try:
@@ -236,7 +247,7 @@ def _diverged(record: Mapping[str, Any]) -> bool:
 
 def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
     """A record as texts: settings, then `mean ± standard error` of each measure."""
-    texts = [f"{record[n]:g}" if isinstance(record[n], float) else str(record[n]) for n in varied]
+    texts = [_text(record[name]) for name in varied]
     if _diverged(record):
         return [*texts, "diverged", *[""] * (len(MEASURES) - 1)]
     for measure in MEASURES:
@@ -244,6 +255,12 @@ def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
         text, error = f"{record[measure]:.{digits}f}", record[f"{measure}_standard_error"]
         texts.append(text if error is None else f"{text} ± {error:.{digits}f}")
     return texts
+
+
+def _text(value: Any) -> str:
+    """A setting in as few digits as tell it from any other."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
@@ -255,19 +272,30 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def markdown_text(title: str, varied: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
-    """sweep.md: the table, the best row in bold, what it was measured on and with."""
+def markdown_text(
+    title: str,
+    varied: Sequence[str],
+    records: Sequence[Mapping[str, Any]],
+    runs: Sequence[Mapping[str, Any]],
+) -> str:
+    """sweep.md: the table, the best row in bold, what it was measured on and with.
+
+    Args:
+        records: of rank. runs: summaries of all runs behind them.
+    """
     header = [*varied, *(measure.replace("_", " ") for measure in MEASURES)]
     lines = [f"# {title}", "", " | ".join(["", *header, ""]).strip(), "|---" * len(header) + "|"]
     for number, record in enumerate(records):
         texts = cells(record, varied)
         texts = [f"**{text}**" for text in texts] if number == 0 else texts
         lines.append("| " + " | ".join(texts) + " |")
-    found = versions()
+    commits = sorted({run["commit"] for run in runs})
     lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
     if any(record["evaluated_on"] == "test" for record in records):
         lines += ["", "**Ranked on the TEST set**: nothing may be chosen by this table."]
-    lines += ["", f"torch {found['torch']}, Python {found['python']}, commit {commit()}."]
+    lines += ["", f"{versions_of(runs)}; commit {', '.join(commits)}."]
+    if warning := doubts(commits):
+        lines += ["", f"Warning: {warning}."]
     return "\n".join(lines) + "\n"
 
 
@@ -288,7 +316,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m ssd.sweep",
         description="Train a grid of settings and rank them by mean accuracy. "
         "The same command goes on with a sweep that was interrupted.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("file", metavar="FILE.toml", type=Path, help="dataset, seeds, [base], [grid], [[runs]]")
@@ -299,16 +326,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def execute(arguments: Sequence[str] | None) -> None:
+def execute(arguments: Sequence[str]) -> None:
     """Reads, checks, loads, trains and ranks; nothing is written before all checks are done."""
     given = build_parser().parse_args(arguments)
-    sweep = read_sweep(given.file)
-    options = RunOptions(choose_device(given.device))
-    folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is not a folder; use another --out")
-    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    data, configs = _load(sweep, given.data_root or default_root(), notices)
+    with in_words(SETTINGS):
+        sweep = read_sweep(given.file)
+        options = RunOptions(choose_device(given.device))
+        folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
+        check_folder(folder)
+        data, configs = _load(sweep, given.data_root or default_root())
+        again = command_line("ssd.sweep", arguments)
+        with resumable(f"go on with: {again}"), folder_lock(folder):
+            _train_and_rank(sweep, configs, data, folder, options, given)
+
+
+def _train_and_rank(
+    sweep: Sweep,
+    configs: Sequence[Config],
+    data: Dataset,
+    folder: Path,
+    options: RunOptions,
+    given: argparse.Namespace,
+) -> None:
     jobs = [
         replace(config, seed=config.seed + number)
         for config in configs
@@ -324,24 +363,24 @@ def execute(arguments: Sequence[str] | None) -> None:
         },
         given.quiet,
     )
-    try:
-        with stop_on_interrupt() as stopped, display.progress:
-            summaries = run_jobs(jobs, data, folder, options, display.watch, stopped)
-            display.advance()
-    except (Interrupted, KeyboardInterrupt):
-        again = ["python", "-m", "ssd.sweep", *map(str, arguments or sys.argv[1:])]
-        notices.print(f"interrupted; go on with: {shlex.join(again)}")
-        raise Interrupted from None
+    with stop_on_interrupt() as stopped, display.progress:
+        summaries = run_jobs(jobs, data, folder, options, display.watch, stopped)
+        display.advance()
     for row, job, summary in zip(rows, jobs, summaries, strict=True):
         if "diverged" in summary:
-            notices.print(f"note: {_shown(row)} seed {job.seed}: {summary['diverged']}")
+            note(f"{_shown(row)} seed {job.seed}: {summary['diverged']}")
     groups = [summaries[i : i + sweep.seeds] for i in range(0, len(jobs), sweep.seeds)]
     records = rank(sweep, configs, groups)
     measured = " and ".join(sorted({record["evaluated_on"] for record in records}))
     count = f"{sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
-    title = f"{given.file.stem}: {data.name}, accuracy on {measured} data, {count}"
+    name = f"{data.name} {configs[0].features}" if configs[0].features else data.name
+    title = f"{given.file.stem}: {name}, accuracy on {measured} data, {count}"
+    commits = {summary["commit"] for summary in summaries}
+    if len(commits) > 1:
+        note(f"the table shows {doubts(commits)}")
     write_atomically(folder / CSV, csv_text(records))
-    write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records))
+    text = markdown_text(title, sweep.varied, records, summaries)
+    write_atomically(folder / MARKDOWN, text)
     if not given.quiet:
         Console().print(result_table(title, sweep.varied, records))
     if _diverged(records[0]):
@@ -351,14 +390,11 @@ def execute(arguments: Sequence[str] | None) -> None:
     print(f"best of {len(records)} ({measured}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
 
 
-def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Config]]:
+def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:
     """The data and each row's settings, which suit one another; says what may not be meant."""
     first = sweep.config(sweep.rows[0])
     features = Path(first.features) if first.features else None
-    data = load(
-        first.dataset, root, features,
-        notice=lambda line: notices.print(f"note: {line}", style="yellow"),
-    )  # fmt: skip
+    data = load(first.dataset, root, features, notice=note)
     # The subset may stand in for MNIST: the settings are then the subset's.
     configs = [sweep.config(row, data.name) for row in sweep.rows]
     streams = {(c.tasks, c.validation): c for c in configs}
@@ -368,12 +404,13 @@ def _load(sweep: Sweep, root: Path, notices: Console) -> tuple[Dataset, list[Con
     if any(config.validation == 0 for config in configs):
         found.insert(0, "without validation in [base] the rows are ranked on the test set")
     for hint in dict.fromkeys(found):
-        notices.print(f"note: {hint}", style="yellow")
+        note(reword(hint, SETTINGS))
     return data, configs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return exit_status(lambda: execute(arguments))
+    """The command line of a sweep; returns the exit status."""
+    return exit_status(lambda: execute(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from ssd import folder
 from ssd.claims import verdicts
 from ssd.experiments import DEFAULT, PAPER_ENTROPY, Published, Result, Row
-from ssd.folder import commit, versions
+from ssd.folder import commit
 from ssd.lines import NOT_RUN, Line, seconds, shown
 from ssd.metrics import estimate
 
@@ -108,7 +109,7 @@ def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
         "commits of the runs": ", ".join(commits) or NOT_RUN,
         "machine": machine(),
         "devices of the runs": ", ".join(sorted({s["device"] for s in summaries})) or NOT_RUN,
-        "versions": version_list(),
+        "versions of the runs": folder.versions_of(summaries) or NOT_RUN,
         "seeds": ", ".join(map(str, seeds)) or NOT_RUN,
         "evaluated on": ", ".join(sorted({s["evaluated_on"] for s in summaries})) or NOT_RUN,
         "wall time of the runs": f"{sum(map(seconds, summaries)):.0f} s in {len(summaries)} runs",
@@ -121,23 +122,12 @@ def _commits(lines: Sequence[Line]) -> list[str]:
 
 def doubts(lines: Sequence[Line]) -> str:
     """Why the runs of a table cannot be repeated from one commit; empty if they can."""
-    commits = _commits(lines)
-    found = [f"of {len(commits)} commits"] if len(commits) > 1 else []
-    if any(commit.endswith("-dirty") for commit in commits):
-        found.append("with uncommitted changes")
-    if "unknown" in commits:
-        found.append("of an unknown commit")
-    return f"runs {', '.join(found)}" if found else ""
+    return folder.doubts(_commits(lines))
 
 
 def machine() -> str:
     """The machine that this process runs on."""
     return f"{processor()}, {os.cpu_count()} threads"
-
-
-def version_list() -> str:
-    """The versions of what the numbers depend on, as text."""
-    return ", ".join(f"{name} {number}" for name, number in versions().items())
 
 
 def processor() -> str:

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from rich.console import Console
 
 from ssd.checkpoint import write_atomically
+from ssd.cli import (
+    ArgumentParser,
+    choose_device,
+    command_line,
+    exit_status,
+    note,
+    resumable,
+    stop_on_interrupt,
+)
 from ssd.config import DATASETS, PRESETS, Config, option, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.display import Display
-from ssd.errors import UserError
+from ssd.errors import Interrupted, UserError
 from ssd.folder import (
     CHECKPOINT,
     CONFIG,
     STRUCTURE,
     SUMMARY,
-    claim,
-    commit,
+    claimed,
     describe,
     read_json,
     versions,
 )
 from ssd.hints import hints
+from ssd.lock import folder_lock
 from ssd.report import accuracy_table, seeds_table, write_figures
-from ssd.run import Interrupted, RunOptions, make_tasks, run, run_together
+from ssd.run import RunOptions, make_tasks, run, run_together
 from ssd.strict_json import dumps
 from ssd.structure_report import write_structure_figures
 
@@ -55,13 +59,6 @@ METAVARS = {int: "N", float: "X", str: None}
 CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line: run control by hand, every setting of Config by itself."""
     parser = ArgumentParser(
@@ -75,7 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m ssd.train --dataset features --features cifar10.npz --tasks 5\n"
         "  python -m ssd.train --out runs/mine --resume",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     add = groups["data"].add_argument
@@ -103,23 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
                 help=f"{settings[name].metadata['help']} (default {default})",
             )
     return parser
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device to train on; UserError where it is not to be had."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is not a device; use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(f"--device {name} is not on this machine; use --device cpu")
-    return device
 
 
 def choose_folder(given: dict[str, Any], config: Config) -> Path:
@@ -154,23 +133,6 @@ def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **settings, "seeds": seeds}
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives whether Ctrl-C was hit, so that a step is finished and saved; twice interrupts it."""
-    hits: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if hits:
-            raise KeyboardInterrupt
-        hits.append(number)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: bool(hits)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def draw(folder: Path) -> None:
     """All figures of a finished run."""
     write_figures(folder)
@@ -193,13 +155,17 @@ class Session:
         display = Display(self.console, config, self.quiet)
         with display.progress:
             summary = run(config, self.data, folder, self.options, display.watch, self.stopped)
-        draw(folder)
+        with folder_lock(folder):
+            draw(folder)
         return summary
 
     def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
         """Seeds seed, seed + 1, .. side by side, each in its folder; mean and deviation."""
         make_tasks(config, self.data)  # complains before there is a folder
-        claim(folder, describe(config, self.data, count), self.options.resume)
+        with claimed(folder, describe(config, self.data, count), self.options.resume):
+            return self._train_seeds(config, count, folder)
+
+    def _train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
         configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
         folders = [folder / f"seed{each.seed}" for each in configs]
         display = Display(self.console, config, self.quiet)
@@ -235,7 +201,7 @@ def summarize_seeds(summaries: Sequence[dict[str, Any]], config: Config) -> dict
         },
         "device": summaries[0]["device"],
         "versions": versions(),
-        "commit": commit(),
+        "commit": ", ".join(sorted({summary["commit"] for summary in summaries})),
         "config": config.to_dict(),
     }
 
@@ -251,32 +217,24 @@ def execute(arguments: Sequence[str] | None) -> None:
     if not every >= 0:
         raise UserError(f"--checkpoint-every {every} must be at least 0")
     options = RunOptions(choose_device(given.get("device")), given.get("resume", False), every)
-    # soft_wrap: a line stays one line, however narrow the terminal.
-    notices = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     features = Path(config.features) if config.features else None
     root = given.get("data_root", default_root())
-    data = load(
-        config.dataset, root, features, given.get("strict_data", False),
-        lambda line: notices.print(f"note: {line}", style="yellow"),
-    )  # fmt: skip
+    data = load(config.dataset, root, features, given.get("strict_data", False), note)
     if data.name != config.dataset:
         # The subset stands in: everything that is written bears its name and its settings.
         config = resolve({**given, "dataset": data.name})
     samples, largest = len(make_tasks(config, data)[0].y_train), data.x_train.abs().max().item()
     for hint in hints(config, samples, largest):
-        notices.print(f"note: {hint}", style="yellow")
+        note(hint)
     folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
-    try:
-        with stop_on_interrupt() as stopped:
-            session = Session(data, options, console, quiet, stopped)
-            if count == 1:
-                summary = session.train(config, folder)
-            else:
-                summary = session.train_seeds(config, count, folder)
-    except (Interrupted, KeyboardInterrupt):
-        resume = shlex.join(["python", "-m", "ssd.train", "--out", str(folder), "--resume"])
-        notices.print(f"interrupted; go on with: {resume}")
-        raise Interrupted from None
+    place = ["--data-root", str(root)] if "data_root" in given else []
+    again = command_line("ssd.train", ["--out", str(folder), *place, "--resume"])
+    with resumable(f"go on with: {again}"), stop_on_interrupt() as stopped:
+        session = Session(data, options, console, quiet, stopped)
+        if count == 1:
+            summary = session.train(config, folder)
+        else:
+            summary = session.train_seeds(config, count, folder)
     if not quiet:
         console.print(seeds_table(summary) if count > 1 else accuracy_table(summary, console.width))
     print(f"{data.name} {config.method}  {result_line(summary)}  -> {folder}")
@@ -294,30 +252,8 @@ def result_line(summary: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of training; returns the exit status."""
     return exit_status(lambda: execute(arguments))
-
-
-def exit_status(work: Callable[[], None]) -> int:
-    """Does the work: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted."""
-    try:
-        work()
-    except UserError as error:
-        return fail(str(error))
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        return fail(f"{error.strerror or error}{where}; make room or use another --out")
-    except Interrupted:
-        return 130
-    except KeyboardInterrupt:
-        print("interrupted before the run began", file=sys.stderr)
-        return 130
-    return 0
-
-
-def fail(reason: str) -> int:
-    """Says what was wrong in one line and gives the exit status."""
-    print("error: " + " ".join(reason.splitlines()), file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

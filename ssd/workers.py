@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import multiprocessing
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.display import STEPS_PER_UPDATE, progress
+from ssd.errors import Interrupted
 from ssd.jobs import run_jobs
-from ssd.run import Interrupted, RunOptions
+from ssd.run import RunOptions
 from ssd.trainer import Event, Trainer
 
 if TYPE_CHECKING:
@@ -90,7 +92,16 @@ _shared: dict[str, Any] = {}
 def _begin(reports: Queue[tuple[int, float, str]], stop: Flag) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _shared.update(reports=reports, stop=stop)
+
+
+def _end_with_parent() -> None:
+    # A parent that was killed stops nobody, and its runs may be resumed at once.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train(number: int, batch: Batch) -> None:

@@ -83,7 +83,7 @@ def segment_kernel(
     gradient,  # [R, D], or [count, D] if COMPACT
     bias_gradient,  # [R]
     products,  # [tiles, count] fp32: <vectors[b], weight[neuron]> of each slot
-    squares,  # [tiles, count] fp32: of the gradient's row
+    squares,  # [tiles, count] fp64, in whose range squares of fp32 are: of the gradient's row
     touched,  # [count] uint8: whether a coefficient of the neuron is not zero
     count,
     width,
@@ -136,10 +136,9 @@ def segment_kernel(
         if GRADIENT:
             if COMPACT:
                 target = position.to(tl.int64)
-                tl.store(
-                    squares + tile.to(tl.int64) * count + position,
-                    tl.sum(tl.where(inside, total * total, 0.0)),
-                )
+                wide = tl.where(inside, total, 0.0).to(tl.float64)
+                at = squares + tile.to(tl.int64) * count + position
+                tl.store(at, tl.sum(wide * wide))
                 if tile == 0:
                     tl.store(touched + position, tl.minimum(active, 1).to(tl.uint8))
             else:

@@ -317,11 +317,12 @@ def _triton(
     order = _segments.sorted_slots(indices)
     gradients, touched, squares = _gradients(order, coefficients, inputs)
     if blocks == 1:
-        norm = squares.sum().sqrt().unsqueeze(0)
+        norm = squares.sum().unsqueeze(0)
     else:
         block = order[0] // (weights[0].shape[0] // blocks)
         own = block == torch.arange(blocks, device=block.device).unsqueeze(1)
-        norm = torch.where(own, squares.sum(0), 0.0).sum(1).sqrt()
+        norm = torch.where(own, squares.sum(0), 0.0).sum(1)
+    norm = norm.sqrt().float()
     rates = per_block(lr, blocks, indices.device)
     bounds = norm if max_norm is None else per_block(max_norm, blocks, indices.device)
     with torch.cuda.device_of(indices):
@@ -370,7 +371,7 @@ def _gradients(
     """Each matrix's gradient [B K, D] fp32, what touched its rows, and their squared norms."""
     count, device = len(order[0]), order[0].device
     tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
-    squares = torch.empty(sum(tiles), count, dtype=torch.float32, device=device)
+    squares = torch.empty(sum(tiles), count, dtype=torch.float64, device=device)
     touched = torch.empty(len(inputs), count, dtype=torch.uint8, device=device)
     gradients = []
     for number, (coefficient, vectors) in enumerate(zip(coefficients, inputs, strict=True)):

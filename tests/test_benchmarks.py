@@ -4,6 +4,7 @@ import argparse
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ from benchmarks import (
 )
 from benchmarks.cases import QUICK, Shape
 from benchmarks.record import Row
+from ssd.cli import exit_status
+from ssd.errors import UserError
+from tests.ssd.test_lock import held
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -327,3 +331,45 @@ def test_whole_command(tmp_path: Path) -> None:
         assert row.p20 == row.p50 == row.p80
         assert row.p50
         assert row.p50 > 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "the following arguments are required: NAME.csv, FILE.md"),
+        (["rows.csv", "absent.md"], "No such file or directory (absent.md)"),
+        (["file.md", "file.md"], "file.md: columns ['# A file'] are not ['op', "),
+        (["rows.csv", "file.md"], "the document has no <!-- medians rows "),
+        (["rows.csv", "file.md", "x"], "unrecognized arguments: x"),
+    ],
+)
+def test_report_refuses_in_one_line(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with record.Writer(Path("rows.csv"), "cpu") as writer:
+        writer.write(ROW)
+    Path("file.md").write_text("# A file\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["report", *given])
+    assert exit_status(report.main, place="") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1
+
+
+def test_a_table_is_written_by_one_process(tmp_path: Path) -> None:
+    with held(tmp_path / "rows.csv", "file_lock"):
+        with pytest.raises(UserError, match="in use by another process"):
+            record.Writer(tmp_path / "rows.csv", "cpu")
+        assert not (tmp_path / "rows.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["command_bench", "train_bench", "topk_bench", "tune"])
+def test_benchmarks_refuse_in_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--bogus"])
+    assert exit_status(module.main) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --bogus (see --help)\n"

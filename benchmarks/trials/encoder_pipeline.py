@@ -29,6 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
 
 from benchmarks import record, timing
+from ssd.cli import exit_status
+from ssd.errors import UserError
 
 DEVICE = torch.device("cuda")
 CAPACITY = 512
@@ -305,10 +307,9 @@ def trial(batch: int, d: int, neurons: int, k: int, dtype: torch.dtype, group: i
     )
 
 
-def main() -> int:
+def main() -> None:
     if not torch.cuda.is_available():
-        print("encoder_pipeline: torch finds no CUDA device here", file=sys.stderr)
-        return 2
+        raise UserError("torch finds no CUDA device here; run it on a machine with one")
     print(f"{record.device_name(DEVICE)}; torch {torch.__version__}; triton {triton.__version__}; "
           f"commit {record.commit()}", flush=True)  # fmt: skip
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -328,8 +329,7 @@ def main() -> int:
             print(trial(*arguments), flush=True)  # type: ignore[arg-type]
         except Exception as error:
             print(f"{arguments}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, place=""))

@@ -146,9 +146,7 @@ def _family(family: str, rows: set[tuple[str, int]]) -> Iterator[None]:
             patch.object(_tuning, "multiprocessors", lambda _: gpus.GPUS[family].multiprocessors),
             patch.object(torch.version, "hip", hip),
             patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
-            # torch has no autocast for the meta device.
-            patch.object(torch, "is_autocast_enabled", lambda _: False),
-            patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
+            patch.object(_dispatch, "symbolic", lambda _: False),
             patch.dict(os.environ, {_dispatch.ENVIRONMENT: "triton"}),
         ):
             stack.enter_context(patched)

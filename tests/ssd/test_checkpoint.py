@@ -9,7 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ssd.checkpoint import load_checkpoint, save_checkpoint, temporary, write_atomically
+from ssd.checkpoint import (
+    load_checkpoint,
+    read_text,
+    save_checkpoint,
+    temporary,
+    write_atomically,
+)
 from ssd.errors import UserError
 
 CPU = torch.device("cpu")
@@ -97,3 +103,20 @@ def test_content_written_to_the_stream(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="why"):
         write_atomically(tmp_path / "f", fail)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"ab")]
+
+
+def test_text_is_utf8_whatever_a_path_in_it_is(tmp_path: Path) -> None:
+    """Names of files come as surrogates where the locale is not theirs."""
+    path = tmp_path / "a.md"
+    write_atomically(path, os.fsdecode("é".encode()) + "é" + "\udcc3\udca9" + "\udcff")
+    assert read_text(path) == "ééé\\xff"
+
+
+def test_text_of_another_program(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")
+    assert read_text(path) == "a\nb\nc\n"
+    for content in ("é".encode("latin-1"), "a".encode("utf-16"), "a".encode("utf-16-le")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not UTF-8"):
+            read_text(path)

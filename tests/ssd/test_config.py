@@ -1,7 +1,9 @@
 """Settings: what is refused, and what the presets hold."""
 
+import json
 from dataclasses import replace
 from math import inf, nan
+from typing import Any
 
 import pytest
 
@@ -115,3 +117,29 @@ def test_unknown_preset_and_dataset() -> None:
         preset("fast", "mnist")
     with pytest.raises(UserError, match="--dataset mnits is unknown"):
         preset("quick", "mnits")
+
+
+SAME = [
+    ({"lr": 1}, {"lr": 1.0}), ({"momentum": -0.0}, {"momentum": 0}),
+    ({"method": "ewc+ssd"}, {"method": "ssd+ewc"}), ({"method": "ssd+sdmlp"}, {"method": "ssd"}),
+    ({"method": "naive"}, {"method": "relu-mlp"}), ({"method": "joint+sdmlp"}, {"method": "joint"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_equal_settings_are_written_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Folders of runs are named by the text of their settings."""
+    texts = [json.dumps(Config(**given).to_dict()) for given in (one, other)]
+    assert texts[0] == texts[1]
+    assert Config(**one) == Config(**other) == replace(Config(**one), seed=0)
+
+
+def test_what_is_no_method_stays_as_it_was_written() -> None:
+    for method in ("ewc+sgd", "ewc+ewc", "", "+ssd"):
+        config = Config(method=method)
+        assert config.method == method
+        with pytest.raises(UserError, match="--method"):
+            config.validate()
+    for value in (10**400, -(10**400)):
+        with pytest.raises(UserError, match="--lr"):
+            Config(lr=value).validate()

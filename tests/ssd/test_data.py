@@ -354,3 +354,37 @@ def test_hold_out_takes_the_last_of_each_class() -> None:
     assert torch.equal(held.x_train, data.x_train[:9])
     with pytest.raises(UserError, match="without training or validation data"):
         hold_out(data, 0.05)
+
+
+DTYPES = ["<f4", ">f4", "<f8", ">f8", "<f2", ">f2", "u1", "i1", ">i2", ">u2", "<u4", ">i8", "?"]
+
+
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_is_read_as_it_is(
+    tmp_path: Path, arrays: dict[str, np.ndarray], dtype: str, order: str
+) -> None:
+    """Whatever its byte order, its width, and how its rows lie."""
+    values = {key: np.round(array) % 2 for key, array in arrays.items()}
+    label = ">i4" if "f" in dtype else dtype
+    for name, x, y in (("f", dtype, label), ("plain", "<f4", "<i8")):
+        written = {
+            key: np.array(array, x if key[0] == "x" else y, order=order)
+            for key, array in values.items()
+        }
+        np.savez(tmp_path / f"{name}.npz", **written)
+    found, plain = (load("features", tmp_path, tmp_path / f"{n}.npz") for n in ("f", "plain"))
+    assert found.checksum() == plain.checksum()
+    assert set(found.x_train.flatten().tolist()) == {0.0, 1.0}
+    assert found.x_train.dtype == torch.float32
+    assert found.y_train.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", ["U3", "M8[s]", "O"])
+def test_what_is_no_number_is_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray], dtype: str
+) -> None:
+    arrays["x_train"] = np.zeros(arrays["x_train"].shape).astype(dtype)
+    np.savez(tmp_path / "g.npz", **arrays)
+    with pytest.raises(UserError, match=r"g\.npz"):
+        load("features", tmp_path, tmp_path / "g.npz")

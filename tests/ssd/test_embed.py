@@ -447,3 +447,31 @@ def test_cuda() -> None:
     cpu, cuda = (load("features", Path(), Path(name)) for name in ("f.npz", "g.npz"))
     torch.testing.assert_close(cuda.x_train, cpu.x_train, rtol=0.05, atol=0.05)
     assert embed.main([*CONVMIXER, "--out", "h.npz", "--device", "cuda"]) == 0
+
+
+def test_what_another_version_left_is_not_gone_on_with(
+    stop_after: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(1)
+    assert embed.main(CONVMIXER) == 130
+    stop_after(1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(convmixer, "ALGORITHM", 0)
+        said = refused(capsys, [*CONVMIXER, "--resume"])
+        assert "is of another pretraining (algorithm 1, now 0)" in said
+    assert embed.main([*CONVMIXER, "--resume"]) == 0
+    monkeypatch.setattr(embed, "ALGORITHM", 0)
+    assert "is of another command (algorithm 1, now 0" in refused(capsys, [*CONVMIXER, "--resume"])
+
+
+def test_other_weights_of_the_same_description(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of weights is known by its content."""
+    assert embed.main(CONVMIXER) == 0
+    weights = ["--weights", "f.convmixer.safetensors", "--out", "g.npz", "--device", "cpu"]
+    again = [*CONVMIXER[:4], *weights, "--batch-size", "16"]
+    assert embed.main(again) == 0
+    path = Path("f.convmixer.safetensors")
+    tensors, state = convmixer.read(path, torch.device("cpu"))
+    tensors["model.classifier.bias"] += 1
+    convmixer.save_checkpoint(path, tensors, state)
+    assert "is of another command (weights_crc32 " in refused(capsys, [*again, "--resume"])

@@ -209,3 +209,99 @@ def test_mistakes_end_with_2_and_one_line(
         assert message in error
         assert error.count("\n") == 1
     assert other.read_text() == "a,b\n1,2\n"
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A short command, and its features, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    few = [replace(e, early=e.early[:2], late=e.late[:2]) for e in peers.entries(D, 20)[:2]]
+    monkeypatch.setattr(peers, "entries", lambda *_: few)
+    archive(Path("f.npz"))
+    return ["--features", "f.npz", "--tasks", "2", "--neurons", "20", "--out", "t.csv"]
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    return "".join(line for line in capsys.readouterr().out.splitlines(True) if "│" in line)
+
+
+@pytest.mark.parametrize("change", ["data", "tasks", "algorithm"])
+def test_rows_of_another_study_are_refused(
+    study: list[str], change: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert peers.main(study) == 0
+    before = Path("t.csv").read_bytes()
+    if change == "data":  # of the same name
+        arrays = dict(np.load("f.npz"))
+        arrays["y_train"] = arrays["y_train"][::-1]
+        np.savez("f.npz", **arrays)
+    elif change == "tasks":
+        study[study.index("--tasks") + 1] = "4"
+    else:
+        monkeypatch.setattr(peers, "ALGORITHM", 0)
+    capsys.readouterr()
+    assert peers.main(study) == 2
+    printed, said = capsys.readouterr()
+    key = "data_crc32" if change == "data" else change
+    assert said.startswith(f"error: --out t.csv is of another study ({key} ")
+    assert (printed, said.count("\n")) == ("", 1)
+    assert Path("t.csv").read_bytes() == before
+    assert [path.name for path in Path().glob(".*")] == []
+
+
+def test_the_same_data_by_another_name_are_not_measured_again(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main(study) == 0
+    table, before = shown(capsys), Path("t.csv").read_bytes()
+    Path("f.npz").rename("g.npz")
+    assert peers.main([*study, "--features", "g.npz"]) == 0
+    assert shown(capsys) == table
+    assert Path("t.csv").read_bytes() == before
+
+
+def test_a_table_shows_what_was_asked_for_whatever_else_the_file_holds(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the seeds of another command, nor settings that are not tried any more."""
+    assert peers.main([*study, "--seeds", "1"]) == 0
+    table = shown(capsys)
+    assert peers.main([*study, "--seeds", "3"]) == 0
+    rows = Path("t.csv").read_text()
+    tried = [line for line in rows.splitlines() if ",validation,streaming LDA," in line]
+    cells = next(csv.reader([tried[0]]))
+    cells[4], cells[7] = '{"shrinkage": 0.77}', "1.0"
+    stranger = ",".join('"' + cell.replace('"', '""') + '"' for cell in cells)
+    head, *rest = rows.splitlines()
+    Path("t.csv").write_text("\n".join([head, stranger, *rest[::-1]]) + "\n")
+    capsys.readouterr()
+    assert peers.main([*study, "--seeds", "1"]) == 0
+    assert shown(capsys) == table
+
+
+def test_a_table_that_was_saved_by_another_program(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main(study) == 0
+    table, text = shown(capsys), Path("t.csv").read_text()
+    Path("t.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert peers.main(study) == 0
+    assert shown(capsys) == table
+    for content in (
+        text.encode("utf-16"), text.replace(",", ";").encode(), text[:-30].encode(), b"\x00", b"",
+        text.replace("algorithm", "version", 1).encode(), text.encode() + b"1,2\n",
+    ):  # fmt: skip
+        Path("t.csv").write_bytes(content)
+        assert peers.main(study) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert Path("t.csv").read_bytes() == content
+
+
+def test_rows_of_several_commits_say_so(
+    study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seeds, made in (("1", "c0ffee"), ("2", "decaf")):
+        monkeypatch.setattr(peers, "commit", lambda made=made: made)
+        assert peers.main([*study, "--seeds", seeds]) == 0
+    assert capsys.readouterr().err.endswith("note: the table shows runs of 2 commits\n")

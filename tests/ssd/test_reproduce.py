@@ -127,7 +127,7 @@ def test_everything(
         assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert not plt.get_fignums()
     assert said.count("\n") == 1
-    assert said.startswith(f"note: left out, refused: --method {UNKNOWN} must be any of ")
+    assert said.startswith(f"note: left out, refused: method {UNKNOWN} must be any of ")
     rows = table(out / "table1.csv")
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
@@ -270,7 +270,7 @@ def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     rows = table(folder / "results" / "reproduction-short" / "table1.csv")
     for row in rows:
         if row["benchmark"] == "cifar100":
-            assert "no data: --features data/features/cifar100.npz is not a file" in row["note"]
+            assert "no data: features data/features/cifar100.npz is not a file" in row["note"]
             assert row["mean_accuracy"] == ""
         elif (row["method"], row["neurons"]) == ("sdmlp", "24"):
             assert (row["note"], row["seeds"]) == ("", "0 1")
@@ -287,7 +287,7 @@ def test_hints_of_what_is_trained(
     said = [text for text in capsys.readouterr().err.splitlines() if "left out" not in text]
     assert len(said) == 1
     assert said[0].startswith(
-        "note: Split CIFAR-100 features (50 tasks): --anneal-samples 10,000 is more than the "
+        "note: Split CIFAR-100 features (50 tasks): anneal_samples 10,000 is more than the "
     )
 
 
@@ -297,7 +297,7 @@ BAD = {
     "no device": (["--device", "gpu"], "--device gpu is not a device"),
     "out is a file": (["--out", "file"], "--out file is not a folder"),
     "runs is a file": (["--runs", "file"], "--runs file is not a folder"),
-    "no data at all": (["--features-folder", "absent"], "no data: --features absent/cifar10.npz"),
+    "no data at all": (["--features-folder", "absent"], "no data: features absent/cifar10.npz"),
 }  # fmt: skip
 
 
@@ -323,7 +323,7 @@ def test_features_of_another_shape(folder: Path) -> None:
         r["benchmark"]: r["note"] for r in rows if (r["neurons"], r["method"]) == ("24", "sdmlp")
     }
     assert notes["cifar10"] == ""
-    assert notes["cifar100"].startswith("no data: --tasks 2 does not divide the 3 classes")
+    assert notes["cifar100"].startswith("no data: tasks 2 does not divide the 3 classes")
 
 
 def line(method: str, accuracy: Sequence[float], forgetting: float, row: Row) -> Line:
@@ -442,9 +442,10 @@ def test_inferred_is_explained_where_it_is_shown(row: Row) -> None:
 )
 def test_runs_of_several_commits(row: Row, commits: list[str], warning: str) -> None:
     runs = [
-        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0}
+        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0,
+         "versions": {"torch": "2.6"}}
         for n, c in enumerate(commits)
-    ]
+    ]  # fmt: skip
     origin = provenance("command", [Line(row, runs)])
     assert origin.get("warning", "") == warning
     assert ("warning" in origin) == bool(warning)
@@ -576,6 +577,51 @@ def test_structure_over_tasks(row: Row) -> None:
     assert stem == "structure_cifar10_10000"
     assert len(figure.axes) == 2
     plt.close(figure)
+
+
+def test_ablations_figure_tells_methods_apart(row: Row) -> None:
+    """The title names the default's method; a row of another one bears its own."""
+    rows = [
+        replace(row, method=method, factor=factor, value=value)
+        for method, factor, value in (
+            ("ssd", experiments.DEFAULT, ""), ("ssd", "kl", "forward"),
+            ("sdmlp", "lr", "0.5"), ("ssd", "lr", "0.5"),
+        )
+    ]  # fmt: skip
+    lines = [Line(each, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for each in rows]
+    for shown, labels in (
+        (lines, ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),
+        (lines[1:], ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),  # the default was not run
+    ):
+        [(stem, figure)] = draw("ablations", RESULTS["ablations"], shown)
+        assert stem == "ablations"
+        assert figure.get_suptitle() == "SSD on Split CIFAR-10 features, R = 10,000"
+        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == labels
+        plt.close(figure)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_command_on_other_data_is_recorded_anew(folder: Path) -> None:
+    arguments = ["table1", "--only", "cifar10", "24", "sdmlp"]
+    for samples in (96, 100):
+        write_features(Path("data/features/cifar10.npz"), samples)
+        assert call(*arguments) == 0
+        assert entry(" ".join(arguments))["runs_trained"] == 2
+    assert len(summaries()) == 4
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("module", ["folder", "peers"])
+def test_runs_of_another_algorithm_are_trained_anew(
+    folder: Path, trained: list[str], module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["table2", "--only", "cifar10", "24", "ssd", "majority"]
+    assert call(*arguments) == 0
+    first = len(summaries())
+    monkeypatch.setattr(f"ssd.{module}.ALGORITHM", 0)
+    assert call(*arguments) == 0
+    assert len(trained) == (4 if module == "folder" else 2)
+    assert len(summaries()) == first + 2  # seeds of the method, or of the peer
 
 
 def test_heat_maps(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,10 @@ from ssd.folder import (
     METRICS,
     STRUCTURE,
     SUMMARY,
-    claim,
+    claimed,
     describe,
 )  # fmt: skip
+from ssd.lock import LOCK
 from ssd.run import Interrupted, RunOptions, run
 
 CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
@@ -94,7 +95,8 @@ def test_torn_log_of_a_run_killed_before_its_first_checkpoint(
     tmp_path: Path, data: Dataset
 ) -> None:
     expected = run(CONFIG_SMALL, data, tmp_path / "a", CPU)
-    claim(tmp_path / "b", describe(CONFIG_SMALL, data), resume=False)
+    with claimed(tmp_path / "b", describe(CONFIG_SMALL, data), resume=False):
+        pass
     (tmp_path / "b" / METRICS).write_text('{"task": 0, "epoch": 0}\n{"ta')
     found = run(CONFIG_SMALL, data, tmp_path / "b", AGAIN)
     assert found["accuracy_matrix"] == expected["accuracy_matrix"]
@@ -181,3 +183,27 @@ def test_commit_is_of_this_package_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert run_folder.commit() == "unknown"  # a checkout, of something else
     monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "absent" / "folder.py"))
     assert run_folder.commit() == "unknown"
+
+
+def test_a_run_of_another_algorithm_is_not_gone_on_with(
+    tmp_path: Path, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(CONFIG_SMALL, data, tmp_path / "a")
+    monkeypatch.setattr(run_folder, "ALGORITHM", 0)
+    with pytest.raises(UserError, match=r"\(algorithm \d+, now 0\); use another"):
+        run(CONFIG_SMALL, data, tmp_path / "a", AGAIN)
+
+
+def test_a_lock_that_a_kill_left_is_nothing(tmp_path: Path, data: Dataset) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / LOCK).write_text("123")
+    run(CONFIG_SMALL, data, tmp_path / "a", CPU)
+    assert not (tmp_path / "a" / LOCK).exists()
+
+
+def test_config_with_a_byte_order_mark(tmp_path: Path, data: Dataset) -> None:
+    summary = run(CONFIG_SMALL, data, tmp_path / "a", CPU)
+    for name in (CONFIG, SUMMARY):
+        path = tmp_path / "a" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run(CONFIG_SMALL, data, tmp_path / "a", AGAIN) == summary

@@ -156,7 +156,7 @@ def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
     assert sweep.main([*SWEPT, "--quiet"]) == 0
     (summary,) = summaries().values()
     config = Config(**summary["config"])
-    data, _ = sweep._load(read_sweep(Path("s.toml")), Path(), sweep.Console())
+    data, _ = sweep._load(read_sweep(Path("s.toml")), Path())
     options = sweep.RunOptions(sweep.choose_device("cpu"))
     assert (
         run(config, data, Path("alone"), options)["accuracy_matrix"] == (summary["accuracy_matrix"])
@@ -169,11 +169,11 @@ def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Once each, before anything is trained."""
     base = BASE.replace("k = 3", "k = 1").replace("= 150", "= 300")
     Path("s.toml").write_text(base + "[grid]\nmax_norm = [1.0, 2.0]")
-    sweep._load(read_sweep(Path("s.toml")), Path(), sweep.Console(stderr=True, soft_wrap=True))
+    sweep._load(read_sweep(Path("s.toml")), Path())
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert said[0].startswith("note: a subnetwork of one neuron has nothing to distil")
-    assert said[1].startswith("note: --anneal-samples 300 is more than the 192 that the first task")
+    assert said[1].startswith("note: anneal_samples 300 is more than the 192 that the first task")
 
 
 def test_ranked_on_the_test_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +216,10 @@ def test_rank_of_single_runs() -> None:
     assert all(r["bwt_standard_error"] is None for r in records)
     assert cells(records[0], ["k"]) == ["2", "0.7500", "-0.5000", "0.5000", "2.0"]
     assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,1,test"
-    table = markdown_text("title", ["k"], records).splitlines()
+    made = [{"commit": c, "versions": {"torch": "2.6"}} for c in ("b", "a", "b")]
+    table = markdown_text("title", ["k"], records, made).splitlines()
+    assert "torch 2.6; commit a, b." in table
+    assert "Warning: runs of 2 commits." in table
     assert table[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
     assert table[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
     assert table[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
@@ -236,20 +239,20 @@ FILES = {
     "unknown setting": ("[base]\nepoch = 2", r"epoch in \[base\] is unknown; did you mean epochs"),
     "unknown in the grid": ("[grid]\nalhpa = [1.0]", r"alhpa in \[grid\] is unknown; .* alpha"),
     "unknown in a run": ("[[runs]]\nlamda = 1", r"lamda in \[\[runs\]\] is unknown; did .* lam"),
-    "wrong type": ('[base]\nepochs = "20"', "--epochs 20 must be of type int"),
-    "wrong type in the grid": ('[grid]\nlr = [0.1, "a"]', "--lr a must be of type float"),
-    "wrong value": ("[grid]\nalpha = [0.5, 1.5]", "--alpha 1.5 must be in 0..1"),
+    "wrong type": ('[base]\nepochs = "20"', ": epochs 20 must be of type int"),
+    "wrong type in the grid": ('[grid]\nlr = [0.1, "a"]', ": lr a must be of type float"),
+    "wrong value": ("[grid]\nalpha = [0.5, 1.5]", ": alpha 1.5 must be in 0..1"),
     "empty list": ("[grid]\nalpha = []", "alpha must be a list of values, not \\[\\]"),
     "no list": ("[grid]\nalpha = 0.5", "alpha must be a list of values, not 0.5"),
     "twice": ("[grid]\nalpha = [0.5, 0.5]", "alpha=0.5 is listed twice"),
     "in two tables": ("[base]\nk = 3\n[grid]\nk = [3]", r"k is in both \[base\] and \[grid\]"),
     "seed in the grid": ("[grid]\nseed = [1]", r"seed belongs in \[base\], with seeds = N"),
     "data set in the base": ('[base]\ndataset = "mnist"', "dataset belongs in the top of the"),
-    "unknown data set": ('dataset = "mnits"', "--dataset mnits is unknown"),
-    "unknown preset": ('preset = "fast"', "--preset fast is unknown"),
-    "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", "--seed 92233720368547"),
-    "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "--tasks 3 does not divide"),
-    "absent features": ('features = "g.npz"', "--features g.npz is not a file"),
+    "unknown data set": ('dataset = "mnits"', ": dataset mnits is unknown"),
+    "unknown preset": ('preset = "fast"', ": preset fast is unknown"),
+    "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", ": seed 92233720368547"),
+    "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "error: tasks 3 does not divide"),
+    "absent features": ('features = "g.npz"', ": features g.npz is not a file"),
 }  # fmt: skip
 
 
@@ -267,3 +270,85 @@ def test_bad_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "--device gpu is not a device" in refused(capsys, ["s.toml", "--device", "gpu"])
     outs = ["s.toml", "--device", "cpu", "--out", "f.npz"]
     assert "--out f.npz is not a folder" in refused(capsys, outs)
+
+
+ONE = BASE.replace("seeds = 2", "") + "[grid]\nlr = [1]\n"
+ENCODINGS = {
+    "a byte-order mark": (b"\xef\xbb\xbf" + ONE.encode(), ""),
+    "lines of Windows": (ONE.replace("\n", "\r\n").encode(), ""),
+    "UTF-16": (ONE.encode("utf-16"), "s.toml cannot be read: not UTF-8; save it as UTF-8"),
+    "UTF-16 without a mark": (ONE.encode("utf-16-le"), "s.toml cannot be read: not UTF-8"),
+    "Latin-1": (f"# caf\xe9\n{ONE}".encode("latin-1"), "s.toml cannot be read: not UTF-8"),
+    "a second mark": (b"\xef\xbb\xbf\xef\xbb\xbf" + ONE.encode(), "s.toml is not valid TOML"),
+}
+
+
+@pytest.mark.parametrize("case", ENCODINGS)
+def test_encodings(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    content, message = ENCODINGS[case]
+    Path("s.toml").write_bytes(content)
+    if message:
+        assert message in refused(capsys, SWEPT)
+    else:
+        assert sweep.main([*SWEPT, "--quiet"]) == 0
+        assert rows()[0]["lr"] == "1.0"
+
+
+def test_equal_settings_are_one_run_however_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = '[[runs]]\nmethod = "{}"\n'
+    Path("s.toml").write_text(ONE + runs.format("ssd+ewc"))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")}
+    Path("s.toml").write_text(ONE.replace("[1]", "[1.0]") + runs.format("sdmlp+ewc+ssd"))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")} == before
+    Path("s.toml").write_text(ONE.replace("[1]", "[1, 1.0]"))
+    assert "lr=1.0 is listed twice" in refused(capsys, SWEPT)
+    Path("s.toml").write_text(ONE + runs.format("ssd+ewc") + runs.format("ewc+ssd"))
+    assert "method=ewc+ssd lr=1 is listed twice" in refused(capsys, SWEPT)
+
+
+def test_the_same_data_by_another_name_are_the_same_runs(folder: Path) -> None:
+    Path("s.toml").write_text(ONE)
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")}
+    Path("f.npz").rename("g.npz")
+    Path("s.toml").write_text(ONE.replace("f.npz", str(Path("g.npz").resolve())))
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")} == before
+
+
+def test_runs_of_another_algorithm_or_of_other_data_are_trained_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("s.toml").write_text(ONE)
+    for number, change in enumerate(
+        (
+            lambda: None,
+            lambda: monkeypatch.setattr("ssd.folder.ALGORITHM", 0),
+            lambda: write_features(Path("f.npz"), 260),  # under the same name
+        ),
+        1,
+    ):
+        change()
+        assert sweep.main([*SWEPT, "--quiet"]) == 0
+        assert len(summaries()) == number
+
+
+def test_runs_of_several_commits_say_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, made in enumerate(("c0ffee", "decaf")):
+        monkeypatch.setattr("ssd.run.commit", lambda made=made: made)
+        Path("s.toml").write_text(ONE.replace("[1]", str([1, 2][: number + 1])))
+        assert sweep.main([*SWEPT, "--quiet"]) == 0
+    assert capsys.readouterr().err == "note: the table shows runs of 2 commits\n"
+    assert "commit c0ffee, decaf." in Path("out/sweep.md").read_text()
+
+
+def test_settings_that_differ_look_different() -> None:
+    values = [0.1, 0.1234567, 0.12345678, 1e-7, 2.0, 3, "ssd"]
+    texts = [sweep._text(value) for value in values]
+    assert texts == ["0.1", "0.1234567", "0.12345678", "1e-07", "2", "3", "ssd"]

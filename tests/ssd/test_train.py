@@ -278,6 +278,17 @@ def test_resume_from_the_folder_alone(half: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_features_that_were_moved(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run goes on with the same data by another name, and not with others by the same."""
+    Path("f.npz").rename("g.npz")
+    moved = ["--features", "g.npz", *SMALL, "--out", "half", "--resume", "--quiet"]
+    assert train.main(moved) == 0
+    (half / SUMMARY).unlink()
+    write_features(Path("g.npz"), 260)
+    assert "(data_crc32 " in refused(half.parent, capsys, moved)
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_resume_without_out_takes_the_last_folder(folder: Path) -> None:
     for _ in range(2):
         assert train.main(small("--quiet")) == 0
