@@ -13,8 +13,8 @@ Left open by the contract, so that only shapes, dtypes, untouched inputs and rep
 - row_gradient, row_update, code_gram: infinities and NaN, which a slot of coefficient 0 may or may
   not multiply.
 - distill with a teacher: infinite logits. Their divergence is inf - inf.
-- gradients where an input is not finite or a score may be NaN (a sum overflows both ways). Infinite
-  upstream gradients are judged.
+- gradients where an input is not finite or a score may not be. Infinite upstream gradients are
+  judged.
 - linear_code: the code of a network whose overflow flag is set; where the layer's output is not
   finite, only that the code is not either.
 - an index or label out of range on CUDA, where nothing may look.

@@ -98,8 +98,8 @@ class Ranking:
         self.high = torch.where(bounds.free, NAN_KEY, key(bounds.upper))
 
     def doubtful(self) -> bool:
-        """Whether a score is or may be NaN."""
-        return bool((self.high == NAN_KEY).any())
+        """Whether a score may not be finite."""
+        return not all(bool(bound.isfinite().all()) for bound in self.bounds[:2])
 
     def wrong(self, indices: Tensor) -> str | None:
         """What is wrong with these k largest [.., k]: descending, ties to the lower index."""

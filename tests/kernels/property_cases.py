@@ -64,12 +64,12 @@ class Case:
             self.add(name, torch.from_numpy(self.draw.rng.integers(0, 9, neurons)).to(dtype), False)
             self.in_place += (name,)
 
-    def ask(self, *names: str, nan: bool = False) -> None:
+    def ask(self, *names: str, doubt: bool = False) -> None:
         """Gradients of some of these; of none where the contract leaves them open."""
         self.grad = self.draw.chance(0.85)
         present = [name for name in names if self[name] is not None]
         wants = self.draw.some(present)
-        if not nan and all(bool(self[name].isfinite().all()) for name in present):
+        if not doubt and all(bool(self[name].isfinite().all()) for name in present):
             self.wants = wants
 
     def answer(self, **shapes: tuple[int, ...]) -> None:

@@ -244,7 +244,8 @@ class CodeGram(Op):
         grains = {"gram": ("values", "values"), "cross": ("values", "targets")}
         for number, name in enumerate(case.in_place):
             # Entries are converted to the dtype of the sums: a rounding each.
-            error = rounding(size[number], len(values) + 3, case.dtype, case.grain(*grains[name]))
+            grain = min(case.grain(*grains[name]), case.grain(name))
+            error = rounding(size[number], len(values) + 3, case.dtype, grain)
             yield from off(name, after[name], Bounds.around(expected[number], error))
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
@@ -348,10 +349,8 @@ class RowUpdate(Op):
         scale, scale_doubt = torch.ones_like(norm), torch.zeros_like(norm)
         limit = case["max_norm"]
         if limit is not None:
-            limit = torch.as_tensor(limit, dtype=torch.float64)
             least, most = (
-                (limit / ((norm + sign * doubt).clamp(min=0) + 1e-6 * limit)).clamp(max=1)
-                for sign in (1, -1)
+                reference.clip_scale((norm + sign * doubt).clamp(min=0), limit) for sign in (1, -1)
             )
             scale, scale_doubt = (least + most) / 2, (most - least) / 2 + 8 * unit * most
         rate = torch.as_tensor(case["lr"], dtype=torch.float64).expand(blocks)

@@ -77,7 +77,7 @@ class Distill(Op):
         p, target = log_p.exp(), F.one_hot(labels, logits.shape[1]).double()
         loss, slope = -log_p.gather(1, labels.unsqueeze(1)), p - target
         loss_error = error.gather(1, labels.unsqueeze(1))
-        slope_error = p * miss(error) + unit * (p + target)
+        slope_error = miss(log_p, error) + unit * (p + target) + torch.finfo(dtype).tiny
         terms = []
         if case["target_logits"] is not None:
             loss, loss_error, slope, slope_error = (
@@ -132,9 +132,11 @@ class Distill(Op):
             yield "target_hidden of another dtype", {"target_hidden": hidden.to(other(case.dtype))}
 
 
-def miss(error: Tensor) -> Tensor:
-    """The relative error of exp where the exponent has this error."""
-    return error.clamp(max=700).expm1()
+def miss(log_p: Tensor, error: Tensor) -> Tensor:
+    """How far exp(log_p), at most 1, may be off where log_p is by `error`."""
+    exact = log_p.exp()
+    above, below = (log_p + error).clamp(max=0).exp(), (log_p - error).exp()
+    return torch.maximum(above - exact, exact - below)
 
 
 def log_softmax(
@@ -163,8 +165,8 @@ def divergence(
     q, q_error = log_softmax(teacher / temperature, counts, unit, dtype)
     ratio, ratio_error = p - q, p_error + q_error + unit * (p - q).abs()
     p_exp, q_exp = (torch.where(counts, t.exp(), 0.0) for t in (p, q))
-    p_miss = p_exp * miss(p_error) + torch.finfo(dtype).tiny
-    q_miss = q_exp * miss(q_error) + torch.finfo(dtype).tiny
+    p_miss = miss(p, p_error) + torch.finfo(dtype).tiny
+    q_miss = miss(q, q_error) + torch.finfo(dtype).tiny
     mean, mean_miss, sign = (q_exp, q_miss, -1) if kl == "forward" else (p_exp, p_miss, 1)
     size = (mean * ratio.abs()).sum(1, keepdim=True)
     loss = sign * (mean * ratio).sum(1, keepdim=True)

@@ -79,7 +79,8 @@ class Draw:
 
     def k(self, neurons: int) -> int:
         likely = [1, 2, neurons, neurons - 1, neurons // 2, self.upto(1, neurons)]
-        return min(max(1, self.pick([*likely, MAX_K + self.upto(-2, 1), 5])), neurons)
+        k = min(max(1, self.pick([*likely, MAX_K + self.upto(-2, 1), 5])), neurons)
+        return min(k, 20) if self.small and self.chance(0.9) else k
 
     def features(self) -> int:
         """d or C."""

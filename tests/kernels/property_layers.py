@@ -94,6 +94,8 @@ class Scores:
     def __init__(self, case: Case) -> None:
         self.blocks = case["blocks"] or 1
         self.grain = case.grain("x", "weight")
+        if case["bias"] is not None:
+            self.grain = min(self.grain, case.grain("bias"))
         self.bounds = scores(case["x"], case["weight"], case["bias"], self.blocks, self.grain)
         self.ranking = Ranking(self.bounds)
         self.activation = self.bounds.map(torch.relu)
@@ -129,7 +131,7 @@ class LinearTopK(Op):
 
     def finish(self, case: Case) -> Case:
         case.truth = truth = Scores(case)
-        case.ask("x", "weight", "bias", nan=truth.ranking.doubtful())
+        case.ask("x", "weight", "bias", doubt=truth.ranking.doubtful())
         batch, k = case["x"].shape[:-1], case["k"]
         answered = {"values": (*batch, k)}
         if case["threshold"]:
@@ -296,7 +298,7 @@ class LinearInhibit(Op):
         case.truth = truth = Scores(case)
         self.decide(case)
         learned = ("gaba",) if case["inhibition"] == "subtract" else ()
-        case.ask("x", "weight", "bias", *learned, nan=truth.ranking.doubtful())
+        case.ask("x", "weight", "bias", *learned, doubt=truth.ranking.doubtful())
         case.answer(out=(*case["x"].shape[:-1], truth.neurons))
         gradient = case.upstream["out"]
         sure = truth.sure.view(gradient.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ssd_kernels as sk
-from ssd_kernels import _dispatch
+from ssd_kernels import _dispatch, _linear_slabs
 from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (
     STRANGE,
@@ -37,6 +37,10 @@ class Module(Op):
     """A module of ssd_kernels.nn; the environment chooses the implementation."""
 
     prefixes = ("topk", "linear_topk", "sparse_linear", "TopKLinear", "SparseLinear")
+
+    def implementations(self) -> list[str]:
+        """Their ops are drawn with every path of the kernels."""
+        return [name for name in super().implementations() if name not in _linear_slabs.PATHS]
 
     def module(self, arguments: Arguments) -> torch.nn.Module:
         raise NotImplementedError
@@ -164,7 +168,7 @@ class KSparseMLP(Module, LinearTopK):
             case.give(decoder_bias=(outputs,))
         case.truth = truth = Scores(case)
         names = ("x", "weight", "bias", "decoder", "decoder_bias")
-        case.ask(*names, nan=truth.ranking.doubtful())
+        case.ask(*names, doubt=truth.ranking.doubtful())
         case.answer(out=(*case["x"].shape[:-1], outputs))
         return case
 
@@ -213,9 +217,9 @@ class KSparseMLP(Module, LinearTopK):
         slope, doubt = (
             zeros.scatter(1, indices, torch.where(active, t, 0.0)) for t in (middle, error)
         )
-        case.grains["x"], grain = 0.0, case.grains["x"]  # what is rounded has no grain
+        case.upstream_grain, grain = 0.0, case.upstream_grain  # what is rounded has none
         bounds = layer_gradients(case, slope, finite(slope) + finite(doubt), doubt, k)
-        case.grains["x"] = grain
+        case.upstream_grain = grain
         bounds["decoder"] = spread(values, gradient, indices, case.truth.neurons, case.dtype, 0.0)
         if case["decoder_bias"] is not None:
             error = rounding(finite(gradient).sum(0), rows, case.dtype, case.upstream_grain)
