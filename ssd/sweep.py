@@ -110,12 +110,15 @@ def read_sweep(path: Path) -> Sweep:
         for config in configs:
             config.validate()
             replace(config, seed=config.seed + sweep.seeds - 1).validate()
-        for number, config in enumerate(configs):
-            if config in configs[:number]:
-                raise UserError(f"{_shown(sweep.rows[number])} is listed twice")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return sweep
+    rows = []
+    for number, row in enumerate(sweep.rows):
+        if configs[number] in configs[:number]:
+            note(f"{path}: {_shown(row)} is listed twice; it is trained once")
+        else:
+            rows.append(row)
+    return replace(sweep, rows=rows)
 
 
 def _parse(content: Mapping[str, Any]) -> Sweep:

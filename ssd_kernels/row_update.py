@@ -149,7 +149,7 @@ def row_lengths(rows: Tensor) -> Tensor:
         return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(wide)
     rows = rows.to(wide)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if not _readable(length):
+    if rows.is_cuda or _dispatch.symbolic(rows):
         return reference.length(rows)
     if len(rows) > 0 and not _sound(*length.aminmax()):
         odd = ~((length > _least(wide)) & (length < torch.inf)).squeeze(1)
@@ -164,17 +164,10 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
         wide = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
         return torch.stack(wide).norm().to(first.dtype)
     norm = torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm()
-    if _readable(norm) and _sound(norm, norm):
+    if not (norm.is_cuda or _dispatch.symbolic(norm)) and _sound(norm, norm):
         return norm
     lengths = [reference.length(t.reshape(1, -1)) for t in tensors]
     return reference.length(torch.cat(lengths, dim=1)).squeeze()
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the host may look at values: on a GPU it would wait, in a trace there are none."""
-    return (
-        type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    )
 
 
 def _sound(least: Tensor, most: Tensor) -> bool:

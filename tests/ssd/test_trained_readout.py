@@ -73,5 +73,5 @@ def test_the_network_s_own_k() -> None:
 
 
 def test_a_network_without_a_code_is_refused() -> None:
-    with pytest.raises(UserError, match="naive"):
+    with pytest.raises(UserError, match="relu-mlp"):
         TrainedReadout(Config(method="naive", tasks=2), stream(), C, share=0.25)
