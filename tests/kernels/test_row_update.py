@@ -227,7 +227,7 @@ def scaled(tensors: list[Tensor], exponent: int, dtype: torch.dtype) -> list[Ten
     return [t.to(dtype) * 2.0**exponent for t in tensors]
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("dtype", "exponent"), SCALES, ids=str)
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_clip_is_free_of_scale(
