@@ -2,14 +2,14 @@
 
 The truth is ssd_kernels.reference on inputs in float64. A sum of n terms in a dtype of rounding
 error u may miss it by (n + 4) u times the sum of the terms' absolute values, whatever the order,
-and so may the truth in its own dtype. Where every
-term is a multiple of one power of two, and their sum is small enough, nothing rounds: the bound is
-0, and ties are real.
+and so may the truth in its own dtype. Where every term is a multiple of one power of two, and their
+sum is small enough, nothing rounds: the bound is 0, and ties are real.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -42,8 +42,8 @@ class Bounds(NamedTuple):
         error = torch.where(exact.isfinite() | error.isinf(), error, 0.0)
         return cls.of(exact - error, exact + error, error.isinf())
 
-    def map(self, monotone: object) -> Bounds:
-        return Bounds.of(monotone(self.lower), monotone(self.upper), self.free)  # type: ignore[operator]
+    def map(self, monotone: Callable[[Tensor], Tensor]) -> Bounds:
+        return Bounds.of(monotone(self.lower), monotone(self.upper), self.free)
 
     def gather(self, indices: Tensor) -> Bounds:
         return Bounds(*(t.gather(-1, indices) for t in self))

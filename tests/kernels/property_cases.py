@@ -34,9 +34,9 @@ class Case:
     grad: bool = True  # off: under no_grad
     upstream: Outputs = field(default_factory=dict)  # gradients of the outputs
     upstream_grain: float = 0.0
-    open: bool = False
-    fault: str | None = None
-    truth: Any = None
+    open: bool = False  # the contract leaves the numbers open
+    fault: str | None = None  # why the call must be refused
+    truth: Any = None  # of the op's own
 
     def give(self, **shapes: tuple[int, ...]) -> None:
         """Floating arguments of the case's dtype and style."""
