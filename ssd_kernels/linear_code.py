@@ -200,7 +200,9 @@ def _torch(
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
     if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
-        if gaba is None:
+        # Ties with the threshold show in its own precision alone.
+        tell = inhibition == "subtract" or reference.accumulation_dtype(x.dtype) == x.dtype
+        if gaba is None and tell:
             code = linear_topk(x, weight, k, inhibition=inhibition, threshold=True, blocks=blocks)
             if inhibition == "mask" and code.threshold is not None:
                 # linear_topk keeps the k-th of those that tie with the threshold.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -195,9 +196,11 @@ def row_update(
     for coefficient in coefficients:
         hits.index_add_(0, indices.flatten(), (coefficient != 0).flatten().to(hits.dtype))
     touched = hits > 0
+    dtype = reduce(torch.promote_types, (w.dtype for w in weights))
+    wide = accumulation_dtype(dtype)
     gradients = [
-        row_gradient(c.to(w.dtype), i.to(w.dtype), indices, neurons)
-        for w, c, i in zip(weights, coefficients, inputs, strict=True)
+        row_gradient(c.to(wide), i.to(wide), indices, neurons)
+        for c, i in zip(coefficients, inputs, strict=True)
     ]
     norm = length(torch.cat([g.reshape(blocks, -1) for g in gradients], dim=1)).squeeze(1)
     block = torch.arange(neurons, device=norm.device) // (neurons // blocks)
@@ -207,12 +210,14 @@ def row_update(
         direction = gradient * scale
         if buffers is not None:
             buffer = buffers[number]
-            direction = torch.where(touched[:, None], momentum * buffer + direction, buffer)
+            direction = torch.where(
+                touched[:, None], momentum * buffer.to(wide) + direction, buffer
+            )
             buffer.copy_(direction)
         row_norm = normalize is not None and normalize[number]
-        updated = project(weight - rate * direction, nonnegative, row_norm)
+        updated = project(weight.to(wide) - rate * direction, nonnegative, row_norm)
         weight.copy_(torch.where(touched[:, None], updated, weight))
-    return norm if blocks > 1 else norm[0]
+    return (norm if blocks > 1 else norm[0]).to(dtype)
 
 
 def distill(
