@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from numbers import Integral
+from numbers import Integral, Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ def whole(op: str, name: str, value: object, least: int = 0) -> None:
         raise TypeError(f"{op}: {name}={value!r} must be an integer")
     if value < least:
         raise ValueError(f"{op}: {name}={value} must be at least {least}")
+
+
+def number(op: str, name: str, value: object, positive: bool = False) -> None:
+    """A finite number, not negative, or `positive`; True is none."""
+    if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name}={value!r} must be a number")
+    value = cast(float, value)
+    if not (0 < value < math.inf if positive else 0 <= value < math.inf):
+        raise ValueError(
+            f"{op}: {name}={value} must be finite and {'above' if positive else 'at least'} 0"
+        )
 
 
 def active_range(op: str, k: int, neurons: int) -> None:

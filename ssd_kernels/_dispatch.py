@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ENVIRONMENT = "SSD_KERNELS_IMPL"
 TRITON = find_spec("triton") is not None
@@ -44,6 +45,8 @@ def symbolic(tensor: Tensor) -> bool:
         or tensor.is_meta
         or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or transformed()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
         or (
             torch._C._len_torch_dispatch_stack() > 0
             and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
@@ -105,7 +108,8 @@ def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def flattened(x: Tensor) -> Tensor:
     """[.., n] -> [rows, n], for n = 0 too."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    width = x.shape[-1]
+    return x.reshape(-1 if width else math.prod(x.shape[:-1]), width)
 
 
 def unflattened(flat: Tensor, shape: Sequence[int]) -> Tensor:

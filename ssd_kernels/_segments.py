@@ -128,7 +128,9 @@ def segment_kernel(
                 tl.store(products + tile.to(tl.int64) * count + slot, product, mask=mine)
             if GRADIENT:
                 coefficient = tl.load(coefficients + slot, mask=mine, other=0.0).to(tl.float32)
-                total += tl.sum(coefficient[:, None] * vector, axis=0)
+                # A slot of coefficient 0 passes nothing of an infinite vector either.
+                term = tl.where((coefficient != 0)[:, None], coefficient[:, None] * vector, 0.0)
+                total += tl.sum(term, axis=0)
                 total_coefficient += tl.sum(coefficient)
                 active += tl.sum((coefficient != 0).to(tl.int32))
             walking = tl.sum(mine.to(tl.int32)) == SLOTS

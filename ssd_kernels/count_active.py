@@ -36,6 +36,15 @@ def count_active(
     _checks.counter("count_active", "counts", counts, values, neurons)
     _checks.counter("count_active", "last_active", last_active, values, neurons)
     _checks.code("count_active", values, indices, neurons)
+    if isinstance(step, Tensor):
+        _checks.same_device("count_active", "values", values, "step", step)
+        if step.dim() or step.is_floating_point() or step.is_complex() or step.dtype == torch.bool:
+            raise TypeError(
+                f"count_active: step has dtype {step.dtype} and shape {list(step.shape)}, "
+                "expected a 0-d integer"
+            )
+    else:
+        _checks.whole("count_active", "step", step, -(2**63))
     serve = _dispatch.choose("count_active", IMPLEMENTATIONS, impl, values)
     serve(values, indices, counts, last_active, step)
 

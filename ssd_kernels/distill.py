@@ -46,7 +46,7 @@ def distill(
     Args:
         logits, target_logits: [B, C] floating. labels: [B] int64 in 0..C-1.
         hidden, target_hidden: [B, n].
-        alpha, lam, temperature: numbers, or one for each sample [B].
+        alpha, lam, temperature: numbers, or one for each sample [B]; temperature > 0.
         kl: "reverse" is KL(student || teacher), "forward" KL(teacher || student).
         columns: [B, C] bool, the logits that D compares; None: all. At least one a sample.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
@@ -129,7 +129,7 @@ def _torch(
 
 
 def _column(value: float | Tensor) -> float | Tensor:
-    return value.unsqueeze(1) if isinstance(value, Tensor) else value
+    return value.unsqueeze(1) if isinstance(value, Tensor) and value.dim() else value
 
 
 def _divergence(
@@ -147,14 +147,13 @@ def _divergence(
         teacher = teacher.masked_fill(~columns, -torch.inf)
     p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     ratio = p - q
-    if columns is not None:
-        ratio = ratio.masked_fill(~columns, 0.0)
-    if kl == "forward":
-        p_exp, q_exp = p.exp_(), q.exp_()
-        loss = -(q_exp * ratio).sum(-1)
-        return temperature**2 * loss, scale * (p_exp - q_exp)
     p_exp = p.exp_()
-    loss = (p_exp * ratio).sum(-1)
+    # 0 (log 0 - log 0) and 0 log 0 are 0.
+    if kl == "forward":
+        q_exp = q.exp_()
+        loss = -(q_exp * ratio.masked_fill_(q_exp == 0, 0.0)).sum(-1)
+        return temperature**2 * loss, scale * (p_exp - q_exp)
+    loss = (p_exp * ratio.masked_fill_(p_exp == 0, 0.0)).sum(-1)
     return temperature**2 * loss, scale * p_exp * (ratio - loss.unsqueeze(1))
 
 
@@ -170,13 +169,15 @@ def _row_divergence(student, teacher, counts, t, FORWARD: tl.constexpr):
     """T^2 KL of a row and its gradient; 0 where a column does not count."""
     p = _log_softmax(student / t, counts)
     q = _log_softmax(teacher / t, counts)
-    ratio = tl.where(counts, p - q, 0.0)
     p_exp = tl.where(counts, tl.exp(p), 0.0)
     q_exp = tl.where(counts, tl.exp(q), 0.0)
+    # 0 (log 0 - log 0) and 0 log 0 are 0.
     if FORWARD:
+        ratio = tl.where(q_exp != 0, p - q, 0.0)
         loss = -tl.sum(q_exp * ratio, axis=0)
         gradient = t * (p_exp - q_exp)
     else:
+        ratio = tl.where(p_exp != 0, p - q, 0.0)
         loss = tl.sum(p_exp * ratio, axis=0)
         gradient = t * p_exp * (ratio - loss)
     return t * t * loss, gradient
@@ -349,7 +350,9 @@ def _check(
 
 
 def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
-    if isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
+        _checks.number("distill", name, value, positive=name == "temperature")
+    else:
         if value.dim():
             _checks.shape("distill", name, value, (len(logits),))
         _checks.same_device("distill", "logits", logits, name, value)

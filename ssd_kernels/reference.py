@@ -157,7 +157,9 @@ def count_active(
 
 def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
     """Gradient [R, d] whose row j is the sum of coefficients[b, s] * inputs[b] over slots of j."""
-    products = coefficients.unsqueeze(-1) * inputs.unsqueeze(-2)
+    slots = coefficients.unsqueeze(-1)
+    # A slot of coefficient 0 passes nothing of an infinite input either.
+    products = torch.where(slots != 0, slots * inputs.unsqueeze(-2), 0.0)
     gradient = inputs.new_zeros(neurons, inputs.shape[-1])
     return gradient.index_add_(0, indices.flatten(), products.flatten(0, -2))
 
@@ -257,11 +259,11 @@ def divergence(
         student = student.masked_fill(~columns, -torch.inf)
         teacher = teacher.masked_fill(~columns, -torch.inf)
     p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    if columns is not None:  # no inf - inf
-        p, q = p.masked_fill(~columns, 0.0), q.masked_fill(~columns, 0.0)
     if kl == "forward":
         p, q = q, p
-    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+    weight = p.exp()
+    # 0 (log 0 - log 0) and 0 log 0 are 0.
+    return temperature**2 * (weight * (p - q).masked_fill(weight == 0, 0.0)).sum(-1)
 
 
 def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
@@ -326,7 +328,9 @@ def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -
 
 def by_network(rows: Tensor, blocks: int) -> Tensor:
     """[.., d] -> [S, rows of one network, d]."""
-    return rows.reshape(blocks, math.prod(rows.shape[:-1]) // blocks, rows.shape[-1])
+    width = rows.shape[-1]
+    count = -1 if width else math.prod(rows.shape[:-1]) // blocks
+    return rows.reshape(blocks, count, width)
 
 
 def numbered_through(indices: Tensor, neurons: int, blocks: int) -> Tensor:

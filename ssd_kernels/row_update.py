@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 
@@ -397,6 +398,8 @@ def _check_blocks(
         if isinstance(value, Tensor):
             _checks.shape("row_update", name, value, (blocks,))
             _checks.same_device("row_update", "weights", weights[0], name, value)
+        elif value is not None and value != math.inf:
+            _checks.number("row_update", name, value)
 
 
 def _check(
@@ -420,6 +423,7 @@ def _check(
     ):
         if given is not None and len(given) != len(weights):
             raise ValueError(f"{op}: {len(given)} {name} for {len(weights)} weights")
+    _checks.number(op, "momentum", momentum)
     if (momentum != 0.0) != (buffers is not None):
         raise ValueError(f"{op}: momentum={momentum} and buffers must be given together")
     if indices.dim() != 2:

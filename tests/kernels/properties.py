@@ -10,8 +10,8 @@ the cases has a wrong argument, which must be refused by name with nothing chang
 is 1 if a case is wrong.
 
 Left open by the contract, so that only shapes, dtypes, untouched inputs and repeats are judged:
-- row_gradient, row_update, code_gram: infinities and NaN, which a slot of coefficient 0 may or may
-  not multiply.
+- row_gradient, row_update, code_gram: infinities and NaN. The weight gradient of sparse_linear: an
+  infinite upstream gradient, which a slot of value 0 may or may not multiply.
 - distill with a teacher: infinite logits. Their divergence is inf - inf.
 - gradients where an input is not finite or a score may not be. Infinite upstream gradients are
   judged.

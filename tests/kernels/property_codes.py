@@ -60,7 +60,11 @@ def spread(
     exact = reference.row_gradient(coefficients.double(), inputs.double(), indices, neurons)
     size = reference.row_gradient(finite(coefficients), finite(inputs), indices, neurons)
     terms = torch.bincount(indices.flatten(), minlength=neurons).unsqueeze(1)
-    return Bounds.around(exact, rounding(size, terms, dtype, grain))
+    bounds = Bounds.around(exact, rounding(size, terms, dtype, grain))
+    # A coefficient of 0 may or may not multiply an infinite input.
+    zero, infinite = (coefficients == 0).double(), (~inputs.isfinite()).double()
+    unclear = reference.row_gradient(zero, infinite, indices, neurons) > 0
+    return bounds._replace(free=bounds.free | unclear)
 
 
 class SparseLinear(Op):
