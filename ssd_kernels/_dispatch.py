@@ -24,6 +24,7 @@ TRITON = find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modes in which torch operators on real tensors give tensors without data.
 TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+VMAP = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
 # (op, implementation) -> what serves in its place while torch.compile traces; see _library.
 COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
 
@@ -34,8 +35,11 @@ def interpreted() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jacrev, ..) is at work."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a torch.func transform (grad, vmap, jacrev, ..) or is_grads_batched is at work."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(VMAP)
+    )
 
 
 def symbolic(tensor: Tensor) -> bool:

@@ -160,8 +160,9 @@ def row_gradient(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons:
     slots = coefficients.unsqueeze(-1)
     # A slot of coefficient 0 passes nothing of an infinite input either.
     products = torch.where(slots != 0, slots * inputs.unsqueeze(-2), 0.0)
-    gradient = inputs.new_zeros(neurons, inputs.shape[-1])
-    return gradient.index_add_(0, indices.flatten(), products.flatten(0, -2))
+    gradient = products.new_zeros(neurons, inputs.shape[-1])
+    rows = products.reshape(indices.numel(), inputs.shape[-1])
+    return gradient.index_add_(0, indices.flatten(), rows)
 
 
 def code_gram(
