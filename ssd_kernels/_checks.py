@@ -144,7 +144,10 @@ def code(op: str, values: Tensor, indices: Tensor, neurons: int) -> None:
 
 def in_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
     """Every number lies in 0..limit-1; looked at on a CPU, and elsewhere if ENVIRONMENT is 1."""
-    if _dispatch.symbolic(numbers) or not numbers.numel():
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(numbers):
+            numbers = torch._C._functorch.get_unwrapped(numbers)
+    if _dispatch.valueless(numbers) or not numbers.numel():
         return
     if not numbers.is_cpu and (
         os.environ.get(ENVIRONMENT) != "1" or torch.cuda.is_current_stream_capturing()

@@ -35,27 +35,28 @@ def interpreted() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jacrev, ..) or is_grads_batched is at work."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._dispatch_tls_is_dispatch_key_included(VMAP)
-    )
+    """Whether a torch.func transform (grad, vmap, jacrev, ..) is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
-def symbolic(tensor: Tensor) -> bool:
-    """Whether values cannot be looked at: traced, transformed, or a tensor without data."""
+def valueless(tensor: Tensor) -> bool:
+    """Whether values cannot be looked at: traced, batched, or a tensor without data."""
     return (
         torch.compiler.is_compiling()
         or tensor.is_meta
         or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-        or transformed()
         or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(VMAP)
         or (
             torch._C._len_torch_dispatch_stack() > 0
             and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACERS)
         )
     )
+
+
+def symbolic(tensor: Tensor) -> bool:
+    """Whether a call needs operators that can be traced, batched and differentiated at will."""
+    return valueless(tensor) or transformed() or forward_ad._current_level >= 0
 
 
 def choose(

@@ -318,10 +318,10 @@ def _linear_topk_backward(
     x, weight, values, indices, cut, after = ctx.saved_tensors
     slots, neurons = [], []
     if grad_values is not None:
-        slots.append(torch.where(values > 0, grad_values, 0.0))
+        slots.append(torch.where(values <= 0, 0.0, grad_values))
         neurons.append(indices)
     if grad_cut is not None and ctx.has_cut:
-        slots.append(torch.where(cut > 0, grad_cut, 0.0)[:, None])
+        slots.append(torch.where(cut <= 0, 0.0, grad_cut)[:, None])
         neurons.append(after[:, None])
     grads: list[Any] = [None] * 7
     if not slots:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,22 @@ def _reference(
 
 
 def _torch(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    **options: Any,
+) -> DistillOutput:
+    dtype, wide = logits.dtype, reference.accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
+    taught = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
+    loss, gradient, slopes = _in_wide(logits.to(wide), labels, *taught, **options)
+    return DistillOutput(
+        loss.to(dtype), gradient.to(dtype), None if slopes is None else slopes.to(dtype)
+    )
+
+
+def _in_wide(
     logits: Tensor,
     labels: Tensor,
     target_logits: Tensor | None,

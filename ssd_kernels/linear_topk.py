@@ -95,7 +95,8 @@ class _LinearTopK(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         forward = _torch_code if path == "torch" else _linear_slabs.code
         values, indices, cut, after = forward(x, weight, bias, k, inhibition, counts, path, blocks)
-        ctx.save_for_backward(x, weight, indices, after, values > 0, cut > 0)
+        # What is not a number passes a gradient, so that it is seen.
+        ctx.save_for_backward(x, weight, indices, after, ~(values <= 0), ~(cut <= 0))
         ctx.has_cut = k < len(weight) // blocks
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)

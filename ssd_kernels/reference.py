@@ -130,7 +130,7 @@ def sparse_linear(
 ) -> Tensor:
     """The code (values, indices) times weight [R, C]: row j is what neuron j writes."""
     accumulate = accumulation_dtype(weight.dtype)
-    rows = weight[indices].to(accumulate)
+    rows = F.embedding(indices, weight).to(accumulate)  # which refuses a negative index
     out = (values.to(accumulate).unsqueeze(-1) * rows).sum(-2)
     if bias is not None:
         out = out + bias.to(accumulate)
@@ -237,13 +237,16 @@ def distill(
     columns: Tensor | None = None,
 ) -> Tensor:
     """alpha CE + (1 - alpha) ((1 - lam) KL of the logits + lam KL of the hidden), per sample."""
-    loss = F.cross_entropy(logits, labels, reduction="none")
-    if target_logits is None:
-        return loss
-    distilled = (1 - lam) * divergence(logits, target_logits, temperature, kl, columns)
-    if hidden is not None and target_hidden is not None:
-        distilled = distilled + lam * divergence(hidden, target_hidden, temperature, kl)
-    return alpha * loss + (1 - alpha) * distilled
+    wide = accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
+    loss = F.cross_entropy(logits.to(wide), labels, reduction="none")
+    if target_logits is not None:
+        student, teacher = logits.to(wide), target_logits.to(wide)
+        distilled = (1 - lam) * divergence(student, teacher, temperature, kl, columns)
+        if hidden is not None and target_hidden is not None:
+            student, teacher = hidden.to(wide), target_hidden.to(wide)
+            distilled = distilled + lam * divergence(student, teacher, temperature, kl)
+        loss = alpha * loss + (1 - alpha) * distilled
+    return loss.to(logits.dtype)
 
 
 def divergence(
