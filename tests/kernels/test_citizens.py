@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
 import ssd_kernels as sk
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
@@ -110,6 +111,68 @@ def test_torch_func(name: str) -> None:
     batched = torch.func.vmap(op)(*stacks)
     for number in range(2):
         torch.testing.assert_close(batched[number], op(*(stack[number] for stack in stacks)))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_batches_of_gradients_and_forward_mode(name: str) -> None:
+    op, arguments = ALL[name][0], [a.requires_grad_() for a in drawn(name)]
+    out = op(*arguments)
+    upstream = torch.randn(2, *out.shape, dtype=out.dtype)
+    kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
+    batched = torch.autograd.grad(out, arguments, upstream, is_grads_batched=True, **kept)
+    for number in range(2):
+        each = torch.autograd.grad(out, arguments, upstream[number], **kept)
+        for got, want in zip(batched, each, strict=True):
+            torch.testing.assert_close(got[number], want)
+    tangents = [torch.randn_like(a) for a in arguments]
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, arguments, tangents)
+        tangent = forward_ad.unpack_dual(op(*duals)).tangent
+    expected = torch.func.jvp(op, tuple(arguments), tuple(tangents))[1]
+    torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated
+def test_a_trace_serves_any_batch() -> None:
+    for model in (TopK(SLOTS), KSparseMLP(INPUTS, NEURONS, OUTPUTS, SLOTS)):
+        traced = torch.jit.trace(model, (torch.randn(8, INPUTS),))
+        for batch in (1, 5):
+            x = torch.randn(batch, INPUTS)
+            torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("bad", [-1, NEURONS])
+def test_no_transform_or_trace_lets_a_wrong_index_through(bad: int) -> None:
+    values, wrong, weight = normal(3, 1), torch.full((3, 1), bad), normal(NEURONS, OUTPUTS)
+
+    def decode(values: Tensor, wrong: Tensor, weight: Tensor) -> Tensor:
+        return sk.sparse_linear(values, wrong, weight)
+
+    named: list[Callable[[], Any]] = [
+        lambda: torch.func.grad(lambda w: decode(values, wrong, w).sum())(weight),
+        lambda: torch.func.vmap(lambda v, i: decode(v, i, weight))(values, wrong),
+        lambda: torch.func.vmap(torch.func.grad(lambda v, i: decode(v, i, weight).sum()))(
+            values, wrong
+        ),
+        lambda: torch.func.jvp(lambda v: decode(v, wrong, weight), (values,), (values,)),
+    ]
+    for run in named:
+        with pytest.raises(ValueError, match=f"sparse_linear: indices run from {bad} to {bad}"):
+            run()
+    example = (values, wrong * 0, weight)
+    compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)
+    exported = torch.export.export(Decode(), example).module()
+    for run in (compiled, exported):
+        torch.testing.assert_close(run(*example), decode(*example))
+        with pytest.raises(IndexError, match="out of range"):
+            run(values, wrong, weight)
+
+
+class Decode(nn.Module):
+    """sparse_linear as a module."""
+
+    def forward(self, values: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        return sk.sparse_linear(values, chosen, weight)
 
 
 @pytest.mark.parametrize("randomness", ["different", "same"])
@@ -472,6 +535,28 @@ def test_an_infinite_gradient_stops_where_nothing_passes(impl: str, device: str)
     for got, want in zip(run(impl), run("reference"), strict=True):
         assert bool(want.isfinite().all())
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_coefficient_of_zero_passes_nothing(impl: str, device: str) -> None:
+    code = torch.tensor([[0.0, 1.0]], device=device), torch.tensor([[0, 1]], device=device)
+    x = torch.tensor([[torch.inf, 1.0]], device=device)
+    gradient = sk.row_gradient(code[0], x, code[1], 3, impl=impl)
+    assert gradient.tolist() == [[0.0, 0.0], [torch.inf, 1.0], [0.0, 0.0]]
+    weight = torch.ones(3, 2, device=device)
+    silent = torch.zeros_like(code[0])
+    assert sk.row_update([weight], [silent], [x], code[1], lr=0.1, max_norm=1.0, impl=impl) == 0
+    assert bool((weight == 1).all())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_is_not_a_number_passes_a_gradient(impl: str, device: str) -> None:
+    bias = torch.tensor([torch.nan, 1.0, 0.5], device=device, requires_grad=True)
+    x, weight = torch.zeros(1, 1, device=device), torch.ones(3, 1, device=device)
+    code = sk.linear_topk(x, weight, 1, bias, threshold=True, impl=impl)
+    assert code.threshold is not None
+    total = code.values.sum() + code.threshold.sum()
+    assert torch.autograd.grad(total, bias)[0].tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -146,3 +146,50 @@ def test_errors_come_first(change: dict[str, Any], message: str) -> None:
     inputs: dict[str, Any] = problem(6, 5, 4, "cpu")
     with pytest.raises((TypeError, ValueError), match=message):
         distill(**(inputs | change))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+def test_a_class_without_probability_adds_nothing(kl: str, impl: str, device: str) -> None:
+    """0 log 0 is 0: a logit of -inf in both, or where the weight of the divergence is."""
+    least = -torch.inf
+    full = torch.tensor([[0.5, 1.0, -3.0], [1.0, 0.0, -2.0]], device=device)
+    cut = torch.tensor([[0.0, 1.0, least], [0.3, 0.1, least]], device=device)
+    labels = torch.tensor([0, 1], device=device)
+    student, teacher = (cut, full) if kl == "reverse" else (full, cut)
+    options: dict[str, Any] = {"alpha": 0.5, "temperature": 2.0, "kl": kl, "impl": impl}
+    for a, b in ((student, teacher), (cut, cut.flip(0))):
+        loss, gradient, _ = distill(a, labels, b, **options)
+        p, q = ((t.double() / 2).log_softmax(1) for t in (a, b))
+        p, q = (q, p) if kl == "forward" else (p, q)
+        terms = torch.where(p.exp() == 0, 0.0, p.exp() * (p - q))
+        entropy = torch.nn.functional.cross_entropy(a.double(), labels, reduction="none")
+        torch.testing.assert_close(loss, (0.5 * entropy + 0.5 * 4 * terms.sum(1)).float())
+        assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_not_what_temperature_magnifies(impl: str, dtype: torch.dtype) -> None:
+    logits = (3 * torch.randn(64, 10)).to(dtype)
+    target = (logits + 0.1 * torch.randn(64, 10)).to(dtype)
+    labels = torch.zeros(64, dtype=torch.int64)
+    options: dict[str, Any] = {"alpha": 0.0, "temperature": 8.0}
+    got = distill(logits, labels, target, impl=impl, **options)
+    want = distill(logits.double(), labels, target.double(), impl="reference", **options)
+    assert bool((got.loss >= 0).all())
+    near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-4}
+    torch.testing.assert_close(got.loss.double(), want.loss, **near)
+    torch.testing.assert_close(got.grad_logits.double(), want.grad_logits, **near)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_settings_may_be_tensors_of_no_dimension(impl: str, device: str) -> None:
+    logits, target = torch.randn(2, 4, 3, device=device)
+    labels = torch.tensor([0, 1, 2, 0], device=device)
+    numbers: dict[str, Any] = {"alpha": 0.5, "lam": 0.25, "temperature": 2.0}
+    tensors = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
+    given = (logits, labels, target, logits, target)
+    got, want = distill(*given, **tensors, impl=impl), distill(*given, **numbers, impl=impl)
+    for have, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(have, expected)
