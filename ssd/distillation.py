@@ -564,7 +564,7 @@ def _positions(name: str, given: Tensor, count: int, limit: int | None, of: str)
     Raises:
         ValueError: they are not.
     """
-    positions = torch.as_tensor(given)
+    positions = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     if positions.shape != (count,) or positions.dtype == torch.bool:
         raise ValueError(
             f"{name} {list(positions.shape)} {positions.dtype} must be integers [{count}]"

@@ -95,7 +95,7 @@ def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
     Raises:
         Diverged: a score is not finite.
     """
-    accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device="cpu")
     codes: list[TopKOutput] = []
     for t, task in enumerate(tasks):
         learner.fit_task(task.x_train, task.y_train)
@@ -206,9 +206,9 @@ class FlyModel(_AnyScale):
         device: torch.device | str = "cpu",
     ) -> None:
         self.k, self.lr = max(1, round(share * neurons)), lr
-        picked = torch.rand(neurons, features, generator=generator).argsort(1)
+        picked = torch.rand(neurons, features, generator=generator, device="cpu").argsort(1)
         inputs = picked[:, : max(1, round(connections * features))]
-        projection = torch.zeros(neurons, features).scatter_(1, inputs, 1.0)
+        projection = torch.zeros(neurons, features, device="cpu").scatter_(1, inputs, 1.0)
         self.projection = projection.to(device)
         self.weight = torch.zeros(neurons, classes, dtype=torch.float64, device=device)
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -262,7 +262,7 @@ class RandomReLU(_AnyScale):
         device: torch.device | str = "cpu",
     ) -> None:
         self.ridge = ridge
-        self.projection = torch.randn(neurons, features, generator=generator).to(device)
+        self.projection = gaussian_addresses(neurons, features, generator).to(device)
         self.gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
         self.cross = torch.zeros(neurons, classes, dtype=torch.float64, device=device)
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)

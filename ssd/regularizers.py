@@ -114,7 +114,7 @@ class Quadratic:
     def after_step(self) -> None: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks)}
+        numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks, device="cpu")}
         return numbers | self._buffers()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
