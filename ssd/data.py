@@ -86,7 +86,7 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
     """Cuts a data set into tasks of equally many classes, taken in this order.
 
     Raises:
-        UserError: the number of classes is not a multiple of `tasks`.
+        UserError: the number of classes is not a multiple of `tasks`, or a label is of no class.
     """
     if tasks < 1 or len(order) % tasks:
         fits = [t for t in range(1, len(order) + 1) if len(order) % t == 0]
@@ -94,6 +94,13 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
             f"--tasks {tasks} does not divide the {len(order)} classes of {data.name}; "
             f"use one of {', '.join(map(str, fits))}"
         )
+    for part, y in (("train", data.y_train), ("test", data.y_test)):
+        strange = sorted(set(y.unique().tolist()) - set(order))
+        if strange:
+            raise UserError(
+                f"{data.name}: y_{part} holds the label {strange[0]}, which is none of the "
+                f"{len(order)} classes; remove its samples"
+            )
     size = len(order) // tasks
     stream = []
     for first in range(0, len(order), size):
