@@ -83,7 +83,7 @@ class AnnealedTopKLinear(TopKLinear):
         self._scratch = Scratch()
         self._response: Tensor | None = None
         self._excited = True
-        self._responded: tuple[Tensor | None, int, int] = (None, -1, -1)
+        self._responded: tuple[Tensor | None, int, int, int] = (None, -1, -1, -1)
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -95,7 +95,7 @@ class AnnealedTopKLinear(TopKLinear):
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions anew: what was derived from them would seem fresh.
         derived = {"_shadow": None, "_scratch": Scratch(), "_response": None}
-        return self.__dict__ | derived | {"_responded": (None, -1, -1)}
+        return self.__dict__ | derived | {"_responded": (None, -1, -1, -1)}
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -164,7 +164,9 @@ class AnnealedTopKLinear(TopKLinear):
         if self.schedule != "gaba":
             return None, False
         # A Triton kernel that counts leaves the version of counts as it was; that of samples moves.
-        now = (self.counts, self.counts._version, self.samples._version)
+        # Writes through counts.data or counts.numpy() alone are not seen.
+        where = self.counts.data_ptr()
+        now = (self.counts, self.counts._version, self.samples._version, where)
         if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
