@@ -57,7 +57,7 @@ class AnnealedTopKLinear(TopKLinear):
     forward: x [B, d] -> TopKOutput once every neuron is inhibited in full, dense h [B, R] before.
     Only training mode advances the schedule. Where the counters cannot be read (torch.compile,
     torch.export, torch.func, meta and fake tensors) h is dense at every stage, equal to rounding;
-    schedule = "flat" on a trained layer gives the code there.
+    once inhibited(), schedule = "flat" gives the code there too.
 
     Raises:
         TypeError, ValueError: a size, schedule or number of samples that does not fit.
