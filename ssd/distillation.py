@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def distillation_loss(
             KL(teacher || student), as distillation usually has it.
 
     Raises:
-        ValueError: shapes that differ, T <= 0, or an unknown kl.
+        ValueError: shapes that differ, a T that is none, or an unknown kl.
     """
     if kl not in ("reverse", "forward"):
         raise ValueError(f"kl={kl!r} is not one of reverse, forward")
@@ -66,8 +67,8 @@ def distillation_loss(
         raise ValueError(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
+    if not (_real(temperature) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature={temperature!r} must be a finite number above 0")
     p, q = (_scaled_log_softmax(z, temperature) for z in (student, teacher))
     if kl == "forward":
         p, q = q, p
@@ -82,6 +83,10 @@ def _scaled_log_softmax(z: Tensor, temperature: float) -> Tensor:
     z = _wide(z)
     z = z - z.detach().amax(-1, keepdim=True)
     return z - temperature * (z / temperature).logsumexp(-1, keepdim=True)
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, (Real, torch.SymFloat)) and not isinstance(value, bool)
 
 
 def _wide(z: Tensor) -> Tensor:
@@ -150,11 +155,11 @@ class Distiller:
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
         for name, number in (("alpha", alpha), ("lam", lam)):
-            if not 0 <= number <= 1:
-                raise ValueError(f"{name}={number} must lie in 0..1")
+            if not (_real(number) and 0 <= number <= 1):
+                raise ValueError(f"{name}={number!r} must be a number in 0..1")
         for name, number in (("temperature", temperature), ("subnetwork", subnetwork)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name}={number} must be above 0 and finite")
+            if not (_real(number) and 0 < number < math.inf):
+                raise ValueError(f"{name}={number!r} must be a finite number above 0")
         self.model = model
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
         self.subnetwork, self.kl, self.hidden = subnetwork, kl, hidden
@@ -205,6 +210,7 @@ class Distiller:
         assert self.teacher_logits is not None
         return self.teacher_logits[samples]
 
+    @torch.inference_mode(False)  # inference tensors could not be saved for backward
     def begin_task(self, x: Tensor) -> None:
         """Keeps the outputs of the teacher, the model as it stands, on a task's inputs [N, ..].
 
@@ -345,6 +351,7 @@ class Distiller:
             yield hidden
         hidden.update(self._hidden(calls))
 
+    @torch.inference_mode(False)
     def end_task(
         self, x: Tensor, labels: Tensor | None = None, counts: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -390,6 +397,7 @@ class Distiller:
                 state[name] = getattr(self, name).clone()
         return state
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Puts back what state_dict gave, on the model's device.
 
@@ -564,7 +572,7 @@ def _positions(name: str, given: Tensor, count: int, limit: int | None, of: str)
     Raises:
         ValueError: they are not.
     """
-    positions = torch.as_tensor(given)
+    positions = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     if positions.shape != (count,) or positions.dtype == torch.bool:
         raise ValueError(
             f"{name} {list(positions.shape)} {positions.dtype} must be integers [{count}]"
@@ -628,7 +636,8 @@ def _find_layers(
                 "the model has no TopK or TopKLinear module; name its layers: {name: k}"
             )
     else:
-        if isinstance(layers, str) or not layers:
+        named = isinstance(layers, Iterable) and not isinstance(layers, str)
+        if not (named and layers and all(isinstance(name, str) for name in layers)):
             raise ValueError(f"layers={layers!r} must be a list of names or a mapping, not empty")
         found = {}
         for given in layers:

@@ -69,7 +69,8 @@ def load_torchvision(name: str, device: torch.device, progress: bool) -> Extract
     weights, before = torchvision_model(name), socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        model = models.get_model(name, weights=weights, progress=progress)
+        with torch.device("cpu"):
+            model = models.get_model(name, weights=weights, progress=progress)
     except (OSError, EOFError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

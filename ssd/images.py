@@ -81,13 +81,18 @@ def load_folder(path: Path, watch: Callable[[str, int, int, bool], None]) -> Ima
             raise UserError(f"--pretrain-folder: {file} cannot be read; remove it") from error
 
     files = [file for file, _ in folder.samples]
-    images = torch.empty(len(files), *FOLDER_SHAPE, dtype=torch.uint8)
+    images = torch.empty(len(files), *FOLDER_SHAPE, dtype=torch.uint8, device="cpu")
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(files), FOLDER_CHUNK):
             chunk = list(pool.map(read_image, files[first : first + FOLDER_CHUNK]))
             images[first : first + len(chunk)] = torch.stack(chunk)
             watch(f"reading {path}", first + len(chunk), len(files), False)
-    return Images(f"folder {path.resolve().name}", images, torch.tensor(folder.targets), flip=True)
+    return Images(
+        f"folder {path.resolve().name}",
+        images,
+        torch.tensor(folder.targets, device="cpu"),
+        flip=True,
+    )
 
 
 def refuse_same(dataset: str, pretrain: str, source: str) -> None:

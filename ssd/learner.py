@@ -31,20 +31,21 @@ PROBES = 2000
 def build_model(config: Config, in_features: int, classes: int) -> Network:
     """The network of a run, its weights drawn from the run's seed."""
     draw = torch.Generator().manual_seed(config.seed)
-    if config.network == "relu-mlp":
-        return ReLUMLP(in_features, config.neurons, classes, draw)
-    if config.network == "topk-mlp":
-        return TopKMLP(in_features, config.neurons, classes, config.k, draw)
-    return SDMLP(
-        in_features,
-        config.neurons,
-        classes,
-        config.k,
-        config.inhibition,
-        config.schedule,
-        config.anneal_samples,
-        generator=draw,
-    )
+    with torch.device("cpu"):
+        if config.network == "relu-mlp":
+            return ReLUMLP(in_features, config.neurons, classes, draw)
+        if config.network == "topk-mlp":
+            return TopKMLP(in_features, config.neurons, classes, config.k, draw)
+        return SDMLP(
+            in_features,
+            config.neurons,
+            classes,
+            config.k,
+            config.inhibition,
+            config.schedule,
+            config.anneal_samples,
+            generator=draw,
+        )
 
 
 def build_distiller(config: Config, model: Network) -> Distiller | None:
@@ -103,16 +104,17 @@ class Learner:
         )
         self.device = self.parameters[0].device
         count = len(tasks)
-        self.accuracy = torch.zeros(count, count, dtype=torch.float64)
-        self.frequency = torch.zeros(count, config.neurons, dtype=torch.float64)
+        self.accuracy = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+        self.frequency = torch.zeros(count, config.neurons, dtype=torch.float64, device="cpu")
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.structure: StructureRecorder | None = None
         if isinstance(model, SDMLP):
             size = max(config.k, round(config.subnetwork * config.k))
             self.structure = StructureRecorder(min(size, config.neurons))
-        self.inputs = torch.empty(0)  # what the first layer sees of the task, [N, d]
-        self.labels = torch.empty(0)
+        # What the first layer sees of the task, [N, d].
+        self.inputs = torch.empty(0, device=self.device)
+        self.labels = torch.empty(0, device=self.device)
 
     def load_task(self, number: int) -> None:
         """Makes a task the one that is trained."""
@@ -171,7 +173,7 @@ class Learner:
         self.correct.zero_()
         if evaluate:
             record["test_accuracy"] = self.evaluate()
-            self.accuracy[task] = torch.tensor(record["test_accuracy"], dtype=torch.float64)
+            self.accuracy[task] = self.accuracy.new_tensor(record["test_accuracy"])
         return record
 
     def require_finite_loss(self) -> None:

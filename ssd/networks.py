@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssd_kernels._checks import whole
 from ssd_kernels.nn import SparseLinear, TopKLinear
 
 
@@ -39,9 +40,13 @@ class ReLUMLP(Network):
         self, in_features: int, neurons: int, classes: int, generator: torch.Generator
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("in_features", in_features, 0), ("neurons", neurons, 1), ("classes", classes, 0),
+        ):  # fmt: skip
+            whole("ReLUMLP", name, value, least)
         self.encoder = nn.Sequential(nn.Linear(in_features, neurons), nn.ReLU())
         self.decoder = nn.Linear(neurons, classes)
-        _draw(self, (in_features, in_features, neurons, neurons), generator)
+        draw(self, (in_features, in_features, neurons, neurons), generator)
 
     def respond(self, address: Tensor) -> Tensor:
         return self.decoder(self.encoder(address))
@@ -61,7 +66,7 @@ class TopKMLP(Network):
         super().__init__()
         self.encoder = TopKLinear(in_features, neurons, k)
         self.decoder = SparseLinear(neurons, classes)
-        _draw(self, (in_features, in_features, neurons, neurons), generator)
+        draw(self, (in_features, in_features, neurons, neurons), generator)
 
     def respond(self, address: Tensor) -> Tensor:
         code = self.encoder(address)
@@ -69,8 +74,9 @@ class TopKMLP(Network):
 
 
 @torch.no_grad()
-def _draw(model: nn.Module, fans_in: tuple[int, ...], generator: torch.Generator) -> None:
+def draw(model: nn.Module, fans_in: tuple[int, ...], generator: torch.Generator | None) -> None:
     """Uniform within 1 / sqrt(fan in), weights and biases, as torch.nn.Linear does."""
+    device = "cpu" if generator is None else generator.device  # not the default device
     for parameter, fan_in in zip(model.parameters(), fans_in, strict=True):
-        drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device=device)
         parameter.copy_((2 * drawn - 1) / fan_in**0.5)

@@ -9,7 +9,7 @@ from torch import Tensor
 INCREMENT, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def shuffled(count: int, *key: int, device: torch.device | None = None) -> Tensor:
+def shuffled(count: int, *key: int, device: torch.device | str = "cpu") -> Tensor:
     """A permutation of 0..count-1 that depends on the key alone, [count] int64.
 
     Sample i gets the 64-bit number that splitmix64 gives counter i of the stream `key`; the order

@@ -53,6 +53,7 @@ from ssd.readout import (
 )
 from ssd.strict_json import dumps
 from ssd_kernels import TopKOutput, row_gradient, sparse_linear, topk
+from ssd_kernels._checks import in_range
 from ssd_kernels.reference import power_of_two
 
 # Raise it when a change moves the numbers of peers: those of another are not shown.
@@ -95,7 +96,7 @@ def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
     Raises:
         Diverged: a score is not finite.
     """
-    accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+    accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device="cpu")
     codes: list[TopKOutput] = []
     for t, task in enumerate(tasks):
         learner.fit_task(task.x_train, task.y_train)
@@ -119,6 +120,11 @@ class _AnyScale:
     """
 
     _unit: float | None = None
+    counts: Tensor  # [C] samples of each class
+
+    def _require_labels(self, y: Tensor) -> None:
+        """ValueError for a label outside 0..C-1; looked for on a CPU."""
+        in_range(type(self).__name__, "labels", y, len(self.counts))
 
     def _in_units(self, x: Tensor) -> Tensor:
         if self._unit is None:
@@ -138,6 +144,7 @@ class NearestClassMean(_AnyScale):
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
+        self._require_labels(y)
         self.sums.index_add_(0, y, self._in_units(x).double())
         self.counts += y.bincount(minlength=len(self.counts))
 
@@ -171,6 +178,7 @@ class StreamingLDA(_AnyScale):
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
+        self._require_labels(y)
         wide = self._in_units(x).double()
         self.gram.addmm_(wide.T, wide)
         self.cross.index_add_(1, y, wide.T)
@@ -206,9 +214,9 @@ class FlyModel(_AnyScale):
         device: torch.device | str = "cpu",
     ) -> None:
         self.k, self.lr = max(1, round(share * neurons)), lr
-        picked = torch.rand(neurons, features, generator=generator).argsort(1)
+        picked = torch.rand(neurons, features, generator=generator, device="cpu").argsort(1)
         inputs = picked[:, : max(1, round(connections * features))]
-        projection = torch.zeros(neurons, features).scatter_(1, inputs, 1.0)
+        projection = torch.zeros(neurons, features, device="cpu").scatter_(1, inputs, 1.0)
         self.projection = projection.to(device)
         self.weight = torch.zeros(neurons, classes, dtype=torch.float64, device=device)
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -222,6 +230,7 @@ class FlyModel(_AnyScale):
         return values / torch.where(largest > 0, largest, 1.0), indices
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
+        self._require_labels(y)
         neurons, classes = self.weight.shape
         for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             values, indices = self._code(part)
@@ -262,7 +271,7 @@ class RandomReLU(_AnyScale):
         device: torch.device | str = "cpu",
     ) -> None:
         self.ridge = ridge
-        self.projection = torch.randn(neurons, features, generator=generator).to(device)
+        self.projection = gaussian_addresses(neurons, features, generator).to(device)
         self.gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
         self.cross = torch.zeros(neurons, classes, dtype=torch.float64, device=device)
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -271,6 +280,7 @@ class RandomReLU(_AnyScale):
         return (self._in_units(x).float() @ self.projection.T).relu()
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
+        self._require_labels(y)
         for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             hidden = self._hidden(part).to(self.gram.dtype)
             self.gram.addmm_(hidden.T, hidden)

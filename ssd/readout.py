@@ -79,9 +79,11 @@ def only_seen(scores: Tensor, counts: Tensor) -> Tensor:
     return scores.masked_fill(counts == 0, -torch.inf)
 
 
-def gaussian_addresses(neurons: int, features: int, generator: torch.Generator) -> Tensor:
+def gaussian_addresses(
+    neurons: int, features: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Independent Gaussian directions, [R, d]."""
-    return torch.randn(neurons, features, generator=generator)
+    return torch.randn(neurons, features, generator=generator, device="cpu")
 
 
 def local_addresses(
@@ -91,10 +93,10 @@ def local_addresses(
 
     width: standard deviation of the window in pixels.
     """
-    centres = torch.rand(neurons, 2, 1, generator=generator) * (side - 1)
-    distance = (torch.arange(side) - centres).square()
+    centres = torch.rand(neurons, 2, 1, generator=generator, device="cpu") * (side - 1)
+    distance = (torch.arange(side, device="cpu") - centres).square()
     window = torch.exp(-distance / (2 * width**2))
-    noise = torch.randn(neurons, side, side, generator=generator)
+    noise = torch.randn(neurons, side, side, generator=generator, device="cpu")
     return (noise * window[:, 0, :, None] * window[:, 1, None, :]).flatten(1)
 
 

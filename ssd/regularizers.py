@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ssd.activations import evaluating
 from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES, SI_DAMPING
+from ssd_kernels._checks import in_range
 
 Map = Callable[[Tensor], Tensor]
 
@@ -114,7 +115,7 @@ class Quadratic:
     def after_step(self) -> None: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks)}
+        numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks, device="cpu")}
         return numbers | self._buffers()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -164,7 +165,12 @@ class Quadratic:
 
 
 def beta_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """nll(log_softmax(beta logits), labels) summed over the batch, 0-d."""
+    """nll(log_softmax(beta logits), labels) summed over the batch, 0-d.
+
+    Raises:
+        ValueError: a label outside 0..C-1; looked for on a CPU.
+    """
+    in_range("beta_loss", "labels", labels, logits.shape[-1])
     return F.nll_loss(F.log_softmax(beta * logits, dim=-1), labels, reduction="sum")
 
 

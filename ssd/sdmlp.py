@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ssd.networks import Network
+from ssd.networks import Network, draw
 from ssd_kernels import (
     TopKOutput,
     count_active,
@@ -16,6 +17,8 @@ from ssd_kernels import (
     linear_inhibit,
     linear_topk,
 )
+from ssd_kernels._checks import counter, whole
+from ssd_kernels._dispatch import symbolic
 from ssd_kernels.linear_active import ActiveNeurons, Scratch
 from ssd_kernels.linear_code import Shadow, estimate_dtype
 from ssd_kernels.nn import SparseLinear, TopKLinear
@@ -36,7 +39,8 @@ def response_to_inhibition(
     counts: Tensor, anneal_samples: int | Tensor, dtype: torch.dtype
 ) -> Tensor:
     """The GABA switch of neurons that were active so often: -1 (excited) to 1 (inhibited)."""
-    return (2 * counts.to(dtype) / anneal_samples - 1).clamp(-1, 1)
+    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65,504
+    return (2 * counts.to(wide) / anneal_samples - 1).clamp(-1, 1).to(dtype)
 
 
 class AnnealedTopKLinear(TopKLinear):
@@ -51,7 +55,12 @@ class AnnealedTopKLinear(TopKLinear):
             "flat": k-sparse at once.
 
     forward: x [B, d] -> TopKOutput once every neuron is inhibited in full, dense h [B, R] before.
-    Only training mode advances the schedule.
+    Only training mode advances the schedule. Where the counters cannot be read (torch.compile,
+    torch.export, torch.func, meta and fake tensors) h is dense at every stage, equal to rounding;
+    once inhibited(), schedule = "flat" gives the code there too.
+
+    Raises:
+        TypeError, ValueError: a size, schedule or number of samples that does not fit.
     """
 
     def __init__(
@@ -68,12 +77,13 @@ class AnnealedTopKLinear(TopKLinear):
         super().__init__(in_features, neurons, k, False, inhibition, device, dtype)
         if schedule not in ("gaba", "linear", "flat"):
             raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
+        whole("AnnealedTopKLinear", "anneal_samples", anneal_samples, 1)
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
         self._scratch = Scratch()
         self._response: Tensor | None = None
         self._excited = True
-        self._responded: tuple[Tensor | None, int, int] = (None, -1, -1)
+        self._responded: tuple[Tensor | None, int, int, int] = (None, -1, -1, -1)
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -85,7 +95,7 @@ class AnnealedTopKLinear(TopKLinear):
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions anew: what was derived from them would seem fresh.
         derived = {"_shadow": None, "_scratch": Scratch(), "_response": None}
-        return self.__dict__ | derived | {"_responded": (None, -1, -1)}
+        return self.__dict__ | derived | {"_responded": (None, -1, -1, -1)}
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -97,19 +107,28 @@ class AnnealedTopKLinear(TopKLinear):
         """The number of neurons that inhibition leaves active at this point of the schedule."""
         if self.schedule != "linear":
             return self.k
-        left = max(0.0, 1 - self.samples.item() / self.anneal_samples)
-        return self.k + round(left * (self.neurons - self.k))
+        return int(self._falling_k())
+
+    def _falling_k(self) -> Tensor:
+        """k of the linear schedule, 0-d int64."""
+        left = (1 - self.samples.double() / self.anneal_samples).clamp(min=0)
+        return self.k + (left * (self.neurons - self.k)).round().long()
 
     def inhibited(self) -> bool:
         """Whether the schedule has ended: the layer is exactly k-sparse."""
+        return self.schedule == "flat" or bool(self._ended())
+
+    def _ended(self) -> Tensor:
         if self.schedule == "gaba":
-            return bool((self.counts >= self.anneal_samples).all())
-        return self.current_k() == self.k
+            return (self.counts >= self.anneal_samples).all()
+        return self._falling_k() == self.k
 
     def forward(self, x: Tensor) -> TopKOutput | Tensor:  # type: ignore[override]
         counts = self.counts if self.training else None
         hidden: TopKOutput | Tensor
-        if self.inhibited():
+        if self.schedule != "flat" and symbolic(self.counts):
+            hidden = self._unread(x, counts)
+        elif self.inhibited():
             hidden = linear_topk(x, self.weight, self.k, inhibition=self.inhibition, counts=counts)
         else:
             gaba = self.gaba() if self.schedule == "gaba" else None
@@ -120,12 +139,34 @@ class AnnealedTopKLinear(TopKLinear):
             self.samples += len(x)
         return hidden
 
+    def _unread(self, x: Tensor, counts: Tensor | None) -> Tensor:
+        """What forward(x) returns, dense, without a look at the counters."""
+        counter("AnnealedTopKLinear", "counts", counts, x, self.neurons)
+        mask = self.inhibition == "mask"
+        if self.schedule == "gaba":
+            hidden = linear_inhibit(x, self.weight, self.k, self.gaba(), inhibition=self.inhibition)
+        else:
+            a = linear_inhibit(x, self.weight, self.neurons)
+            cuts = F.pad(a.detach().sort(-1, descending=True).values, (0, 1))
+            cut = cuts.index_select(-1, self._falling_k().unsqueeze(0))
+            hidden = torch.where((a > cut) | a.isnan(), a, 0.0) if mask else (a - cut).relu()
+        if mask:
+            # The code keeps k of the neurons that tie with the inhibition.
+            code = linear_topk(x, self.weight, self.k)
+            kept = torch.zeros_like(hidden).scatter(-1, code.indices, code.values)
+            hidden = torch.where(self._ended(), kept, hidden)
+        if counts is not None:
+            counts += (hidden > 0).reshape(-1, self.neurons).sum(0)
+        return hidden
+
     def response(self) -> tuple[Tensor | None, bool]:
         """gaba(), None once it is 1 everywhere, and whether any neuron is excited (g <= 0)."""
         if self.schedule != "gaba":
             return None, False
         # A Triton kernel that counts leaves the version of counts as it was; that of samples moves.
-        now = (self.counts, self.counts._version, self.samples._version)
+        # Writes through counts.data or counts.numpy() alone are not seen.
+        where = self.counts.data_ptr()
+        now = (self.counts, self.counts._version, self.samples._version, where)
         if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
@@ -138,10 +179,14 @@ class AnnealedTopKLinear(TopKLinear):
     def code(self, x: Tensor) -> TopKOutput | None:
         """What forward(x) returns, as an exact sparse code without gradient; None if too dense.
 
+        None, too, where values cannot be looked at.
+
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
         k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
         Advances the schedule as forward does, unless it returns None.
         """
+        if symbolic(x) or symbolic(self.counts):
+            return None
         gaba, excited = self.response()
         k = self.current_k()
         # One width for the whole schedule, so that the steps of all learners have one shape.
@@ -168,7 +213,15 @@ class AnnealedTopKLinear(TopKLinear):
         """The columns of forward(x) that are not all 0, without gradient; no neuron is excited.
 
         Advances the schedule as forward does.
+
+        Raises:
+            TypeError: values cannot be looked at.
         """
+        if symbolic(x) or symbolic(self.counts):
+            raise TypeError(
+                "AnnealedTopKLinear.active: how many neurons fire depends on values, which cannot "
+                "be looked at here; forward gives all"
+            )
         active = linear_active(
             x, self.weight.detach(), self.current_k(), self.response()[0],
             inhibition=self.inhibition, counts=self.counts if self.training else None,
@@ -240,13 +293,7 @@ class SDMLP(Network):
             in_features, neurons, k, inhibition, schedule, anneal_samples, device, dtype
         )
         self.decoder = SparseLinear(neurons, classes, False, device, dtype)
-        with torch.no_grad():
-            for weight, fan_in in (
-                (self.encoder.weight, in_features),
-                (self.decoder.weight, neurons),
-            ):
-                drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
-                weight.copy_((2 * drawn - 1) / fan_in**0.5)
+        draw(self, (in_features, neurons), generator)
         self.constrain()
 
     @property

@@ -66,12 +66,14 @@ def measure(model: SDMLP, x: Tensor, frequency: Tensor, size: int) -> Snapshot:
         raise ValueError(f"size={size} must lie in 1..{len(weight)}, the number of neurons")
     neurons = select_subnetwork(frequency.cpu(), size)
     counts = count_activations(model, ["encoder"], x)["encoder"]
+    rank = _effective_rank(model, x, counts.nonzero()[:, 0])
+    used = metrics.used_fraction(counts.double() / len(x))
     return Snapshot(
         neurons,
         weight[neurons.to(weight.device)].cpu(),
         frequency.double().cpu(),
-        torch.tensor(_effective_rank(model, x, counts.nonzero()[:, 0]), dtype=torch.float64),
-        torch.tensor(metrics.used_fraction(counts.double() / len(x)), dtype=torch.float64),
+        torch.tensor(rank, dtype=torch.float64, device="cpu"),
+        torch.tensor(used, dtype=torch.float64, device="cpu"),
     )
 
 
@@ -79,7 +81,8 @@ def _effective_rank(model: SDMLP, x: Tensor, active: Tensor) -> float:
     """Of the code of a sample of x [N, d]; active: the neurons that are active for any, [m]."""
     if len(active) == 0:
         return 0.0
-    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:RANK_SAMPLES]
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(x), generator=draw, device="cpu")[:RANK_SAMPLES]
     with evaluating(model):
         output = model.encoder(model.address(x[rows.to(x.device)]))
         return metrics.effective_rank(activations_of(output, active))

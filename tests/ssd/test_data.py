@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -388,3 +389,14 @@ def test_what_is_no_number_is_refused(
     np.savez(tmp_path / "g.npz", **arrays)
     with pytest.raises(UserError, match=r"g\.npz"):
         load("features", tmp_path, tmp_path / "g.npz")
+
+
+@pytest.mark.parametrize("part", ["y_train", "y_test"])
+@pytest.mark.parametrize("label", [-1, 300])
+def test_no_sample_is_left_out_of_a_split(part: str, label: int) -> None:
+    data = small()
+    y = getattr(data, part).clone()
+    y[2] = label
+    data = replace(data, **{part: y})
+    with pytest.raises(UserError, match=f"{part} holds the label {label},"):
+        split(data, 3, [5, 0, 3, 1, 4, 2])

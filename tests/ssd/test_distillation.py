@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, nn
@@ -921,3 +922,53 @@ def test_shapes_that_differ_are_not_broadcast(shape: tuple[int, ...]) -> None:
 def test_a_temperature_that_is_not_positive_is_named(temperature: float) -> None:
     with pytest.raises(ValueError, match=f"temperature={temperature}"):
         distillation_loss(torch.randn(4, 5), torch.randn(4, 5), temperature)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], float("nan"), torch.tensor(0.5)])
+@pytest.mark.parametrize("name", ["alpha", "lam", "temperature", "subnetwork"])
+def test_what_is_no_number_is_named(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.* must be a .*number"):
+        Distiller(KWinnersMLP(), **{name: value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Distiller(KWinnersMLP(), alpha=np.float32(0.5), temperature=np.int64(2)).alpha == 0.5
+
+
+@pytest.mark.parametrize("layers", [[0], {0: 3}, 5, "winners1", [], [None]])
+def test_layers_that_are_no_names_are_named(layers: object) -> None:
+    with pytest.raises(ValueError, match=r"layers=.* must be a list of names"):
+        Distiller(KWinnersMLP(), layers=layers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [KWinnersMLP, lambda: KSparseMLP(12, 40, 5, 4)])
+@pytest.mark.parametrize("logits", ["all", "seen"])
+def test_tasks_may_begin_and_end_in_inference_mode(
+    model: Callable[[], nn.Module], logits: str
+) -> None:
+    x, y, student = torch.randn(9, 12), torch.arange(9) % 5, model()
+    twin = copy.deepcopy(student)
+    gradients = []
+    for each, inference in ((student, True), (twin, False)):
+        distiller = Distiller(each, alpha=0.5, lam=0.5, logits=logits)
+        with torch.inference_mode(inference):
+            distiller.end_task(x, y)
+            distiller.begin_task(x)
+            distiller.load_state_dict(distiller.state_dict())
+        with torch.no_grad():
+            for p in each.parameters():
+                p.mul_(1.5)
+        distiller.loss(each(x[:4]), y[:4], torch.arange(4)).backward()
+        gradients.append([p.grad for p in each.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*gradients, strict=True))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    x, y = torch.randn(9, 12), torch.arange(9) % 5
+    distiller = Distiller(KWinnersMLP(), lam=0.5, logits="seen")
+    with torch.device("meta"):
+        distiller.end_task(x, y)
+        distiller.begin_task(x)
+        distiller.load_state_dict(distiller.state_dict())
+        loss = distiller.loss(distiller.model(x[:4]), y[:4], torch.arange(4, device="cpu"))
+    assert loss.isfinite()

@@ -1,5 +1,6 @@
 """The peers against scikit-learn and by hand; the study that measures them."""
 
+import copy
 import csv
 import json
 from dataclasses import replace
@@ -305,3 +306,17 @@ def test_rows_of_several_commits_say_so(
         monkeypatch.setattr(peers, "commit", lambda made=made: made)
         assert peers.main([*study, "--seeds", seeds]) == 0
     assert capsys.readouterr().err.endswith("note: the table shows runs of 2 commits\n")
+
+
+@pytest.mark.parametrize("label", [-100, -1, C])
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: type(learner).__name__)
+def test_a_label_out_of_range_is_named_and_changes_nothing(
+    learner: peers.Learner, label: int
+) -> None:
+    x, y = data()
+    fresh = copy.deepcopy(learner)
+    fresh.fit_task(x, y)
+    y[3], before = label, copy.deepcopy(fresh)
+    with pytest.raises(ValueError, match=f"{type(learner).__name__}: labels run .*{label}"):
+        fresh.fit_task(x, y)
+    assert torch.equal(fresh.predict(x), before.predict(x))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.config import IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
-from ssd.regularizers import EWC, L2, MAS, SI, Quadratic
+from ssd.regularizers import EWC, L2, MAS, SI, Quadratic, beta_loss
 from ssd.sdmlp import SDMLP
 
 FEATURES, CLASSES, SAMPLES, BATCH = 6, 4, 600, 100  # importance: a batch of 512 and one of 88
@@ -295,3 +295,9 @@ def test_ewc_of_a_task_that_changes_nothing_twice_as_strong() -> None:
     for c, twice in zip(once, regularizer.curvature, strict=True):
         assert torch.equal(2 * c, twice)
     assert regularizer.penalty() == 0
+
+
+@pytest.mark.parametrize("label", [-100, -1, CLASSES])
+def test_a_label_out_of_range_is_named(label: int) -> None:
+    with pytest.raises(ValueError, match=f"beta_loss: labels run .*{label}"):
+        beta_loss(torch.randn(3, CLASSES), torch.tensor([0, label, 1]), BETA)

@@ -7,7 +7,10 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call, stack_module_state, vmap
 
+from ssd.networks import ReLUMLP, TopKMLP
 from ssd.sdmlp import SDMLP, AnnealedTopKLinear
 from ssd_kernels import TopKOutput
 from ssd_kernels.linear_code import Shadow
@@ -218,3 +221,98 @@ def test_the_response_is_renewed_with_other_counters() -> None:
     assert layer.response()[1]
     layer.load_state_dict(layer.state_dict() | {"counts": torch.full((4,), 10)}, assign=True)
     assert layer.response() == (None, False)
+
+
+def tied_model(schedule: str, inhibition: str, reached: int) -> SDMLP:
+    """With neurons of one address, and counters that have reached so much of 1,000 samples."""
+    model = SDMLP(16, 64, 5, 4, inhibition, schedule, anneal_samples=1000)
+    with torch.no_grad():
+        model.encoder.weight[3:9] = model.encoder.weight[3]
+    model.encoder.counts.fill_(reached)
+    model.encoder.samples.fill_(reached)
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inhibition", ["subtract", "mask"])
+@pytest.mark.parametrize("schedule", ["gaba", "linear", "flat"])
+def test_shapes_need_no_values(schedule: str, inhibition: str, training: bool) -> None:
+    for without_values in (torch.device("meta"), FakeTensorMode()):
+        with without_values:
+            model, x = SDMLP(16, 64, 5, 4, inhibition, schedule).train(training), torch.rand(3, 16)
+            assert model(x).shape == (3, 5)
+            assert model.encoder.code(x) is None
+            with pytest.raises(TypeError, match="depends on values"):
+                model.encoder.active(x)
+
+
+@pytest.mark.parametrize("reached", [0, 400, 998, 1000])
+@pytest.mark.parametrize("inhibition", ["subtract", "mask"])
+@pytest.mark.parametrize("schedule", ["gaba", "linear"])
+def test_every_stage_can_be_exported_and_stacked(
+    schedule: str, inhibition: str, reached: int
+) -> None:
+    model, x = tied_model(schedule, inhibition, reached).eval(), torch.rand(8, 16)
+    expected = model(x)
+    exported = torch.export.export(
+        model, (x,), dynamic_shapes=({0: torch.export.Dim("b")},)
+    ).module()
+    for rows in (8, 3):
+        torch.testing.assert_close(exported(x[:rows]), expected[:rows])
+    other = tied_model(schedule, inhibition, 700).eval()
+    stacked = stack_module_state([model, other])  # type: ignore[list-item]
+    logits = vmap(lambda state: functional_call(model, state, (x,)))(stacked)
+    torch.testing.assert_close(logits[0], expected)
+    torch.testing.assert_close(logits[1], other(x))
+
+
+@pytest.mark.parametrize("reached", [400, 1000])
+@pytest.mark.parametrize("inhibition", ["subtract", "mask"])
+@pytest.mark.parametrize("schedule", ["gaba", "linear"])
+def test_a_compiled_step_is_the_step(schedule: str, inhibition: str, reached: int) -> None:
+    torch._dynamo.reset()
+    model, x = tied_model(schedule, inhibition, reached), torch.rand(8, 16)
+    twin = copy.deepcopy(model)
+    logits = torch.compile(twin, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(logits, model(x))
+    for one, other in ((model(x), model), (torch.compile(twin, backend="aot_eager")(x), twin)):
+        one.square().sum().backward()
+        assert other.encoder.weight.grad is not None
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], tensor), name
+
+
+def test_float16_answers_inhibition_by_counts_beyond_its_range() -> None:
+    layer = AnnealedTopKLinear(3, 4, 2, dtype=torch.float16)
+    layer.counts.fill_(50_000)
+    assert layer.gaba().tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("samples", [True, 0, -1, 2.5, float("nan"), "4", None, [4]])
+def test_a_number_of_samples_is_checked_at_construction(samples: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="anneal_samples"):
+        SDMLP(4, 8, 3, 2, anneal_samples=samples)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [(True, 8, 3), (4, -1, 3), (4, 8, 2.5), (4, 0, 3)])
+def test_sizes_are_checked_at_construction(sizes: tuple[int, int, int]) -> None:
+    draw = torch.Generator()
+    with pytest.raises((TypeError, ValueError), match="must be"):
+        ReLUMLP(*sizes, draw)
+    with pytest.raises((TypeError, ValueError), match="must be"):
+        TopKMLP(*sizes, 1, draw)
+    with pytest.raises((TypeError, ValueError), match="must be"):
+        SDMLP(*sizes, 1)
+
+
+def test_the_first_weights_do_not_depend_on_the_default_device() -> None:
+    def weights() -> list[torch.Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        return list(SDMLP(4, 8, 3, 2, generator=draw, device="cpu").parameters())
+
+    with torch.device("meta"):
+        elsewhere = weights()
+    for p, q in zip(weights(), elsewhere, strict=True):
+        assert torch.equal(p, q)
