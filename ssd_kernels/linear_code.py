@@ -48,7 +48,7 @@ class Shadow:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
         self.rows = weight.detach().to(dtype or estimate_dtype())
-        self._version = -1
+        self._seen: tuple[int, int] | None = None
         # Kept from call to call: the operating system zeroes each page of fresh memory.
         self._buffers = [self.rows.new_empty(0), self.rows.new_empty(0)]
         self.update(weight)
@@ -99,11 +99,11 @@ class Shadow:
             self.rows.copy_(weight)
         else:
             self.rows.index_copy_(0, neurons, F.embedding(neurons, weight).to(self.rows.dtype))
-        self._version = weight._version
+        self._seen = weight._version, weight.data_ptr()
 
     def stale(self, weight: Tensor) -> bool:
-        """Whether weight was written to since the last update."""
-        return self._version != weight._version
+        """Whether weight was written to since the last update, but for writes to weight.data."""
+        return self._seen != (weight._version, weight.data_ptr())
 
 
 def fast_bfloat16() -> bool:
