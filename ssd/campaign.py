@@ -30,6 +30,7 @@ from ssd.folder import (
     read_frequency,
     read_json,
     versions,
+    write_diverged,
 )
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
@@ -151,7 +152,7 @@ class Campaign:
         try:
             matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.config, **row.settings)
         except Diverged as error:
-            write_atomically(folder / DIVERGED, dumps({"diverged": str(error)}, indent=2) + "\n")
+            write_diverged(folder, str(error))
             return
         accuracy = matrix.cpu()
         summary = {

@@ -98,6 +98,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_diverged(folder: Path, reason: str) -> None:
+    """Records that a run came to no summary, because its numbers were not finite."""
+    content = {"diverged": reason, "versions": versions(), "commit": commit()}
+    write_atomically(folder / DIVERGED, dumps(content, indent=2) + "\n")
+
+
 def ended(folder: Path) -> bool:
     """Whether a run has come to an end, good or bad: the same command does not train it again."""
     return (folder / SUMMARY).is_file() or (folder / DIVERGED).is_file()
