@@ -28,7 +28,7 @@ from ssd.folder import (
     describe,
     identity,
     read_frequency,
-    read_json,
+    read_summary,
     versions,
     write_diverged,
 )
@@ -109,9 +109,9 @@ class Campaign:
         folder = self.folder(job)
         if not (folder / SUMMARY).is_file():
             return None
-        summary = read_json(folder / SUMMARY)
+        summary = read_summary(folder, trained=job.row.peer is None)
         if "structure" not in summary and (folder / FREQUENCY).is_file():
-            frequency = torch.from_numpy(read_frequency(folder / FREQUENCY))
+            frequency = torch.from_numpy(read_frequency(folder, job.config))
             size = max(1, round(job.config.subnetwork * job.config.k))
             summary["structure"] = overlaps(frequency, size)
         return summary

@@ -11,7 +11,15 @@ from typing import Any
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import Diverged
-from ssd.folder import DIVERGED, SUMMARY, describe, ended, identity, read_json, write_diverged
+from ssd.folder import (
+    SUMMARY,
+    describe,
+    ended,
+    identity,
+    read_diverged,
+    read_summary,
+    write_diverged,
+)
 from ssd.run import RunOptions, leave_out, run_together
 from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer, together
@@ -68,8 +76,8 @@ def run_jobs(
             checkpoint.unlink(missing_ok=True)
     ends = []
     for folder in (job_folder(root, config, data) for config in configs):
-        summary = folder / SUMMARY
-        ends.append(read_json(summary if summary.is_file() else folder / DIVERGED))
+        whole = (folder / SUMMARY).is_file()
+        ends.append(read_summary(folder) if whole else read_diverged(folder))
     return ends
 
 

@@ -33,7 +33,7 @@ from ssd.folder import (
     describe,
     difference,
     identity,
-    read_json,
+    read_summary,
     versions,
 )
 from ssd.learner import Learner, build_model
@@ -204,7 +204,7 @@ def run_together(
         for folder, each in zip(folders, described, strict=True):
             held.enter_context(claimed(folder, each, options.resume))
         if all((folder / SUMMARY).is_file() for folder in folders):
-            return [read_json(folder / SUMMARY) for folder in folders]
+            return [read_summary(folder) for folder in folders]
         journal = Journal(checkpoint, folders, described)
         journal.restore(trainer, options.device)
         try:

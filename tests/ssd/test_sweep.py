@@ -15,7 +15,7 @@ from kill_resume import write_features
 
 from ssd import sweep
 from ssd.config import Config
-from ssd.folder import METRICS, SUMMARY
+from ssd.folder import DIVERGED, METRICS, SUMMARY
 from ssd.run import run
 from ssd.sweep import cells, csv_text, markdown_text, rank, read_sweep
 
@@ -314,6 +314,16 @@ def test_equal_settings_are_one_run_however_written(
         assert f"{shown} is listed twice; it is trained once" in capsys.readouterr().err
         assert len(rows()) == 1
         assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")} == before
+
+
+def test_damaged_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text(ONE)
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    (path,) = Path("out").glob(f"*/{SUMMARY}")
+    path.write_text("{}")
+    assert f"{path} is damaged" in refused(capsys, SWEPT)
+    path.rename(path.with_name(DIVERGED))
+    assert f"{DIVERGED} is damaged" in refused(capsys, SWEPT)
 
 
 def test_the_same_data_by_another_name_are_the_same_runs(folder: Path) -> None:

@@ -192,6 +192,16 @@ def test_corrupted_config(half: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert message in refused(half.parent, capsys, ["--resume", "--out", "half"])
 
 
+@pytest.mark.parametrize(("file", "text"), [(METRICS, ""), (METRICS, "1\n"), (SUMMARY, "{}")])
+def test_damaged_end(
+    folder: Path, capsys: pytest.CaptureFixture[str], file: str, text: str
+) -> None:
+    assert train.main(small("--out", "r", "--quiet")) == 0
+    (folder / "r" / file).write_text(text)
+    said = refused(folder, capsys, ["--out", "r", "--resume", "--quiet"])
+    assert f"{Path('r') / file} is damaged" in said
+
+
 def test_nothing_to_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "absent holds no run" in refused(folder, capsys, ["--resume", "--out", "absent"])
 
