@@ -345,11 +345,23 @@ def _read_features(path: Path) -> Dataset:
     try:
         arrays = _read_folder(path) if path.is_dir() else readers[path.suffix](path)
         x_train, y_train, x_test, y_test = map(_tensor, arrays)
+        return _features(path, x_train, y_train, x_test, y_test)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+
+
+def _features(
+    path: Path, x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor
+) -> Dataset:
+    """The data set of what a file holds; UserError where that is no features or no labels."""
+    for part, *pair in (("train", x_train, y_train), ("test", x_test, y_test)):
+        for name, each in zip("xy", pair, strict=True):
+            if not _is_dense(each):
+                kind = f"{each.layout} on {each.device}, {each.dtype}"
+                raise UserError(f"{path}: {name}_{part} must be a dense tensor, not {kind}")
+        x, y = pair
         if y.is_floating_point() or y.is_complex() or y.dim() != 1:
             raise UserError(f"{path}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}")
         if x.is_complex() or x.dim() < 2 or len(x) != len(y) or x.numel() == 0:
@@ -357,6 +369,9 @@ def _read_features(path: Path) -> Dataset:
                 f"{path}: x_{part} must be real numbers [N, d], d > 0, with N = {len(y)} > 0, "
                 f"not {x.dtype} {list(x.shape)}"
             )
+    if x_train.shape[1:] != x_test.shape[1:]:
+        samples = [list(x.shape[1:]) for x in (x_train, x_test)]
+        raise UserError(f"{path}: samples are {samples[0]} in x_train, {samples[1]} in x_test")
     return Dataset(
         "features",
         _narrowed(x_train.flatten(1), "x_train", path),
@@ -382,6 +397,12 @@ def _narrowed(x: Tensor, name: str, path: Path) -> Tensor:
             f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
         )
     return x.float()
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor holds its values one by one, as numpy's arrays do."""
+    here = x.layout == torch.strided and x.device.type == "cpu"
+    return here and not (x.is_quantized or x.is_nested)
 
 
 def _tensor(array: Any) -> Tensor:
@@ -439,11 +460,6 @@ def _checked(data: Dataset) -> Dataset:
             )
         if int(y.min()) < 0:
             raise UserError(f"{data.name}: y_{part} holds the label {int(y.min())}; use 0..C-1")
-    if data.x_train.shape[1] != data.x_test.shape[1]:
-        raise UserError(
-            f"{data.name}: x_train has {data.x_train.shape[1]} columns, "
-            f"x_test {data.x_test.shape[1]}"
-        )
     present = data.y_train.unique()
     if len(present) != data.classes:
         gap = int((present != torch.arange(len(present))).nonzero()[0])

@@ -91,7 +91,11 @@ BAD_ARRAYS = {
     "fewer labels": (change("y_train", lambda y: y[1:]), "with N = 39"),
     "no samples": (change("x_train", lambda x: x[:0]), "with N = 40"),
     "no columns": (change("x_train", lambda x: x[:, :0]), "d > 0"),
-    "other columns": (change("x_test", lambda x: x[:, 1:]), "3 columns, x_test 2"),
+    "other columns": (change("x_test", lambda x: x[:, 1:]), "samples are [3] in x_train"),
+    "samples of another shape": (
+        change("x_test", lambda x: x.reshape(-1, 1, 3)),
+        "[1, 3] in x_test",
+    ),
     "complex": (change("x_train", lambda x: x.astype(complex)), "must be real"),
     "text": (change("x_train", lambda x: x.astype(str)), "cannot be read"),
     "scalar": (change("x_train", 1.0), "must be real numbers"),
@@ -107,6 +111,33 @@ def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], case: str) ->
     with pytest.raises(UserError) as caught:
         load("features", tmp_path, tmp_path / "bad.npz")
     assert message in str(caught.value)
+
+
+NOT_DENSE = {
+    "coo": torch.Tensor.to_sparse,
+    "csr": torch.Tensor.to_sparse_csr,
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+    "meta": lambda x: x.to("meta"),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of prototypes
+@pytest.mark.parametrize("key", ["x_train", "y_train", "x_test", "y_test"])
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense(
+    tmp_path: Path, arrays: dict[str, np.ndarray], kind: str, key: str
+) -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if tensors[key].dim() < (2 if kind in ("csr", "nested", "jagged") else 1):
+        tensors[key] = tensors[key].unsqueeze(1)
+    tensors[key] = NOT_DENSE[kind](tensors[key])
+    x_train, y_train, x_test, y_test = tensors.values()
+    torch.save(((x_train, y_train), (x_test, y_test)), tmp_path / "f.pt")
+    with pytest.raises(UserError, match=r"^[^\n]*f\.pt[^\n]*$") as caught:
+        load("features", tmp_path, tmp_path / "f.pt")
+    assert kind == "jagged" or f"{key} must be a dense tensor" in str(caught.value)
 
 
 class Malicious:

@@ -612,7 +612,7 @@ def test_structure_over_tasks(row: Row) -> None:
     assert record["jaccard"] == 0.5
     assert record["kl_bits"] is None
     [(stem, figure)] = draw("structure", RESULTS["structure"], [measured])
-    assert stem == "structure_cifar10_5"
+    assert stem == "structure_cifar10_10000"
     assert len(figure.axes) == 2
     plt.close(figure)
 
