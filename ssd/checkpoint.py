@@ -58,6 +58,8 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: it is not UTF-8. OSError: it cannot be read.
     """
+    if path.is_char_device():  # it may have no end
+        raise UserError(f"{path} cannot be read: it is a device; name a file")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")

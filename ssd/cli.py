@@ -182,6 +182,8 @@ def check_file(out: Path) -> None:
     """UserError where --out is no file that could be written."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file")
+    if out.exists() and not out.is_file():  # a device or a pipe, which may be read without end
+        raise UserError(f"--out {out} is no ordinary file; name another")
 
 
 def check_folder(out: Path, name: str = "--out") -> None:

@@ -37,6 +37,7 @@ from ssd.folder import (
     versions,
 )
 from ssd.learner import Learner, build_model
+from ssd.memory import require_memory
 from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
 
@@ -69,6 +70,14 @@ def make_learner(
         raise UserError(
             f"--neurons {config.neurons} does not fit into the memory of {device}"
         ) from error
+
+
+def require_fit(config: Config, data: Dataset, count: int, device: torch.device) -> None:
+    """UserError where the samples and weights of so many runs side by side cannot fit."""
+    weights = 4 * config.neurons * (data.x_train.shape[1] + data.classes)
+    needed = count * (data.x_train.nbytes + weights)  # each run has its own copy of the samples
+    runs = f", {count} runs side by side," * (count > 1)
+    require_memory(needed, f"--neurons {config.neurons}{runs}", device)
 
 
 class Journal:
@@ -194,6 +203,7 @@ def run_together(
     """
     for config in configs:
         config.validate()
+    require_fit(configs[0], data, len(configs), options.device)
     learners = [
         make_learner(config, make_tasks(config, data), data.classes, options.device)
         for config in configs

@@ -232,7 +232,14 @@ FILES = {
     "strange section": ("zzz = 2", "zzz in the file is unknown; choose from dataset,"),
     "seeds of a wrong type": ('seeds = "2"', "seeds must be an integer, not '2'"),
     "seeds true": ("seeds = true", "seeds must be an integer, not True"),
-    "no seeds": ("seeds = 0", "seeds 0 must be at least 1"),
+    "no seeds": ("seeds = 0", "seeds 0 must be in 1..10000"),
+    "too many seeds": ("seeds = 1000000000", "seeds 1000000000 must be in 1..10000"),
+    "too many rows": (
+        "seeds = 101\n[grid]\n" + "\n".join(f"{n} = {[1.0] * 99}" for n in ("lr", "alpha", "lam")),
+        "the file names 98000199 runs, but at most 10000",
+    ),
+    "empty": ("", "bad.toml names nothing to sweep"),
+    "a comment": ("# lr = [1]", "bad.toml names nothing to sweep"),
     "base of a wrong type": ("base = 3", "base must be a table, not 3"),
     "runs of a wrong type": ("runs = [3]", r"runs must be \[\[runs\]\] tables"),
     "no runs": ("runs = []", r"runs must be \[\[runs\]\] tables"),
@@ -264,6 +271,7 @@ def test_bad_file(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -
 
 def test_bad_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "g.toml cannot be read: No such file" in refused(capsys, ["g.toml"])
+    assert "/dev/zero cannot be read: it is a device" in refused(capsys, ["/dev/zero"])
     assert "f.npz cannot be read: not UTF-8" in refused(capsys, ["f.npz"])
     assert "arguments are required: FILE.toml" in refused(capsys, [])
     assert "--device gpu is not a device" in refused(capsys, ["s.toml", "--device", "gpu"])
