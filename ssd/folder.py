@@ -248,6 +248,10 @@ def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterato
         if not _holds(folder, described, resume):
             content = {**described, "versions": versions(), "commit": commit()}
             write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
+        elif (before := read_json(folder / CONFIG))["config"] != described["config"]:
+            # The feature file has been moved: --resume alone is to find it.
+            content = {**before, "config": described["config"]}
+            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
         yield
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from ssd.folder import (
     SUMMARY,
     claimed,
     commit,
+    damaged,
     describe,
     difference,
     identity,
@@ -114,14 +116,16 @@ class Journal:
         try:
             trainer.load_state(tensors, state["numbers"])
             self.seconds = float(state["seconds"])
-            sizes = [int(size) for size in state["metrics_bytes"]]
+            logs = [(int(log["bytes"]), str(log["crc32"])) for log in state["logs"]]
+            if len(logs) != len(self.logs):
+                raise ValueError(f"of {len(logs)} logs")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             line = " ".join(str(error).split())
             raise UserError(
                 f"checkpoint {self.path} is not of this model ({line[:200]}); use another --out"
             ) from error
-        for log, size in zip(self.logs, sizes, strict=True):
-            _rewind(log, size)
+        for log, (size, crc) in zip(self.logs, logs, strict=True):
+            _rewind(log, size, crc)
 
     def write(self, event: Event) -> None:
         """Logs an epoch of each run."""
@@ -147,16 +151,21 @@ class Journal:
             "runs": self.described,
             "numbers": numbers,
             "seconds": self.elapsed(),
-            "metrics_bytes": [log.stat().st_size for log in self.logs],
+            "logs": [
+                {"bytes": len(text), "crc32": f"{zlib.crc32(text):08x}"}
+                for text in (log.read_bytes() for log in self.logs)
+            ],
         }
         save_checkpoint(self.path, tensors, state)
         self.saved = time.perf_counter()
 
 
-def _rewind(log: Path, size: int) -> None:
+def _rewind(log: Path, size: int, crc: str) -> None:
     """Cuts off what was logged after the checkpoint: it comes again."""
     if not log.is_file() or log.stat().st_size < size:
-        raise UserError(f"{log} is damaged (it lacks lines); use another --out")
+        raise damaged(log, "it lacks lines")
+    if f"{zlib.crc32(log.read_bytes()[:size]):08x}" != crc:
+        raise damaged(log, "checksum differs")
     with open(log, "r+b") as stream:
         stream.truncate(size)
 
@@ -278,7 +287,7 @@ def leave_out(checkpoint: Path, number: int, target: Path) -> None:
         owner, _, rest = name.partition("/")
         if int(owner) != number:
             kept[f"{int(owner) - (int(owner) > number)}/{rest}"] = tensor
-    for listed in (state["runs"], state["metrics_bytes"]):
+    for listed in (state["runs"], state["logs"]):
         del listed[number]
     save_checkpoint(target, kept, state)
 

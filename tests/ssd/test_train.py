@@ -17,6 +17,7 @@ from kill_resume import write_features
 from rich.console import Console
 
 from ssd import train
+from ssd.checkpoint import load_checkpoint, save_checkpoint
 from ssd.config import Config, preset, resolve
 from ssd.display import Display
 from ssd.folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
@@ -206,6 +207,38 @@ def test_damaged_end(
     (folder / "r" / file).write_text(text)
     said = refused(folder, capsys, ["--out", "r", "--resume", "--quiet"])
     assert f"{Path('r') / file} is damaged" in said
+
+
+@pytest.mark.parametrize("how", ["NUL", "flipped", "truncated"])
+def test_corrupted_log(half: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    log = half / METRICS
+    if how == "NUL":
+        log.write_bytes(bytes(log.stat().st_size))
+    else:
+        damage(log, how)
+    said = refused(half.parent, capsys, ["--resume", "--out", "half"])
+    assert f"{Path('half') / METRICS} is damaged" in said
+
+
+@pytest.mark.parametrize("logs", [[], [{}], [{"bytes": 0, "crc32": "0"}] * 2, 3])
+def test_sealed_checkpoint_of_other_logs(
+    half: Path, capsys: pytest.CaptureFixture[str], logs: object
+) -> None:
+    tensors, state = load_checkpoint(half / CHECKPOINT, torch.device("cpu"))
+    save_checkpoint(half / CHECKPOINT, tensors, {**state, "logs": logs})
+    assert "is not of this model" in refused(half.parent, capsys, ["--resume", "--out", "half"])
+    save_checkpoint(half / CHECKPOINT, tensors, [])  # type: ignore[arg-type]
+    assert "is damaged" in refused(half.parent, capsys, ["--resume", "--out", "half"])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_moved_features_are_found_again(half: Path) -> None:
+    """Once named, --resume alone finds them."""
+    Path("f.npz").rename("g.npz")
+    arguments = small("--out", "half", "--resume", "--quiet")
+    arguments[arguments.index("f.npz")] = "g.npz"
+    assert train.main(arguments) == 0
+    assert train.main(["--out", "half", "--resume", "--quiet"]) == 0
 
 
 def test_nothing_to_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
