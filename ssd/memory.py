@@ -23,6 +23,13 @@ def require_memory(needed: int, what: str, device: torch.device) -> None:
         raise UserError(f"{what} does not fit into the memory of {device} ({least}); use fewer")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is what an allocation fails with, which on a CPU has no class of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
+
+
 def _memory(device: torch.device) -> float:
     """Bytes that a device has in all; infinite where the system does not tell."""
     if device.type == "cuda":

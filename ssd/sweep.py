@@ -21,6 +21,7 @@ import argparse
 import csv
 import io
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -50,13 +51,14 @@ from ssd.cli import (
 from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.errors import UserError
-from ssd.folder import doubts, ended, versions_of
+from ssd.folder import doubts, ended, read_json, versions_of
 from ssd.hints import hints
 from ssd.jobs import job_folder, run_jobs
 from ssd.lock import folder_lock
 from ssd.memory import MOST_RUNS
 from ssd.metrics import estimate
 from ssd.run import RunOptions, make_tasks
+from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
 
 if sys.version_info >= (3, 11):
@@ -65,6 +67,7 @@ else:
     import tomli as tomllib
 
 CSV, MARKDOWN = "sweep.csv", "sweep.md"
+SOURCE = "sweep.json"  # whose tables these are
 SECTIONS = {
     "dataset": str, "features": str, "preset": str, "seeds": int,
     "base": dict, "grid": dict, "runs": list,
@@ -345,9 +348,15 @@ def execute(arguments: Sequence[str]) -> None:
         options = RunOptions(choose_device(given.device))
         folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
         check_folder(folder)
+        source = os.path.relpath(given.file)
+        if given.out is None and (folder / SOURCE).is_file():
+            other = read_json(folder / SOURCE).get("file")
+            if other != source:
+                raise UserError(f"{folder} is of {other}, not of {source}; name another --out")
         data, configs = _load(sweep, given.data_root or default_root())
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
+            write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
             _train_and_rank(sweep, configs, data, folder, options, given)
 
 

@@ -234,6 +234,38 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
         assert exit_status(fail(stop)) == 130
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_stderr_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+
+        def work() -> None:
+            print("note", file=sys.stderr)
+            raise UserError("wrong")
+
+        assert exit_status(work) == 2
+        assert exit_status(lambda: print("progress", file=sys.stderr)) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_with_nul(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files()
+    said = refused(COMMANDS[command][0], arguments(command, "a\0b"), capsys)
+    assert "holds a NUL character" in said
+    assert files() == before
+
+
+@pytest.mark.parametrize("command", ["sweep", "reproduce"])
+def test_the_folder_of_a_run_holds_no_others(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*COMMANDS["train"][1], "--out", "run"]) == 0
+    before = files()
+    said = refused(COMMANDS[command][0], arguments(command, "run"), capsys)
+    assert said == "error: --out run is the folder of one run; use another --out"
+    assert files() == before
+
+
 def test_words() -> None:
     words = {"--lr": "lr", "-k": "k", "--out": "--runs"}
     text = "-k 5 and --lr-x, --lr 3: use a-k or a/--lr with another --out"

@@ -258,6 +258,7 @@ FILES = {
     "unknown preset": ('preset = "fast"', ": preset fast is unknown"),
     "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", ": seed 92233720368547"),
     "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "error: tasks 3 does not divide"),
+    "NUL": ('features = "a\\u0000b.npz"', r": features 'a\\x00b.npz' must be a path"),
     "absent features": ('features = "g.npz"', ": features g.npz is not a file"),
 }  # fmt: skip
 
@@ -332,6 +333,16 @@ def test_damaged_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{path} is damaged" in refused(capsys, SWEPT)
     path.rename(path.with_name(DIVERGED))
     assert f"{DIVERGED} is damaged" in refused(capsys, SWEPT)
+
+
+def test_another_file_of_the_same_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sub").mkdir()
+    for path in (Path("s.toml"), Path("sub/s.toml")):
+        path.write_text(ONE)
+    assert sweep.main(["s.toml", "--device", "cpu", "--quiet"]) == 0
+    said = refused(capsys, ["sub/s.toml", "--device", "cpu", "--quiet"])
+    assert "sweep-s is of s.toml, not of sub/s.toml; name another --out" in said
+    assert sweep.main(["./s.toml", "--device", "cpu", "--quiet"]) == 0
 
 
 def test_the_same_data_by_another_name_are_the_same_runs(folder: Path) -> None:
