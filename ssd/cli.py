@@ -22,6 +22,7 @@ from rich.console import Console
 from ssd.config import Config, option
 from ssd.errors import Interrupted, UserError
 from ssd.folder import CONFIG
+from ssd.interrupt import BEGINS_AGAIN, end_guard
 
 # Settings as files of settings name them; library code says them as ssd.train's options.
 SETTINGS = {option(field.name): field.name for field in fields(Config)} | {
@@ -56,6 +57,7 @@ def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
     with redirect_stdout(out), redirect_stderr(err):
         try:
             try:
+                end_guard()
                 return work() or 0
             finally:
                 out.flush()
@@ -68,7 +70,7 @@ def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
         except Interrupted:
             return 130
         except KeyboardInterrupt:
-            print("interrupted; the same command begins again", file=sys.stderr)
+            print(BEGINS_AGAIN, file=sys.stderr)
             return 130
 
 

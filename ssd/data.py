@@ -26,6 +26,7 @@ from ssd.errors import UserError
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 # Of more rows or columns without information than this share the user is told.
 DEAD_SHARE = 0.5
+STEPS = 256  # of float32 between the least and the most of a column
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
 
 
@@ -204,7 +205,7 @@ def _read(
     name: str, root: Path, features: Path | None, strict: bool, notice: Callable[[str], None]
 ) -> Dataset:
     if features is not None:
-        return _read_features(features)
+        return _read_features(features, notice)
     if name == "mnist-5k":
         return _mnist_5k()
     read = _cifar if name in ("cifar10", "cifar100") else _mnist_like
@@ -332,7 +333,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
-def _read_features(path: Path) -> Dataset:
+def _read_features(path: Path, notice: Callable[[str], None]) -> Dataset:
     readers = {".npz": _read_npz, ".pt": _read_pt}
     if path.is_dir():
         missing = [file for file in FOLDER_FILES if not (path / file).is_file()]
@@ -345,11 +346,30 @@ def _read_features(path: Path) -> Dataset:
     try:
         arrays = _read_folder(path) if path.is_dir() else readers[path.suffix](path)
         x_train, y_train, x_test, y_test = map(_tensor, arrays)
-        return _features(path, x_train, y_train, x_test, y_test)
+        found = _features(path, x_train, y_train, x_test, y_test)
+        blurred = _blurred(x_train.flatten(1), found.x_train)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
+    columns = found.x_train.shape[1]
+    if blurred > DEAD_SHARE * columns:
+        notice(
+            f"{blurred:,} of the {columns:,} columns of x_train vary by less than {STEPS} steps of "
+            "float32, which training takes: subtract the mean of each column first"
+        )
+    return found
+
+
+def _blurred(x: Tensor, narrow: Tensor) -> int:
+    """Columns of x [N, d] that float32, narrow [N, d], cannot tell well from constant ones."""
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return 0
+    wide = x.double()
+    least, most = wide.aminmax(dim=0)
+    step = torch.maximum(least.abs(), most.abs()) * torch.finfo(torch.float32).eps
+    coarse = (most > least) & (most - least < STEPS * step)
+    return int((coarse & (narrow != wide).any(0)).sum())
 
 
 def _features(

@@ -387,6 +387,23 @@ def test_hold_out_takes_the_last_of_each_class() -> None:
         hold_out(data, 0.05)
 
 
+@pytest.mark.parametrize(
+    ("offset", "dtype", "told"),
+    [(1e9, "f8", True), (10**9, "i8", True), (1e9, "f4", False), (1e3, "f8", False),
+     (0, "f8", False), (32000, "i2", False)],
+)  # fmt: skip
+def test_what_float32_cannot_tell_apart(
+    tmp_path: Path, arrays: dict[str, np.ndarray], offset: float, dtype: str, told: bool
+) -> None:
+    for key in ("x_train", "x_test"):
+        steps = np.arange(arrays[key].size).reshape(arrays[key].shape)  # up to 120
+        arrays[key] = (steps + offset).astype(dtype)
+    np.savez(tmp_path / "f.npz", **arrays)
+    said: list[str] = []
+    load("features", tmp_path, tmp_path / "f.npz", notice=said.append)
+    assert any("3 of the 3 columns of x_train vary by less than" in line for line in said) == told
+
+
 DTYPES = ["<f4", ">f4", "<f8", ">f8", "<f2", ">f2", "u1", "i1", ">i2", ">u2", "<u4", ">i8", "?"]
 
 
