@@ -348,7 +348,8 @@ def execute(arguments: Sequence[str]) -> None:
         options = RunOptions(choose_device(given.device))
         folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
         check_folder(folder)
-        source = os.path.relpath(given.file)
+        near = given.file.resolve().drive == Path.cwd().drive  # else there is no way from here
+        source = os.path.relpath(given.file) if near else str(given.file)
         if given.out is None and (folder / SOURCE).is_file():
             other = read_json(folder / SOURCE).get("file")
             if other != source:
