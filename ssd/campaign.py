@@ -28,8 +28,9 @@ from ssd.folder import (
     describe,
     identity,
     read_frequency,
-    read_json,
+    read_summary,
     versions,
+    write_diverged,
 )
 from ssd.jobs import MOST, job_folder, run_jobs
 from ssd.run import RunOptions, device_name, make_tasks
@@ -108,9 +109,9 @@ class Campaign:
         folder = self.folder(job)
         if not (folder / SUMMARY).is_file():
             return None
-        summary = read_json(folder / SUMMARY)
+        summary = read_summary(folder, trained=job.row.peer is None)
         if "structure" not in summary and (folder / FREQUENCY).is_file():
-            frequency = torch.from_numpy(read_frequency(folder / FREQUENCY))
+            frequency = torch.from_numpy(read_frequency(folder, job.config))
             size = max(1, round(job.config.subnetwork * job.config.k))
             summary["structure"] = overlaps(frequency, size)
         return summary
@@ -151,7 +152,7 @@ class Campaign:
         try:
             matrix = row.peer.evaluate(tasks, data.classes, row.neurons, job.config, **row.settings)
         except Diverged as error:
-            write_atomically(folder / DIVERGED, dumps({"diverged": str(error)}, indent=2) + "\n")
+            write_diverged(folder, str(error))
             return
         accuracy = matrix.cpu()
         summary = {

@@ -30,23 +30,24 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
     Args:
         content: of the file, or what writes it to a stream, for content too large to hold twice.
     """
+    place = Path(os.path.realpath(path))  # a link goes on to name the file
     if isinstance(content, str):
         # A path in it may be no UTF-8.
         content = (
             content.encode(errors="surrogateescape").decode(errors="backslashreplace").encode()
         )
     try:
-        with open(temporary(path), "wb") as stream:
+        with open(temporary(place), "wb") as stream:
             if callable(content):
                 content(stream)
             else:
                 stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary(path), path)
+        os.replace(temporary(place), place)
     except BaseException as error:
         with suppress(OSError):
-            temporary(path).unlink()
+            temporary(place).unlink()
         if isinstance(error, OSError):
             error.filename = str(path)  # a full disk does not name the file
         raise
@@ -58,6 +59,8 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: it is not UTF-8. OSError: it cannot be read.
     """
+    if path.is_char_device():  # it may have no end
+        raise UserError(f"{path} cannot be read: it is a device; name a file")
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -88,6 +91,8 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Tensor]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sound = metadata["sha256"] == _digest(tensors, metadata["state"])
         state = json.loads(metadata["state"])
+        if not isinstance(state, dict):
+            raise ValueError("its state is no object")
     except OSError:
         raise
     except Exception as error:

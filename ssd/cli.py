@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,8 @@ from rich.console import Console
 
 from ssd.config import Config, option
 from ssd.errors import Interrupted, UserError
+from ssd.folder import CONFIG
+from ssd.interrupt import BEGINS_AGAIN, end_guard
 
 # Settings as files of settings name them; library code says them as ssd.train's options.
 SETTINGS = {option(field.name): field.name for field in fields(Config)} | {
@@ -34,6 +36,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for each in sys.argv[1:] if args is None else args:
+            if "\0" in each:  # no path holds it
+                raise UserError(f"{each!r} holds a NUL character")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
@@ -45,10 +53,11 @@ def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
         work: may return an exit status of its own.
         place: the options that name where it writes; "" if it has none.
     """
-    out, err = (cast(TextIO, _Output(stream)) for stream in (sys.stdout, sys.stderr))
+    out, err = (cast(TextIO, stream) for stream in (_Output(sys.stdout), _Told(sys.stderr)))
     with redirect_stdout(out), redirect_stderr(err):
         try:
             try:
+                end_guard()
                 return work() or 0
             finally:
                 out.flush()
@@ -61,7 +70,7 @@ def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
         except Interrupted:
             return 130
         except KeyboardInterrupt:
-            print("interrupted; the same command begins again", file=sys.stderr)
+            print(BEGINS_AGAIN, file=sys.stderr)
             return 130
 
 
@@ -107,6 +116,15 @@ class _Output:
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
                 error.filename = self._stream.name
                 raise
+
+
+class _Told(_Output):
+    """stderr: what cannot be said there ends no work either."""
+
+    @contextmanager
+    def _unread(self) -> Iterator[None]:
+        with suppress(OSError), super()._unread():
+            yield
 
 
 def reword(text: str, words: Mapping[str, str]) -> str:
@@ -182,9 +200,13 @@ def check_file(out: Path) -> None:
     """UserError where --out is no file that could be written."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file")
+    if out.exists() and not out.is_file():  # a device or a pipe, which may be read without end
+        raise UserError(f"--out {out} is no ordinary file; name another")
 
 
 def check_folder(out: Path, name: str = "--out") -> None:
-    """UserError where --out is no folder and none that could be made."""
+    """UserError where --out is no folder of many runs and none that could be made."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{name} {out} is not a folder; use another {name}")
+    if (out / CONFIG).is_file():
+        raise UserError(f"{name} {out} is the folder of one run; use another {name}")

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ssd.checkpoint import write_atomically
-from ssd.folder import commit, read_json, versions
+from ssd.folder import commit, damaged, read_json, versions
 from ssd.strict_json import dumps
 from ssd.tables import machine
 
 COMMANDS = "command.json"
+SUMMED: dict[str, type | tuple[type, ...]] = {
+    "commits": list,
+    "runs_trained": int,
+    "seconds": (int, float),
+}
 
 
 class CommandRecord:
@@ -46,7 +51,13 @@ class CommandRecord:
         self.before = before if before.get("data") == self.data else {}
 
     def _entries(self) -> dict[str, Any]:
-        return read_json(self.path) if self.path.is_file() else {}
+        entries = read_json(self.path) if self.path.is_file() else {}
+        for entry in entries.values():
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(name), kind) for name, kind in SUMMED.items()
+            ):
+                raise damaged(self.path, f"not an entry with {', '.join(SUMMED)}")
+        return entries
 
     def save(self, trained: int, finished: bool = False) -> None:
         """Writes the entry.

@@ -5,6 +5,7 @@ SSD = Xue et al., AAAI 2026 (arXiv 2512.15267). SDMLP = Bricken et al., ICLR 202
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
@@ -123,6 +124,7 @@ class Config:
         """Raises UserError for a value that no run could use."""
         self._validate_types()
         self._validate_method()
+        self._require("features", _is_path(self.features or ""), "a path")
         for name in ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every"):
             self._require(name, 1 <= getattr(self, name) < LIMIT, f"in 1..{LIMIT - 1}")
         self._require("k", self.k <= self.neurons, f"at most --neurons {self.neurons}")
@@ -176,10 +178,19 @@ class Config:
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise UserError(f"{option(name)} {getattr(self, name)} must be {rule}")
+            value = getattr(self, name)
+            shown = value if str(value).isprintable() else ascii(value)
+            raise UserError(f"{option(name)} {shown} must be {rule}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a character
+        return False
 
 
 def _as_float(value: float) -> float:

@@ -26,6 +26,7 @@ from ssd.errors import UserError
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 # Of more rows or columns without information than this share the user is told.
 DEAD_SHARE = 0.5
+STEPS = 256  # of float32 between the least and the most of a column
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
 
 
@@ -212,7 +213,7 @@ def _read(
     name: str, root: Path, features: Path | None, strict: bool, notice: Callable[[str], None]
 ) -> Dataset:
     if features is not None:
-        return _read_features(features)
+        return _read_features(features, notice)
     if name == "mnist-5k":
         return _mnist_5k()
     read = _cifar if name in ("cifar10", "cifar100") else _mnist_like
@@ -341,7 +342,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
-def _read_features(path: Path) -> Dataset:
+def _read_features(path: Path, notice: Callable[[str], None]) -> Dataset:
     readers = {".npz": _read_npz, ".pt": _read_pt}
     if path.is_dir():
         missing = [file for file in FOLDER_FILES if not (path / file).is_file()]
@@ -354,11 +355,42 @@ def _read_features(path: Path) -> Dataset:
     try:
         arrays = _read_folder(path) if path.is_dir() else readers[path.suffix](path)
         x_train, y_train, x_test, y_test = map(_tensor, arrays)
+        found = _features(path, x_train, y_train, x_test, y_test)
+        blurred = _blurred(x_train.flatten(1), found.x_train)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+    columns = found.x_train.shape[1]
+    if blurred > DEAD_SHARE * columns:
+        notice(
+            f"{blurred:,} of the {columns:,} columns of x_train vary by less than {STEPS} steps of "
+            "float32, which training takes: subtract the mean of each column first"
+        )
+    return found
+
+
+def _blurred(x: Tensor, narrow: Tensor) -> int:
+    """Columns of x [N, d] that float32, narrow [N, d], cannot tell well from constant ones."""
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return 0
+    wide = x.double()
+    least, most = wide.aminmax(dim=0)
+    step = torch.maximum(least.abs(), most.abs()) * torch.finfo(torch.float32).eps
+    coarse = (most > least) & (most - least < STEPS * step)
+    return int((coarse & (narrow != wide).any(0)).sum())
+
+
+def _features(
+    path: Path, x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor
+) -> Dataset:
+    """The data set of what a file holds; UserError where that is no features or no labels."""
+    for part, *pair in (("train", x_train, y_train), ("test", x_test, y_test)):
+        for name, each in zip("xy", pair, strict=True):
+            if not _is_dense(each):
+                kind = f"{each.layout} on {each.device}, {each.dtype}"
+                raise UserError(f"{path}: {name}_{part} must be a dense tensor, not {kind}")
+        x, y = pair
         if y.is_floating_point() or y.is_complex() or y.dim() != 1:
             raise UserError(f"{path}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}")
         if x.is_complex() or x.dim() < 2 or len(x) != len(y) or x.numel() == 0:
@@ -366,6 +398,9 @@ def _read_features(path: Path) -> Dataset:
                 f"{path}: x_{part} must be real numbers [N, d], d > 0, with N = {len(y)} > 0, "
                 f"not {x.dtype} {list(x.shape)}"
             )
+    if x_train.shape[1:] != x_test.shape[1:]:
+        samples = [list(x.shape[1:]) for x in (x_train, x_test)]
+        raise UserError(f"{path}: samples are {samples[0]} in x_train, {samples[1]} in x_test")
     return Dataset(
         "features",
         _narrowed(x_train.flatten(1), "x_train", path),
@@ -391,6 +426,12 @@ def _narrowed(x: Tensor, name: str, path: Path) -> Tensor:
             f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
         )
     return x.float()
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor holds its values one by one, as numpy's arrays do."""
+    here = x.layout == torch.strided and x.device.type == "cpu"
+    return here and not (x.is_quantized or x.is_nested)
 
 
 def _tensor(array: Any) -> Tensor:
@@ -448,11 +489,6 @@ def _checked(data: Dataset) -> Dataset:
             )
         if int(y.min()) < 0:
             raise UserError(f"{data.name}: y_{part} holds the label {int(y.min())}; use 0..C-1")
-    if data.x_train.shape[1] != data.x_test.shape[1]:
-        raise UserError(
-            f"{data.name}: x_train has {data.x_train.shape[1]} columns, "
-            f"x_test {data.x_test.shape[1]}"
-        )
     present = data.y_train.unique()
     if len(present) != data.classes:
         gap = int((present != torch.arange(len(present), device=present.device)).nonzero()[0])

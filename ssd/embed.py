@@ -53,6 +53,7 @@ from ssd.images import (
     refuse_same,
 )
 from ssd.lock import file_lock
+from ssd.memory import is_out_of_memory
 from ssd.metrics import finite
 from ssd.strict_json import dumps
 
@@ -329,7 +330,7 @@ class Session:
         out = self.request.out
         try:
             with np.load(out, allow_pickle=False) as archive:
-                before = json.loads(str(archive["origin"]))
+                before = dict(json.loads(str(archive["origin"])))
         except Exception as error:
             raise UserError(f"--out {out} was not written by this command; use another") from error
         changed = difference(before, origin)
@@ -392,7 +393,9 @@ def execute(arguments: Sequence[str]) -> None:
             loaded = data.load(request.dataset, request.root, strict=True)
             with stop_on_interrupt() as stopped, display.progress:
                 line = Session(request, loaded, display, stopped).run()
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"--batch-size {request.settings.batch_size} needs more memory than {request.device} "
             "has; use a smaller one"

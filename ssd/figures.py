@@ -226,7 +226,7 @@ def _heat_maps(lines: Sequence[Line]) -> Figure | None:
     seeds = set.intersection(*map(set, files.values())) if files else set()
     if not seeds:
         return None
-    found = {method: read_frequency(paths[min(seeds)]) for method, paths in files.items()}
+    found = {method: read_frequency(*paths[min(seeds)]) for method, paths in files.items()}
     together = np.mean(list(found.values()), axis=0)
     most = np.argsort(-together.mean(0), kind="stable")[:HEAT_MAP_NEURONS]
     order = most[busiest_first(together[:, most])]

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,92 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run; UserError if it is damaged."""
     try:
         content = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); use another folder") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not an object); use another folder")
+        raise damaged(path, "not an object")
     return content
+
+
+def damaged(path: Path, how: object) -> UserError:
+    """What is said of a run's file that is not as it was written."""
+    return UserError(f"{path} is damaged ({how}); move its folder away or use another")
+
+
+def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:
+    """The summary of a run that has come to its end.
+
+    Args:
+        folder: of the run. trained: whether it is of a network; a peer's summary says less.
+
+    Raises:
+        UserError: the summary is damaged.
+    """
+    path = folder / SUMMARY
+    summary = read_json(path)
+    matrix, structure = summary.get("accuracy_matrix"), summary.get("structure", {})
+    tasks = len(matrix) if isinstance(matrix, list) else 0
+    sound = {name: isinstance(summary.get(name), str) for name in _TEXTS}
+    sound |= {name: are_numbers(summary.get(name)) for name in _NUMBERS}
+    sound["accuracy_matrix"] = tasks > 0 and are_numbers(matrix, tasks, tasks)
+    sound["versions"] = isinstance(summary.get("versions"), dict)
+    sound["structure"] = isinstance(structure, dict) and all(
+        are_numbers(values) or _compared(values, tasks) for values in structure.values()
+    )
+    if trained:
+        sound |= {name: are_numbers(summary.get(name), tasks) for name in _A_TASK}
+        sound["trained_together"] = are_numbers(summary.get("trained_together"))
+        sound["config"] = _is_config(summary.get("config"), tasks)
+    for name, holds in sound.items():
+        if not holds:
+            raise damaged(path, f"{name} is missing or wrong")
+    return summary
+
+
+def read_diverged(folder: Path) -> dict[str, Any]:
+    """What write_diverged wrote; UserError if it is damaged."""
+    content = read_json(folder / DIVERGED)
+    kinds = {"diverged": str, "versions": dict, "commit": str}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise damaged(folder / DIVERGED, f"{name} is missing or wrong")
+    return content
+
+
+_TEXTS = ("dataset", "method", "evaluated_on", "device", "commit")
+_NUMBERS = ("seed", "mean_accuracy", "bwt", "forgetting", "seconds")
+_A_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
+
+
+def are_numbers(values: Any, *shape: int) -> bool:
+    """Whether these are finite numbers of a shape; of none: a single one."""
+    try:
+        array = np.array(values)
+    except ValueError:  # rows of several lengths
+        return False
+    return array.dtype.kind in "fi" and array.shape == shape and bool(np.isfinite(array).all())
+
+
+def _compared(values: Any, tasks: int) -> bool:
+    """Whether there is a number for each task, or None where it had nothing to compare with."""
+    if not isinstance(values, list) or len(values) != tasks:
+        return False
+    return all(value is None or are_numbers(value) for value in values)
+
+
+def _is_config(content: Any, tasks: int) -> bool:
+    try:
+        config = Config(**content)
+        config.validate()
+    except (TypeError, UserError):
+        return False
+    return config.tasks == tasks
+
+
+def write_diverged(folder: Path, reason: str) -> None:
+    """Records that a run came to no summary, because its numbers were not finite."""
+    content = {"diverged": reason, "versions": versions(), "commit": commit()}
+    write_atomically(folder / DIVERGED, dumps(content, indent=2) + "\n")
 
 
 def ended(folder: Path) -> bool:
@@ -103,12 +185,37 @@ def ended(folder: Path) -> bool:
     return (folder / SUMMARY).is_file() or (folder / DIVERGED).is_file()
 
 
-def read_frequency(path: Path) -> np.ndarray:
+def read_frequency(folder: Path, config: Config) -> np.ndarray:
     """The activation frequency [T, R] of a run; UserError if the file is damaged."""
+    path, shape = folder / FREQUENCY, (config.tasks, config.neurons)
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); train the run again") from error
+        found = np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise damaged(path, error) from error
+    if not isinstance(found, np.ndarray) or not are_numbers(found, *shape):
+        raise damaged(path, f"no numbers {list(shape)}")
+    return found
+
+
+def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
+    """The log of a finished run, a record an epoch; UserError if the file is damaged."""
+    path, tasks, records = folder / METRICS, config.tasks, []
+    try:
+        for line in read_text(path).splitlines():
+            record = json.loads(line)
+            records.append((record["task"], record["epoch"], record))
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise damaged(path, error) from error
+    if [each[:2] for each in records] != list(product(range(tasks), range(config.epochs))):
+        raise damaged(path, f"not a line for each of {tasks} x {config.epochs} epochs")
+    for task, epoch, record in records:
+        if epoch + 1 < config.epochs and "test_accuracy" not in record:
+            continue
+        if not are_numbers(record.get("test_accuracy"), tasks):
+            raise damaged(path, f"no test_accuracy in task {task}, epoch {epoch}")
+    return [record for *_, record in records]
 
 
 def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
@@ -140,6 +247,10 @@ def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterato
     with folder_lock(folder):
         if not _holds(folder, described, resume):
             content = {**described, "versions": versions(), "commit": commit()}
+            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
+        elif (before := read_json(folder / CONFIG))["config"] != described["config"]:
+            # The feature file has been moved: --resume alone is to find it.
+            content = {**before, "config": described["config"]}
             write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
         yield
 

@@ -8,11 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ssd.checkpoint import write_atomically
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import Diverged
-from ssd.folder import DIVERGED, SUMMARY, describe, ended, identity, read_json
+from ssd.folder import (
+    SUMMARY,
+    describe,
+    ended,
+    identity,
+    read_diverged,
+    read_summary,
+    write_diverged,
+)
 from ssd.run import RunOptions, leave_out, run_together
 from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer, together
@@ -38,8 +45,8 @@ def run_jobs(
     """Trains what has not been trained yet; the summaries, in the order of the configs.
 
     Runs that differ only in numbers (trainer.OWN) are trained side by side as one program. One that
-    diverges is left out, and the others go on; in place of its summary stands {"diverged": why}.
-    That is kept, so it is not trained again until its folder is deleted.
+    diverges is left out, and the others go on; in place of its summary stands {"diverged": why},
+    with versions and commit. That is kept, so it is not trained again until its folder is deleted.
 
     Args:
         configs: one per run. data: of all of them. root: holds a folder for each run.
@@ -65,12 +72,12 @@ def run_jobs(
                 batch.pop(error.number)
                 if batch:
                     leave_out(checkpoint, error.number, _checkpoint(root, folders))
-                write_atomically(bad / DIVERGED, dumps({"diverged": reason}, indent=2) + "\n")
+                write_diverged(bad, reason)
             checkpoint.unlink(missing_ok=True)
     ends = []
     for folder in (job_folder(root, config, data) for config in configs):
-        summary = folder / SUMMARY
-        ends.append(read_json(summary if summary.is_file() else folder / DIVERGED))
+        whole = (folder / SUMMARY).is_file()
+        ends.append(read_summary(folder) if whole else read_diverged(folder))
     return ends
 
 

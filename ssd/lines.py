@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ssd.config import Config
 from ssd.experiments import Row
 from ssd.folder import FREQUENCY
 from ssd.metrics import estimate
@@ -44,11 +45,14 @@ class Line:
         """A measure of each run that has it, lists over tasks averaged."""
         return [mean(values) for values in self.per_task(measure)]
 
-    def frequencies(self) -> dict[int, Path]:
-        """The file of the activation frequency [T, R] of each run that has it, by its seed."""
+    def frequencies(self) -> dict[int, tuple[Path, Config]]:
+        """What read_frequency takes for each run that has its activation frequency, by its seed."""
         found = zip(self.summaries, self.folders, strict=False)
-        paths = {summary["seed"]: folder / FREQUENCY for summary, folder in found}
-        return {seed: path for seed, path in paths.items() if path.is_file()}
+        return {
+            summary["seed"]: (folder, self.row.config)
+            for summary, folder in found
+            if (folder / FREQUENCY).is_file()
+        }
 
     def by_seed(self, measure: str) -> dict[int, float]:
         """What values() gives, by the seed of the run."""

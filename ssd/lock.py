@@ -35,7 +35,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """As folder_lock, for a file that is to be written; makes the folder that it lies in."""
-    with _made(path.parent), _locked(path.with_name(f".{path.name}{LOCK}"), path):
+    file = path.resolve() if path.is_symlink() else path  # a link goes on to name the file
+    with _made(file.parent), _locked(file.with_name(f".{file.name}{LOCK}"), path):
         yield
 
 

@@ -41,6 +41,7 @@ from ssd.data import Dataset, Task, class_order, default_root, hold_out, load, s
 from ssd.errors import UserError
 from ssd.folder import commit, difference, doubts
 from ssd.lock import file_lock
+from ssd.memory import MOST_RUNS, require_memory
 from ssd.metrics import backward_transfer, mean_accuracy, predicted
 from ssd.readout import (
     CodeReadout,
@@ -376,6 +377,13 @@ def _dtype(neurons: int) -> torch.dtype:
     return torch.float32 if neurons > WIDE else torch.float64
 
 
+def _require_fit(data: Dataset, neurons: int) -> None:
+    """UserError where the Gram matrix of the hidden layer and its weights cannot fit."""
+    width = data.x_train.shape[1] + data.classes
+    needed = neurons * (_dtype(neurons).itemsize * neurons + 4 * width)
+    require_memory(needed, f"--neurons {neurons}", torch.device("cpu"))
+
+
 def _gaussian_readout(
     d: int, classes: int, neurons: int, generator: torch.Generator, share: float, power: float
 ) -> Learner:
@@ -523,10 +531,18 @@ def read_rows(path: Path) -> list[Row]:
     try:
         if list(lines.fieldnames or ()) != columns:
             raise ValueError(f"its columns are not {', '.join(columns)}")
-        return [
-            Row(**{name: kinds.get(name, str)(text) for name, text in line.items()})
-            for line in lines
-        ]
+        rows, seen = [], set[tuple[Any, ...]]()
+        for line in lines:
+            row = Row(**{name: kinds.get(name, str)(text) for name, text in line.items()})
+            key = row.split, row.learner, row.neurons, row.settings, row.seed
+            if key in seen:
+                raise ValueError(f"line {lines.line_num} is of the same run as one before it")
+            measured = 0 <= row.mean_accuracy <= 1 and 0 <= row.seconds < math.inf
+            if not measured or (row.split == "test" and not abs(row.bwt) <= 1):
+                raise ValueError(f"line {lines.line_num} has figures that no run has")
+            rows.append(row)
+            seen.add(key)
+        return rows
     except (TypeError, ValueError, csv.Error) as error:
         raise UserError(f"--out {path} is not a table of peers ({error}); use another") from error
 
@@ -573,9 +589,10 @@ def _parser() -> argparse.ArgumentParser:
 def execute(arguments: Sequence[str]) -> None:
     """Checks, loads and measures; nothing is written before all checks are done."""
     given = _parser().parse_args(arguments)
-    for name, least in (("neurons", 10), ("seeds", 1)):
-        if getattr(given, name) < least:
-            raise UserError(f"--{name} {getattr(given, name)} must be at least {least}")
+    if given.neurons < 10:
+        raise UserError(f"--neurons {given.neurons} must be at least 10")
+    if not 1 <= given.seeds <= MOST_RUNS:
+        raise UserError(f"--seeds {given.seeds} must be in 1..{MOST_RUNS}")
     out, dataset = given.out, given.dataset or ("features" if given.features else "mnist")
     if out is not None:
         check_file(out)
@@ -584,6 +601,7 @@ def execute(arguments: Sequence[str]) -> None:
     with resumable(again), in_words({"--validation": "the validation share"}):
         data = load(dataset, given.data_root or default_root(), given.features, notice=note)
         split(data, given.tasks, class_order(data.classes, 0))
+        _require_fit(data, given.neurons)
         name = given.features.stem if given.features else data.name
         progress = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
         if out is not None and out.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from ssd.checkpoint import read_text, write_atomically
-from ssd.errors import UserError
-from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_frequency, read_json
+from ssd.checkpoint import write_atomically
+from ssd.config import Config
+from ssd.folder import read_frequency, read_records, read_summary
 from ssd.metrics import USED, activation_entropy
 
 NAMED = 10  # tasks that a figure can name one by one
@@ -67,13 +66,9 @@ def seeds_table(aggregate: dict[str, Any]) -> Table:
 
 def write_figures(folder: Path) -> None:
     """Draws the four figures of a finished run into its folder, as PNG and PDF."""
-    summary = read_json(folder / SUMMARY)
-    try:
-        lines = read_text(folder / METRICS).splitlines()
-        records = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{folder} is damaged ({error}); use another --out") from error
-    frequency = read_frequency(folder / FREQUENCY)
+    summary = read_summary(folder)
+    config = Config(**summary["config"])
+    records, frequency = read_records(folder, config), read_frequency(folder, config)
     drawings = {
         "accuracy_over_time": lambda axes: _accuracy_over_time(axes, summary, records),
         "accuracy_matrix": lambda axes: _accuracy_matrix(axes, summary),

@@ -6,6 +6,7 @@ import io
 import os
 import platform
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,13 +31,15 @@ from ssd.folder import (
     SUMMARY,
     claimed,
     commit,
+    damaged,
     describe,
     difference,
     identity,
-    read_json,
+    read_summary,
     versions,
 )
 from ssd.learner import Learner, build_model
+from ssd.memory import require_memory
 from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
 
@@ -69,6 +72,14 @@ def make_learner(
         raise UserError(
             f"--neurons {config.neurons} does not fit into the memory of {device}"
         ) from error
+
+
+def require_fit(config: Config, data: Dataset, count: int, device: torch.device) -> None:
+    """UserError where the samples and weights of so many runs side by side cannot fit."""
+    weights = 4 * config.neurons * (data.x_train.shape[1] + data.classes)
+    needed = count * (data.x_train.nbytes + weights)  # each run has its own copy of the samples
+    runs = f", {count} runs side by side," * (count > 1)
+    require_memory(needed, f"--neurons {config.neurons}{runs}", device)
 
 
 class Journal:
@@ -105,14 +116,16 @@ class Journal:
         try:
             trainer.load_state(tensors, state["numbers"])
             self.seconds = float(state["seconds"])
-            sizes = [int(size) for size in state["metrics_bytes"]]
+            logs = [(int(log["bytes"]), str(log["crc32"])) for log in state["logs"]]
+            if len(logs) != len(self.logs):
+                raise ValueError(f"of {len(logs)} logs")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             line = " ".join(str(error).split())
             raise UserError(
                 f"checkpoint {self.path} is not of this model ({line[:200]}); use another --out"
             ) from error
-        for log, size in zip(self.logs, sizes, strict=True):
-            _rewind(log, size)
+        for log, (size, crc) in zip(self.logs, logs, strict=True):
+            _rewind(log, size, crc)
 
     def write(self, event: Event) -> None:
         """Logs an epoch of each run."""
@@ -138,16 +151,21 @@ class Journal:
             "runs": self.described,
             "numbers": numbers,
             "seconds": self.elapsed(),
-            "metrics_bytes": [log.stat().st_size for log in self.logs],
+            "logs": [
+                {"bytes": len(text), "crc32": f"{zlib.crc32(text):08x}"}
+                for text in (log.read_bytes() for log in self.logs)
+            ],
         }
         save_checkpoint(self.path, tensors, state)
         self.saved = time.perf_counter()
 
 
-def _rewind(log: Path, size: int) -> None:
+def _rewind(log: Path, size: int, crc: str) -> None:
     """Cuts off what was logged after the checkpoint: it comes again."""
     if not log.is_file() or log.stat().st_size < size:
-        raise UserError(f"{log} is damaged (it lacks lines); use another --out")
+        raise damaged(log, "it lacks lines")
+    if f"{zlib.crc32(log.read_bytes()[:size]):08x}" != crc:
+        raise damaged(log, "checksum differs")
     with open(log, "r+b") as stream:
         stream.truncate(size)
 
@@ -194,6 +212,7 @@ def run_together(
     """
     for config in configs:
         config.validate()
+    require_fit(configs[0], data, len(configs), options.device)
     learners = [
         make_learner(config, make_tasks(config, data), data.classes, options.device)
         for config in configs
@@ -204,7 +223,7 @@ def run_together(
         for folder, each in zip(folders, described, strict=True):
             held.enter_context(claimed(folder, each, options.resume))
         if all((folder / SUMMARY).is_file() for folder in folders):
-            return [read_json(folder / SUMMARY) for folder in folders]
+            return [read_summary(folder) for folder in folders]
         journal = Journal(checkpoint, folders, described)
         journal.restore(trainer, options.device)
         try:
@@ -268,7 +287,7 @@ def leave_out(checkpoint: Path, number: int, target: Path) -> None:
         owner, _, rest = name.partition("/")
         if int(owner) != number:
             kept[f"{int(owner) - (int(owner) > number)}/{rest}"] = tensor
-    for listed in (state["runs"], state["metrics_bytes"]):
+    for listed in (state["runs"], state["logs"]):
         del listed[number]
     save_checkpoint(target, kept, state)
 

@@ -187,7 +187,11 @@ def load_structure(path: Path) -> StructureRecorder:
     try:
         with np.load(path, allow_pickle=False) as file:
             state = {name: torch.from_numpy(file[name]) for name in file.files}
-        recorder = StructureRecorder(state["neurons"].shape[1])
+        sizes = [len(state[f.name]) for f in fields(Snapshot)]
+        tasks, size = state["neurons"].shape
+        if set(sizes) != {tasks} or tasks == 0 or state["addresses"].shape[:2] != (tasks, size):
+            raise ValueError(f"its parts are of {sizes} tasks")
+        recorder = StructureRecorder(size)
         recorder.load_state_dict(state)
     except Exception as error:  # a damaged archive raises nearly anything
         line = " ".join(str(error).split()) or repr(error)

@@ -14,9 +14,14 @@ from matplotlib.ticker import MaxNLocator
 
 from ssd import metrics
 from ssd.errors import UserError
-from ssd.folder import STRUCTURE, SUMMARY, read_json
+from ssd.folder import STRUCTURE, SUMMARY, are_numbers, damaged, read_summary
 from ssd.report import NAMED, save_figure
 from ssd.structure import Snapshot, load_structure
+
+COVERAGE = {
+    "effective_rank": "effective rank of the code",
+    "used_fraction": f"share of neurons active\nfor {metrics.USED:.1%} of inputs or more",
+}
 
 
 def write_structure_figures(folder: Path) -> None:
@@ -35,9 +40,13 @@ def read_structure_summary(folder: Path) -> dict[str, Any]:
     """The summary of a finished run that has its structure; UserError if it has none."""
     if not (folder / SUMMARY).is_file():
         raise UserError(f"{folder} holds no finished run")
-    summary = read_json(folder / SUMMARY)
-    if "structure" not in summary or "method" not in summary:
+    summary = read_summary(folder)
+    if "structure" not in summary:
         raise UserError(f"{folder / SUMMARY} has no structure; train the run with this version")
+    structure, tasks = summary["structure"], len(summary["accuracy_matrix"])
+    for name in COVERAGE:
+        if not are_numbers(structure.get(name), tasks):
+            raise damaged(folder / SUMMARY, f"{name} is missing or wrong")
     return summary
 
 
@@ -96,11 +105,7 @@ def _write_values(axes: Axes, matrix: np.ndarray, colors: np.ndarray) -> None:
 def draw_coverage(summary: Mapping[str, Any]) -> Figure:
     """Effective rank and used fraction over tasks."""
     figure, row = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    labels = {
-        "effective_rank": "effective rank of the code",
-        "used_fraction": f"share of neurons active\nfor {metrics.USED:.1%} of inputs or more",
-    }
-    for axes, (name, label) in zip(row, labels.items(), strict=True):
+    for axes, (name, label) in zip(row, COVERAGE.items(), strict=True):
         values = summary["structure"][name]
         axes.plot(values, marker="o", markersize=5, markevery=-(-len(values) // NAMED))
         axes.set(xlabel="after training task", ylabel=label)

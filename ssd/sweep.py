@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -49,12 +51,14 @@ from ssd.cli import (
 from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.errors import UserError
-from ssd.folder import doubts, ended, versions_of
+from ssd.folder import doubts, ended, read_json, versions_of
 from ssd.hints import hints
 from ssd.jobs import job_folder, run_jobs
 from ssd.lock import folder_lock
+from ssd.memory import MOST_RUNS
 from ssd.metrics import estimate
 from ssd.run import RunOptions, make_tasks
+from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
 
 if sys.version_info >= (3, 11):
@@ -63,6 +67,7 @@ else:
     import tomli as tomllib
 
 CSV, MARKDOWN = "sweep.csv", "sweep.md"
+SOURCE = "sweep.json"  # whose tables these are
 SECTIONS = {
     "dataset": str, "features": str, "preset": str, "seeds": int,
     "base": dict, "grid": dict, "runs": list,
@@ -104,6 +109,8 @@ def read_sweep(path: Path) -> Sweep:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
+    if not content:
+        raise UserError(f"{path} names nothing to sweep: no data set, no [base], no [grid]")
     try:
         sweep = _parse(content)
         configs = [sweep.config(row) for row in sweep.rows]
@@ -112,12 +119,13 @@ def read_sweep(path: Path) -> Sweep:
             replace(config, seed=config.seed + sweep.seeds - 1).validate()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    rows = []
+    rows, seen = [], set[Config]()
     for number, row in enumerate(sweep.rows):
-        if configs[number] in configs[:number]:
+        if configs[number] in seen:
             note(f"{path}: {_shown(row)} is listed twice; it is trained once")
         else:
             rows.append(row)
+            seen.add(configs[number])
     return replace(sweep, rows=rows)
 
 
@@ -130,8 +138,8 @@ def _parse(content: Mapping[str, Any]) -> Sweep:
             raise UserError(f"{name} must be {called[kind]}, not {value!r}")
     seeds, base = content.get("seeds", 1), content.get("base", {})
     grid, runs = content.get("grid", {}), content.get("runs", [{}])
-    if seeds < 1:
-        raise UserError(f"seeds {seeds} must be at least 1")
+    if not 1 <= seeds <= MOST_RUNS:
+        raise UserError(f"seeds {seeds} must be in 1..{MOST_RUNS}")
     if not runs or not all(isinstance(run, dict) for run in runs):
         raise UserError(f"runs must be [[runs]] tables, not {runs!r}")
     _require_settings(base, "[base]", SHARED)
@@ -141,6 +149,9 @@ def _parse(content: Mapping[str, Any]) -> Sweep:
             raise UserError(f"[grid] {name} must be a list of values, not {values!r}")
     for run in runs:
         _require_settings(run, "[[runs]]", SHARED | {"seed"}, [("[base]", base), ("[grid]", grid)])
+    total = seeds * len(runs) * math.prod(map(len, grid.values()))
+    if total > MOST_RUNS:
+        raise UserError(f"the file names {total} runs, but at most {MOST_RUNS} are swept at a time")
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     shared = {n: v for n, v in content.items() if n in {"dataset", "features", "preset"}} | base
     return Sweep(shared, [{**run, **cell} for run in runs for cell in combinations], seeds)
@@ -337,9 +348,16 @@ def execute(arguments: Sequence[str]) -> None:
         options = RunOptions(choose_device(given.device))
         folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
         check_folder(folder)
+        near = given.file.resolve().drive == Path.cwd().drive  # else there is no way from here
+        source = os.path.relpath(given.file) if near else str(given.file)
+        if given.out is None and (folder / SOURCE).is_file():
+            other = read_json(folder / SOURCE).get("file")
+            if other != source:
+                raise UserError(f"{folder} is of {other}, not of {source}; name another --out")
         data, configs = _load(sweep, given.data_root or default_root())
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
+            write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
             _train_and_rank(sweep, configs, data, folder, options, given)
 
 

@@ -38,8 +38,9 @@ from ssd.folder import (
 )
 from ssd.hints import hints
 from ssd.lock import folder_lock
+from ssd.memory import MOST_RUNS
 from ssd.report import accuracy_table, seeds_table, write_figures
-from ssd.run import RunOptions, make_tasks, run, run_together
+from ssd.run import RunOptions, make_tasks, require_fit, run, run_together
 from ssd.strict_json import dumps
 from ssd.structure_report import write_structure_figures
 
@@ -162,6 +163,7 @@ class Session:
     def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
         """Seeds seed, seed + 1, .. side by side, each in its folder; mean and deviation."""
         make_tasks(config, self.data)  # complains before there is a folder
+        require_fit(config, self.data, count, self.options.device)
         with claimed(folder, describe(config, self.data, count), self.options.resume):
             return self._train_seeds(config, count, folder)
 
@@ -212,8 +214,8 @@ def execute(arguments: Sequence[str] | None) -> None:
     config = resolve(given)
     config.validate()
     count, every = given.get("seeds", 1), given.get("checkpoint_every", 30.0)
-    if count < 1:
-        raise UserError(f"--seeds {count} must be at least 1")
+    if not 1 <= count <= MOST_RUNS:
+        raise UserError(f"--seeds {count} must be in 1..{MOST_RUNS}")
     if not every >= 0:
         raise UserError(f"--checkpoint-every {every} must be at least 0")
     options = RunOptions(choose_device(given.get("device")), given.get("resume", False), every)

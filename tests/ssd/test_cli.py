@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -232,6 +233,57 @@ def test_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().err == f"{line}\n"
     for stop in (Interrupted(), KeyboardInterrupt()):
         assert exit_status(fail(stop)) == 130
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_stderr_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+
+        def work() -> None:
+            print("note", file=sys.stderr)
+            raise UserError("wrong")
+
+        assert exit_status(work) == 2
+        assert exit_status(lambda: print("progress", file=sys.stderr)) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_paths_with_nul(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files()
+    said = refused(COMMANDS[command][0], arguments(command, "a\0b"), capsys)
+    assert "holds a NUL character" in said
+    assert files() == before
+
+
+@pytest.mark.parametrize("command", ["sweep", "reproduce"])
+def test_the_folder_of_a_run_holds_no_others(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*COMMANDS["train"][1], "--out", "run"]) == 0
+    before = files()
+    said = refused(COMMANDS[command][0], arguments(command, "run"), capsys)
+    assert said == "error: --out run is the folder of one run; use another --out"
+    assert files() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("module", ["train", "sweep", "peers", "reproduce", "embed"])
+def test_interruption_of_imports(module: str) -> None:
+    """In the midst of torch's, which a module that sleeps stands in for."""
+    Path("slow").mkdir()
+    Path("slow/torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", f"ssd.{module}"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": f"slow{os.pathsep}{Path(train.__file__).parents[1]}"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == "interrupted; the same command begins again\n"
 
 
 def test_words() -> None:

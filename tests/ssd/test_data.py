@@ -92,7 +92,11 @@ BAD_ARRAYS = {
     "fewer labels": (change("y_train", lambda y: y[1:]), "with N = 39"),
     "no samples": (change("x_train", lambda x: x[:0]), "with N = 40"),
     "no columns": (change("x_train", lambda x: x[:, :0]), "d > 0"),
-    "other columns": (change("x_test", lambda x: x[:, 1:]), "3 columns, x_test 2"),
+    "other columns": (change("x_test", lambda x: x[:, 1:]), "samples are [3] in x_train"),
+    "samples of another shape": (
+        change("x_test", lambda x: x.reshape(-1, 1, 3)),
+        "[1, 3] in x_test",
+    ),
     "complex": (change("x_train", lambda x: x.astype(complex)), "must be real"),
     "text": (change("x_train", lambda x: x.astype(str)), "cannot be read"),
     "scalar": (change("x_train", 1.0), "must be real numbers"),
@@ -108,6 +112,33 @@ def test_bad_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], case: str) ->
     with pytest.raises(UserError) as caught:
         load("features", tmp_path, tmp_path / "bad.npz")
     assert message in str(caught.value)
+
+
+NOT_DENSE = {
+    "coo": torch.Tensor.to_sparse,
+    "csr": torch.Tensor.to_sparse_csr,
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+    "meta": lambda x: x.to("meta"),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of prototypes
+@pytest.mark.parametrize("key", ["x_train", "y_train", "x_test", "y_test"])
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense(
+    tmp_path: Path, arrays: dict[str, np.ndarray], kind: str, key: str
+) -> None:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if tensors[key].dim() < (2 if kind in ("csr", "nested", "jagged") else 1):
+        tensors[key] = tensors[key].unsqueeze(1)
+    tensors[key] = NOT_DENSE[kind](tensors[key])
+    x_train, y_train, x_test, y_test = tensors.values()
+    torch.save(((x_train, y_train), (x_test, y_test)), tmp_path / "f.pt")
+    with pytest.raises(UserError, match=r"^[^\n]*f\.pt[^\n]*$") as caught:
+        load("features", tmp_path, tmp_path / "f.pt")
+    assert kind == "jagged" or f"{key} must be a dense tensor" in str(caught.value)
 
 
 class Malicious:
@@ -355,6 +386,23 @@ def test_hold_out_takes_the_last_of_each_class() -> None:
     assert torch.equal(held.x_train, data.x_train[:9])
     with pytest.raises(UserError, match="without training or validation data"):
         hold_out(data, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("offset", "dtype", "told"),
+    [(1e9, "f8", True), (10**9, "i8", True), (1e9, "f4", False), (1e3, "f8", False),
+     (0, "f8", False), (32000, "i2", False)],
+)  # fmt: skip
+def test_what_float32_cannot_tell_apart(
+    tmp_path: Path, arrays: dict[str, np.ndarray], offset: float, dtype: str, told: bool
+) -> None:
+    for key in ("x_train", "x_test"):
+        steps = np.arange(arrays[key].size).reshape(arrays[key].shape)  # up to 120
+        arrays[key] = (steps + offset).astype(dtype)
+    np.savez(tmp_path / "f.npz", **arrays)
+    said: list[str] = []
+    load("features", tmp_path, tmp_path / "f.npz", notice=said.append)
+    assert any("3 of the 3 columns of x_train vary by less than" in line for line in said) == told
 
 
 DTYPES = ["<f4", ">f4", "<f8", ">f8", "<f2", ">f2", "u1", "i1", ">i2", ">u2", "<u4", ">i8", "?"]

@@ -204,6 +204,8 @@ def test_a_sweep_of_which_every_row_diverges(
     printed, said = capsys.readouterr()
     assert printed == ""
     assert said.splitlines()[-1].startswith("error: every row diverged")
+    for file in Path("s").glob(f"*/{DIVERGED}"):  # a row that diverged was made by a commit too
+        assert f"commit {json.loads(file.read_text())['commit']}." in Path("s/sweep.md").read_text()
 
 
 def test_companions_go_on_from_the_checkpoint(

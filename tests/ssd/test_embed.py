@@ -408,11 +408,14 @@ def test_divergence_and_features_that_are_not_finite(
     assert "not finite" in refused(capsys, CONVMIXER)
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_memory_that_does_not_suffice(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: object, *arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(2**60, dtype=torch.uint8)
 
     monkeypatch.setattr(embed.Pretrainer, "run", fail)
     assert "--batch-size 16 needs more memory" in refused(capsys, CONVMIXER)

@@ -12,6 +12,7 @@ import pytest
 from kill_resume import write_features
 
 from ssd import embed, lock, peers, reproduce, sweep, train
+from ssd.checkpoint import write_atomically
 from ssd.errors import UserError
 from ssd.lock import LOCK, file_lock, folder_lock
 
@@ -63,6 +64,17 @@ def test_nested_and_let_go(tmp_path: Path) -> None:
     assert list(out.parent.iterdir()) == [out]
     with held(out, "file_lock"), folder_lock(out.parent), file_lock(out.with_name("u.csv")):
         pass
+
+
+def test_a_link_is_the_file_it_names(tmp_path: Path) -> None:
+    file, link = tmp_path / "sub" / "t.csv", tmp_path / "link.csv"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    with held(file, "file_lock"), pytest.raises(UserError, match=r"link\.csv is in use"):
+        file_lock(link).__enter__()
+    write_atomically(link, "a")
+    assert link.is_symlink()
+    assert file.read_text() == "a"
 
 
 def test_a_lock_that_was_removed_meanwhile_is_taken_anew(

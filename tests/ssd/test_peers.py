@@ -201,7 +201,10 @@ def test_mistakes_end_with_2_and_one_line(
     for arguments, message in (
         ([*features, "--tasks", "3"], "--tasks 3 does not divide"),
         ([*features, "--neurons", "5"], "--neurons 5 must be at least 10"),
-        ([*features, "--tasks", "2", "--seeds", "0"], "--seeds 0 must be at least 1"),
+        ([*features, "--tasks", "2", "--seeds", "0"], "--seeds 0 must be in 1..10000"),
+        ([*features, "--tasks", "2", "--seeds", "10001"], "--seeds 10001 must be in 1..10000"),
+        ([*features, "--tasks", "2", "--neurons", str(10**12)], f"--neurons {10**12} does not fit"),
+        ([*features, "--tasks", "2", "--out", "/dev/full"], "--out /dev/full is no ordinary file"),
         ([*features, "--tasks", "2", "--out", str(other)], "is not a table of peers"),
         (["--magic"], "--magic"),
     ):
@@ -292,6 +295,9 @@ def test_a_table_that_was_saved_by_another_program(
     for content in (
         text.encode("utf-16"), text.replace(",", ";").encode(), text[:-30].encode(), b"\x00", b"",
         text.replace("algorithm", "version", 1).encode(), text.encode() + b"1,2\n",
+        (text + text.splitlines()[-1] + "\n").encode(),  # a run twice
+        *(",".join([*(cells := text.rsplit(",", 6))[:1], bad, *cells[2:]]).encode()
+          for bad in ("7.0", "nan", "-1")),
     ):  # fmt: skip
         Path("t.csv").write_bytes(content)
         assert peers.main(study) == 2

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 from rich.console import Console
+from summaries import summary_of
 
 from ssd.errors import UserError
-from ssd.folder import FREQUENCY, METRICS, SUMMARY
+from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_summary
 from ssd.report import accuracy_table, seeds_table, write_figures
 
 FIGURES = ("accuracy_over_time", "accuracy_matrix", "activation_heatmap", "entropy_histogram")
@@ -19,11 +20,12 @@ FIGURES = ("accuracy_over_time", "accuracy_matrix", "activation_heatmap", "entro
 def finished(folder: Path, tasks: int) -> dict:
     """Writes what the figures are drawn from."""
     matrix = np.tril(np.random.default_rng(0).random((tasks, tasks))).tolist()
-    summary = {
-        "method": "ssd", "dataset": "mnist", "accuracy_matrix": matrix, "mean_accuracy": 0.5,
-        "bwt": -0.1, "config": {"epochs": 2},
-    }  # fmt: skip
-    records = [{"task": t, "epoch": 1, "test_accuracy": row} for t, row in enumerate(matrix)]
+    summary = summary_of(matrix, neurons=20, epochs=2)
+    records = [
+        record
+        for t, row in enumerate(matrix)
+        for record in ({"task": t, "epoch": 0}, {"task": t, "epoch": 1, "test_accuracy": row})
+    ]
     (folder / SUMMARY).write_text(json.dumps(summary))
     (folder / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
     np.save(folder / FREQUENCY, np.random.default_rng(1).random((tasks, 20)))
@@ -53,6 +55,59 @@ def test_damaged_results(tmp_path: Path, file: str) -> None:
     finished(tmp_path, 2)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-20])
     with pytest.raises(UserError, match="is damaged"):
+        write_figures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in summary_of([[0.5]])),
+        {"accuracy_matrix": []}, {"accuracy_matrix": [[0.5, 0.5], [0.5]]}, {"bwt": "0.5"},
+        {"mean_accuracy": float("nan")}, {"config": {"k": "3"}},
+        {"config": {"tasks": 3}}, {"config": []}, {"versions": "2"}, {"structure": [1]},
+        {"structure": {"jaccard": [0.5]}}, {"dead_fraction": [0.5]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_values_of_a_summary(tmp_path: Path, change: dict) -> None:
+    summary = finished(tmp_path, 2)
+    read_summary(tmp_path)
+    (tmp_path / SUMMARY).write_text(json.dumps({**summary, **change}))
+    with pytest.raises(UserError, match=rf"{SUMMARY} is damaged \({next(iter(change))} is missing"):
+        read_summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", "1", "first line", "half the lines", "no accuracy", "of other tasks", "NUL"],
+)
+def test_damaged_log(tmp_path: Path, content: str) -> None:
+    finished(tmp_path, 2)
+    path = tmp_path / METRICS
+    lines = path.read_text().splitlines()
+    accuracy = '"test_accuracy": ['
+    path.write_text(
+        {
+            "first line": lines[0], "half the lines": "\n".join(lines[:2]),
+            "no accuracy": "\n".join([*lines[:3], lines[2].replace("0}", "1}")]),
+            "of other tasks": path.read_text().replace(accuracy, accuracy + "1,"),
+            "NUL": "\0" * 9,
+        }.get(content, content)
+    )  # fmt: skip
+    with pytest.raises(UserError, match=rf"{METRICS} (is damaged|cannot be read)"):
+        write_figures(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("array", [np.zeros(3), np.zeros((2, 19)), np.full((2, 20), np.nan), "npz"])
+def test_damaged_frequency(tmp_path: Path, array: object) -> None:
+    finished(tmp_path, 2)
+    with open(tmp_path / FREQUENCY, "wb") as stream:
+        if isinstance(array, str):
+            np.savez(stream, a=np.zeros((2, 20)))
+        else:
+            np.save(stream, array)
+    with pytest.raises(UserError, match=f"{FREQUENCY} is damaged"):
         write_figures(tmp_path)
 
 

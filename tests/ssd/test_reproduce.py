@@ -190,6 +190,15 @@ def test_table_is_what_the_summaries_say(folder: Path) -> None:
     assert other["note"] == "2 of 2 seeds not run (left out by --only)"
 
 
+@pytest.mark.parametrize("entry", ["1", "{}", '{"commits": 3, "runs_trained": 1, "seconds": 2}'])
+def test_damaged_record(folder: Path, capsys: pytest.CaptureFixture[str], entry: str) -> None:
+    path = Path("results/reproduction-short/command.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(f'{{"a command": {entry}}}')
+    assert call("table1") == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_what_diverges_leaves_a_note(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -669,10 +678,11 @@ def test_heat_maps(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             if method in frequency:  # nothing of ssd is left but its summary
                 values = frequency[method] if seed == 1 else np.zeros((2, 5))
                 np.save(folder / "activation_frequency.npy", values)
-        lines.append(Line(replace(row, method=method), runs, folders=folders))
+        config = replace(row.config, tasks=2, neurons=5)
+        lines.append(Line(replace(row, method=method, config=config), runs, folders=folders))
     figures = dict(draw("structure", RESULTS["structure"], lines))
-    assert list(figures) == ["structure_cifar10_10000", "structure_heat_maps_cifar10_10000"]
-    panels = [axes for axes in figures["structure_heat_maps_cifar10_10000"].axes if axes.images]
+    assert list(figures) == ["structure_cifar10_5", "structure_heat_maps_cifar10_5"]
+    panels = [axes for axes in figures["structure_heat_maps_cifar10_5"].axes if axes.images]
     assert [axes.get_title() for axes in panels] == ["sdmlp", "ssd+ewc"]
     for axes, values in zip(panels, frequency.values(), strict=True):
         # Neurons 4, 2 and 3 are the most active; 2 serves task 0 most, 4 more than 3 task 1.

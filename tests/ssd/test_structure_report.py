@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from summaries import summary_of
 
 from ssd import metrics
 from ssd.errors import UserError
@@ -43,7 +44,8 @@ def finished(folder: Path, tasks: int, method: str = "ssd", seed: int = 0) -> di
     recorder.snapshots = snapshots(tasks, seed)
     folder.mkdir(exist_ok=True)
     recorder.save(folder / STRUCTURE)
-    summary = {"method": method, "structure": recorder.summary()}
+    matrix = [[0.5] * tasks] * tasks
+    summary = {**summary_of(matrix), "method": method, "structure": recorder.summary()}
     (folder / SUMMARY).write_text(json.dumps(summary))
     return summary
 
@@ -96,13 +98,34 @@ def test_coverage_shows_the_measures(tmp_path: Path) -> None:
 
 
 def test_summaries_without_structure(tmp_path: Path) -> None:
-    finished(tmp_path, 2)
-    (tmp_path / SUMMARY).write_text('{"method": "ssd"}')
+    summary = finished(tmp_path, 2)
+    del summary["structure"]
+    (tmp_path / SUMMARY).write_text(json.dumps(summary))
     with pytest.raises(UserError, match="has no structure"):
         write_structure_figures(tmp_path)
     (tmp_path / SUMMARY).unlink()
     with pytest.raises(UserError, match="holds no finished run"):
         write_structure_figures(tmp_path)
+
+
+@pytest.mark.parametrize("values", [None, [0.5], [0.5, None], "0.5"])
+def test_damaged_coverage(tmp_path: Path, values: object) -> None:
+    summary = finished(tmp_path, 2)
+    summary["structure"]["used_fraction"] = values
+    (tmp_path / SUMMARY).write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=rf"{SUMMARY} is damaged"):
+        write_structure_figures(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["neurons", "addresses", "frequency", "used_fraction"])
+def test_a_record_of_fewer_tasks(tmp_path: Path, name: str) -> None:
+    finished(tmp_path, 3)
+    with np.load(tmp_path / STRUCTURE) as file:
+        arrays = {key: file[key] for key in file.files}
+    for bad in (arrays[name][:2], arrays[name][:0], arrays[name][0]):
+        np.savez(tmp_path / STRUCTURE, **{**arrays, name: bad})
+        with pytest.raises(UserError, match=rf"{STRUCTURE} is damaged"):
+            write_structure_figures(tmp_path)
 
 
 def test_a_run_without_its_record(tmp_path: Path) -> None:

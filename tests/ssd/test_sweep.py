@@ -15,7 +15,7 @@ from kill_resume import write_features
 
 from ssd import sweep
 from ssd.config import Config
-from ssd.folder import METRICS, SUMMARY
+from ssd.folder import DIVERGED, METRICS, SUMMARY
 from ssd.run import run
 from ssd.sweep import cells, csv_text, markdown_text, rank, read_sweep
 
@@ -232,7 +232,14 @@ FILES = {
     "strange section": ("zzz = 2", "zzz in the file is unknown; choose from dataset,"),
     "seeds of a wrong type": ('seeds = "2"', "seeds must be an integer, not '2'"),
     "seeds true": ("seeds = true", "seeds must be an integer, not True"),
-    "no seeds": ("seeds = 0", "seeds 0 must be at least 1"),
+    "no seeds": ("seeds = 0", "seeds 0 must be in 1..10000"),
+    "too many seeds": ("seeds = 1000000000", "seeds 1000000000 must be in 1..10000"),
+    "too many rows": (
+        "seeds = 101\n[grid]\n" + "\n".join(f"{n} = {[1.0] * 99}" for n in ("lr", "alpha", "lam")),
+        "the file names 98000199 runs, but at most 10000",
+    ),
+    "empty": ("", "bad.toml names nothing to sweep"),
+    "a comment": ("# lr = [1]", "bad.toml names nothing to sweep"),
     "base of a wrong type": ("base = 3", "base must be a table, not 3"),
     "runs of a wrong type": ("runs = [3]", r"runs must be \[\[runs\]\] tables"),
     "no runs": ("runs = []", r"runs must be \[\[runs\]\] tables"),
@@ -251,6 +258,7 @@ FILES = {
     "unknown preset": ('preset = "fast"', ": preset fast is unknown"),
     "too large a seed": ("seeds = 2\n[base]\nseed = 9223372036854775807", ": seed 92233720368547"),
     "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "error: tasks 3 does not divide"),
+    "NUL": ('features = "a\\u0000b.npz"', r": features 'a\\x00b.npz' must be a path"),
     "absent features": ('features = "g.npz"', ": features g.npz is not a file"),
 }  # fmt: skip
 
@@ -264,6 +272,7 @@ def test_bad_file(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -
 
 def test_bad_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "g.toml cannot be read: No such file" in refused(capsys, ["g.toml"])
+    assert "/dev/zero cannot be read: it is a device" in refused(capsys, ["/dev/zero"])
     assert "f.npz cannot be read: not UTF-8" in refused(capsys, ["f.npz"])
     assert "arguments are required: FILE.toml" in refused(capsys, [])
     assert "--device gpu is not a device" in refused(capsys, ["s.toml", "--device", "gpu"])
@@ -314,6 +323,26 @@ def test_equal_settings_are_one_run_however_written(
         assert f"{shown} is listed twice; it is trained once" in capsys.readouterr().err
         assert len(rows()) == 1
         assert {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")} == before
+
+
+def test_damaged_end(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("s.toml").write_text(ONE)
+    assert sweep.main([*SWEPT, "--quiet"]) == 0
+    (path,) = Path("out").glob(f"*/{SUMMARY}")
+    path.write_text("{}")
+    assert f"{path} is damaged" in refused(capsys, SWEPT)
+    path.rename(path.with_name(DIVERGED))
+    assert f"{DIVERGED} is damaged" in refused(capsys, SWEPT)
+
+
+def test_another_file_of_the_same_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sub").mkdir()
+    for path in (Path("s.toml"), Path("sub/s.toml")):
+        path.write_text(ONE)
+    assert sweep.main(["s.toml", "--device", "cpu", "--quiet"]) == 0
+    said = refused(capsys, ["sub/s.toml", "--device", "cpu", "--quiet"])
+    assert "sweep-s is of s.toml, not of sub/s.toml; name another --out" in said
+    assert sweep.main(["./s.toml", "--device", "cpu", "--quiet"]) == 0
 
 
 def test_the_same_data_by_another_name_are_the_same_runs(folder: Path) -> None:

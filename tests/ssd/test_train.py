@@ -17,6 +17,7 @@ from kill_resume import write_features
 from rich.console import Console
 
 from ssd import train
+from ssd.checkpoint import load_checkpoint, save_checkpoint
 from ssd.config import Config, preset, resolve
 from ssd.display import Display
 from ssd.folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
@@ -78,7 +79,13 @@ OPTIONS = {
     "k = 0": (["-k", "0"], "-k 0 must be in 1.."),
     "no epochs": (["--epochs", "0"], "--epochs 0 must be in 1.."),
     "NaN": (["--alpha", "nan"], "--alpha nan must be in 0..1"),
-    "no seeds": (["--seeds", "0"], "--seeds 0 must be at least 1"),
+    "no seeds": (["--seeds", "0"], "--seeds 0 must be in 1..10000"),
+    "too many seeds": (["--seeds", "1000000000"], "--seeds 1000000000 must be in 1..10000"),
+    "seeds that do not fit": (
+        ["--seeds", "9000", "--neurons", "99999999"],
+        "--neurons 99999999, 9000 runs side by side, does not fit into the memory of cpu (",
+    ),
+    "neurons that do not fit": (["--neurons", "2147483647"], "does not fit into the"),
     "negative interval": (["--checkpoint-every", "-1"], "--checkpoint-every -1.0 must be"),
     "indivisible": (["--tasks", "3"], "--tasks 3 does not divide the 4 classes"),
     "indivisible, seeds": (["--tasks", "3", "--seeds", "2"], "--tasks 3 does not divide"),
@@ -190,6 +197,48 @@ def test_corrupted_config(half: Path, capsys: pytest.CaptureFixture[str]) -> Non
     ):  # fmt: skip
         path.write_text(text)
         assert message in refused(half.parent, capsys, ["--resume", "--out", "half"])
+
+
+@pytest.mark.parametrize(("file", "text"), [(METRICS, ""), (METRICS, "1\n"), (SUMMARY, "{}")])
+def test_damaged_end(
+    folder: Path, capsys: pytest.CaptureFixture[str], file: str, text: str
+) -> None:
+    assert train.main(small("--out", "r", "--quiet")) == 0
+    (folder / "r" / file).write_text(text)
+    said = refused(folder, capsys, ["--out", "r", "--resume", "--quiet"])
+    assert f"{Path('r') / file} is damaged" in said
+
+
+@pytest.mark.parametrize("how", ["NUL", "flipped", "truncated"])
+def test_corrupted_log(half: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
+    log = half / METRICS
+    if how == "NUL":
+        log.write_bytes(bytes(log.stat().st_size))
+    else:
+        damage(log, how)
+    said = refused(half.parent, capsys, ["--resume", "--out", "half"])
+    assert f"{Path('half') / METRICS} is damaged" in said
+
+
+@pytest.mark.parametrize("logs", [[], [{}], [{"bytes": 0, "crc32": "0"}] * 2, 3])
+def test_sealed_checkpoint_of_other_logs(
+    half: Path, capsys: pytest.CaptureFixture[str], logs: object
+) -> None:
+    tensors, state = load_checkpoint(half / CHECKPOINT, torch.device("cpu"))
+    save_checkpoint(half / CHECKPOINT, tensors, {**state, "logs": logs})
+    assert "is not of this model" in refused(half.parent, capsys, ["--resume", "--out", "half"])
+    save_checkpoint(half / CHECKPOINT, tensors, [])  # type: ignore[arg-type]
+    assert "is damaged" in refused(half.parent, capsys, ["--resume", "--out", "half"])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_moved_features_are_found_again(half: Path) -> None:
+    """Once named, --resume alone finds them."""
+    Path("f.npz").rename("g.npz")
+    arguments = small("--out", "half", "--resume", "--quiet")
+    arguments[arguments.index("f.npz")] = "g.npz"
+    assert train.main(arguments) == 0
+    assert train.main(["--out", "half", "--resume", "--quiet"]) == 0
 
 
 def test_nothing_to_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,40 @@
+"""Whether what was asked for fits into memory: refused before any work rather than killed in it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ssd.errors import UserError
+
+# Runs of one command: all are listed before the first is trained.
+MOST_RUNS = 10_000
+
+
+def require_memory(needed: int, what: str, device: torch.device) -> None:
+    """UserError where a device has less memory than is certainly needed.
+
+    Args:
+        needed: bytes, a lower bound. what: needs them, in the message.
+    """
+    if needed > _memory(device):
+        least = f"{needed / 2**30:,.1f} GiB or more"
+        raise UserError(f"{what} does not fit into the memory of {device} ({least}); use fewer")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is what an allocation fails with, which on a CPU has no class of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes that a device has in all; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return float("inf")
