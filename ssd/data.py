@@ -438,7 +438,7 @@ def _tensor(array: Any) -> Tensor:
     """As torch takes it: numpy's arrays in the byte order of this machine."""
     if isinstance(array, np.ndarray):
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return torch.as_tensor(array, device="cpu").detach()
+    return (array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")).detach()
 
 
 def _read_npz(path: Path) -> list[Any]:
