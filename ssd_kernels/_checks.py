@@ -41,7 +41,7 @@ def same_device(op: str, first_name: str, first: Tensor, name: str, tensor: Tens
         )
 
 
-def whole(op: str, name: str, value: object, least: int = 0) -> None:
+def whole(op: str, name: str, value: object, least: float = 0) -> None:
     """An integer of at least `least`; True is none."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name}={value!r} must be an integer")
@@ -61,7 +61,7 @@ def number(op: str, name: str, value: object, positive: bool = False) -> None:
 
 
 def active_range(op: str, k: int, neurons: int) -> None:
-    whole(op, "k", k, -(2**63))
+    whole(op, "k", k, -math.inf)
     if not 1 <= k <= neurons:
         raise ValueError(f"{op}: k={k} must lie in 1..{neurons}, the number of neurons")
 
@@ -95,7 +95,7 @@ def linear(
 
 def blocks(op: str, networks: int, **rows: int) -> None:
     """The rows of every named tensor can be shared out among the networks."""
-    whole(op, "blocks", networks, -(2**63))
+    whole(op, "blocks", networks, -math.inf)
     for name, count in rows.items():
         if networks != 1 and (networks < 1 or count % networks):
             raise ValueError(f"{op}: blocks={networks} must divide the {count} rows of {name}")
@@ -158,10 +158,9 @@ def in_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
         raise ValueError(f"{op}: {name} run from {low} to {high}, expected 0..{limit - 1}")
 
 
-def in_place(op: str, *what: str) -> None:
+def in_place(op: str, what: str) -> None:
     """torch.func transforms see values, not changes to what lies outside the function."""
     if not torch.compiler.is_compiling() and _dispatch.transformed():
         raise RuntimeError(
-            f"{op}: cannot update {' and '.join(what)} in place inside a torch.func transform; "
-            "do it outside"
+            f"{op}: cannot update {what} in place inside a torch.func transform; do it outside"
         )

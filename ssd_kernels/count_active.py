@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,7 @@ def count_active(
                 "expected a 0-d integer"
             )
     else:
-        _checks.whole("count_active", "step", step, -(2**63))
+        _checks.whole("count_active", "step", step, -math.inf)
     serve = _dispatch.choose("count_active", IMPLEMENTATIONS, impl, values)
     serve(values, indices, counts, last_active, step)
 

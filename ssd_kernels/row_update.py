@@ -149,9 +149,9 @@ def row_lengths(rows: Tensor) -> Tensor:
         # Squares of float32 are in the range of float64, so the host need not look.
         return torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).to(wide)
     rows = rows.to(wide)
-    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if rows.is_cuda or _dispatch.symbolic(rows):
         return reference.length(rows)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     if len(rows) > 0 and not _sound(*length.aminmax()):
         odd = ~((length > _least(wide)) & (length < torch.inf)).squeeze(1)
         length[odd] = reference.length(rows[odd])
@@ -164,9 +164,10 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     if first.is_cuda and first.dtype != torch.float64:
         wide = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
         return torch.stack(wide).norm().to(first.dtype)
-    norm = torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm()
-    if not (norm.is_cuda or _dispatch.symbolic(norm)) and _sound(norm, norm):
-        return norm
+    if not (first.is_cuda or _dispatch.symbolic(first)):
+        norm = torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm()
+        if _sound(norm, norm):
+            return norm
     lengths = [reference.length(t.reshape(1, -1)) for t in tensors]
     return reference.length(torch.cat(lengths, dim=1)).squeeze()
 

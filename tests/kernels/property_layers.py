@@ -29,15 +29,21 @@ from tests.kernels.property_cases import (
 from tests.kernels.property_draws import STYLES, Draw, Numbers
 
 
+def ranked(d: Draw) -> tuple[Case, int]:
+    """A case with scores [.., R] and k; R."""
+    d.style = d.pick([*STYLES, *STRANGE * 2])
+    case = Case(d, d.dtype())
+    neurons = d.neurons()
+    case.give(scores=(*d.batch(), neurons))
+    case.arguments["k"] = d.k(neurons)
+    return case, neurons
+
+
 class TopK(Op):
     name = "topk"
 
     def draw(self, d: Draw) -> Case:
-        d.style = d.pick([*STYLES, *STRANGE * 2])
-        case = Case(d, d.dtype())
-        neurons = d.neurons()
-        case.give(scores=(*d.batch(), neurons))
-        case.arguments["k"] = d.k(neurons)
+        case, neurons = ranked(d)
         if d.chance(0.3):
             style = d.pick([d.style, "integers", "zeros", "infinite", "normal"])
             case.add("boost", d.numbers((neurons,), case.dtype, style=style))

@@ -15,7 +15,6 @@ import ssd_kernels as sk
 from ssd_kernels import _dispatch, _linear_slabs
 from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (
-    STRANGE,
     Arguments,
     Case,
     Op,
@@ -29,8 +28,15 @@ from tests.kernels.property_cases import (
     same,
 )
 from tests.kernels.property_codes import SparseLinear, decoded, slot_gradient, spread
-from tests.kernels.property_draws import STYLES, Draw
-from tests.kernels.property_layers import LinearTopK, Scores, TopK, layer, layer_gradients
+from tests.kernels.property_draws import Draw
+from tests.kernels.property_layers import (
+    LinearTopK,
+    Scores,
+    TopK,
+    layer,
+    layer_gradients,
+    ranked,
+)
 
 
 class Module(Op):
@@ -67,11 +73,7 @@ class TopKModule(Module, TopK):
     table = "topk"
 
     def draw(self, d: Draw) -> Case:
-        d.style = d.pick([*STYLES, *STRANGE * 2])
-        case = Case(d, d.dtype())
-        neurons = d.neurons()
-        case.give(scores=(*d.batch(), neurons))
-        case.arguments["k"] = d.k(neurons)
+        case, _ = ranked(d)
         case.ask("scores")
         case.answer(out=tuple(case["scores"].shape))
         case.truth = self.expected(case)

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import ssd_kernels as sk
+from ssd_kernels.linear_code import Shadow
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
 from tests.kernels.conftest import triton_only
 
@@ -370,7 +371,7 @@ def wide(impl: str | None = None) -> list[Tensor]:
         sk.distill(x, labels, x.flip(0), x, x.flip(0), alpha=0.5, lam=0.5, impl=impl).loss,
     ]
     if impl != "triton":
-        shadow = sk.linear_code.__globals__["Shadow"](weight)
+        shadow = Shadow(weight)
         outputs += sk.linear_code(x, weight, 4, 8, gaba, impl=impl)[0][:2]
         outputs += sk.linear_code(x, weight, 4, 8, gaba, shadow=shadow, impl=impl)[0][:2]
         outputs += sk.linear_code(x[:8], weight, 4, 8, gaba, blocks=2, impl=impl)[0][:2]
