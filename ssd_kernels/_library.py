@@ -8,20 +8,18 @@ _dispatch.choose makes the choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _dispatch, _linear_slabs, reference
+from ssd_kernels import _dispatch, _encoder, reference
 from ssd_kernels._segments import row_gradients
 from ssd_kernels.code_gram import _triton as gram_triton
 from ssd_kernels.count_active import _triton as count_triton
 from ssd_kernels.distill import DistillOutput
 from ssd_kernels.distill import _triton as distill_triton
 from ssd_kernels.linear_inhibit import gradients as inhibit_gradients
-from ssd_kernels.linear_topk import heuristic
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import _triton as update_triton
 from ssd_kernels.row_update import per_block
@@ -289,15 +287,15 @@ def code_gram(
 
 @torch.library.custom_op("ssd_kernels::linear_topk", mutates_args=())
 def linear_topk_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str, blocks: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, indices [B, k], the (k+1)-th activation [B] and its index [B]."""
-    return _linear_slabs.code(x, weight, bias, k, inhibition, None, path, blocks)
+    return _encoder.code(x, weight, bias, k, inhibition, None, blocks)
 
 
 @linear_topk_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, path: str, blocks: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch = x.shape[0]
     indices = x.new_empty(batch, k, dtype=torch.int64)
@@ -323,7 +321,7 @@ def _linear_topk_backward(
     if grad_cut is not None and ctx.has_cut:
         slots.append(torch.where(cut <= 0, 0.0, grad_cut)[:, None])
         neurons.append(after[:, None])
-    grads: list[Any] = [None] * 7
+    grads: list[Any] = [None] * 6
     if not slots:
         return tuple(grads)
     coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
@@ -348,18 +346,13 @@ def linear_topk(
     k: int,
     bias: Tensor | None = None,
     *,
-    forced: str | None = None,
     inhibition: str,
     threshold: bool,
     preactivations: bool,
     counts: Tensor | None,
     blocks: int,
 ) -> TopKOutput:
-    neurons = weight.shape[0] // blocks
-    path = heuristic(x, k)
-    if forced is not None and _linear_slabs.possible(forced, x, neurons, k):
-        path = forced
-    if preactivations or path == "torch":
+    if preactivations or k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
         return reference.linear_topk(
             x,
             weight,
@@ -373,7 +366,7 @@ def linear_topk(
         )
     batch = x.shape[:-1]
     flat = _dispatch.flattened(x)
-    values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, path, blocks)
+    values, indices, cut, _ = linear_topk_op(flat, weight, bias, k, inhibition, blocks)
     if counts is not None:
         count_active(values, indices, counts, None, 0)
     return TopKOutput(
@@ -391,8 +384,8 @@ def linear_inhibit_op(
     inhibition: str,
     blocks: int,
 ) -> tuple[Tensor, Tensor]:
-    """The activations [B, R], and int8 [B, R]: where the gradient passes."""
-    return _linear_slabs.inhibit(x, weight, bias, k, gaba, inhibition, None, True, blocks)
+    """The activations [B, R], and bool [B, R]: where the gradient passes."""
+    return _encoder.inhibit(x, weight, bias, k, gaba, inhibition, None, True, blocks)
 
 
 @linear_inhibit_op.register_fake
@@ -406,7 +399,7 @@ def _(
     blocks: int,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], weight.shape[0] // blocks)
-    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int8)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.bool)
 
 
 def _linear_inhibit_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -536,6 +529,3 @@ _OPERATORS: tuple[Callable[..., Any], ...] = (
     row_update,
 )
 _dispatch.COMPILED.update({(op.__name__, "triton"): op for op in _OPERATORS})
-_dispatch.COMPILED.update(
-    {("linear_topk", path): partial(linear_topk, forced=path) for path in _linear_slabs.PATHS}
-)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
+from ssd_kernels import _checks, _dispatch, _encoder, reference
 from ssd_kernels.topk import MAX_K
 
 
@@ -100,9 +100,8 @@ class _LinearInhibit(torch.autograd.Function):
         counts: Tensor | None,
         blocks: int,
     ) -> Tensor:
-        needed = any(ctx.needs_input_grad)
-        hidden, passes = _linear_slabs.inhibit(
-            x, weight, bias, k, gaba, inhibition, counts, needed, blocks
+        hidden, passes = _encoder.inhibit(
+            x, weight, bias, k, gaba, inhibition, counts, True, blocks
         )
         ctx.save_for_backward(x, weight, passes)
         ctx.blocks = blocks
@@ -120,7 +119,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """Of x, weight and bias, each where it is needed."""
     slopes, inputs, neurons = (
-        reference.by_network(t, blocks) for t in (torch.where(passes != 0, grad, 0.0), x, weight)
+        reference.by_network(t, blocks) for t in (torch.where(passes, grad, 0.0), x, weight)
     )
     return [
         torch.bmm(slopes, neurons).view(x.shape) if needs[0] else None,
@@ -146,7 +145,13 @@ def _triton(
     if not served or learned:
         return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
     flat = _dispatch.flattened(x)
-    hidden: Tensor = _LinearInhibit.apply(flat, weight, bias, k, gaba, inhibition, counts, blocks)
+    given = flat, weight, bias, k, gaba, inhibition, counts
+    leaves = (t for t in given[:3] if t is not None)
+    hidden: Tensor
+    if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+        hidden = _LinearInhibit.apply(*given, blocks)
+    else:
+        hidden, _ = _encoder.inhibit(*given, False, blocks)
     return _dispatch.unflattened(hidden, (*x.shape[:-1], hidden.shape[1]))
 
 

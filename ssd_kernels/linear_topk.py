@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
+from ssd_kernels import _checks, _dispatch, _encoder, reference
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_gradient import row_gradient
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import MAX_K, select
+
+# (x, weight, bias, k, inhibition, counts, blocks) -> values, indices, cut, after
+Code: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def linear_topk(
@@ -45,9 +49,8 @@ def linear_topk(
         blocks: number S of networks whose rows follow one another. x then holds as many samples of
             each, weight is [S R, d], bias and counts are [S R]; the samples of a network see its R
             neurons alone, and so does k. The result of a network does not depend on the others.
-        impl: "triton" (picks "fused" or "chunked"), "fused", "chunked", "rescore", "torch" or
-            "reference"; by default the fastest for the device. A forced path that cannot serve
-            these shapes gives way to what "triton" would pick; every path is exact.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device. Beyond
+            k = 255, and for fp64, "torch" takes the place of "triton"; every one is exact.
 
     Returns:
         TopKOutput: values [.., k] >= 0 in the dtype of x, descending; indices [.., k] int64 of the
@@ -79,7 +82,7 @@ def linear_topk(
 
 
 class _LinearTopK(torch.autograd.Function):
-    """Shared by every implementation: `path` names the forward."""
+    """Shared by the implementations: `code` is the forward."""
 
     @staticmethod
     def forward(
@@ -90,11 +93,10 @@ class _LinearTopK(torch.autograd.Function):
         k: int,
         inhibition: str,
         counts: Tensor | None,
-        path: str,
         blocks: int,
+        code: Code,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        forward = _torch_code if path == "torch" else _linear_slabs.code
-        values, indices, cut, after = forward(x, weight, bias, k, inhibition, counts, path, blocks)
+        values, indices, cut, after = code(x, weight, bias, k, inhibition, counts, blocks)
         # What is not a number passes a gradient, so that it is seen.
         ctx.save_for_backward(x, weight, indices, after, ~(values <= 0), ~(cut <= 0))
         ctx.has_cut = k < len(weight) // blocks
@@ -135,7 +137,6 @@ def _torch_code(
     k: int,
     inhibition: str,
     counts: Tensor | None,
-    path: str,
     blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
@@ -162,7 +163,7 @@ def _serve(
     k: int,
     bias: Tensor | None = None,
     *,
-    path: str,
+    code: Code,
     inhibition: str,
     threshold: bool,
     preactivations: bool,
@@ -182,9 +183,12 @@ def _serve(
             blocks=blocks,
         )
     batch = x.shape[:-1]
-    values, indices, cut = _LinearTopK.apply(
-        _dispatch.flattened(x), weight, bias, k, inhibition, counts, path, blocks
-    )
+    given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, blocks
+    leaves = (t for t in given[:3] if t is not None)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+        values, indices, cut = _LinearTopK.apply(*given, code)
+    else:
+        values, indices, cut, _ = code(*given)
     return TopKOutput(
         _dispatch.unflattened(values, (*batch, k)),
         indices.view(*batch, k),
@@ -192,50 +196,15 @@ def _serve(
     )
 
 
-def heuristic(x: Tensor, k: int) -> str:
-    """The implementation for x [.., d]; every one is exact.
-
-    Measured on one H100, benchmarks/results/nvidia-h100-80gb-hbm3: "fused" is the fastest for fp32,
-    and for 16 bits at d = 1,024; at d = 4,096 the library's GEMM saves a third of the time (nothing
-    between the two was measured).
-    "rescore" (d = 1,024, R = 65,536: 209 ms, "fused" 20) finds too many candidates.
-    """
-    if k >= MAX_K or x.dtype not in _dispatch.TRITON_DTYPES:
-        return "torch"
-    sixteen = x.dtype != torch.float32 and _linear_slabs.MIXED_MM
-    return "chunked" if sixteen and x.shape[-1] >= 2048 else "fused"
-
-
-def _triton(
-    x: Tensor, weight: Tensor, k: int, bias: Tensor | None = None, *, blocks: int, **options: Any
-) -> TopKOutput:
-    path = heuristic(x, k)
-    return _serve(x, weight, k, bias, path=path, blocks=blocks, **options)
-
-
-def _forced(path: str) -> Callable[..., TopKOutput]:
-    def serve(
-        x: Tensor,
-        weight: Tensor,
-        k: int,
-        bias: Tensor | None = None,
-        *,
-        blocks: int,
-        **options: Any,
-    ) -> TopKOutput:
-        # What the kernels cannot serve takes the heuristic's choice.
-        neurons = weight.shape[0] // blocks
-        possible = path == "torch" or _linear_slabs.possible(path, x, neurons, k)
-        chosen = path if possible else heuristic(x, k)
-        return _serve(x, weight, k, bias, path=chosen, blocks=blocks, **options)
-
-    return serve
+def _triton(x: Tensor, weight: Tensor, k: int, bias: Tensor | None, **options: Any) -> TopKOutput:
+    served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
+    code = _encoder.code if served else _torch_code
+    return _serve(x, weight, k, bias, code=code, **options)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., TopKOutput]] = {
     "reference": reference.linear_topk,
-    "torch": _forced("torch"),
+    "torch": partial(_serve, code=_torch_code),
 }
 if _dispatch.TRITON:
     IMPLEMENTATIONS["triton"] = _triton
-    IMPLEMENTATIONS |= {path: _forced(path) for path in _linear_slabs.PATHS}

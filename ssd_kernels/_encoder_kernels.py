@@ -1,0 +1,444 @@
+"""Triton kernels of linear_topk and linear_inhibit; _encoder.py launches them and has the proof.
+
+Rows of the batch are worked on in blocks that hold `size` rows of every network; the first is row
+`start` of its network. Networks follow one another in every tensor: x [S B, d], weight [S R, d].
+"""
+
+from __future__ import annotations
+
+from ssd_kernels._triton import jit, tl
+from ssd_kernels.topk import LAST, LEAST, NOTHING, _bisect, _ordered, _ranked
+
+
+@jit
+def _unordered(key):
+    """int32 -> fp32: the inverse of _ordered."""
+    return tl.where(key < 0, -(2**31) - key, key).to(tl.float32, bitcast=True)
+
+
+@jit(do_not_specialize=["samples", "addresses"])
+def _halve_kernel(
+    x,  # [S B, d] fp32
+    weight,  # [S R, d] fp32
+    halves,  # [S B + S R, WIDTH] fp16: rows of x, then of weight, each times a power of two
+    units,  # [S B + S R] fp32: its inverse
+    norms,  # [S B + S R] fp32: L2 norm, rounded up
+    samples,  # S B
+    addresses,  # S R
+    features,
+    x_stride,
+    weight_stride,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    x_programs = tl.cdiv(samples, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(0) < x_programs:
+        inside = row < samples
+        source = x + row.to(tl.int64) * x_stride
+        out = row
+    else:
+        row -= x_programs * ROWS
+        inside = row < addresses
+        source = weight + row.to(tl.int64) * weight_stride
+        out = samples + row
+    column = tl.arange(0, BLOCK)
+    peak = tl.zeros([ROWS], tl.int32)
+    for start in range(0, WIDTH, BLOCK):
+        here = start + column
+        read = inside[:, None] & (here < features)[None, :]
+        value = tl.load(source[:, None] + here[None, :], mask=read, other=0.0)
+        peak = tl.maximum(peak, tl.max(value.to(tl.int32, bitcast=True) & LAST, axis=1))
+    # The largest entry of a row comes to lie in 2^14 .. 2^15: fp16 ends at 2^16.
+    exponent = tl.minimum(tl.maximum(268 - (peak >> 23), 1), 253)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    unit = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    square = tl.zeros([ROWS], tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        here = start + column
+        read = inside[:, None] & (here < features)[None, :]
+        value = tl.load(source[:, None] + here[None, :], mask=read, other=0.0) * scale[:, None]
+        square += tl.sum(value * value, axis=1)
+        at = halves + out.to(tl.int64)[:, None] * WIDTH + here[None, :]
+        tl.store(at, value.to(tl.float16), mask=inside[:, None] & (here < WIDTH)[None, :])
+    norm = tl.sqrt(square) * unit
+    tl.store(units + out, unit, mask=inside)
+    tl.store(norms + out, norm + norm * (features * 2.0**-23 + 2.0**-20), mask=inside)
+
+
+@jit
+def _keys_of_tile(
+    x,
+    weight,
+    bias,
+    units,
+    norms,
+    keys,
+    group_norms,
+    tile,
+    start,
+    size,
+    batch,
+    networks,
+    neurons,
+    features,
+    groups,
+    x_stride,
+    weight_stride,
+    BIAS: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    row_tiles = tl.cdiv(size, BM)
+    each = row_tiles * tl.cdiv(neurons, BN)
+    network = tile // each
+    # Tiles that run together share rows of weight in L2.
+    place = tile % each
+    band = TOGETHER * tl.cdiv(neurons, BN)
+    first_tile = place // band * TOGETHER
+    height = tl.minimum(row_tiles - first_tile, TOGETHER)
+    row_tile = first_tile + place % band % height
+    first_row = row_tile * BM
+    first_neuron = place % band // height * BN
+    row = first_row + tl.arange(0, BM)
+    neuron = first_neuron + tl.arange(0, BN)
+    inside = neuron < neurons
+    sample = network * batch + start + first_row
+    own = network.to(tl.int64) * neurons
+    total = tl.zeros([BM, BN], tl.float32)
+    if DESCRIPTORS:
+        for done in range(0, features, BK):
+            a = x.load([sample, done])
+            b = weight.load([network * neurons + first_neuron, done])
+            total = tl.dot(a, b.T, total)
+    else:
+        feature = tl.arange(0, BK)
+        a_rows = x + (sample + tl.arange(0, BM)).to(tl.int64)[:, None] * x_stride
+        b_rows = weight + (own + neuron)[None, :] * weight_stride
+        for done in range(0, features, BK):
+            column = done + feature
+            a = tl.load(
+                a_rows + column[None, :],
+                mask=(row < size)[:, None] & (column < features)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                b_rows + column[:, None],
+                mask=inside[None, :] & (column < features)[:, None],
+                other=0.0,
+            )
+            total = tl.dot(a, b, total)
+    group = first_neuron // GROUP + tl.arange(0, BN // GROUP)
+    if ESTIMATE:
+        samples = networks * batch
+        unit = tl.load(units + sample + tl.arange(0, BM), mask=row < size, other=0.0)
+        weight_unit = tl.load(units + samples + own + neuron, mask=inside, other=0.0)
+        total = total * unit[:, None] * weight_unit[None, :]
+        if row_tile == 0:
+            norm = tl.load(norms + samples + own + neuron, mask=inside, other=0.0)
+            longest = tl.max(tl.reshape(norm, [BN // GROUP, GROUP]), axis=1)
+            out = group_norms + network.to(tl.int64) * groups + group
+            tl.store(out, longest, mask=group < groups)
+    if BIAS:
+        shift = tl.load(bias + own + neuron, mask=inside, other=0.0)
+        total += shift.to(tl.float32)[None, :]
+    key = tl.where(inside[None, :], _ordered(total), NOTHING)
+    key = tl.reshape(key, [BM, BN // GROUP, GROUP])
+    lane = tl.arange(0, GROUP)[None, None, :]
+    best = tl.max(key, axis=2)
+    position = tl.min(tl.where(key == best[:, :, None], lane, GROUP - 1), axis=2)
+    second = tl.max(tl.where(lane == position[:, :, None], NOTHING, key), axis=2)
+    at = (network * size + row).to(tl.int64)[:, None] * groups + group[None, :]
+    kept = (row < size)[:, None] & (group < groups)[None, :]
+    tl.store(keys + at, best, mask=kept)
+    at += (networks * size).to(tl.int64) * groups
+    tl.store(keys + at, (second & -GROUP) | position, mask=kept)
+
+
+@jit(do_not_specialize=["start", "size", "networks"])
+def _keys_kernel(
+    x,  # [S B, D] fp16 or bf16, or a descriptor of it
+    weight,  # [S R, D], or a descriptor of it
+    bias,  # [S R]
+    units,  # [S B + S R] fp32: what the rows of x and of weight are to be multiplied by
+    norms,  # [S B + S R] fp32
+    keys,  # [2, S size, groups] int32: the largest key of a group, and the second with a position
+    group_norms,  # [S, groups] fp32: the largest norm of a group's rows of weight
+    tiles,
+    start,
+    size,
+    batch,
+    networks,
+    neurons,
+    features,
+    groups,
+    x_stride,
+    weight_stride,
+    BIAS: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """A product that keeps of each group of neurons the two largest keys, and no score.
+
+    The position of the largest key lies in the low bits of the second, which thereby shrinks.
+    """
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _keys_of_tile(
+                x, weight, bias, units, norms, keys, group_norms, tile, start, size, batch,
+                networks, neurons, features, groups, x_stride, weight_stride, BIAS, ESTIMATE,
+                DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
+            )  # fmt: skip
+    else:
+        _keys_of_tile(
+            x, weight, bias, units, norms, keys, group_norms, tl.program_id(0), start, size, batch,
+            networks, neurons, features, groups, x_stride, weight_stride, BIAS, ESTIMATE,
+            DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
+        )  # fmt: skip
+
+
+@jit
+def _scores(x, weight, neuron, inside, features, weight_stride, N: tl.constexpr, BK: tl.constexpr):
+    """fp32 products of one row x with weight[neuron], [N]."""
+    feature = tl.arange(0, BK)
+    rows = weight + neuron.to(tl.int64)[:, None] * weight_stride
+    total = tl.zeros([N, BK], tl.float32)
+    for start in range(0, features, BK):
+        here = start + feature
+        a = tl.load(x + here, mask=here < features, other=0.0).to(tl.float32)
+        b = tl.load(
+            rows + here[None, :], mask=inside[:, None] & (here < features)[None, :], other=0.0
+        )
+        total += a[None, :] * b.to(tl.float32)
+    return tl.sum(total, axis=1)
+
+
+@jit
+def _append(
+    buffer, held, floor, key, neuron, inside, best, CAPACITY: tl.constexpr, STEP: tl.constexpr
+):
+    """Adds what exceeds the floor to the buffer, which is cut to its `best` when it is full."""
+    if held + inside.shape[0] > CAPACITY:
+        packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+        tl.store(buffer + rank, packed, mask=rank < best)
+        floor = tl.max(tl.where(rank == best - 1, packed, LEAST))
+        held = best
+    entry = (key.to(tl.int64) << 32) | (neuron ^ LAST).to(tl.int64)
+    keep = inside & (entry > floor)
+    place = held + tl.cumsum(keep.to(tl.int32), 0) - 1
+    tl.store(buffer + place, entry, mask=keep)
+    return held + tl.sum(keep.to(tl.int32)), floor
+
+
+@jit(do_not_specialize=["start", "size", "networks", "k", "best"])
+def _code_kernel(
+    x,  # [S B, d]
+    weight,  # [S R, d]
+    bias,  # [S R]
+    norms,  # [S B] fp32
+    group_norms,  # [S, groups] fp32
+    keys,  # [2, S size, groups] int32; overwritten
+    buffer,  # [S size, CAPACITY] int64
+    values,  # [S B, k]
+    indices,  # [S B, k] int64, through all networks
+    after,  # [S B] int64: index of the (k+1)-th
+    cut,  # [S B]: the (k+1)-th activation
+    counts,  # [S R]
+    start,
+    size,
+    batch,
+    networks,
+    neurons,
+    features,
+    groups,
+    k,
+    best,  # k + 1, or R
+    x_stride,
+    weight_stride,
+    counts_stride,
+    share,  # error of an estimate, in units of the product of the norms
+    tiny,  # and what underflows
+    BIAS: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,  # lanes for the groups
+    CAPACITY: tl.constexpr,  # of the buffer, at least best + N
+    STEP: tl.constexpr,
+    N: tl.constexpr,  # neurons that are scored at a time
+    BK: tl.constexpr,
+):
+    """A row's code from the keys of its groups."""
+    row = tl.program_id(0)
+    network = row // size
+    sample = network.to(tl.int64) * batch + start + row % size
+    own = network.to(tl.int64) * neurons
+    x += sample * x_stride
+    weight += own * weight_stride
+    bias += own
+    buffer += row.to(tl.int64) * CAPACITY
+    second_keys = keys + ((networks * size).to(tl.int64) + row) * groups
+    keys += row.to(tl.int64) * groups
+
+    group = tl.arange(0, GROUPS)
+    known = group < groups
+    top = tl.load(keys + group, mask=known, other=NOTHING)
+    low = top
+    if ESTIMATE:
+        estimate = _unordered(top)
+        length = tl.load(norms + sample)
+        longest = tl.load(group_norms + network.to(tl.int64) * groups + group, mask=known, other=0)
+        width = share * (length * longest) + tiny * (length + longest + 1.0)
+        lower = estimate - (width + tl.abs(estimate) * 2.0**-21)
+        # What is no number bounds nothing.
+        low = _ordered(tl.where(lower == lower, lower, float("-inf")))
+        low = tl.where(known, low, NOTHING)
+    least, _ = _bisect(low, best, tl.min(low), best)
+    least = tl.where(best > groups, NOTHING, least)
+    high = top
+    if ESTIMATE:
+        high = _ordered(estimate + (width + tl.abs(estimate) * 2.0**-21))
+    reached = known & (high >= least)
+    second = tl.load(second_keys + group, mask=reached, other=NOTHING)
+    high = second | (GROUP - 1)
+    if ESTIMATE:
+        estimate = _unordered(high)
+        high = _ordered(estimate + (width + tl.abs(estimate) * 2.0**-21))
+    crowded = reached & (high >= least)
+    single = reached & (high < least)
+
+    # The list of what is looked at takes the place of the keys: single neurons, then whole groups.
+    singles = tl.sum(single.to(tl.int32))
+    total = singles + GROUP * tl.sum(crowded.to(tl.int32))
+    place = tl.cumsum(single.to(tl.int32), 0) - 1
+    place = tl.where(single, place, singles + tl.cumsum(crowded.to(tl.int32), 0) - 1)
+    entry = tl.where(single, group * GROUP + (second & (GROUP - 1)), group)
+    tl.debug_barrier()  # every thread has read its keys
+    tl.store(keys + place, entry, mask=reached)
+    if not ESTIMATE:
+        tl.store(second_keys + place, top, mask=single)
+    tl.debug_barrier()
+
+    held = 0
+    floor = LEAST
+    at = 0
+    if ESTIMATE:
+        floor = least.to(tl.int64) << 32
+    else:
+        # In 16 bits the product was the score.
+        while at < singles:
+            lane = at + tl.arange(0, N)
+            inside = lane < singles
+            neuron = tl.load(keys + lane, mask=inside, other=0)
+            key = tl.load(second_keys + lane, mask=inside, other=NOTHING)
+            held, floor = _append(buffer, held, floor, key, neuron, inside, best, CAPACITY, STEP)
+            at += N
+        at = singles
+    while at < total:
+        lane = at + tl.arange(0, N)
+        alone = lane < singles
+        member = tl.maximum(lane - singles, 0)
+        entry = tl.load(
+            keys + tl.where(alone, lane, singles + member // GROUP), mask=lane < total, other=0
+        )
+        neuron = tl.where(alone, entry, entry * GROUP + member % GROUP)
+        inside = (lane < total) & (neuron < neurons)
+        score = _scores(x, weight, neuron, inside, features, weight_stride, N, BK)
+        if BIAS:
+            score += tl.load(bias + neuron, mask=inside, other=0.0).to(tl.float32)
+        key = _ordered(score)
+        held, floor = _append(buffer, held, floor, key, neuron, inside, best, CAPACITY, STEP)
+        at += N
+
+    packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+    activation = _unordered((packed >> 32).to(tl.int32))
+    activation = tl.where(activation <= 0, 0.0, activation)  # NaN stays
+    following = (rank == k) & (rank < best)  # none if k is all of them
+    inhibition = tl.sum(tl.where(following, activation, 0.0))
+    tl.store(cut + sample, inhibition.to(cut.dtype.element_ty))
+    if SUBTRACT:
+        activation -= inhibition
+        activation = tl.where(activation <= 0, 0.0, activation)
+    index = own + ((packed & LAST).to(tl.int32) ^ LAST)
+    chosen = rank < k
+    value = activation.to(values.dtype.element_ty)
+    tl.store(values + sample * k + rank, value, mask=chosen)
+    tl.store(indices + sample * k + rank, index, mask=chosen)
+    tl.store(after + sample + rank - k, index, mask=following)
+    if COUNT:
+        one = tl.full([CAPACITY], 1, counts.dtype.element_ty)
+        active = chosen & (value.to(tl.float32) > 0)
+        tl.atomic_add(counts + index * counts_stride, one, mask=active, sem="relaxed")
+
+
+@jit
+def _inhibit_kernel(
+    scores,  # [S rows, R] fp32
+    best,  # [S rows, k + 1] fp32: the largest scores
+    gaba,  # [S R]
+    hidden,  # [S rows, R]; may be the scores
+    passes,  # [S rows, R] bool: where the gradient passes
+    counts,  # [S R]
+    rows,
+    neurons,
+    k,
+    counts_stride,
+    CUT: tl.constexpr,
+    GABA: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    COUNT: tl.constexpr,
+    PASSES: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    tiles = tl.cdiv(neurons, BN)
+    row_tiles = tl.cdiv(rows, BM)
+    row_tile = tl.program_id(0) // tiles
+    network = (row_tile // row_tiles).to(tl.int64)
+    row = row_tile % row_tiles * BM + tl.arange(0, BM)
+    neuron = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    inside = (row < rows)[:, None] & (neuron < neurons)[None, :]
+    gaba += network * neurons
+    counts += network * neurons * counts_stride
+    best += network * rows * (k + 1)
+    at = (network * rows + row)[:, None] * neurons + neuron[None, :]
+    score = tl.load(scores + at, mask=inside, other=0.0)
+    activation = tl.where(score <= 0, 0.0, score)
+    surplus = activation
+    if CUT:
+        inhibition = tl.load(best + row.to(tl.int64) * (k + 1) + k, mask=row < rows, other=0.0)[
+            :, None
+        ]
+        inhibition = tl.where(inhibition <= 0, 0.0, inhibition)
+        if GABA:
+            response = tl.load(gaba + neuron, mask=neuron < neurons, other=0.0).to(tl.float32)
+            inhibition = response[None, :] * inhibition
+        surplus = activation - inhibition
+    positive = tl.where(surplus <= 0, 0.0, surplus)
+    # What is not a number stays, so that it is seen.
+    kept = (surplus > 0) | (activation != activation)
+    value = positive if SUBTRACT else tl.where(kept, activation, 0.0)
+    value = value.to(hidden.dtype.element_ty)
+    tl.store(hidden + at, value, mask=inside)
+    if PASSES:
+        blocked = (score <= 0) | (value.to(tl.float32) <= 0)
+        tl.store(passes + at, ~blocked, mask=inside)
+    if COUNT:
+        active = inside & (value.to(tl.float32) > 0)
+        hits = tl.sum(active.to(tl.int32), axis=0).to(counts.dtype.element_ty)
+        tl.atomic_add(
+            counts + neuron.to(tl.int64) * counts_stride, hits, mask=hits > 0, sem="relaxed"
+        )
