@@ -76,7 +76,10 @@ def code(
         after.zero_()
     if batch == 0:
         return values, indices, cut, after
-    chosen = dict(_tuning.config("linear_topk", device, batch=batch))
+    aligned = TensorDescriptor is not None and (
+        estimate or all(t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 for t in (x, weight))
+    )
+    chosen = dict(_tuning.config("linear_topk", device, batch=batch, aligned=int(aligned)))
     group = group_size(neurons, best, estimate, chosen["BN"])
     groups = _ceil_div(neurons, group)
     lanes = _power(groups)
@@ -85,7 +88,7 @@ def code(
     capacity = 2 * _power(max(best, scored))
     rows = min(batch, max(1, WORKSPACE // (8 * groups * blocks)))
     # One allocation: int64 places of the buffer, then keys, then what estimates need.
-    halves = _ceil_div(features, 8) * 8  # whole 16 bytes, for descriptors
+    halves = max(1, _ceil_div(features, 16)) * 16
     both = len(x) + len(weight) if estimate else 0
     sizes = [
         8 * blocks * rows * capacity,
@@ -125,7 +128,14 @@ def code(
                 num_warps=4,
             )
     persistent = bool(chosen.pop("PERSISTENT"))
-    sources, described = _described(product, chosen)
+    described = bool(chosen.pop("DESCRIPTORS"))
+    sources: tuple[Any, ...] = product
+    if described:
+        heights = chosen["BM"], chosen["BN"]
+        sources = tuple(
+            TensorDescriptor.from_tensor(t, [height, chosen["BK"]])
+            for t, height in zip(product, heights, strict=True)
+        )
     for start in range(0, batch, rows):
         size = min(rows, batch - start)
         tiles = blocks * _ceil_div(size, chosen["BM"]) * _ceil_div(neurons, chosen["BN"])
@@ -213,19 +223,6 @@ def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
 def share(features: int) -> float:
     """Of |x| |w|: what an estimate of their product may be off; see the proof above."""
     return 1.001 * (2.0**-10 + 2.0**-20 + features * 2.0**-21)
-
-
-def _described(
-    factors: tuple[Tensor, Tensor], chosen: _tuning.Config
-) -> tuple[tuple[Any, ...], bool]:
-    """Tensor descriptors of both factors, where the GPU has them and the tensors are aligned."""
-    wanted = chosen.pop("DESCRIPTORS") and TensorDescriptor is not None
-    fit = all(t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 for t in factors)
-    if not wanted or not fit:
-        return factors, False
-    shapes = (chosen["BM"], chosen["BK"]), (chosen["BN"], chosen["BK"])
-    described = zip(factors, shapes, strict=True)
-    return tuple(TensorDescriptor.from_tensor(t, list(shape)) for t, shape in described), True
 
 
 def inhibit(

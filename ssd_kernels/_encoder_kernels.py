@@ -325,9 +325,9 @@ def _code_kernel(
     total = singles + GROUP * tl.sum(crowded.to(tl.int32))
     place = tl.cumsum(single.to(tl.int32), 0) - 1
     place = tl.where(single, place, singles + tl.cumsum(crowded.to(tl.int32), 0) - 1)
-    entry = tl.where(single, group * GROUP + (second & (GROUP - 1)), group)
+    listed = tl.where(single, group * GROUP + (second & (GROUP - 1)), group)
     tl.debug_barrier()  # every thread has read its keys
-    tl.store(keys + place, entry, mask=reached)
+    tl.store(keys + place, listed, mask=reached)
     if not ESTIMATE:
         tl.store(second_keys + place, top, mask=single)
     tl.debug_barrier()

@@ -40,6 +40,7 @@ TABLE: dict[str, dict[str, Rows]] = {
             ("sm90", "sm100"),
             (
                 ({"batch": 128}, {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}),
+                ({"aligned": 0}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
                 ({}, {**DESCRIBED, "BM": 128, "BN": 256, "BK": 64, "num_warps": 8}),
             ),
         ),
