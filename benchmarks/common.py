@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.cases import Provider, Shape
 
 # What serves CUDA tensors alone; an implementation that is not named is tried on CPU too.
-CUDA_ONLY = {"triton", "fused", "chunked", "rescore"}
+CUDA_ONLY = {"triton"}
 
 
 def implementations(op: str, device: torch.device) -> list[str]:

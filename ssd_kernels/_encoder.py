@@ -11,7 +11,7 @@ groups are scored again, because their other keys are not known.
 fp32 inputs: the product is an estimate in fp16, and whatever may reach M is scored again in fp32.
 That is exact. With e_j the estimate for neuron j and s_j its fp32 score, |e_j - s_j| <= E_j,
 
-    E_j = share |x| |w_j| + tiny (|x| + |w_j| + 1) + 2^-21 |e_j|,  share = 2^-10 + 2^-20 + d 2^-21:
+    E_j = c |x| |w_j| + d 2^-124 (|x| + |w_j| + 1) + 2^-21 |e_j|,  c = 2^-10 + 2^-20 + d 2^-21:
 
 - A row is multiplied by a power of two that brings its largest entry to 2^14 .. 2^15, which is
   exact. Rounding to fp16 then changes an entry by at most 2^-11 of it, or by 2^-25 where it becomes
@@ -20,7 +20,7 @@ That is exact. With e_j the estimate for neuron j and s_j its fp32 score, |e_j -
   value; subnormal entries add at most d 2^-24 of that.
 - Sums of d products in fp32: at most d 2^-22 of |x| |w_j| in the product (4 ulp a term: tensor
   cores truncate) and d 2^-23 in the fp32 score.
-- Products and entries below 2^-126 may be flushed to 0: d 2^-124 (|x| + |w_j| + 1) = tiny (..).
+- Products and entries below 2^-126 may be flushed to 0: d 2^-124 (|x| + |w_j| + 1).
 - Scaling back and the bias round e_j and s_j once each: 2^-21 |e_j|, with room to spare.
 
 k+1 groups hold a neuron with e_j - E_j >= M, so k+1 neurons have s_j >= M; a neuron with
@@ -33,7 +33,7 @@ or no number bounds nothing, and all of the group is scored. Norms are rounded u
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ except ImportError:  # before Triton 3.4, or none at all
 WORKSPACE = 2**26
 # Group keys that a program selects from: neurons a group are doubled beyond, up to a tile's.
 MAX_GROUPS = 8192
+# Entries of a tile of rows that a program of four warps holds.
+ENTRIES = 4096
 MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
 
 
@@ -66,118 +68,72 @@ def code(
     """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
     x, weight = _rows_contiguous(x), _rows_contiguous(weight)
     bias = None if bias is None else bias.detach().contiguous()
-    batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
-    device, estimate = x.device, x.dtype == torch.float32
     values = x.new_empty(len(x), k)
-    indices = torch.empty(len(x), k, dtype=torch.int64, device=device)
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     after, cut = indices.new_empty(len(x)), x.new_empty(len(x))
-    best = min(k + 1, neurons)
+    if len(x) == 0:
+        return values, indices, cut, after
+    aligned = _aligned(x, weight)
+    batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
+    tile = dict(_tuning.config("linear_topk", x.device, batch=batch, aligned=aligned))
+    described, persistent = bool(tile.pop("DESCRIPTORS")), bool(tile.pop("PERSISTENT"))
+    best, estimate = min(k + 1, neurons), x.dtype == torch.float32
     if best == k:
         after.zero_()
-    if batch == 0:
-        return values, indices, cut, after
-    aligned = TensorDescriptor is not None and (
-        estimate or all(t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 for t in (x, weight))
-    )
-    chosen = dict(_tuning.config("linear_topk", device, batch=batch, aligned=int(aligned)))
-    group = group_size(neurons, best, estimate, chosen["BN"])
+    group = group_size(neurons, best, estimate, tile["BN"])
     groups = _ceil_div(neurons, group)
-    lanes = _power(groups)
-    width = min(256, max(16, _power(features)))
-    scored = 4096 // width
-    capacity = 2 * _power(max(best, scored))
     rows = min(batch, max(1, WORKSPACE // (8 * groups * blocks)))
-    # One allocation: int64 places of the buffer, then keys, then what estimates need.
-    halves = max(1, _ceil_div(features, 16)) * 16
-    both = len(x) + len(weight) if estimate else 0
-    sizes = [
-        8 * blocks * rows * capacity,
-        8 * blocks * rows * groups,
-        4 * both,
-        4 * both,
-        4 * blocks * groups if estimate else 0,
-        2 * both * halves,
-    ]
-    sizes = [_ceil_div(size, 16) * 16 for size in sizes]
-    workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    buffer, keys, units, norms, group_norms, factors = workspace.split(sizes)
-    buffer, keys = buffer.view(torch.int64), keys.view(torch.int32)
-    product = x, weight
+    block = min(256, max(16, _power(features)))
+    scored = ENTRIES // block
+    capacity = 2 * _power(max(best, scored))
+    space = _workspace(x, weight, rows * blocks, groups, capacity, blocks if estimate else 0)
+    factors = x, weight
     if estimate:
-        units, norms, group_norms = (t.view(torch.float32) for t in (units, norms, group_norms))
-        factors = factors.view(torch.float16)[: both * halves].view(both, halves)
-        product = factors[: len(x)], factors[len(x) :]
-        block = min(1024, max(16, _power(halves)))
-        height = 4096 // block
-        programs = _ceil_div(len(x), height) + _ceil_div(len(weight), height)
-        with torch.cuda.device_of(x):
-            _halve_kernel[(programs,)](
-                x,
-                weight,
-                factors,
-                units,
-                norms,
-                len(x),
-                len(weight),
-                features,
-                x.stride(0),
-                weight.stride(0),
-                WIDTH=halves,
-                ROWS=height,
-                BLOCK=block,
-                num_warps=4,
-            )
-    persistent = bool(chosen.pop("PERSISTENT"))
-    described = bool(chosen.pop("DESCRIPTORS"))
-    sources: tuple[Any, ...] = product
-    if described:
-        heights = chosen["BM"], chosen["BN"]
-        sources = tuple(
-            TensorDescriptor.from_tensor(t, [height, chosen["BK"]])
-            for t, height in zip(product, heights, strict=True)
-        )
+        factors = space.halves[: len(x)], space.halves[len(x) :]
+        _halve(x, weight, space)
+    sources = _descriptors(factors, tile) if described else factors
+    programs = _tuning.multiprocessors(x.device) if persistent else 2**31
     for start in range(0, batch, rows):
         size = min(rows, batch - start)
-        tiles = blocks * _ceil_div(size, chosen["BM"]) * _ceil_div(neurons, chosen["BN"])
-        programs = min(tiles, _tuning.multiprocessors(device)) if persistent else tiles
+        tiles = blocks * _ceil_div(size, tile["BM"]) * _ceil_div(neurons, tile["BN"])
         with torch.cuda.device_of(x):
-            _keys_kernel[(programs,)](
+            _keys_kernel[(min(tiles, programs),)](
                 *sources,
                 x if bias is None else bias,
-                units,
-                norms,
-                keys,
-                group_norms,
+                space.units,
+                space.norms,
+                space.keys,
+                space.group_norms,
                 tiles,
                 start,
                 size,
                 batch,
                 blocks,
                 neurons,
-                product[0].shape[1],
+                factors[0].shape[1],
                 groups,
-                product[0].stride(0),
-                product[1].stride(0),
+                factors[0].stride(0),
+                factors[1].stride(0),
                 BIAS=bias is not None,
                 ESTIMATE=estimate,
                 DESCRIPTORS=described,
                 PERSISTENT=persistent,
                 GROUP=group,
-                **chosen,
+                **tile,
             )
             _code_kernel[(blocks * size,)](
                 x,
                 weight,
                 x if bias is None else bias,
-                norms,
-                group_norms,
-                keys,
-                buffer,
+                space.norms,
+                space.group_norms,
+                space.keys,
+                space.buffer,
                 values,
                 indices,
                 after,
                 cut,
-                keys if counts is None else counts,
+                indices if counts is None else counts,
                 start,
                 size,
                 batch,
@@ -190,21 +146,90 @@ def code(
                 x.stride(0),
                 weight.stride(0),
                 1 if counts is None else counts.stride(0),
-                share(features),
+                relative_error(features),
                 features * 2.0**-124,
                 BIAS=bias is not None,
                 ESTIMATE=estimate,
                 SUBTRACT=inhibition == "subtract",
                 COUNT=counts is not None,
                 GROUP=group,
-                GROUPS=lanes,
+                GROUPS=_power(groups),
                 CAPACITY=capacity,
                 STEP=8,
                 N=scored,
-                BK=width,
-                num_warps=min(16, max(4, lanes // 1024)),
+                BK=block,
+                num_warps=min(16, max(4, _power(groups) // 1024)),
             )
     return values, indices, cut, after
+
+
+class Workspace(NamedTuple):
+    """Parts of one allocation; the last four are empty where nothing is estimated."""
+
+    buffer: Tensor  # [rows, capacity] int64
+    keys: Tensor  # [2, rows, groups] int32
+    units: Tensor  # [S B + S R] fp32
+    norms: Tensor  # [S B + S R] fp32
+    group_norms: Tensor  # [S, groups] fp32
+    halves: Tensor  # [S B + S R, d] fp16, d rounded up
+
+
+def _workspace(
+    x: Tensor, weight: Tensor, rows: int, groups: int, capacity: int, estimated: int
+) -> Workspace:
+    """`estimated`: how many networks are."""
+    count = len(x) + len(weight) if estimated else 0
+    width = _ceil_div(max(1, x.shape[1]), 16) * 16
+    sizes = 8 * rows * capacity, 8 * rows * groups, 4 * count, 4 * count, 4 * estimated * groups
+    ends = [_ceil_div(size, 16) * 16 for size in (*sizes, 2 * count * width)]
+    memory = torch.empty(sum(ends), dtype=torch.uint8, device=x.device)
+    buffer, keys, units, norms, group_norms, halves = memory.split(ends)
+    return Workspace(
+        buffer.view(torch.int64),
+        keys.view(torch.int32),
+        units.view(torch.float32),
+        norms.view(torch.float32),
+        group_norms.view(torch.float32),
+        halves.view(torch.float16).view(count, width),
+    )
+
+
+def _halve(x: Tensor, weight: Tensor, space: Workspace) -> None:
+    width = space.halves.shape[1]
+    block = min(1024, _power(width))
+    height = ENTRIES // block
+    with torch.cuda.device_of(x):
+        _halve_kernel[(_ceil_div(len(x), height) + _ceil_div(len(weight), height),)](
+            x,
+            weight,
+            space.halves,
+            space.units,
+            space.norms,
+            len(x),
+            len(weight),
+            x.shape[1],
+            x.stride(0),
+            weight.stride(0),
+            WIDTH=width,
+            ROWS=height,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+def _aligned(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product's factors may have tensor descriptors; fp32 ones are copied anyway."""
+    if TensorDescriptor is None or x.dtype == torch.float32:
+        return TensorDescriptor is not None
+    return all(t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 for t in (x, weight))
+
+
+def _descriptors(factors: tuple[Tensor, Tensor], tile: _tuning.Config) -> tuple[Any, ...]:
+    heights = tile["BM"], tile["BN"]
+    return tuple(
+        TensorDescriptor.from_tensor(factor, [height, tile["BK"]])
+        for factor, height in zip(factors, heights, strict=True)
+    )
 
 
 def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
@@ -220,7 +245,7 @@ def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
     return group
 
 
-def share(features: int) -> float:
+def relative_error(features: int) -> float:
     """Of |x| |w|: what an estimate of their product may be off; see the proof above."""
     return 1.001 * (2.0**-10 + 2.0**-20 + features * 2.0**-21)
 

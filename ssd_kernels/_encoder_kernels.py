@@ -268,8 +268,8 @@ def _code_kernel(
     x_stride,
     weight_stride,
     counts_stride,
-    share,  # error of an estimate, in units of the product of the norms
-    tiny,  # and what underflows
+    relative_error,  # of an estimate, in units of the product of the norms
+    tiny,  # what underflows, in units of the norms
     BIAS: tl.constexpr,
     ESTIMATE: tl.constexpr,
     SUBTRACT: tl.constexpr,
@@ -301,7 +301,7 @@ def _code_kernel(
         estimate = _unordered(top)
         length = tl.load(norms + sample)
         longest = tl.load(group_norms + network.to(tl.int64) * groups + group, mask=known, other=0)
-        width = share * (length * longest) + tiny * (length + longest + 1.0)
+        width = relative_error * (length * longest) + tiny * (length + longest + 1.0)
         lower = estimate - (width + tl.abs(estimate) * 2.0**-21)
         # What is no number bounds nothing.
         low = _ordered(tl.where(lower == lower, lower, float("-inf")))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import ssd_kernels as ops
-from ssd_kernels import _linear_slabs, _segments, _tuning
+from ssd_kernels import _encoder, _segments, _tuning
 from ssd_kernels.linear_code import Shadow
 from tests.kernels.test_row_update import Step
 from tests.kernels.test_topk import fill
@@ -25,8 +25,6 @@ from tests.kernels.test_topk import fill
 # Short tiles: the smallest shapes have several of each, and a short last one.
 TILES: dict[str, _tuning.Config] = {
     "topk": {"TILE": 64, "PROGRAMS": 2, "num_warps": 1},
-    "linear_topk": {"BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages": 1},
-    "linear_topk_fp32": {"BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages": 1},
     "linear_inhibit": {"BM": 4, "BN": 32, "num_warps": 1},
     "count_active": {"BLOCK": 8, "num_warps": 1},
     "code_gram": {"BLOCK": 4, "num_warps": 1},
@@ -36,21 +34,23 @@ TILES: dict[str, _tuning.Config] = {
     "distill": {"num_warps": 1},
     "row_update": {"BLOCK": 8, "num_warps": 1},
 }
-FUSED = ("fused", "chunked", "rescore")
+# fp32 inputs take descriptors and the walk over tiles, 16-bit ones of odd strides neither.
+TILE = {"TOGETHER": 2, "BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages": 1}
+PLAIN, DESCRIBED = ({**TILE, "DESCRIPTORS": on, "PERSISTENT": on} for on in (0, 1))
 TAIL = 3  # columns of a wider matrix that an op is not handed
 
 
 @contextmanager
 def small_tiles(slab: int | None = None, groups: int | None = None) -> Iterator[None]:
-    """Launches with short tiles; a slab of few rows and programs of few groups where asked for."""
+    """Launches with short tiles; few rows and programs of few groups where asked for."""
     table: dict[str, dict[str, _tuning.Rows]] = {
         op: {"default": (({}, chosen),)} for op, chosen in TILES.items()
-    }
-    limits: dict[str, Any] = {} if slab is None else {"slab_rows": lambda *_: slab}
+    } | {"linear_topk": {"default": (({"aligned": 0}, PLAIN), ({}, DESCRIBED))}}
+    limits: dict[str, Any] = {} if slab is None else {"slab_rows": lambda *_: slab, "WORKSPACE": 1}
     limits |= {} if groups is None else {"MAX_GROUPS": groups}
     with ExitStack() as stack:
         for name, limit in limits.items():
-            stack.enter_context(mock.patch.object(_linear_slabs, name, limit))
+            stack.enter_context(mock.patch.object(_encoder, name, limit))
         stack.enter_context(mock.patch.object(_tuning, "TABLE", table))
         stack.enter_context(mock.patch.dict("os.environ", SSD_KERNELS_IMPL="triton"))
         yield
@@ -107,7 +107,6 @@ def layer(
 
 
 def linear_topk(
-    impl: str,
     batch: int,
     neurons: int,
     features: int,
@@ -122,7 +121,7 @@ def linear_topk(
     given = layer(batch * blocks, neurons * blocks, features, bias, dtype)
     leaves = [t.requires_grad_(grad) for t in given if t is not None]
     results = []
-    for name in (impl, "reference"):
+    for name in ("triton", "reference"):
         counts = counter(neurons * blocks) if count else None
         out = ops.linear_topk(
             given[0], given[1], k, given[2], inhibition=inhibition, threshold=True, counts=counts,
@@ -135,12 +134,12 @@ def linear_topk(
 
 
 def rescored(blocks: int, bias: bool) -> None:
-    """Scores that differ, so that the filter leaves few; and a row whose scores are too close."""
+    """Scores that differ, of which few are looked at; and a row whose scores are too close."""
     x, weight = torch.randn(3 * blocks, 7), torch.randn(170 * blocks, 7)
     x[1] = 10 + torch.rand(7)
     weight[:170] = x[1] + 1e-5 * torch.rand(170, 7)
     shift = torch.randn(170 * blocks) * 1e-3 if bias else None
-    got = ops.linear_topk(x, weight, 2, shift, blocks=blocks, impl="rescore")
+    got = ops.linear_topk(x, weight, 2, shift, blocks=blocks, impl="triton")
     expected = ops.linear_topk(
         x.double(), weight.double(), 2, None if shift is None else shift.double(), blocks=blocks,
         impl="reference",
@@ -321,29 +320,25 @@ CASES: dict[str, Callable[[], None]] = {
     "topk parts boost mask": partial(topk, "normal", 2, 520, 30, boost=True, allowed=200),
     "topk few allowed": partial(topk, "normal", 2, 70, 4, allowed=2, dtype=HALF),
     **{
-        f"linear_topk {impl} {name}": partial(linear_topk, impl, *shape, **options)
-        for impl in FUSED
+        f"linear_topk {name} {word}": partial(linear_topk, *shape, **options, dtype=dtype)
+        for dtype, word in ((SINGLE, "single"), (HALF, "half"))
         for name, shape, options in (
             ("one", (5, 70, 9, 1), {"bias": False}),
             ("ties", (3, 130, 9, 3), {"inhibition": "subtract"}),
             ("blocks", (5, 65, 9, 2), {"blocks": 2, "bias": False, "count": False}),
+            ("all", (1, 33, 37, 33), {"count": False}),
+            ("many groups", (2, 700, 1, 1), {"bias": False, "grad": False}),
         )
     },
-    "linear_topk triton": partial(linear_topk, "triton", 2, 40, 3, 3),
-    "linear_topk fused all": partial(linear_topk, "fused", 1, 33, 3, 33, count=False),
-    "linear_topk chunked all": partial(linear_topk, "chunked", 1, 33, 3, 33, count=False),
-    "linear_topk fused half": partial(linear_topk, "fused", 2, 70, 9, 2, dtype=HALF),
-    "linear_topk chunked half": partial(linear_topk, "chunked", 2, 70, 9, 2, dtype=HALF),
+    "linear_topk": partial(linear_topk, 2, 40, 3, 3),
     "linear_topk rescored": partial(rescored, 2, True),
     "linear_topk rescored without bias": partial(rescored, 1, False),
-    "linear_topk rescored of many groups": partial(
-        linear_topk, "rescore", 2, 2100, 1, 1, bias=False, grad=False
-    ),
     "linear_inhibit gaba": partial(linear_inhibit, 5, 70, 3),
     "linear_inhibit one": partial(linear_inhibit, 2, 40, 1, gaba=False, count=False),
     "linear_inhibit blocks": partial(
         linear_inhibit, 3, 40, 2, bias=False, inhibition="mask", blocks=2, grad=False
     ),
+    "linear_inhibit all": partial(linear_inhibit, 2, 40, 40),
     "linear_inhibit half": partial(linear_inhibit, 2, 40, 2, dtype=HALF, grad=False),
     "linear_code half": partial(linear_code, HALF, False, "mask"),
     "linear_code half gaba": partial(linear_code, HALF, True, "mask", blocks=2),
@@ -378,7 +373,7 @@ CASES: dict[str, Callable[[], None]] = {
 
 def slabs(case: str) -> dict[str, int]:
     """Few rows at a time for some, few groups at a time for others."""
-    if case.endswith(("blocks", "gaba")):
+    if "blocks" in case or case.endswith("gaba"):
         return {"slab": 4}
     return {"groups": 3} if "ties" in case else {}
 

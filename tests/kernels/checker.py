@@ -264,6 +264,7 @@ class Checker:
         known = {name: value for name, value in kwargs.items() if name in executor.arg_names}
         given = inspect.getcallargs(executor.fn, *args, **known)
         constants = {name: given.pop(name) for name in executor.constexprs}
+        given = {name: _described(value) for name, value in given.items()}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         shadows = self._shadows(list(tensors.values()))
         self._arguments = [
@@ -287,6 +288,8 @@ class Checker:
 
     def _convert(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def convert(arg: Any) -> Any:
+            if _described(arg) is not arg:
+                return original(arg)  # which converts the tensor in its turn
             if hasattr(arg, "data_ptr") or isinstance(arg, tuple):
                 if not isinstance(arg, Tensor):
                     raise NotImplementedError(f"the checker does not follow a {type(arg)}")
@@ -470,6 +473,11 @@ def _differ(one: Array, other: Array) -> Array:
     """Bit for bit, so that NaN equals NaN."""
     bits = np.dtype(f"u{one.dtype.itemsize}")
     return np.ascontiguousarray(one).view(bits) != np.ascontiguousarray(other).view(bits)
+
+
+def _described(arg: Any) -> Any:
+    """The tensor of a descriptor; else the argument."""
+    return arg.base if type(arg).__name__ == "TensorDescriptor" else arg
 
 
 def _site() -> Site:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ssd_kernels as sk
-from ssd_kernels import _dispatch, _linear_slabs
+from ssd_kernels import _dispatch
 from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (
     Arguments,
@@ -43,10 +43,6 @@ class Module(Op):
     """A module of ssd_kernels.nn; the environment chooses the implementation."""
 
     prefixes = ("topk", "linear_topk", "sparse_linear", "TopKLinear", "SparseLinear")
-
-    def implementations(self) -> list[str]:
-        """Their ops are drawn with every path of the kernels."""
-        return [name for name in super().implementations() if name not in _linear_slabs.PATHS]
 
     def module(self, arguments: Arguments) -> torch.nn.Module:
         raise NotImplementedError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ssd_kernels as sk
-from ssd_kernels import _dispatch, _library, _linear_slabs
+from ssd_kernels import _dispatch, _library
 from tests.kernels.conftest import INTERPRETED, triton_only
 
 # Compiled on CPU, the traceable path serves; "triton" is the operators of _library.
@@ -273,11 +273,6 @@ def test_autocast(name: str, compiled: bool, device: str) -> None:
     assert {g.dtype for g in leaf_gradients} == {torch.float32}
 
 
-@pytest.mark.parametrize("impl", [triton_only(path) for path in _linear_slabs.PATHS])
-def test_a_forced_path_compiles_triton(impl: str, device: str) -> None:
-    check_compiled("linear_topk", impl, "aot_eager", device)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, device: str) -> None:
     torch._dynamo.reset()
@@ -326,10 +321,10 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "row_gradients": (_library.row_gradients_op, (plain, inputs[0], indices, NEURONS)),
         "code_gram": (_library.code_gram_op, (plain, indices, gram, cross, labels)),
         "code_gram only": (_library.code_gram_op, (plain, indices, gram, None, None)),
-        "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", "fused", 1)),
-        "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", "fused", 1)),
+        "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", 1)),
+        "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", 1)),
         "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract", 1)),
-        "linear_topk blocks": (_library.linear_topk_op, (*several, SLOTS, "mask", "fused", 3)),
+        "linear_topk blocks": (_library.linear_topk_op, (*several, SLOTS, "mask", 3)),
         "linear_inhibit blocks": (
             _library.linear_inhibit_op,
             (*several, SLOTS, boost.repeat(3), "subtract", 3),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _linear_slabs, linear_topk, reference
+from ssd_kernels import _encoder, linear_topk, reference
 from ssd_kernels import linear_inhibit as op
 from tests.kernels.conftest import INTERPRETED, same, triton_only
 
@@ -143,8 +143,8 @@ def test_shapes_and_strides(device: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_many_slabs(device: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear_slabs, "slab_rows", lambda *_: 2)
-    x, weight, bias, gaba = layer(5, 200, 16, torch.float32, device)
+    monkeypatch.setattr(_encoder, "slab_rows", lambda *_: 2)
+    x, weight, bias, gaba = layer(5, 200, 16, torch.float16, device)
     check(x, weight, 4, bias, gaba, impl, "subtract")
 
 
@@ -195,7 +195,7 @@ def test_blocks_equal_the_loop_over_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if slab is not None:
-        monkeypatch.setattr(_linear_slabs, "slab_rows", lambda *_: slab)
+        monkeypatch.setattr(_encoder, "slab_rows", lambda *_: slab)
     blocks, batch, neurons, features, k = shape
     for how, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
         x, weight, bias, gaba = layer(blocks * batch, blocks * neurons, features, dtype, device)
