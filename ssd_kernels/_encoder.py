@@ -28,18 +28,28 @@ e_j + E_j < M has s_j < M and is none of the k+1 largest. E_j grows with |w_j|, 
 largest norm of its rows: a neuron of huge weight widens the bound of its own group only. As
 e + 2^-21 |e| grows with e, a group's second bounds all but its largest. A bound that is infinite
 or no number bounds nothing, and all of the group is scored. Norms are rounded up.
+
+Graded inhibition, 0 < g_j <= 1: neuron j fires if a_j > g_j I, I the (k+1)-th activation. M bounds
+I too, so j is looked at if (e_j + E_j) / g_j may exceed M, up to the rounding of the quotient. The
+product keeps the keys of that bound, and of e_j - E_j each group's largest, for M.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ssd_kernels import _tuning
-from ssd_kernels._encoder_kernels import _code_kernel, _halve_kernel, _inhibit_kernel, _keys_kernel
+from ssd_kernels._encoder_kernels import (
+    _code_kernel,
+    _graded_kernel,
+    _halve_kernel,
+    _inhibit_kernel,
+    _keys_kernel,
+)
 from ssd_kernels.topk import select_triton
 
 try:
@@ -66,69 +76,26 @@ def code(
     blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
-    x, weight = _rows_contiguous(x), _rows_contiguous(weight)
-    bias = None if bias is None else bias.detach().contiguous()
     values = x.new_empty(len(x), k)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     after, cut = indices.new_empty(len(x)), x.new_empty(len(x))
     if len(x) == 0:
         return values, indices, cut, after
-    aligned = _aligned(x, weight)
-    batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
-    tile = dict(_tuning.config("linear_topk", x.device, batch=batch, aligned=aligned))
-    described, persistent = bool(tile.pop("DESCRIPTORS")), bool(tile.pop("PERSISTENT"))
-    best, estimate = min(k + 1, neurons), x.dtype == torch.float32
+    best = min(k + 1, len(weight) // blocks)
     if best == k:
         after.zero_()
-    group = group_size(neurons, best, estimate, tile["BN"])
-    groups = _ceil_div(neurons, group)
-    rows = min(batch, max(1, WORKSPACE // (8 * groups * blocks)))
-    block = min(256, max(16, _power(features)))
-    scored = ENTRIES // block
-    capacity = 2 * _power(max(best, scored))
-    space = _workspace(x, weight, rows * blocks, groups, capacity, blocks if estimate else 0)
-    factors = x, weight
-    if estimate:
-        factors = space.halves[: len(x)], space.halves[len(x) :]
-        _halve(x, weight, space)
-    sources = _descriptors(factors, tile) if described else factors
-    programs = _tuning.multiprocessors(x.device) if persistent else 2**31
-    for start in range(0, batch, rows):
-        size = min(rows, batch - start)
-        tiles = blocks * _ceil_div(size, tile["BM"]) * _ceil_div(neurons, tile["BN"])
+    bias = None if bias is None else bias.detach().contiguous()
+    product = Product(x, weight, bias, None, best, best, blocks)
+    for start, size in product.blocks():
         with torch.cuda.device_of(x):
-            _keys_kernel[(min(tiles, programs),)](
-                *sources,
-                x if bias is None else bias,
-                space.units,
-                space.norms,
-                space.keys,
-                space.group_norms,
-                tiles,
-                start,
-                size,
-                batch,
-                blocks,
-                neurons,
-                factors[0].shape[1],
-                groups,
-                factors[0].stride(0),
-                factors[1].stride(0),
-                BIAS=bias is not None,
-                ESTIMATE=estimate,
-                DESCRIPTORS=described,
-                PERSISTENT=persistent,
-                GROUP=group,
-                **tile,
-            )
             _code_kernel[(blocks * size,)](
-                x,
-                weight,
+                product.x,
+                product.weight,
                 x if bias is None else bias,
-                space.norms,
-                space.group_norms,
-                space.keys,
-                space.buffer,
+                product.norms,
+                product.group_norms,
+                product.group_keys,
+                product.buffer,
                 values,
                 indices,
                 after,
@@ -136,85 +103,187 @@ def code(
                 indices if counts is None else counts,
                 start,
                 size,
-                batch,
-                blocks,
-                neurons,
-                features,
-                groups,
+                *product.sizes,
                 k,
                 best,
-                x.stride(0),
-                weight.stride(0),
+                *product.strides,
                 1 if counts is None else counts.stride(0),
-                relative_error(features),
-                features * 2.0**-124,
+                *product.errors,
                 BIAS=bias is not None,
-                ESTIMATE=estimate,
+                ESTIMATE=product.estimate,
                 SUBTRACT=inhibition == "subtract",
                 COUNT=counts is not None,
-                GROUP=group,
-                GROUPS=_power(groups),
-                CAPACITY=capacity,
-                STEP=8,
-                N=scored,
-                BK=block,
-                num_warps=min(16, max(4, _power(groups) // 1024)),
+                **product.constants,
             )
     return values, indices, cut, after
 
 
-class Workspace(NamedTuple):
-    """Parts of one allocation; the last four are empty where nothing is estimated."""
+def graded_code(
+    x: Tensor, weight: Tensor, k: int, width: int, gaba: Tensor, inhibition: str, blocks: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values, indices [B, width] of fp32 x; bool [B]: whether more fire. k < R, gaba in (0, 1]."""
+    values = x.new_empty(len(x), width)
+    indices = torch.empty(len(x), width, dtype=torch.int64, device=x.device)
+    overflow = torch.empty(len(x), dtype=torch.bool, device=x.device)
+    if len(x) == 0:
+        return values, indices, overflow
+    gaba = gaba.detach().contiguous()
+    product = Product(x, weight, None, gaba, k + 1, max(k + 1, width), blocks)
+    for start, size in product.blocks():
+        with torch.cuda.device_of(x):
+            _graded_kernel[(blocks * size,)](
+                product.x,
+                product.weight,
+                gaba,
+                product.group_keys,
+                product.buffer,
+                values,
+                indices,
+                overflow,
+                start,
+                size,
+                *product.sizes,
+                k,
+                width,
+                *product.strides,
+                SUBTRACT=inhibition == "subtract",
+                **product.constants,
+            )
+    return values, indices, overflow
 
-    buffer: Tensor  # [rows, capacity] int64
-    keys: Tensor  # [2, rows, groups] int32
-    units: Tensor  # [S B + S R] fp32
-    norms: Tensor  # [S B + S R] fp32
-    group_norms: Tensor  # [S, groups] fp32
-    halves: Tensor  # [S B + S R, d] fp16, d rounded up
 
+class Product:
+    """The product of a call, block of rows by block, and what a kernel selects from.
 
-def _workspace(
-    x: Tensor, weight: Tensor, rows: int, groups: int, capacity: int, estimated: int
-) -> Workspace:
-    """`estimated`: how many networks are."""
-    count = len(x) + len(weight) if estimated else 0
-    width = _ceil_div(max(1, x.shape[1]), 16) * 16
-    sizes = 8 * rows * capacity, 8 * rows * groups, 4 * count, 4 * count, 4 * estimated * groups
-    ends = [_ceil_div(size, 16) * 16 for size in (*sizes, 2 * count * width)]
-    memory = torch.empty(sum(ends), dtype=torch.uint8, device=x.device)
-    buffer, keys, units, norms, group_norms, halves = memory.split(ends)
-    return Workspace(
-        buffer.view(torch.int64),
-        keys.view(torch.int32),
-        units.view(torch.float32),
-        norms.view(torch.float32),
-        group_norms.view(torch.float32),
-        halves.view(torch.float16).view(count, width),
-    )
+    Args:
+        x: [S B, d]. weight: [S R, d]. bias: [S R] or None. gaba: [S R] or None, see GRADED.
+        best: how many of the largest scores the groups shall tell apart.
+        room: entries of a row's buffer that a cut leaves.
+        blocks: S.
+    """
 
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gaba: Tensor | None,
+        best: int,
+        room: int,
+        blocks: int,
+    ) -> None:
+        self.x, self.weight = _rows_contiguous(x), _rows_contiguous(weight)
+        self.bias, self.gaba = bias, gaba
+        self.estimate = x.dtype == torch.float32
+        batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
+        aligned = _aligned(self.x, self.weight)
+        self.tile = dict(_tuning.config("linear_topk", x.device, batch=batch, aligned=aligned))
+        group = group_size(neurons, best, self.estimate, self.tile["BN"])
+        groups = _ceil_div(neurons, group)
+        planes = 2 if gaba is None else 3
+        self.rows = min(batch, max(1, WORKSPACE // (4 * planes * groups * blocks)))
+        block = min(256, max(16, _power(features)))
+        scored = ENTRIES // block
+        capacity = 2 * _power(max(room, scored))
+        self.sizes = batch, blocks, neurons, features, groups
+        self.strides = self.x.stride(0), self.weight.stride(0)
+        self.errors = relative_error(features), features * 2.0**-124
+        self.constants = {
+            "GROUP": group,
+            "GROUPS": _power(groups),
+            "CAPACITY": capacity,
+            "STEP": 8,
+            "N": scored,
+            "BK": block,
+            "num_warps": min(16, max(4, _power(groups) // 1024)),
+        }
+        self._allocate(8 * capacity, 4 * planes * groups, blocks * groups)
+        self.factors = self.x, self.weight
+        if self.estimate:
+            self._halve()
 
-def _halve(x: Tensor, weight: Tensor, space: Workspace) -> None:
-    width = space.halves.shape[1]
-    block = min(1024, _power(width))
-    height = ENTRIES // block
-    with torch.cuda.device_of(x):
-        _halve_kernel[(_ceil_div(len(x), height) + _ceil_div(len(weight), height),)](
-            x,
-            weight,
-            space.halves,
-            space.units,
-            space.norms,
-            len(x),
-            len(weight),
-            x.shape[1],
-            x.stride(0),
-            weight.stride(0),
-            WIDTH=width,
-            ROWS=height,
-            BLOCK=block,
-            num_warps=4,
-        )
+    def _allocate(self, buffer: int, keys: int, groups: int) -> None:
+        """One workspace; buffer, keys: bytes a row. What estimates need is empty without them."""
+        rows = self.rows * self.sizes[1]
+        count = len(self.x) + len(self.weight) if self.estimate else 0
+        width = _ceil_div(max(1, self.x.shape[1]), 16) * 16
+        sizes = rows * buffer, rows * keys, 4 * count, 4 * count, 4 * groups, 2 * count * width
+        ends = [_ceil_div(size, 16) * 16 for size in sizes]
+        workspace = torch.empty(sum(ends), dtype=torch.uint8, device=self.x.device)
+        parts = workspace.split(ends)
+        self.buffer = parts[0].view(torch.int64)  # [S rows, CAPACITY]
+        self.group_keys = parts[1].view(torch.int32)  # [2 or 3, S rows, groups]
+        self.units, self.norms, self.group_norms = (p.view(torch.float32) for p in parts[2:5])
+        self.halves = parts[5].view(torch.float16).view(count, width)
+
+    def _halve(self) -> None:
+        """The factors in fp16, a power of two taken out of each row, and the norms of the rows."""
+        width = self.halves.shape[1]
+        block = min(1024, _power(width))
+        height = ENTRIES // block
+        programs = _ceil_div(len(self.x), height) + _ceil_div(len(self.weight), height)
+        with torch.cuda.device_of(self.x):
+            _halve_kernel[(programs,)](
+                self.x,
+                self.weight,
+                self.halves,
+                self.units,
+                self.norms,
+                len(self.x),
+                len(self.weight),
+                self.x.shape[1],
+                *self.strides,
+                WIDTH=width,
+                ROWS=height,
+                BLOCK=block,
+                num_warps=4,
+            )
+        self.factors = self.halves[: len(self.x)], self.halves[len(self.x) :]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Writes the keys of a block of rows: the first of each network, and how many."""
+        batch, networks, neurons, _, groups = self.sizes
+        tile = dict(self.tile)
+        described, persistent = bool(tile.pop("DESCRIPTORS")), bool(tile.pop("PERSISTENT"))
+        factors: tuple[Any, ...] = self.factors
+        if described:
+            heights = tile["BM"], tile["BN"]
+            factors = tuple(
+                TensorDescriptor.from_tensor(factor, [height, tile["BK"]])
+                for factor, height in zip(self.factors, heights, strict=True)
+            )
+        most = _tuning.multiprocessors(self.x.device) if persistent else 2**31
+        for start in range(0, batch, self.rows):
+            size = min(self.rows, batch - start)
+            tiles = networks * _ceil_div(size, tile["BM"]) * _ceil_div(neurons, tile["BN"])
+            with torch.cuda.device_of(self.x):
+                _keys_kernel[(min(tiles, most),)](
+                    *factors,
+                    self.x if self.bias is None else self.bias,
+                    self.units,
+                    self.norms,
+                    self.group_keys,
+                    self.group_norms,
+                    self.x if self.gaba is None else self.gaba,
+                    tiles,
+                    start,
+                    size,
+                    batch,
+                    networks,
+                    neurons,
+                    self.factors[0].shape[1],
+                    groups,
+                    *(factor.stride(0) for factor in self.factors),
+                    *self.errors,
+                    BIAS=self.bias is not None,
+                    ESTIMATE=self.estimate,
+                    GRADED=self.gaba is not None,
+                    DESCRIPTORS=described,
+                    PERSISTENT=persistent,
+                    GROUP=self.constants["GROUP"],
+                    **tile,
+                )
+            yield start, size
 
 
 def _aligned(x: Tensor, weight: Tensor) -> bool:
@@ -222,14 +291,6 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
     if TensorDescriptor is None or x.dtype == torch.float32:
         return TensorDescriptor is not None
     return all(t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 for t in (x, weight))
-
-
-def _descriptors(factors: tuple[Tensor, Tensor], tile: _tuning.Config) -> tuple[Any, ...]:
-    heights = tile["BM"], tile["BN"]
-    return tuple(
-        TensorDescriptor.from_tensor(factor, [height, tile["BK"]])
-        for factor, height in zip(factors, heights, strict=True)
-    )
 
 
 def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:

@@ -76,6 +76,7 @@ def _keys_of_tile(
     norms,
     keys,
     group_norms,
+    gaba,
     tile,
     start,
     size,
@@ -86,8 +87,11 @@ def _keys_of_tile(
     groups,
     x_stride,
     weight_stride,
+    relative_error,
+    tiny,
     BIAS: tl.constexpr,
     ESTIMATE: tl.constexpr,
+    GRADED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
@@ -140,25 +144,37 @@ def _keys_of_tile(
         unit = tl.load(units + sample + tl.arange(0, BM), mask=row < size, other=0.0)
         weight_unit = tl.load(units + samples + own + neuron, mask=inside, other=0.0)
         total = total * unit[:, None] * weight_unit[None, :]
+        norm = tl.load(norms + samples + own + neuron, mask=inside, other=0.0)
         if row_tile == 0:
-            norm = tl.load(norms + samples + own + neuron, mask=inside, other=0.0)
             longest = tl.max(tl.reshape(norm, [BN // GROUP, GROUP]), axis=1)
             out = group_norms + network.to(tl.int64) * groups + group
             tl.store(out, longest, mask=group < groups)
     if BIAS:
         shift = tl.load(bias + own + neuron, mask=inside, other=0.0)
         total += shift.to(tl.float32)[None, :]
+    at = (network * size + row).to(tl.int64)[:, None] * groups + group[None, :]
+    kept = (row < size)[:, None] & (group < groups)[None, :]
+    plane = (networks * size).to(tl.int64) * groups
+    if GRADED:
+        # The bounds of each neuron: below, of the activation; above, over the response.
+        length = tl.load(norms + sample + tl.arange(0, BM), mask=row < size, other=0.0)
+        slope = relative_error * length + tiny
+        width = slope[:, None] * norm[None, :] + (tiny * (length + 1.0))[:, None]
+        width += tl.abs(total) * 2.0**-21
+        lower = tl.where(total - width == total - width, total - width, float("-inf"))
+        key = tl.where(inside[None, :], _ordered(lower), NOTHING)
+        floor = tl.max(tl.reshape(key, [BM, BN // GROUP, GROUP]), axis=2)
+        tl.store(keys + 2 * plane + at, floor, mask=kept)
+        response = tl.load(gaba + own + neuron, mask=inside, other=1.0).to(tl.float32)
+        total = (total + width) / response[None, :]
     key = tl.where(inside[None, :], _ordered(total), NOTHING)
     key = tl.reshape(key, [BM, BN // GROUP, GROUP])
     lane = tl.arange(0, GROUP)[None, None, :]
     best = tl.max(key, axis=2)
     position = tl.min(tl.where(key == best[:, :, None], lane, GROUP - 1), axis=2)
     second = tl.max(tl.where(lane == position[:, :, None], NOTHING, key), axis=2)
-    at = (network * size + row).to(tl.int64)[:, None] * groups + group[None, :]
-    kept = (row < size)[:, None] & (group < groups)[None, :]
     tl.store(keys + at, best, mask=kept)
-    at += (networks * size).to(tl.int64) * groups
-    tl.store(keys + at, (second & -GROUP) | position, mask=kept)
+    tl.store(keys + plane + at, (second & -GROUP) | position, mask=kept)
 
 
 @jit(do_not_specialize=["start", "size", "networks"])
@@ -168,8 +184,9 @@ def _keys_kernel(
     bias,  # [S R]
     units,  # [S B + S R] fp32: what the rows of x and of weight are to be multiplied by
     norms,  # [S B + S R] fp32
-    keys,  # [2, S size, groups] int32: the largest key of a group, and the second with a position
+    keys,  # [2 or 3, S size, groups] int32: a group's largest, its second with a position, bounds
     group_norms,  # [S, groups] fp32: the largest norm of a group's rows of weight
+    gaba,  # [S R]
     tiles,
     start,
     size,
@@ -180,8 +197,11 @@ def _keys_kernel(
     groups,
     x_stride,
     weight_stride,
+    relative_error,  # of an estimate, in units of the product of the norms
+    tiny,  # what underflows, in units of the norms
     BIAS: tl.constexpr,
     ESTIMATE: tl.constexpr,
+    GRADED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PERSISTENT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -193,20 +213,51 @@ def _keys_kernel(
     """A product that keeps of each group of neurons the two largest keys, and no score.
 
     The position of the largest key lies in the low bits of the second, which thereby shrinks.
+    GRADED: keys are of the upper bound over the response to inhibition; a third one bounds the
+    largest activation of a group from below.
     """
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _keys_of_tile(
-                x, weight, bias, units, norms, keys, group_norms, tile, start, size, batch,
-                networks, neurons, features, groups, x_stride, weight_stride, BIAS, ESTIMATE,
-                DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
+                x, weight, bias, units, norms, keys, group_norms, gaba, tile, start, size, batch,
+                networks, neurons, features, groups, x_stride, weight_stride, relative_error, tiny,
+                BIAS, ESTIMATE, GRADED, DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
             )  # fmt: skip
     else:
         _keys_of_tile(
-            x, weight, bias, units, norms, keys, group_norms, tl.program_id(0), start, size, batch,
-            networks, neurons, features, groups, x_stride, weight_stride, BIAS, ESTIMATE,
-            DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
+            x, weight, bias, units, norms, keys, group_norms, gaba, tl.program_id(0), start, size,
+            batch, networks, neurons, features, groups, x_stride, weight_stride, relative_error,
+            tiny, BIAS, ESTIMATE, GRADED, DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
         )  # fmt: skip
+
+
+@jit
+def _list(keys, group, second, reached, crowded, GROUP: tl.constexpr):
+    """Writes what is to be looked at over the keys: single neurons, then crowded groups.
+
+    Returns how many are single, how many neurons that makes in all, and the place of each group.
+    """
+    single = reached & ~crowded
+    singles = tl.sum(single.to(tl.int32))
+    total = singles + GROUP * tl.sum(crowded.to(tl.int32))
+    place = tl.cumsum(single.to(tl.int32), 0) - 1
+    place = tl.where(single, place, singles + tl.cumsum(crowded.to(tl.int32), 0) - 1)
+    tl.debug_barrier()  # every thread has read its keys
+    winner = group * GROUP + (second & (GROUP - 1))
+    tl.store(keys + place, tl.where(single, winner, group), mask=reached)
+    return singles, total, place
+
+
+@jit
+def _listed(keys, at, singles, total, neurons, GROUP: tl.constexpr, N: tl.constexpr):
+    """N neurons of the list, and which of them there are."""
+    lane = at + tl.arange(0, N)
+    alone = lane < singles
+    member = tl.maximum(lane - singles, 0)
+    place = tl.where(alone, lane, singles + member // GROUP)
+    entry = tl.load(keys + place, mask=lane < total, other=0)
+    neuron = tl.where(alone, entry, entry * GROUP + member % GROUP)
+    return neuron, (lane < total) & (neuron < neurons)
 
 
 @jit
@@ -318,18 +369,9 @@ def _code_kernel(
         estimate = _unordered(high)
         high = _ordered(estimate + (width + tl.abs(estimate) * 2.0**-21))
     crowded = reached & (high >= least)
-    single = reached & (high < least)
-
-    # The list of what is looked at takes the place of the keys: single neurons, then whole groups.
-    singles = tl.sum(single.to(tl.int32))
-    total = singles + GROUP * tl.sum(crowded.to(tl.int32))
-    place = tl.cumsum(single.to(tl.int32), 0) - 1
-    place = tl.where(single, place, singles + tl.cumsum(crowded.to(tl.int32), 0) - 1)
-    listed = tl.where(single, group * GROUP + (second & (GROUP - 1)), group)
-    tl.debug_barrier()  # every thread has read its keys
-    tl.store(keys + place, listed, mask=reached)
+    singles, total, place = _list(keys, group, second, reached, crowded, GROUP)
     if not ESTIMATE:
-        tl.store(second_keys + place, top, mask=single)
+        tl.store(second_keys + place, top, mask=reached & ~crowded)
     tl.debug_barrier()
 
     held = 0
@@ -348,14 +390,7 @@ def _code_kernel(
             at += N
         at = singles
     while at < total:
-        lane = at + tl.arange(0, N)
-        alone = lane < singles
-        member = tl.maximum(lane - singles, 0)
-        entry = tl.load(
-            keys + tl.where(alone, lane, singles + member // GROUP), mask=lane < total, other=0
-        )
-        neuron = tl.where(alone, entry, entry * GROUP + member % GROUP)
-        inside = (lane < total) & (neuron < neurons)
+        neuron, inside = _listed(keys, at, singles, total, neurons, GROUP, N)
         score = _scores(x, weight, neuron, inside, features, weight_stride, N, BK)
         if BIAS:
             score += tl.load(bias + neuron, mask=inside, other=0.0).to(tl.float32)
@@ -382,6 +417,106 @@ def _code_kernel(
         one = tl.full([CAPACITY], 1, counts.dtype.element_ty)
         active = chosen & (value.to(tl.float32) > 0)
         tl.atomic_add(counts + index * counts_stride, one, mask=active, sem="relaxed")
+
+
+@jit(do_not_specialize=["start", "size", "networks", "k", "width"])
+def _graded_kernel(
+    x,  # [S B, d] fp32
+    weight,  # [S R, d] fp32
+    gaba,  # [S R]
+    keys,  # [3, S size, groups] int32; overwritten
+    buffer,  # [S size, CAPACITY] int64
+    values,  # [S B, width]
+    indices,  # [S B, width] int64, through all networks
+    overflow,  # [S B] bool: whether more than `width` neurons fire
+    start,
+    size,
+    batch,
+    networks,
+    neurons,
+    features,
+    groups,
+    k,  # less than R
+    width,
+    x_stride,
+    weight_stride,
+    SUBTRACT: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CAPACITY: tl.constexpr,  # of the buffer, at least N more than k + 1 and than width
+    STEP: tl.constexpr,
+    N: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """A row's code under graded inhibition: first the inhibition, then what exceeds it."""
+    row = tl.program_id(0)
+    network = row // size
+    sample = network.to(tl.int64) * batch + start + row % size
+    own = network.to(tl.int64) * neurons
+    x += sample * x_stride
+    weight += own * weight_stride
+    gaba += own
+    buffer += row.to(tl.int64) * CAPACITY
+    plane = (networks * size).to(tl.int64) * groups
+    keys += row.to(tl.int64) * groups
+
+    group = tl.arange(0, GROUPS)
+    known = group < groups
+    low = tl.load(keys + 2 * plane + group, mask=known, other=NOTHING)
+    least, _ = _bisect(low, k + 1, tl.min(low), k + 1)
+    # The inhibition is at least this; the quotients were rounded.
+    bound = tl.where(k < groups, _unordered(least), 0.0)
+    bound = tl.where(bound > 0, bound * (1 - 2.0**-20), 0.0)
+    least = _ordered(bound)
+    reached = known & (tl.load(keys + group, mask=known, other=NOTHING) >= least)
+    second = tl.load(keys + plane + group, mask=reached, other=NOTHING)
+    crowded = reached & ((second | (GROUP - 1)) >= least)
+    singles, total, _ = _list(keys, group, second, reached, crowded, GROUP)
+    tl.debug_barrier()
+
+    held = 0
+    floor = LEAST
+    at = 0
+    while at < total:
+        neuron, inside = _listed(keys, at, singles, total, neurons, GROUP, N)
+        score = _scores(x, weight, neuron, inside, features, weight_stride, N, BK)
+        held, floor = _append(
+            buffer, held, floor, _ordered(score), neuron, inside, k + 1, CAPACITY, STEP
+        )
+        at += N
+    packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+    activation = _unordered((packed >> 32).to(tl.int32))
+    activation = tl.where(activation <= 0, 0.0, activation)
+    inhibition = tl.sum(tl.where((rank == k) & (rank < held), activation, 0.0))
+
+    held = 0
+    floor = LEAST
+    at = 0
+    fires = 0
+    while at < total:
+        neuron, inside = _listed(keys, at, singles, total, neurons, GROUP, N)
+        score = _scores(x, weight, neuron, inside, features, weight_stride, N, BK)
+        activation_here = tl.where(score <= 0, 0.0, score)
+        response = tl.load(gaba + neuron, mask=inside, other=1.0).to(tl.float32)
+        surplus = activation_here - response * inhibition
+        if SUBTRACT:
+            value = tl.where(surplus <= 0, 0.0, surplus)
+        else:
+            stays = (surplus > 0) | (activation_here != activation_here)
+            value = tl.where(stays, activation_here, 0.0)
+        active = inside & ((value > 0) | (value != value))  # NaN fires, so that it is seen
+        fires += tl.sum(active.to(tl.int32))
+        held, floor = _append(
+            buffer, held, floor, _ordered(value), neuron, active, width, CAPACITY, STEP
+        )
+        at += N
+    packed, rank = _ranked(buffer, held, CAPACITY, STEP)
+    there = rank < tl.minimum(held, width)
+    value = tl.where(there, _unordered((packed >> 32).to(tl.int32)), 0.0)
+    index = tl.where(there, (packed & LAST).to(tl.int32) ^ LAST, 0)
+    tl.store(values + sample * width + rank, value, mask=rank < width)
+    tl.store(indices + sample * width + rank, own + index, mask=rank < width)
+    tl.store(overflow + sample, fires > width)
 
 
 @jit

@@ -16,17 +16,17 @@ order, so both give the same bits.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _dispatch, _encoder, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.topk import GROUP, SUPER, select, topk
+from ssd_kernels.topk import GROUP, MAX_K, SUPER, select, topk
 
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
@@ -357,4 +357,26 @@ def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tens
     return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
 
 
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    width: int,
+    gaba: Tensor | None,
+    *,
+    inhibition: str,
+    shadow: Shadow | None,
+    blocks: int,
+) -> tuple[TopKOutput, Tensor]:
+    served = x.dtype == torch.float32 and max(k + 1, width) <= MAX_K
+    if gaba is None or not served or k == len(weight) // blocks:
+        options: dict[str, Any] = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
+        return _torch(x, weight, k, width, gaba, **options)
+    values, indices, wider = _encoder.graded_code(x, weight, k, width, gaba, inhibition, blocks)
+    overflow = wider.view(blocks, -1).any(1)
+    return TopKOutput(values, indices), overflow if blocks > 1 else overflow[0]
+
+
 IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}
+if _dispatch.TRITON:
+    IMPLEMENTATIONS["triton"] = _triton

@@ -175,15 +175,20 @@ def linear_inhibit(
 
 
 def linear_code(
-    dtype: torch.dtype, gaba: bool, inhibition: str, shadow: bool = False, blocks: int = 1
+    dtype: torch.dtype,
+    gaba: bool,
+    inhibition: str,
+    shadow: bool = False,
+    blocks: int = 1,
+    impl: str = "triton",
 ) -> None:
-    """In 16 bits by way of the kernels; in float32 the torch path, for what it reads."""
+    """By way of the kernels; or the torch path, for what it reads."""
     x, weight = torch.rand(4, 9).to(dtype), torch.rand(400 * blocks, 9).to(dtype)
     x[1::blocks] += 1
     response = (1 - torch.rand(400 * blocks) / 64).to(dtype) if gaba else None
     copy = Shadow(weight) if shadow else None
     got, overflow = ops.linear_code(
-        x, weight, 2, 6, response, inhibition=inhibition, shadow=copy, blocks=blocks
+        x, weight, 2, 6, response, inhibition=inhibition, shadow=copy, blocks=blocks, impl=impl
     )
     expected, _ = ops.linear_code(
         x, weight, 2, 6, response, inhibition=inhibition, blocks=blocks, impl="reference"
@@ -342,8 +347,12 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_inhibit half": partial(linear_inhibit, 2, 40, 2, dtype=HALF, grad=False),
     "linear_code half": partial(linear_code, HALF, False, "mask"),
     "linear_code half gaba": partial(linear_code, HALF, True, "mask", blocks=2),
-    "linear_code torch": partial(linear_code, SINGLE, True, "subtract", blocks=2),
-    "linear_code torch shadow": partial(linear_code, SINGLE, True, "subtract", shadow=True),
+    "linear_code graded": partial(linear_code, SINGLE, True, "mask"),
+    "linear_code graded blocks": partial(linear_code, SINGLE, True, "subtract", blocks=2),
+    "linear_code torch": partial(linear_code, SINGLE, True, "subtract", blocks=2, impl="torch"),
+    "linear_code torch shadow": partial(
+        linear_code, SINGLE, True, "subtract", shadow=True, impl="torch"
+    ),
     "linear_active half": partial(linear_active, HALF, True, "subtract"),
     "linear_active torch": partial(linear_active, SINGLE, True, "mask"),
     "sparse_linear": partial(sparse_linear, 4, 6, 20, 18, bias=True),

@@ -217,6 +217,7 @@ def test_triton_barrier_taken_out_is_found(function: Function, barrier: ast.Call
 HARMLESS = (
     "tl.load(weight + neuron[:, None] * weight_stride",
     "tl.load(units + sample",
+    "tl.load(norms + sample",
     "tl.store(buffer + rank, packed, mask=rank < best)",
 )
 
