@@ -31,6 +31,7 @@ TILES: dict[str, _tuning.Config] = {
     "count_active": {"BLOCK": 8, "num_warps": 1},
     "code_gram": {"BLOCK": 4, "num_warps": 1},
     "rank_slots": {"BLOCK": 8, "RIVALS": 16, "num_warps": 1},
+    "offsets": {"BLOCK": 4, "num_warps": 1},
     "segments": {"SLOTS": 2, "BLOCK": 8, "num_warps": 1},
     "sparse_linear": {"SLOTS": 4, "BLOCK": 16, "num_warps": 1},
     "distill": {"num_warps": 1},
