@@ -201,7 +201,7 @@ def segment_kernel(
 ):
     """Sums coefficient * vector over each neuron's slots, SLOTS at a time and in order."""
     head = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
     if OFFSETS:
         neuron = head
         cursor = tl.load(offsets + head)
@@ -211,7 +211,7 @@ def segment_kernel(
         previous = tl.load(neurons + head - 1, mask=head > 0, other=-1).to(tl.int64)
         cursor = head
         stop = tl.where(neuron != previous, count, head)
-    occupied = cursor < stop
+    occupied = cursor != stop
     column = tile * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if PRODUCTS:
@@ -233,7 +233,7 @@ def segment_kernel(
         ).to(tl.float32)
         if PRODUCTS:
             product = tl.sum(vector * row[None, :], axis=1)
-            tl.store(products + tile * count + slot, product, mask=mine)
+            tl.store(products + tile.to(tl.int64) * count + slot, product, mask=mine)
         if GRADIENT:
             coefficient = tl.load(coefficients + slot, mask=mine, other=0.0).to(tl.float32)
             if GATED:
@@ -253,7 +253,8 @@ def segment_kernel(
             tl.store(place, total, mask=inside & occupied)
             wide = tl.where(inside, total, 0.0).to(tl.float64)
             block = tl.arange(0, BLOCKS)
-            at = squares + (tile * blocks + block) * tl.num_programs(0) + head
+            programs = tl.num_programs(0).to(tl.int64)
+            at = squares + (tile * blocks + block) * programs + head
             own = tl.where(block == neuron // block_rows, tl.sum(wide * wide), 0.0)
             tl.store(at, own, mask=block < blocks)
             if tile == 0:

@@ -85,11 +85,12 @@ class _EmbeddingBag(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
+            values, indices, weight = ctx.saved_tensors
             need_values, _, need_weight = ctx.needs_input_grad
-            twice = _differentiable_gradients(
-                grad_out, *ctx.saved_tensors, need_values, need_weight
+            grad_values, grad_weight = _differentiable_gradients(
+                grad_out, values, indices, weight, need_values, need_weight
             )
-            return twice[0], None, twice[1]
+            return grad_values, None, grad_weight
         needed = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         once = iter(torch.autograd.grad(ctx.out, needed, grad_out, retain_graph=True))
         grads = [next(once) if leaf.requires_grad else None for leaf in ctx.leaves]
@@ -211,7 +212,9 @@ def gradients_triton(
     if need_values:
         products = values.new_empty(values.shape)
         if tiles > 1:
-            products = torch.empty((tiles, *values.shape), dtype=torch.float32, device=values.device)
+            products = torch.empty(
+                (tiles, *values.shape), dtype=torch.float32, device=values.device
+            )
     _segments.walk(
         order,
         indices.shape[1],
