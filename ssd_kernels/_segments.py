@@ -215,8 +215,8 @@ def segment_kernel(
     column = tile * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     if PRODUCTS:
-        place = weight + neuron * weight_stride + column
-        row = tl.load(place, mask=inside & occupied, other=0.0).to(tl.float32)
+        source = weight + neuron * weight_stride + column
+        row = tl.load(source, mask=inside & occupied, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     total_coefficient = 0.0
     active = 0
@@ -248,9 +248,9 @@ def segment_kernel(
         if not OFFSETS:
             stop = tl.where(tl.sum(mine.to(tl.int32)) == SLOTS, stop, cursor)
     if GRADIENT:
-        place = gradient + head * gradient_stride + column
+        target = gradient + head * gradient_stride + column
         if COMPACT:
-            tl.store(place, total, mask=inside & occupied)
+            tl.store(target, total, mask=inside & occupied)
             wide = tl.where(inside, total, 0.0).to(tl.float64)
             block = tl.arange(0, BLOCKS)
             programs = tl.num_programs(0).to(tl.int64)
@@ -260,7 +260,7 @@ def segment_kernel(
             if tile == 0:
                 tl.store(touched + head, tl.minimum(active, 1).to(tl.uint8))
         else:
-            tl.store(place, total, mask=inside)
+            tl.store(target, total, mask=inside)
             if BIAS and tile == 0:
                 tl.store(bias_gradient + neuron, total_coefficient)
 

@@ -236,9 +236,9 @@ def _apply_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     if program == 0:
-        number = tl.arange(0, BLOCKS)
-        total = tl.load(squares + number, mask=number < blocks, other=0.0)
-        tl.store(norm + number, tl.sqrt(total).to(tl.float32), mask=number < blocks)
+        each = tl.arange(0, BLOCKS)
+        total = tl.load(squares + each, mask=each < blocks, other=0.0)
+        tl.store(norm + each, tl.sqrt(total).to(tl.float32), mask=each < blocks)
     active = 0
     for number in range(SHARING):
         at = touched + tl.num_programs(0).to(tl.int64) * number + program
