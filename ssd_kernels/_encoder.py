@@ -37,7 +37,7 @@ product keeps the keys of that bound, and of e_j - E_j each group's largest, for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,18 @@ ENTRIES = 4096
 MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
 
 
+class Code(NamedTuple):
+    """What linear_topk finds."""
+
+    values: Tensor  # [B, k]
+    indices: Tensor  # [B, k] int64, through all networks
+    cut: Tensor  # [B]: the (k+1)-th activation, 0 if k is R
+    after: Tensor  # [B] int64: its index, any if k is R
+    # Where a gradient passes: what is not a number passes one, so that it is seen.
+    active: Tensor  # [B, k] bool
+    cut_active: Tensor  # [B] bool
+
+
 def code(
     x: Tensor,
     weight: Tensor,
@@ -74,13 +86,17 @@ def code(
     inhibition: str,
     counts: Tensor | None,
     blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
-    values = x.new_empty(len(x), k)
-    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    after, cut = indices.new_empty(len(x)), x.new_empty(len(x))
-    if len(x) == 0:
-        return values, indices, cut, after
+) -> Code:
+    """See Code; bias and counts: [S R] or None."""
+    rows = len(x)
+    values, cut = x.new_empty(rows, k), x.new_empty(rows)
+    indices = torch.empty(rows, k, dtype=torch.int64, device=x.device)
+    kept = indices.new_empty(_ceil_div(rows * (9 + k), 8))
+    after, passes = kept[:rows], kept[rows:].view(torch.bool)
+    active, cut_active = passes[: rows * k].view(rows, k), passes[rows * k : rows * (k + 1)]
+    code = Code(values, indices, cut, after, active, cut_active)
+    if rows == 0:
+        return code
     best = min(k + 1, len(weight) // blocks)
     if best == k:
         after.zero_()
@@ -100,6 +116,8 @@ def code(
                 indices,
                 after,
                 cut,
+                active,
+                cut_active,
                 indices if counts is None else counts,
                 start,
                 size,
@@ -115,7 +133,7 @@ def code(
                 COUNT=counts is not None,
                 **product.constants,
             )
-    return values, indices, cut, after
+    return code
 
 
 def graded_code(

@@ -306,6 +306,8 @@ def _code_kernel(
     indices,  # [S B, k] int64, through all networks
     after,  # [S B] int64: index of the (k+1)-th
     cut,  # [S B]: the (k+1)-th activation
+    passes,  # [S B, k] bool: where the gradient passes
+    cut_passes,  # [S B] bool
     counts,  # [S R]
     start,
     size,
@@ -403,7 +405,9 @@ def _code_kernel(
     activation = tl.where(activation <= 0, 0.0, activation)  # NaN stays
     following = (rank == k) & (rank < best)  # none if k is all of them
     inhibition = tl.sum(tl.where(following, activation, 0.0))
-    tl.store(cut + sample, inhibition.to(cut.dtype.element_ty))
+    bound = inhibition.to(cut.dtype.element_ty)
+    tl.store(cut + sample, bound)
+    tl.store(cut_passes + sample, ~(bound.to(tl.float32) <= 0))
     if SUBTRACT:
         activation -= inhibition
         activation = tl.where(activation <= 0, 0.0, activation)
@@ -411,6 +415,7 @@ def _code_kernel(
     chosen = rank < k
     value = activation.to(values.dtype.element_ty)
     tl.store(values + sample * k + rank, value, mask=chosen)
+    tl.store(passes + sample * k + rank, ~(value.to(tl.float32) <= 0), mask=chosen)
     tl.store(indices + sample * k + rank, index, mask=chosen)
     tl.store(after + sample + rank - k, index, mask=following)
     if COUNT:

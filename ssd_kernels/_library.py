@@ -290,7 +290,8 @@ def linear_topk_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, k: int, inhibition: str, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, indices [B, k], the (k+1)-th activation [B] and its index [B]."""
-    return _encoder.code(x, weight, bias, k, inhibition, None, blocks)
+    code = _encoder.code(x, weight, bias, k, inhibition, None, blocks)
+    return code.values, code.indices, code.cut, code.after.clone()
 
 
 @linear_topk_op.register_fake

@@ -55,6 +55,7 @@ TABLE: dict[str, dict[str, Rows]] = {
         ),
     },
     "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
+    "offsets": {"default": (({}, {"BLOCK": 128, "num_warps": 4}),)},
     "segments": {
         "default": (
             ({"width": 16}, {"SLOTS": 8, "BLOCK": 16, "num_warps": 1}),

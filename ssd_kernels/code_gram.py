@@ -141,7 +141,7 @@ def _gram_kernel(
 ):
     """The first position of each neuron adds the neuron's samples to its row, one at a time."""
     position = tl.program_id(0)
-    neuron = tl.load(neurons + position)
+    neuron = tl.load(neurons + position).to(tl.int64)
     previous = tl.load(neurons + position - 1, mask=position > 0, other=-1)
     if neuron != previous:
         row = gram + neuron * width
@@ -187,7 +187,7 @@ def _triton(
 ) -> None:
     if not values.numel():
         return
-    neurons, slots = sorted_slots(indices)
+    neurons, slots, _ = sorted_slots(indices, len(gram), by_neuron=False)
     chosen = _tuning.config("code_gram", values.device, slots=values.shape[1])
     with torch.cuda.device_of(values):
         _gram_kernel[(len(slots),)](

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _encoder, reference
+from ssd_kernels import _checks, _dispatch, _encoder, _segments, reference
+from ssd_kernels._encoder import Code
+from ssd_kernels._segments import row_gradients
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_gradient import row_gradient
-from ssd_kernels.sparse_linear import sparse_linear
+from ssd_kernels.sparse_linear import gather_triton, sparse_linear
 from ssd_kernels.topk import MAX_K, select
-
-# (x, weight, bias, k, inhibition, counts, blocks) -> values, indices, cut, after
-Code: TypeAlias = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def linear_topk(
@@ -82,7 +81,7 @@ def linear_topk(
 
 
 class _LinearTopK(torch.autograd.Function):
-    """Shared by the implementations: `code` is the forward."""
+    """Shared by the implementations: `serve` is the forward."""
 
     @staticmethod
     def forward(
@@ -94,40 +93,77 @@ class _LinearTopK(torch.autograd.Function):
         inhibition: str,
         counts: Tensor | None,
         blocks: int,
-        code: Code,
+        serve: Callable[..., Code],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        values, indices, cut, after = code(x, weight, bias, k, inhibition, counts, blocks)
-        # What is not a number passes a gradient, so that it is seen.
-        ctx.save_for_backward(x, weight, indices, after, ~(values <= 0), ~(cut <= 0))
-        ctx.has_cut = k < len(weight) // blocks
-        ctx.mark_non_differentiable(indices)
+        code = serve(x, weight, bias, k, inhibition, counts, blocks)
+        ctx.save_for_backward(x, weight, code.indices, *code[3:])
+        ctx.has_cut, ctx.plain = k < len(weight) // blocks, serve is _torch_code
+        ctx.mark_non_differentiable(code.indices)
         ctx.set_materialize_grads(False)
-        return values, indices, cut
+        return code.values, code.indices, code.cut
 
     @staticmethod
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
         x, weight, indices, after, active, cut_active = ctx.saved_tensors
-        slots, neurons = [], []
+        parts = []  # slopes, neurons, whether the gradient passes
         if grad_values is not None:
-            slots.append(torch.where(active, grad_values, 0.0))
-            neurons.append(indices)
+            parts.append((grad_values, indices, active))
         if grad_cut is not None and ctx.has_cut:
-            slots.append(torch.where(cut_active, grad_cut, 0.0)[:, None])
-            neurons.append(after[:, None])
-        grads: list[Any] = [None] * 8
-        if not slots:
-            return tuple(grads)
-        coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
-        if ctx.needs_input_grad[0]:
-            grads[0] = sparse_linear(coefficients, ranked, weight)
-        if ctx.needs_input_grad[1]:
-            grads[1] = row_gradient(coefficients, x, ranked, len(weight))
-        if ctx.needs_input_grad[2]:
-            ones = coefficients.new_ones(len(x), 1)
-            grads[2] = row_gradient(coefficients, ones, ranked, len(weight)).squeeze(1)
-        return tuple(grads)
+            parts.append((grad_cut[:, None], after[:, None], cut_active[:, None]))
+        if not parts:
+            return (None,) * 8
+        slopes, ranked, passes = parts[0]
+        if len(parts) > 1:
+            slopes, ranked, passes = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+        plain = ctx.plain or torch.is_grad_enabled() or _dispatch.symbolic(slopes)
+        gradients = _plain_gradients if plain else _triton_gradients
+        return *gradients(slopes, ranked, passes, x, weight, ctx.needs_input_grad), *[None] * 5
+
+
+def _plain_gradients(
+    slopes: Tensor,
+    ranked: Tensor,
+    passes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of x, weight and bias, by public ops: they can be differentiated in turn."""
+    slopes = torch.where(passes, slopes, 0.0)
+    grads: list[Tensor | None] = [None] * 3
+    if needed[0]:
+        grads[0] = sparse_linear(slopes, ranked, weight)
+    if needed[1]:
+        grads[1] = row_gradient(slopes, x, ranked, len(weight))
+    if needed[2]:
+        ones = slopes.new_ones(len(x), 1)
+        grads[2] = row_gradient(slopes, ones, ranked, len(weight)).squeeze(1)
+    return grads
+
+
+def _triton_gradients(
+    slopes: Tensor,
+    ranked: Tensor,
+    passes: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The same in one gather and one walk over the slots by neuron."""
+    slopes, gates = slopes.contiguous(), passes.contiguous().view(torch.uint8)
+    grads: list[Tensor | None] = [None] * 3
+    if needed[0]:
+        grads[0] = gather_triton(slopes, ranked, weight, gates=gates)
+    if needed[1] or needed[2]:
+        inputs = x if needed[1] else x[:, :0]
+        order = _segments.shared_order(ranked, len(weight))
+        rows, grads[2] = row_gradients(
+            slopes, inputs, ranked, len(weight), needed[2], gates=gates, order=order
+        )
+        grads[1] = rows if needed[1] else None
+    return grads
 
 
 def _torch_code(
@@ -138,8 +174,7 @@ def _torch_code(
     inhibition: str,
     counts: Tensor | None,
     blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values, indices [B, k], the (k+1)-th activation [B] and its index [B] (k = R: 0 and any)."""
+) -> Code:
     scores = reference.scores_of(x, weight, bias, blocks)
     ranked = select(scores, min(k + 1, scores.shape[1]))
     tops = scores.gather(1, ranked).relu()
@@ -154,7 +189,8 @@ def _torch_code(
     values = values.to(x.dtype)
     if counts is not None:
         count_active(values, indices, counts)
-    return values, indices, cut.to(x.dtype), after
+    cut = cut.to(x.dtype)
+    return Code(values, indices, cut, after, ~(values <= 0), ~(cut <= 0))
 
 
 def _serve(
@@ -163,7 +199,7 @@ def _serve(
     k: int,
     bias: Tensor | None = None,
     *,
-    code: Code,
+    code: Callable[..., Code],
     inhibition: str,
     threshold: bool,
     preactivations: bool,
@@ -188,7 +224,7 @@ def _serve(
     if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
         values, indices, cut = _LinearTopK.apply(*given, code)
     else:
-        values, indices, cut, _ = code(*given)
+        values, indices, cut, *_ = code(*given)
     return TopKOutput(
         _dispatch.unflattened(values, (*batch, k)),
         indices.view(*batch, k),

@@ -206,22 +206,27 @@ def _moved(
     return moved
 
 
-@jit(do_not_specialize=["count", "block_rows"])
+@jit(do_not_specialize=["blocks", "block_rows"])
 def _apply_kernel(
-    neurons,  # [count], sorted
-    touched,  # [SHARING, count] uint8: by a coefficient of each of the matrices
-    gradient,  # [count, D] fp32, in the place of a neuron's first slot
+    neurons,  # [programs], sorted; not read if BY_NEURON
+    touched,  # [SHARING, programs] uint8: by a coefficient of each of the matrices
+    gradient,  # [programs, D] fp32
     weight,  # [R, D]
     buffer,  # [R, D]
-    norm,  # [blocks] fp32
-    lr,  # [blocks] fp32
-    max_norm,  # [blocks] fp32
+    squares,  # [blocks] fp64: of all gradients
+    norm,  # [blocks]
+    lr,  # a number, or [blocks] if RATES
+    max_norm,  # a number, or [blocks] if BOUNDS
     momentum,
-    count,
+    blocks,
     block_rows,
     weight_stride,
     buffer_stride,
+    BY_NEURON: tl.constexpr,
     SHARING: tl.constexpr,
+    RATES: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     CLIP: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -229,59 +234,63 @@ def _apply_kernel(
     MOMENTUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    position = tl.program_id(0).to(tl.int64)
-    neuron = tl.load(neurons + position)
-    previous = tl.load(neurons + position - 1, mask=position > 0, other=-1)
-    if neuron != previous:
-        active = 0
-        for number in range(SHARING):
-            active += tl.load(touched + count.to(tl.int64) * number + position).to(tl.int32)
-        if active > 0:
-            block = neuron // block_rows
-            rate = tl.load(lr + block)
-            scale = 1.0
-            if CLIP:
-                bound = tl.minimum(tl.load(max_norm + block), 3.4028234663852886e38)
-                below = tl.load(norm + block) + 1e-6 * bound
-                below = tl.maximum(below, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
-                scale = tl.minimum(bound / below, 1.0, propagate_nan=tl.PropagateNan.ALL)
-            weight += neuron * weight_stride
-            buffer += neuron * buffer_stride
-            gradient += position * WIDTH
-            length = tl.full([], 0.0, tl.float64)  # in whose range squares of float32 are
+    program = tl.program_id(0).to(tl.int64)
+    if program == 0:
+        each = tl.arange(0, BLOCKS)
+        total = tl.load(squares + each, mask=each < blocks, other=0.0)
+        tl.store(norm + each, tl.sqrt(total).to(tl.float32), mask=each < blocks)
+    active = 0
+    for number in range(SHARING):
+        at = touched + tl.num_programs(0).to(tl.int64) * number + program
+        active += tl.load(at).to(tl.int32)
+    if active > 0:
+        neuron = program if BY_NEURON else tl.load(neurons + program).to(tl.int64)
+        block = neuron // block_rows
+        rate = tl.load(lr + block).to(tl.float32) if RATES else lr
+        scale = 1.0
+        if CLIP:
+            bound = tl.load(max_norm + block).to(tl.float32) if BOUNDS else max_norm
+            bound = tl.minimum(bound, 3.4028234663852886e38)
+            below = tl.sqrt(tl.load(squares + block)).to(tl.float32) + 1e-6 * bound
+            below = tl.maximum(below, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
+            scale = tl.minimum(bound / below, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        weight += neuron * weight_stride
+        buffer += neuron * buffer_stride
+        gradient += program * WIDTH
+        length = tl.full([], 0.0, tl.float64)  # in whose range squares of float32 are
+        for start in range(0, WIDTH, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < WIDTH
+            moved = _moved(
+                weight + column,
+                buffer + column,
+                gradient + column,
+                scale,
+                rate,
+                momentum,
+                MOMENTUM,
+                CLAMP,
+                inside,
+            )
+            if NORMALIZE:
+                moved = tl.where(inside, moved, 0.0)
+                wide = moved.to(tl.float64)
+                length += tl.sum(wide * wide)
+                if WIDTH <= BLOCK:
+                    moved /= tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
+                    tl.store(weight + column, moved, mask=inside)
+                else:
+                    tl.store(gradient + column, moved, mask=inside)
+            else:
+                tl.store(weight + column, moved, mask=inside)
+        if NORMALIZE and WIDTH > BLOCK:
+            tl.debug_barrier()  # a thread may read what another wrote
+            size = tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
             for start in range(0, WIDTH, BLOCK):
                 column = start + tl.arange(0, BLOCK)
                 inside = column < WIDTH
-                moved = _moved(
-                    weight + column,
-                    buffer + column,
-                    gradient + column,
-                    scale,
-                    rate,
-                    momentum,
-                    MOMENTUM,
-                    CLAMP,
-                    inside,
-                )
-                if NORMALIZE:
-                    moved = tl.where(inside, moved, 0.0)
-                    wide = moved.to(tl.float64)
-                    length += tl.sum(wide * wide)
-                    if WIDTH <= BLOCK:
-                        moved /= tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
-                        tl.store(weight + column, moved, mask=inside)
-                    else:
-                        tl.store(gradient + column, moved, mask=inside)
-                else:
-                    tl.store(weight + column, moved, mask=inside)
-            if NORMALIZE and WIDTH > BLOCK:
-                tl.debug_barrier()  # a thread may read what another wrote
-                size = tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
-                for start in range(0, WIDTH, BLOCK):
-                    column = start + tl.arange(0, BLOCK)
-                    inside = column < WIDTH
-                    moved = tl.load(gradient + column, mask=inside, other=0.0)
-                    tl.store(weight + column, moved / size, mask=inside)
+                moved = tl.load(gradient + column, mask=inside, other=0.0)
+                tl.store(weight + column, moved / size, mask=inside)
 
 
 def _triton(
@@ -315,37 +324,36 @@ def _triton(
             buffers=buffers,
             blocks=blocks,
         )
-    order = _segments.sorted_slots(indices)
-    gradients, touched, squares = _gradients(order, coefficients, inputs)
-    if blocks == 1:
-        norm = squares.sum().unsqueeze(0)
-    else:
-        block = order[0] // (weights[0].shape[0] // blocks)
-        own = block == torch.arange(blocks, device=block.device).unsqueeze(1)
-        norm = torch.where(own, squares.sum(0), 0.0).sum(1)
-    norm = norm.sqrt().float()
-    rates = per_block(lr, blocks, indices.device)
-    bounds = norm if max_norm is None else per_block(max_norm, blocks, indices.device)
+    neurons = weights[0].shape[0]
+    order = _segments.sorted_slots(indices, neurons, by_neuron=neurons <= indices.numel())
+    gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, blocks)
+    dtype = reduce(torch.promote_types, (w.dtype for w in weights))
+    norm = torch.empty(blocks, dtype=dtype, device=indices.device)
     with torch.cuda.device_of(indices):
         for number, weight in enumerate(weights):
-            count, width = gradients[number].shape
+            width = weight.shape[1]
             chosen = _tuning.config("row_update", weight.device, width=width)
             buffer = weight if buffers is None else buffers[number]
-            _apply_kernel[(count,)](
-                order[0],
+            _apply_kernel[(order.programs,)](
+                order.neurons,
                 touched,
                 gradients[number],
                 weight,
                 buffer,
+                squares,
                 norm,
-                rates,
-                bounds,
+                lr.contiguous() if isinstance(lr, Tensor) else float(lr),
+                max_norm.contiguous() if isinstance(max_norm, Tensor) else float(max_norm or 0),
                 float(momentum),
-                count,
-                weight.shape[0] // blocks,
+                blocks,
+                neurons // blocks,
                 weight.stride(0),
                 buffer.stride(0),
+                BY_NEURON=order.offsets is not None,
                 SHARING=len(weights),
+                RATES=isinstance(lr, Tensor),
+                BOUNDS=isinstance(max_norm, Tensor),
+                BLOCKS=1 << (blocks - 1).bit_length(),
                 WIDTH=width,
                 CLIP=max_norm is not None,
                 CLAMP=nonnegative,
@@ -353,7 +361,6 @@ def _triton(
                 MOMENTUM=buffers is not None,
                 **chosen,
             )
-    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     return norm if blocks > 1 else norm[0]
 
 
@@ -365,19 +372,24 @@ def per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tenso
 
 
 def _gradients(
-    order: tuple[Tensor, Tensor],
+    order: _segments.Order,
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
+    neurons: int,
+    blocks: int,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Each matrix's gradient [B K, D] fp32, what touched its rows, and their squared norms."""
-    count, device = len(order[0]), order[0].device
+    """Each matrix's gradient [programs, D] fp32, what touched its rows; squares [blocks] of all."""
+    programs, device = order.programs, order.slots.device
     tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
-    squares = torch.empty(sum(tiles), count, dtype=torch.float64, device=device)
-    touched = torch.empty(len(inputs), count, dtype=torch.uint8, device=device)
+    # The rows of a block follow one another if there is a program a neuron; else a program says
+    # in which block its neuron is.
+    told = 1 if order.offsets is not None else blocks
+    squares = torch.empty(sum(tiles), told, programs, dtype=torch.float64, device=device)
+    touched = torch.empty(len(inputs), programs, dtype=torch.uint8, device=device)
     gradients = []
     for number, (coefficient, vectors) in enumerate(zip(coefficients, inputs, strict=True)):
         first = sum(tiles[:number])
-        gradient = torch.empty(count, vectors.shape[1], dtype=torch.float32, device=device)
+        gradient = torch.empty(programs, vectors.shape[1], dtype=torch.float32, device=device)
         _segments.walk(
             order,
             coefficient.shape[1],
@@ -386,9 +398,10 @@ def _gradients(
             gradient=gradient,
             squares=squares[first : first + tiles[number]],
             touched=touched[number],
+            block_rows=neurons // told,
         )
         gradients.append(gradient)
-    return gradients, touched, squares
+    return gradients, touched, squares.view(sum(tiles), blocks, -1).sum((0, 2))
 
 
 def _check_blocks(

@@ -85,8 +85,12 @@ class _EmbeddingBag(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            twice = _differentiable_gradients(grad_out, *ctx.saved_tensors)
-            return twice[0], None, twice[1]
+            values, indices, weight = ctx.saved_tensors
+            need_values, _, need_weight = ctx.needs_input_grad
+            grad_values, grad_weight = _differentiable_gradients(
+                grad_out, values, indices, weight, need_values, need_weight
+            )
+            return grad_values, None, grad_weight
         needed = [leaf for leaf in ctx.leaves if leaf.requires_grad]
         once = iter(torch.autograd.grad(ctx.out, needed, grad_out, retain_graph=True))
         grads = [next(once) if leaf.requires_grad else None for leaf in ctx.leaves]
@@ -94,16 +98,24 @@ class _EmbeddingBag(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    grad_out: Tensor, values: Tensor, indices: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    need_values: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """Of values [B, K] and weight [R, C]; slower, for they can be differentiated in turn."""
-    grad_values = (grad_out.unsqueeze(1) * weight[indices]).sum(-1)
-    return grad_values, row_gradient(values, grad_out, indices, len(weight))
+    return (
+        (grad_out.unsqueeze(1) * weight[indices]).sum(-1) if need_values else None,
+        row_gradient(values, grad_out, indices, len(weight)) if need_weight else None,
+    )
 
 
 @jit
 def _gather_kernel(
     values,  # [B, K]
+    gates,  # [B, K]
     indices,  # [B, K]
     weight,  # [R, C]
     bias,  # [C]
@@ -111,6 +123,7 @@ def _gather_kernel(
     outputs,
     weight_stride,
     K: tl.constexpr,
+    GATED: tl.constexpr,
     BIAS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,23 +135,35 @@ def _gather_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, K, SLOTS):
         slot = start + tl.arange(0, SLOTS)
-        value = tl.load(values + sample * K + slot, mask=slot < K, other=0.0)
+        value = tl.load(values + sample * K + slot, mask=slot < K, other=0.0).to(tl.float32)
         neuron = tl.load(indices + sample * K + slot, mask=slot < K, other=0)
+        reads = slot < K
+        if GATED:
+            gate = tl.load(gates + sample * K + slot, mask=slot < K, other=0)
+            value = tl.where(gate <= 0, 0.0, value)
+            reads = value != 0
         row = tl.load(
             weight + neuron[:, None] * weight_stride + column[None, :],
-            mask=(slot < K)[:, None] & inside[None, :],
+            mask=reads[:, None] & inside[None, :],
             other=0.0,
         )
-        total += tl.sum(value.to(tl.float32)[:, None] * row.to(tl.float32), axis=0)
+        total += tl.sum(value[:, None] * row.to(tl.float32), axis=0)
     if BIAS:
         total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + sample * outputs + column, total, mask=inside)
 
 
 def gather_triton(
-    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gates: Tensor | None = None,
 ) -> Tensor:
-    """sparse_linear of a code [B, K], without autograd; every slot counts, those of value 0 too."""
+    """sparse_linear of a code [B, K], without autograd; every slot counts, those of value 0 too.
+
+    With gates [B, K] what is 0, or has a gate <= 0, passes nothing of an infinite row.
+    """
     batch, outputs = values.shape[0], weight.shape[1]
     out = torch.empty(batch, outputs, dtype=weight.dtype, device=weight.device)
     if out.numel() == 0:
@@ -148,6 +173,7 @@ def gather_triton(
     with torch.cuda.device_of(weight):
         _gather_kernel[(batch, -(-outputs // chosen["BLOCK"]))](
             values.detach().contiguous(),
+            weight if gates is None else gates,
             indices.contiguous(),
             weight,
             weight if bias is None else bias.detach().contiguous(),
@@ -155,6 +181,7 @@ def gather_triton(
             outputs,
             weight.stride(0),
             K=values.shape[1],
+            GATED=gates is not None,
             BIAS=bias is not None,
             **chosen,
         )
@@ -168,22 +195,28 @@ def gradients_triton(
     weight: Tensor,
     need_values: bool,
     need_weight: bool,
+    order: _segments.Order | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of values [B, K] and weight [R, C] in one walk over the slots by neuron.
 
     A neuron's program holds its row of weight and reads each of its samples' grad_out once for
     both, so the scattered reads fall on [B, C], which L2 holds more of than of [R, C].
     """
-    grad_weight = weight.new_zeros(weight.shape) if need_weight else None
-    if values.numel() == 0 or weight.shape[1] == 0:
-        return torch.zeros_like(values) if need_values else None, grad_weight
+    neurons, outputs = weight.shape
+    if order is None:
+        by_neuron = need_weight or neurons <= indices.numel()
+        order = _segments.sorted_slots(indices, neurons, by_neuron)
+    tiles = _segments.tiles(outputs, weight.device)
+    grad_weight = weight.new_empty(neurons, outputs) if need_weight else None
     products = None
     if need_values:
-        tiles = _segments.tiles(weight.shape[1], weight.device)
-        shape = (tiles, *values.shape)
-        products = torch.empty(shape, dtype=torch.float32, device=values.device)
+        products = values.new_empty(values.shape)
+        if tiles > 1:
+            products = torch.empty(
+                (tiles, *values.shape), dtype=torch.float32, device=values.device
+            )
     _segments.walk(
-        _segments.sorted_slots(indices),
+        order,
         indices.shape[1],
         _segments.unit_stride(grad_out),
         coefficients=values.contiguous(),
@@ -191,7 +224,9 @@ def gradients_triton(
         gradient=grad_weight,
         products=products,
     )
-    return None if products is None else products.sum(0).to(values.dtype), grad_weight
+    if products is not None and tiles > 1:
+        products = products.sum(0).to(values.dtype)
+    return products, grad_weight
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -207,11 +242,14 @@ class _SparseLinear(torch.autograd.Function):
         values, indices, weight = ctx.saved_tensors
         need_values, _, need_weight, need_bias = ctx.needs_input_grad
         grad_values = grad_weight = None
-        if torch.is_grad_enabled():
-            grad_values, grad_weight = _differentiable_gradients(grad_out, values, indices, weight)
-        elif need_values or need_weight:
-            grad_values, grad_weight = gradients_triton(
+        if torch.is_grad_enabled() or _dispatch.symbolic(grad_out):
+            grad_values, grad_weight = _differentiable_gradients(
                 grad_out, values, indices, weight, need_values, need_weight
+            )
+        elif need_values or need_weight:
+            order = _segments.shared_order(indices, len(weight)) if need_weight else None
+            grad_values, grad_weight = gradients_triton(
+                grad_out, values, indices, weight, need_values, need_weight, order
             )
         return grad_values, None, grad_weight, grad_out.sum(0) if need_bias else None
 

@@ -29,6 +29,7 @@ TILES: dict[str, _tuning.Config] = {
     "count_active": {"BLOCK": 8, "num_warps": 1},
     "code_gram": {"BLOCK": 4, "num_warps": 1},
     "rank_slots": {"BLOCK": 8, "RIVALS": 16, "num_warps": 1},
+    "offsets": {"BLOCK": 4, "num_warps": 1},
     "segments": {"SLOTS": 2, "BLOCK": 8, "num_warps": 1},
     "sparse_linear": {"SLOTS": 4, "BLOCK": 16, "num_warps": 1},
     "distill": {"num_warps": 1},
@@ -257,10 +258,11 @@ def row_bias(neurons: int) -> None:
     equal(sums, torch.zeros(neurons).index_add_(0, indices.flatten(), values.flatten()))
 
 
-def row_update(widths: list[int], blocks: int = 1, **options: Any) -> None:
-    step = Step(5, 3, 8, widths)
+def row_update(widths: list[int], neurons: int = 8, blocks: int = 1, **options: Any) -> None:
+    step = Step(5, 3, neurons, widths)
     if blocks > 1:
-        options |= {"blocks": blocks}
+        bounds = torch.full((blocks,), options.pop("max_norm"))
+        options |= {"blocks": blocks, "max_norm": bounds, "lr": torch.rand(blocks)}
     got = step.run("triton", torch.float32, **options)
     expected = step.run("reference", torch.float64, **options)
     for ours, theirs in zip(got, expected, strict=True):
@@ -358,6 +360,7 @@ CASES: dict[str, Callable[[], None]] = {
     "sparse_linear": partial(sparse_linear, 4, 6, 20, 18, bias=True),
     "sparse_linear one": partial(sparse_linear, 3, 1, 5, 3, needs=(False, True), dtype=HALF),
     "sparse_linear values": partial(sparse_linear, 3, 5, 9, 10, needs=(True, False)),
+    "sparse_linear few slots": partial(sparse_linear, 2, 3, 9, 6, needs=(True, False)),
     "row_gradient": partial(row_gradient, 6, 4, 7, 11),
     "row_gradient one": partial(row_gradient, 1, 1, 1, 1),
     "row_gradient sorted": partial(row_gradient, 4, 3, 9, 5, ranked=False),
@@ -366,7 +369,8 @@ CASES: dict[str, Callable[[], None]] = {
     "row_update clipped": partial(
         row_update, [20, 3], max_norm=0.5, nonnegative=True, normalize=[True, True], momentum=0.9
     ),
-    "row_update blocks": partial(row_update, [9], blocks=2, max_norm=1e6, normalize=[True]),
+    "row_update blocks": partial(row_update, [9], 9, 3, max_norm=1e6, normalize=[True]),
+    "row_update few slots": partial(row_update, [11, 3], 39, 3, max_norm=0.5, nonnegative=True),
     "count_active": partial(count_active, 5, 4, 9),
     "count_active stamp": partial(count_active, 5, 4, 9, stamp=True),
     "count_active stamp on device": partial(count_active, 1, 1, 1, stamp=True, on_device=True),

@@ -117,6 +117,18 @@ def _hooked(seen: dict[tuple[str, str], Launch], call: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def named(family: str, names: list[str]) -> Iterator[None]:
+    """Adds the name of every kernel that is launched, in order; nothing is compiled."""
+
+    def hook(*, fn: Any, **_: Any) -> bool:
+        names.append(str(fn.jit_function.fn.__name__))
+        return True
+
+    with _family(family, set()), patch.object(*_hook_place(), hook):
+        yield
+
+
 def _hook_place() -> tuple[Any, str]:
     try:
         from triton import knobs
@@ -274,22 +286,23 @@ def row_update(
     S: int = 1,
     project: bool = True,
     momentum: float = 0.0,
-    **options: Any,
+    max_norm: float | None = None,
 ) -> None:
     values, indices = _code(dtype, S * B, k)
+    several = S > 1  # each with its rate and bound
     weights = [_new(S * R, width, dtype=dtype) for width in (d, C)]
     ours.row_update(
         weights,
         [values, torch.empty_like(values)],
         [_new(S * B, width, dtype=dtype) for width in (d, C)],
         indices,
-        lr=0.1,
+        lr=_new(S, dtype=FP32) if several else 0.1,
+        max_norm=_new(S, dtype=FP32) if several and max_norm is not None else max_norm,
         nonnegative=project,
         normalize=[project, False],
         momentum=momentum,
         buffers=[torch.empty_like(weight) for weight in weights] if momentum else None,
         blocks=S,
-        **options,
     )
 
 

@@ -141,6 +141,19 @@ def test_gradients(device: str, impl: str, inhibition: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FAST)
+@pytest.mark.parametrize("wanted", range(3))
+def test_each_gradient_alone(device: str, impl: str, wanted: int) -> None:
+    inputs = layer(5, 70, 8, torch.float32, device)
+    grads = []
+    for name in (impl, "reference"):
+        leaves = [t.detach().requires_grad_(n == wanted) for n, t in enumerate(inputs)]
+        out = op(leaves[0], leaves[1], 4, leaves[2], impl=name)
+        slopes = torch.arange(20.0, device=device).view(5, 4) - 9
+        grads += torch.autograd.grad(out.values, leaves[wanted], slopes)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("impl", FAST)
 def test_loss_on_the_threshold_alone(device: str, impl: str) -> None:
     x, weight, bias = (t.requires_grad_() for t in layer(3, 99, 8, torch.float32, device))
     op(x, weight, 4, bias, threshold=True, impl=impl).threshold.sum().backward()

@@ -48,10 +48,9 @@ class Step:
             coefficients,
             inputs,
             self.indices,
-            lr=0.1,
             buffers=buffers,
             impl=impl,
-            **options,
+            **{"lr": 0.1, **options},
         )
         return [norm, *weights, *(buffers or [])]
 

@@ -175,16 +175,20 @@ def test_bit_identical_from_run_to_run(impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
-def test_every_output_is_written(impl: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(*shape: Any, **options: Any) -> Tensor:
-        sizes = shape[0] if isinstance(shape[0], tuple) else shape
-        return torch.full(sizes, float("nan"), **options)
+@pytest.mark.parametrize("outputs", [20, 2054])
+def test_every_output_is_written(
+    impl: str, outputs: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, new_empty = torch.empty, Tensor.new_empty
 
-    values, indices, weight, bias, grad = case(5, 3, 7, 2054, torch.float32, device)
-    assert _segments.tiles(2054, weight.device) > 1
-    # Beyond MAX_RANKED slots torch sorts; the ranking kernel's outputs are integers.
-    monkeypatch.setattr(_segments, "MAX_RANKED", 0)
+    def poisoned(*given: Any, **options: Any) -> Tensor:
+        fresh = (new_empty if isinstance(given[0], Tensor) else empty)(*given, **options)
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else -1)
+
+    values, indices, weight, bias, grad = case(5, 3, 7, outputs, torch.float32, device)
+    assert (_segments.tiles(outputs, weight.device) > 1) == (outputs == 2054)
     monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
     assert gather_triton(values, indices, weight, bias).isfinite().all()
     for gradient in gradients_triton(grad, values, indices, weight, True, True):
         assert gradient is not None
