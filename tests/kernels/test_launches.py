@@ -126,6 +126,32 @@ def encoder(needs: str = "xwb", parts: str = "values", **shape: int) -> Prepare:
     return prepare
 
 
+def encode(
+    dtype: torch.dtype = torch.float32, grad: bool = False, backward: bool = False,
+    threshold: bool = False, **shape: int,
+) -> Prepare:  # fmt: skip
+    """linear_topk, and its backward to x, weight and bias."""
+
+    def prepare() -> Run:
+        B, R = shape["B"], shape["R"]
+        leaves = [new(*size, dtype=dtype, grad=grad) for size in ((B, 256), (R, 256), (R,))]
+        slopes, counts = new(B, shape["k"], dtype=dtype), new(R, dtype=torch.int64)
+
+        def run() -> Any:
+            x, weight, bias = leaves
+            out = ours.linear_topk(x, weight, shape["k"], bias, threshold=threshold, counts=counts)
+            return out, torch.autograd.grad(out.values, leaves, slopes) if backward else None
+
+        return run
+
+    return prepare
+
+
+def inhibit(grad: bool, dtype: torch.dtype = torch.float32) -> Prepare:
+    x, weight, gaba = new(128, 256, dtype=dtype), new(10_000, 256, dtype=dtype), new(10_000)
+    return of(ours.linear_inhibit, x.requires_grad_(grad), weight, 10, gaba)
+
+
 def both(**shape: int) -> Prepare:
     """The backward of a decoder and its encoder."""
 
@@ -159,6 +185,7 @@ def count(**options: Any) -> Prepare:
 
 BF16 = torch.bfloat16
 RANKED = "_rank_kernel"
+ENCODE = "_keys_kernel _code_kernel"
 SORTED = "_to_copy sort _offsets_kernel"  # _to_copy: to keys of fewer bits
 PINS = {
     "topk": Pin(of(ours.topk, new(8192, 10_000), 10), "_select_kernel", 1),
@@ -180,6 +207,28 @@ PINS = {
     # A row of two tiles: their products are added up.
     "sparse_linear backward wide": Pin(
         decoder(C=4096, dtype=BF16, **LARGE), f"{SORTED} segment_kernel sum _to_copy sum", 7
+    ),
+    "linear_topk": Pin(encode(threshold=True, **SMALL), f"_halve_kernel {ENCODE}", 2),
+    "linear_topk in 16 bits": Pin(encode(BF16, threshold=True, **SMALL), ENCODE, 2),
+    "linear_topk with gradients": Pin(
+        encode(grad=True, threshold=True, **SMALL), f"_halve_kernel {ENCODE}", 2
+    ),
+    "linear_topk both ways": Pin(
+        encode(grad=True, backward=True, threshold=True, **SMALL),
+        f"_halve_kernel {ENCODE} _gather_kernel {RANKED} segment_kernel",
+        3,
+    ),
+    # Two blocks of rows.
+    "linear_topk both ways, large": Pin(
+        encode(grad=True, backward=True, threshold=True, **LARGE),
+        f"_halve_kernel {ENCODE} {ENCODE} _gather_kernel {SORTED} segment_kernel",
+        6,
+    ),
+    "linear_inhibit": Pin(
+        inhibit(False), "mm _select_kernel _select_kernel _inhibit_kernel", 7
+    ),
+    "linear_inhibit with gradients": Pin(
+        inhibit(True), "mm _select_kernel _select_kernel _inhibit_kernel", 7
     ),
     "linear_topk backward": Pin(encoder(**SMALL), f"_gather_kernel {RANKED} segment_kernel", 1),
     "linear_topk backward to x": Pin(encoder("x", **SMALL), "_gather_kernel", 0),
