@@ -60,7 +60,7 @@ except ImportError:  # before Triton 3.4, or none at all
 # Bytes of keys that a block of rows may take.
 WORKSPACE = 2**26
 # Group keys that a program selects from: neurons a group are doubled beyond, up to a tile's.
-MAX_GROUPS = 8192
+MAX_GROUPS = 4096
 # Entries of a tile of rows that a program of four warps holds.
 ENTRIES = 4096
 MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
@@ -201,7 +201,8 @@ class Product:
         planes = 2 if gaba is None else 3
         self.rows = min(batch, max(1, WORKSPACE // (4 * planes * groups * blocks)))
         block = min(256, max(16, _power(features)))
-        scored = ENTRIES // block
+        # Rows that are no whole 16 bytes are read in more registers.
+        scored = ENTRIES // block // (1 if features % 4 == 0 else 2)
         capacity = 2 * _power(max(room, scored))
         self.sizes = batch, blocks, neurons, features, groups
         self.strides = self.x.stride(0), self.weight.stride(0)

@@ -36,14 +36,14 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({"batch": 128}, {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}),
             ({}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
         ),
-        **dict.fromkeys(
-            ("sm90", "sm100"),
-            (
+        **{
+            family: (
                 ({"batch": 128}, {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}),
                 ({"aligned": 0}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
-                ({}, {**DESCRIBED, "BM": 128, "BN": 256, "BK": 64, "num_warps": 8}),
-            ),
-        ),
+                ({}, {**DESCRIBED, "BM": 128, "BN": width, "BK": 64, "num_warps": 8}),
+            )
+            for family, width in (("sm90", 256), ("sm100", 128))  # 256 columns spill there
+        },
     },
     "linear_inhibit": {"default": (({}, {"BM": 16, "BN": 256, "num_warps": 4}),)},
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
