@@ -1,6 +1,6 @@
 """Exact, deterministic, trainable k-sparse layers; ssd_kernels.reference is the specification."""
 
-from ssd_kernels import _library, nn, reference  # noqa: F401 (_library registers)
+from ssd_kernels import nn, reference
 from ssd_kernels.code_gram import code_gram
 from ssd_kernels.count_active import count_active
 from ssd_kernels.distill import distill

@@ -25,8 +25,11 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modes in which torch operators on real tensors give tensors without data.
 TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 VMAP = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
-# (op, implementation) -> what serves in its place while torch.compile traces; see _library.
-COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
+# Asked here, for torch.compile of torch 2.6 cannot.
+AUTOCASTS = [
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+]
+PLAIN = ("reference", "torch")  # which launch no kernel of their own
 
 
 def interpreted() -> bool:
@@ -39,10 +42,20 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def tracing() -> bool:
+    """Whether torch.compile or torch.export is at work."""
+    return torch.compiler.is_compiling()
+
+
+def differentiable() -> bool:
+    """Whether a backward must be differentiable itself, which no compiled one can be."""
+    return torch.is_grad_enabled() and not tracing()
+
+
 def valueless(tensor: Tensor) -> bool:
     """Whether values cannot be looked at: traced, batched, or a tensor without data."""
     return (
-        torch.compiler.is_compiling()
+        tracing()
         or tensor.is_meta
         or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or torch.jit.is_tracing()
@@ -65,11 +78,13 @@ def choose(
     impl: str | None,
     tensor: Tensor,
     traced: str = "reference",
+    served: bool = True,
 ) -> Callable[..., Any]:
     """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name.
 
     `traced` serves what `symbolic` describes: it never looks at a value, and every torch operator
-    in it has its derivatives, batching rule and shape function.
+    in it has its derivatives, batching rule and shape function. Kernels are operators while torch
+    is tracing, see _op. Where they cannot serve the inputs, by dtype or `served`, PyTorch does.
     """
     if impl is None:
         forced = os.environ.get(ENVIRONMENT)
@@ -79,8 +94,10 @@ def choose(
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")
-    if torch.compiler.is_compiling() and (op, impl) in COMPILED:
-        return COMPILED[op, impl]
+    if impl not in PLAIN and not (served and tensor.dtype in TRITON_DTYPES):
+        impl = "torch"
+    if tracing() and impl not in PLAIN and not transformed():
+        return implementations[impl]
     return implementations[traced if symbolic(tensor) else impl]
 
 
@@ -95,7 +112,7 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> list[Any]:
     kind = tensor.device.type
     tensors = [tensor, *others]
     if (
-        not torch.amp.is_autocast_available(kind)
+        kind not in AUTOCASTS
         or not torch.is_autocast_enabled(kind)
         or tensor.dtype == torch.float64
     ):
@@ -107,8 +124,7 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> list[Any]:
 def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
     """Switches torch.autocast off: the inputs are in the dtype that counts."""
     kind = tensor.device.type
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in AUTOCASTS else nullcontext()
 
 
 def flattened(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssd_kernels import _dispatch, _tuning
+from ssd_kernels import _dispatch, _op, _tuning
 from ssd_kernels._linear_topk_kernels import (
     GROUP,
     _decide_kernel,
@@ -55,6 +55,19 @@ def rescorable(neurons: int, k: int) -> bool:
     return k < _groups(neurons) <= RESCORE_GROUPS and 2 * (k + 1) * GROUP <= 8192
 
 
+def _code_like(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
+    return (
+        x.new_empty(x.shape[0], k),
+        indices,
+        x.new_empty(x.shape[0]),
+        indices.new_empty(x.shape[0]),
+    )
+
+
+@_op.operator("ssd_kernels::linear_topk", _code_like, mutates=("counts",))
 def code(
     x: Tensor,
     weight: Tensor,
@@ -78,6 +91,22 @@ def code(
     return values, indices, cut, after
 
 
+def _inhibit_like(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    need_passes: bool,
+    blocks: int,
+) -> tuple[Tensor, Tensor]:
+    hidden = x.new_empty(x.shape[0], weight.shape[0] // blocks)
+    return hidden, x.new_empty(hidden.shape if need_passes else 0, dtype=torch.int8)
+
+
+@_op.operator("ssd_kernels::linear_inhibit", _inhibit_like, mutates=("counts",))
 def inhibit(
     x: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssd_kernels import _tuning
+from ssd_kernels import _op, _tuning
 from ssd_kernels._triton import jit, tl
 
 # Up to this many slots, ranking each against all takes one launch and less time than a sort.
@@ -200,15 +200,23 @@ def tiles(width: int, device: torch.device) -> int:
     return -(-width // _tuning.config("segments", device, width=width)["BLOCK"])
 
 
+def _row_gradients_like(
+    coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int, bias: bool = False
+) -> tuple[Tensor, Tensor]:
+    sums = inputs.new_empty(neurons if bias else 0)
+    return inputs.new_empty(neurons, inputs.shape[1]), sums
+
+
+@_op.operator("ssd_kernels::row_gradients", _row_gradients_like)
 def row_gradients(
     coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int, bias: bool = False
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """reference.row_gradient [R, d] in Triton; with `bias` also the sums of coefficients [R].
 
     coefficients, indices [B, K]; inputs [B, d]; fp32 sums, results in the dtype of inputs.
     """
     gradient = inputs.new_zeros(neurons, inputs.shape[1])
-    sums = inputs.new_zeros(neurons) if bias else None
+    sums = inputs.new_zeros(neurons if bias else 0)
     if indices.numel():
         walk(
             sorted_slots(indices),
@@ -216,7 +224,7 @@ def row_gradients(
             unit_stride(inputs),
             coefficients=coefficients.contiguous(),
             gradient=gradient,
-            bias_gradient=sums,
+            bias_gradient=sums if bias else None,
         )
     return gradient, sums
 

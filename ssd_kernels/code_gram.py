@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
 from ssd_kernels._segments import sorted_slots
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.row_gradient import row_gradient
@@ -182,6 +182,7 @@ def _gram_kernel(
             walking = following == neuron
 
 
+@_op.operator("ssd_kernels::code_gram", lambda *_: None, mutates=("gram", "cross"))
 def _triton(
     values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
 ) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
+from ssd_kernels.row_gradient import _triton as row_gradient_triton
 from ssd_kernels.row_gradient import row_gradient
-from ssd_kernels.sparse_linear import sparse_linear
+from ssd_kernels.sparse_linear import gather_triton, sparse_linear
 from ssd_kernels.topk import MAX_K, select
 
 
@@ -63,7 +64,7 @@ def linear_topk(
     _checks.linear("linear_topk", x, weight, bias, k, blocks)
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
-    serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x)
+    serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x, served=k < MAX_K)
     with _dispatch.as_given(x):
         return serve(
             x,
@@ -118,13 +119,17 @@ class _LinearTopK(torch.autograd.Function):
         if not slots:
             return tuple(grads)
         coefficients, ranked = torch.cat(slots, dim=1), torch.cat(neurons, dim=1)
+        decode: Callable[..., Tensor] = sparse_linear
+        gradient: Callable[..., Tensor] = row_gradient
+        if _dispatch.tracing():
+            decode, gradient = gather_triton, row_gradient_triton
         if ctx.needs_input_grad[0]:
-            grads[0] = sparse_linear(coefficients, ranked, weight)
+            grads[0] = decode(coefficients, ranked, weight)
         if ctx.needs_input_grad[1]:
-            grads[1] = row_gradient(coefficients, x, ranked, len(weight))
+            grads[1] = gradient(coefficients, x, ranked, len(weight))
         if ctx.needs_input_grad[2]:
             ones = coefficients.new_ones(len(x), 1)
-            grads[2] = row_gradient(coefficients, ones, ranked, len(weight)).squeeze(1)
+            grads[2] = gradient(coefficients, ones, ranked, len(weight)).squeeze(1)
         return tuple(grads)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,7 +42,7 @@ def row_gradient(
             f"expected [{indices.shape[0]}, d]"
         )
     serve = _dispatch.choose("row_gradient", IMPLEMENTATIONS, impl, inputs)
-    if torch.is_grad_enabled() and (coefficients.requires_grad or inputs.requires_grad):
+    if _dispatch.differentiable() and (coefficients.requires_grad or inputs.requires_grad):
         serve = reference.row_gradient
     return serve(coefficients, inputs, indices, neurons)
 
@@ -69,8 +68,6 @@ def segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor
 
 
 def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
-    if inputs.dtype not in _dispatch.TRITON_DTYPES:
-        return _torch(coefficients, inputs, indices, neurons)
     return row_gradients(coefficients, inputs, indices, neurons)[0]
 
 

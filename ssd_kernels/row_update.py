@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.row_gradient import segment_sum
@@ -62,7 +63,11 @@ def row_update(
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
     _check_blocks(weights, lr, max_norm, blocks)
-    serve = _dispatch.choose("row_update", IMPLEMENTATIONS, impl, weights[0])
+    in_place = [*weights, *(buffers or ())]
+    served = indices.numel() > 0 and all(
+        t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
+    )
+    serve = _dispatch.choose("row_update", IMPLEMENTATIONS, impl, weights[0], served=served)
     with torch.no_grad():
         return serve(
             weights,
@@ -100,7 +105,6 @@ def _torch(
     norm = _block_norms(gradients, torch.bincount(block, minlength=blocks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
-    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
         step = -rate * scale
         if buffers is not None:
@@ -110,7 +114,7 @@ def _torch(
         rows = weight.index_select(0, group.neurons).addcmul_(direction, step)
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
-    return norm if blocks > 1 else norm[0]
+    return _norms(norm, weights)
 
 
 def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
@@ -298,23 +302,52 @@ def _triton(
     buffers: Sequence[Tensor] | None,
     blocks: int,
 ) -> Tensor:
-    in_place = [*weights, *(buffers or ())]
-    if any(t.dtype not in _dispatch.TRITON_DTYPES or t.stride(1) != 1 for t in in_place) or not (
-        indices.numel() and all(w.shape[1] for w in weights)
-    ):
-        return _torch(
-            weights,
-            coefficients,
-            inputs,
-            indices,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            blocks=blocks,
-        )
+    return _launch(
+        list(weights),
+        [c.detach() for c in coefficients],
+        [i.detach() for i in inputs],
+        indices,
+        _per_block(lr, blocks, indices.device),
+        None if max_norm is None else _per_block(max_norm, blocks, indices.device),
+        nonnegative,
+        [False] * len(weights) if normalize is None else list(normalize),
+        momentum,
+        list(buffers or ()),
+        blocks,
+    )
+
+
+def _per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
+    """One float32 value for each block."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32)
+    return torch.full((blocks,), float(value), device=device)
+
+
+def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
+    return _norms(weights[0].new_empty(others[-1]), weights)
+
+
+def _norms(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What row_update returns of the norms [blocks]."""
+    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
+    return norm if len(norm) > 1 else norm[0]
+
+
+@_op.operator("ssd_kernels::row_update", _norms_like, mutates=("weights", "buffers"))
+def _launch(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    lr: Tensor,
+    max_norm: Tensor | None,
+    nonnegative: bool,
+    normalize: Sequence[bool],
+    momentum: float,
+    buffers: Sequence[Tensor],
+    blocks: int,
+) -> Tensor:
     order = _segments.sorted_slots(indices)
     gradients, touched, squares = _gradients(order, coefficients, inputs)
     if blocks == 1:
@@ -324,13 +357,11 @@ def _triton(
         own = block == torch.arange(blocks, device=block.device).unsqueeze(1)
         norm = torch.where(own, squares.sum(0), 0.0).sum(1)
     norm = norm.sqrt().float()
-    rates = per_block(lr, blocks, indices.device)
-    bounds = norm if max_norm is None else per_block(max_norm, blocks, indices.device)
     with torch.cuda.device_of(indices):
         for number, weight in enumerate(weights):
             count, width = gradients[number].shape
             chosen = _tuning.config("row_update", weight.device, width=width)
-            buffer = weight if buffers is None else buffers[number]
+            buffer = buffers[number] if buffers else weight
             _apply_kernel[(count,)](
                 order[0],
                 touched,
@@ -338,8 +369,8 @@ def _triton(
                 weight,
                 buffer,
                 norm,
-                rates,
-                bounds,
+                lr,
+                norm if max_norm is None else max_norm,
                 float(momentum),
                 count,
                 weight.shape[0] // blocks,
@@ -349,19 +380,11 @@ def _triton(
                 WIDTH=width,
                 CLIP=max_norm is not None,
                 CLAMP=nonnegative,
-                NORMALIZE=normalize is not None and bool(normalize[number]),
-                MOMENTUM=buffers is not None,
+                NORMALIZE=bool(normalize[number]),
+                MOMENTUM=bool(buffers),
                 **chosen,
             )
-    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
-    return norm if blocks > 1 else norm[0]
-
-
-def per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
-    """One float32 value for each block."""
-    if isinstance(value, Tensor):
-        return value.to(torch.float32)
-    return torch.full((blocks,), float(value), device=device)
+    return _norms(norm, weights)
 
 
 def _gradients(
@@ -381,8 +404,8 @@ def _gradients(
         _segments.walk(
             order,
             coefficient.shape[1],
-            _segments.unit_stride(vectors.detach()),
-            coefficients=coefficient.detach().contiguous(),
+            _segments.unit_stride(vectors),
+            coefficients=coefficient.contiguous(),
             gradient=gradient,
             squares=squares[first : first + tiles[number]],
             touched=touched[number],

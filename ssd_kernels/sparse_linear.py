@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.row_gradient import row_gradient
 
@@ -45,7 +45,8 @@ def sparse_linear(
         raise ValueError(f"sparse_linear: weight has shape {list(weight.shape)}, expected [R, C]")
     _checks.code("sparse_linear", values, indices, len(weight))
     _checks.shape("sparse_linear", "bias", bias, (weight.shape[1],))
-    serve = _dispatch.choose("sparse_linear", IMPLEMENTATIONS, impl, values)
+    served = values.numel() > 0
+    serve = _dispatch.choose("sparse_linear", IMPLEMENTATIONS, impl, values, served=served)
     with _dispatch.as_given(values):
         return serve(values, indices, weight, bias)
 
@@ -135,6 +136,10 @@ def _gather_kernel(
     tl.store(out + sample * outputs + column, total, mask=inside)
 
 
+@_op.operator(
+    "ssd_kernels::sparse_linear",
+    lambda values, indices, weight, bias=None: weight.new_empty(values.shape[0], weight.shape[1]),
+)
 def gather_triton(
     values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -161,6 +166,21 @@ def gather_triton(
     return out
 
 
+def _gradients_like(
+    grad_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    need_values: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        values.new_empty(values.shape if need_values else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+@_op.operator("ssd_kernels::sparse_linear_backward", _gradients_like)
 def gradients_triton(
     grad_out: Tensor,
     values: Tensor,
@@ -168,15 +188,17 @@ def gradients_triton(
     weight: Tensor,
     need_values: bool,
     need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of values [B, K] and weight [R, C] in one walk over the slots by neuron.
+
+    One that is not needed is an empty tensor.
 
     A neuron's program holds its row of weight and reads each of its samples' grad_out once for
     both, so the scattered reads fall on [B, C], which L2 holds more of than of [R, C].
     """
-    grad_weight = weight.new_zeros(weight.shape) if need_weight else None
+    grad_weight = weight.new_zeros(weight.shape if need_weight else 0)
     if values.numel() == 0 or weight.shape[1] == 0:
-        return torch.zeros_like(values) if need_values else None, grad_weight
+        return values.new_zeros(values.shape if need_values else 0), grad_weight
     products = None
     if need_values:
         tiles = _segments.tiles(weight.shape[1], weight.device)
@@ -188,10 +210,11 @@ def gradients_triton(
         _segments.unit_stride(grad_out),
         coefficients=values.contiguous(),
         weight=_segments.unit_stride(weight),
-        gradient=grad_weight,
+        gradient=grad_weight if need_weight else None,
         products=products,
     )
-    return None if products is None else products.sum(0).to(values.dtype), grad_weight
+    grad_values = values.new_empty(0) if products is None else products.sum(0).to(values.dtype)
+    return grad_values, grad_weight
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -207,18 +230,21 @@ class _SparseLinear(torch.autograd.Function):
         values, indices, weight = ctx.saved_tensors
         need_values, _, need_weight, need_bias = ctx.needs_input_grad
         grad_values = grad_weight = None
-        if torch.is_grad_enabled():
+        if _dispatch.differentiable():
             grad_values, grad_weight = _differentiable_gradients(grad_out, values, indices, weight)
         elif need_values or need_weight:
             grad_values, grad_weight = gradients_triton(
                 grad_out, values, indices, weight, need_values, need_weight
             )
-        return grad_values, None, grad_weight, grad_out.sum(0) if need_bias else None
+        return (
+            grad_values if need_values else None,
+            None,
+            grad_weight if need_weight else None,
+            grad_out.sum(0) if need_bias else None,
+        )
 
 
 def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if values.dtype not in _dispatch.TRITON_DTYPES or values.numel() == 0:
-        return _torch(values, indices, weight, bias)
     serve = gather_triton
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (values, weight, bias)
