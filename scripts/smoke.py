@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +80,7 @@ def main(arguments: list[str]) -> int:
 def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
     runs_triton = DEVICE.type == "cuda" or _dispatch.interpreted()
     for case in CASES:
-        for impl in import_module(f"ssd_kernels.{case.op}").IMPLEMENTATIONS:
+        for impl in _dispatch.TABLES[case.op]:
             if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
                 continue
             yield case, impl, torch.float32

@@ -1,8 +1,8 @@
 """Which implementation serves a call: one place, one environment switch.
 
-Every op names its implementations in a table {name: function}. `reference` is always there and is
-the specification; `torch` is the fast path in plain PyTorch; `triton` serves CUDA tensors of at
-most 32 bits. SSD_KERNELS_IMPL names the implementation for every op that has it; `impl=` on the
+Every op registers its implementations by name. `reference` is always there and is the
+specification; `torch` is the fast path in plain PyTorch; `triton` serves CUDA tensors of at most 32
+bits. SSD_KERNELS_IMPL names the implementation for every op that has it; `impl=` on the
 call wins over it.
 """
 
@@ -29,6 +29,7 @@ VMAP = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_gra
 AUTOCASTS = [
     kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
 ]
+TABLES: dict[str, dict[str, Callable[..., Any]]] = {}  # op -> its implementations
 PLAIN = ("reference", "torch")  # which launch no kernel of their own
 
 
@@ -72,9 +73,13 @@ def symbolic(tensor: Tensor) -> bool:
     return valueless(tensor) or transformed() or forward_ad._current_level >= 0
 
 
+def register(op: str, **implementations: Callable[..., Any]) -> None:
+    """What serves `op`, by name; without Triton only what launches no kernels."""
+    TABLES[op] = {name: f for name, f in implementations.items() if TRITON or name in PLAIN}
+
+
 def choose(
     op: str,
-    implementations: Mapping[str, Callable[..., Any]],
     impl: str | None,
     tensor: Tensor,
     traced: str = "reference",
@@ -86,6 +91,7 @@ def choose(
     in it has its derivatives, batching rule and shape function. Kernels are operators while torch
     is tracing, see _op. Where they cannot serve the inputs, by dtype or `served`, PyTorch does.
     """
+    implementations = TABLES[op]
     if impl is None:
         forced = os.environ.get(ENVIRONMENT)
         impl = _default(implementations, tensor)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def code_gram(
         TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
     """
     _check(values, indices, gram, cross, targets)
-    serve = _dispatch.choose("code_gram", IMPLEMENTATIONS, impl, values)
+    serve = _dispatch.choose("code_gram", impl, values)
     with torch.no_grad():
         serve(values, indices, gram, cross, targets)
 
@@ -209,9 +207,4 @@ def _triton(
         )
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
-    "reference": reference.code_gram,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("code_gram", reference=reference.code_gram, torch=_torch, triton=_triton)

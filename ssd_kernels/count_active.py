@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def count_active(
             )
     else:
         _checks.whole("count_active", "step", step, -math.inf)
-    serve = _dispatch.choose("count_active", IMPLEMENTATIONS, impl, values)
+    serve = _dispatch.choose("count_active", impl, values)
     serve(values, indices, counts, last_active, step)
 
 
@@ -132,9 +131,4 @@ def _launch(
         )
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
-    "reference": reference.count_active,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("count_active", reference=reference.count_active, torch=_torch, triton=_triton)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +61,7 @@ def distill(
         _check_setting(name, value, logits)
     widths = [t.shape[1] for t in (logits, hidden) if t is not None]
     served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS
-    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits, "torch", served)
+    serve = _dispatch.choose("distill", impl, logits, "torch", served)
     with torch.no_grad():
         return serve(
             logits,
@@ -386,9 +385,4 @@ def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
         _checks.same_device("distill", "logits", logits, name, value)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., DistillOutput]] = {
-    "reference": _reference,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("distill", reference=_reference, torch=_torch, triton=_triton)

@@ -81,7 +81,7 @@ def linear_active(
             "linear_active: how many neurons fire depends on values, and x has none here; "
             "linear_inhibit gives all R"
         )
-    serve = _dispatch.choose("linear_active", IMPLEMENTATIONS, impl, x)
+    serve = _dispatch.choose("linear_active", impl, x)
     with torch.no_grad():
         active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
         if counts is not None:
@@ -159,4 +159,4 @@ def _firing(hidden: Tensor) -> ActiveNeurons:
     return ActiveNeurons(hidden.index_select(1, neurons), neurons)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}
+_dispatch.register("linear_active", reference=_reference, torch=_torch)

@@ -163,7 +163,7 @@ def linear_code(
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
     if blocks > 1 and shadow is not None:
         raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
-    serve = _dispatch.choose("linear_code", IMPLEMENTATIONS, impl, x)
+    serve = _dispatch.choose("linear_code", impl, x)
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
@@ -357,4 +357,4 @@ def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tens
     return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
 
 
-IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}
+_dispatch.register("linear_code", reference=_reference, torch=_torch)

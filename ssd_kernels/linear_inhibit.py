@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def linear_inhibit(
     # The annealing starts with k = R: nothing to select that a sort would not do better.
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
     served = k < MAX_K and not learned
-    serve = _dispatch.choose("linear_inhibit", IMPLEMENTATIONS, impl, x, served=served)
+    serve = _dispatch.choose("linear_inhibit", impl, x, served=served)
     with _dispatch.as_given(x):
         return serve(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
 
@@ -143,9 +142,6 @@ def _triton(
     return _dispatch.unflattened(hidden, (*x.shape[:-1], hidden.shape[1]))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.linear_inhibit,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register(
+    "linear_inhibit", reference=reference.linear_inhibit, torch=_torch, triton=_triton
+)

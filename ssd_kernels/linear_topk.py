@@ -64,7 +64,7 @@ def linear_topk(
     _checks.linear("linear_topk", x, weight, bias, k, blocks)
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
-    serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x, served=k < MAX_K)
+    serve = _dispatch.choose("linear_topk", impl, x, served=k < MAX_K)
     with _dispatch.as_given(x):
         return serve(
             x,
@@ -237,10 +237,10 @@ def _forced(path: str) -> Callable[..., TopKOutput]:
     return serve
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., TopKOutput]] = {
-    "reference": reference.linear_topk,
-    "torch": _forced("torch"),
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
-    IMPLEMENTATIONS |= {path: _forced(path) for path in _linear_slabs.PATHS}
+_dispatch.register(
+    "linear_topk",
+    reference=reference.linear_topk,
+    torch=_forced("torch"),
+    triton=_triton,
+    **{path: _forced(path) for path in _linear_slabs.PATHS},
+)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,7 +39,7 @@ def row_gradient(
             f"row_gradient: inputs have shape {list(inputs.shape)}, "
             f"expected [{indices.shape[0]}, d]"
         )
-    serve = _dispatch.choose("row_gradient", IMPLEMENTATIONS, impl, inputs)
+    serve = _dispatch.choose("row_gradient", impl, inputs)
     if _dispatch.differentiable() and (coefficients.requires_grad or inputs.requires_grad):
         serve = reference.row_gradient
     return serve(coefficients, inputs, indices, neurons)
@@ -71,9 +69,4 @@ def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int)
     return row_gradients(coefficients, inputs, indices, neurons)[0]
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.row_gradient,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("row_gradient", reference=reference.row_gradient, torch=_torch, triton=_triton)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, reduce
 from typing import Any
 
@@ -67,7 +67,7 @@ def row_update(
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
     )
-    serve = _dispatch.choose("row_update", IMPLEMENTATIONS, impl, weights[0], served=served)
+    serve = _dispatch.choose("row_update", impl, weights[0], served=served)
     with torch.no_grad():
         return serve(
             weights,
@@ -468,9 +468,4 @@ def _check(
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.row_update,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("row_update", reference=reference.row_update, torch=_torch, triton=_triton)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def sparse_linear(
     _checks.code("sparse_linear", values, indices, len(weight))
     _checks.shape("sparse_linear", "bias", bias, (weight.shape[1],))
     served = values.numel() > 0
-    serve = _dispatch.choose("sparse_linear", IMPLEMENTATIONS, impl, values, served=served)
+    serve = _dispatch.choose("sparse_linear", impl, values, served=served)
     with _dispatch.as_given(values):
         return serve(values, indices, weight, bias)
 
@@ -254,9 +253,4 @@ def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
     return _dispatch.unflattened(out, (*values.shape[:-1], weight.shape[1]))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.sparse_linear,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("sparse_linear", reference=reference.sparse_linear, torch=_torch, triton=_triton)

@@ -61,7 +61,7 @@ def topk(
             raise TypeError(f"topk: mask has dtype {mask.dtype}; use torch.bool")
         _checks.shape("topk", "mask", mask, (neurons,))
         _checks.same_device("topk", "scores", scores, "mask", mask)
-    serve = _dispatch.choose("topk", IMPLEMENTATIONS, impl, scores, served=k <= MAX_K)
+    serve = _dispatch.choose("topk", impl, scores, served=k <= MAX_K)
     return serve(scores, k, boost=boost, mask=mask)
 
 
@@ -443,6 +443,4 @@ def _triton(
     return TopKOutput(_dispatch.unflattened(values, shape), indices.view(shape))
 
 
-IMPLEMENTATIONS = {"reference": reference.topk, "torch": _torch}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("topk", reference=reference.topk, torch=_torch, triton=_triton)

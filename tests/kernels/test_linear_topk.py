@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ssd_kernels import _dispatch, _linear_slabs, reference
 from ssd_kernels import linear_topk as op
-from ssd_kernels.linear_topk import IMPLEMENTATIONS, heuristic
+from ssd_kernels.linear_topk import heuristic
 from tests.kernels.conftest import INTERPRETED, same, triton_only
 
 TRITON = ["triton", "fused", "chunked", "rescore"]
@@ -305,7 +305,7 @@ def test_slab_is_a_small_share_of_the_logits() -> None:
         rows = _linear_slabs.slab_rows(8192, 131_072, size)
         slab = rows * 131_072 * (4 + 4 / 32)
         assert slab <= 0.05 * 8192 * 131_072 * size
-    assert set(TRITON) <= set(IMPLEMENTATIONS)
+    assert set(TRITON) <= set(_dispatch.TABLES["linear_topk"])
 
 
 def networks(
