@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import ssd_kernels as ours
 from benchmarks.common import CUDA_ONLY
 from ssd.cli import ArgumentParser, exit_status
+from ssd.code_gram import code_gram
+from ssd.distill import distill
 from ssd_kernels import _dispatch
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.row_gradient import row_gradient
@@ -229,14 +231,14 @@ def _code_gram(impl: str, draw: Draw) -> Results:
     values, indices = _code(draw)
     gram, cross = values.new_zeros(R, R), values.new_zeros(2, R, C)
     labels = torch.arange(B, device=DEVICE) % C
-    ours.code_gram(values, indices, gram, cross[0], labels, impl=impl)
-    ours.code_gram(values, indices, gram, cross[1], draw(B, C), impl=impl)
+    code_gram(values, indices, gram, cross[0], labels, impl=impl)
+    code_gram(values, indices, gram, cross[1], draw(B, C), impl=impl)
     return gram, cross
 
 
 def _distill(impl: str, draw: Draw) -> Results:
     labels = torch.arange(B, device=DEVICE) % C
-    return ours.distill(
+    return distill(
         draw(B, C), labels, draw(B, C), draw(B, K).relu(), draw(B, K).relu(),
         alpha=0.6, lam=0.3, temperature=2.0, impl=impl,
     )  # fmt: skip

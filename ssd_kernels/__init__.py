@@ -1,9 +1,7 @@
 """Exact, deterministic, trainable k-sparse layers; ssd_kernels.reference is the specification."""
 
 from ssd_kernels import nn, reference
-from ssd_kernels.code_gram import code_gram
 from ssd_kernels.count_active import count_active
-from ssd_kernels.distill import distill
 from ssd_kernels.linear_active import linear_active
 from ssd_kernels.linear_code import linear_code
 from ssd_kernels.linear_inhibit import linear_inhibit
@@ -16,9 +14,7 @@ from ssd_kernels.topk import topk
 
 __all__ = [
     "TopKOutput",
-    "code_gram",
     "count_active",
-    "distill",
     "linear_active",
     "linear_code",
     "linear_inhibit",

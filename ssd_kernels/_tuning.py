@@ -16,6 +16,7 @@ import torch
 Config = dict[str, int]
 Rows = tuple[tuple[Config, Config], ...]
 
+# Whoever has kernels of their own adds an entry.
 TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
@@ -49,13 +50,6 @@ TABLE: dict[str, dict[str, Rows]] = {
     },
     "linear_inhibit": {"default": (({}, {"BM": 16, "BN": 256, "num_warps": 4}),)},
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
-    "code_gram": {
-        "default": (
-            ({"slots": 32}, {"BLOCK": 32, "num_warps": 1}),
-            ({"slots": 128}, {"BLOCK": 128, "num_warps": 4}),
-            ({}, {"BLOCK": 256, "num_warps": 8}),
-        ),
-    },
     "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
     "segments": {
         "default": (
@@ -79,13 +73,6 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
             ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
             ({}, {"SLOTS": 8, "BLOCK": 256, "num_warps": 1}),
-        ),
-    },
-    "distill": {
-        "default": (
-            ({"columns": 32}, {"num_warps": 1}),
-            ({"columns": 256}, {"num_warps": 2}),
-            ({}, {"num_warps": 8}),
         ),
     },
     "row_update": {

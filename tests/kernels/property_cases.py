@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import ssd_kernels as sk
 from ssd_kernels import _dispatch
+from tests.kernels import ops as sk
 from tests.kernels.property_bounds import Bounds
 from tests.kernels.property_draws import Draw, Numbers
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssd.reference import code_gram
 from ssd_kernels import reference
 from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (
@@ -244,7 +245,7 @@ class CodeGram(Op):
             own = targets
             if own is not None and own.dim() == 2:
                 own = convert(own)
-            reference.code_gram(convert(values), indices, *out, own)
+            code_gram(convert(values), indices, *out, own)
         grains = {"gram": ("values", "values"), "cross": ("values", "targets")}
         for number, name in enumerate(case.in_place):
             # Entries are converted to the dtype of the sums: a rounding each.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ssd_kernels as sk
+from tests.kernels import ops as sk
 
 Arguments = dict[str, Any]
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 4, 2, 9, 5, 3

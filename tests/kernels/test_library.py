@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ssd_kernels as sk
 from ssd_kernels import _linear_slabs
+from tests.kernels import ops as sk
 from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.ops import PACKAGES
 
 # Compiled on CPU, the traceable path serves; "triton" is operators.
 IMPLS = [None, triton_only("triton")]
@@ -397,19 +398,24 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 @pytest.mark.parametrize("name", _opcheck_cases("cpu"))
 def test_opcheck(name: str, impl: str, device: str) -> None:
-    operator = getattr(torch.ops.ssd_kernels, name.split()[0]).default
+    operator = _operators()[name.split()[0]]
     # As the autograd.Function of the op hands them over.
     given = [a.detach() if isinstance(a, Tensor) else a for a in _opcheck_cases(device)[name]]
     assert set(torch.library.opcheck(operator, tuple(given)).values()) == {"SUCCESS"}
 
 
 def test_every_operator_is_checked() -> None:
-    registered = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("ssd_kernels::")
+    assert _operators().keys() == {name.split()[0] for name in _opcheck_cases("cpu")}
+
+
+def _operators() -> dict[str, Any]:
+    """Those of both packages, by name."""
+    qualified = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return {
+        name: getattr(getattr(torch.ops, package), name).default
+        for package, name in qualified
+        if package in PACKAGES
     }
-    assert registered == {name.split()[0] for name in _opcheck_cases("cpu")}
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
@@ -427,7 +433,7 @@ def test_operators_serve_traced_calls_only(name: str, impl: str, device: str) ->
         run(impl)
     assert not eager.called
     torch.compile(lambda: run(impl), fullgraph=True, backend=backend)()
-    assert f"ssd_kernels.{name.split()[0]}" in graphs[0]
+    assert str(_operators()[name.split()[0]]).removesuffix(".default") in graphs[0]
 
 
 def _code_of(graph: torch.fx.GraphModule) -> str:
@@ -445,6 +451,6 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if func.namespace == "ssd_kernels":
+        if func.namespace in PACKAGES:
             self.called.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
+from ssd import reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
+from ssd_kernels.reference import accumulation_dtype
 
 # One program holds a sample's row; beyond so many columns the torch path serves.
 MAX_COLUMNS = 4096
+_tuning.TABLE["distill"] = {
+    "default": (
+        ({"columns": 32}, {"num_warps": 1}),
+        ({"columns": 256}, {"num_warps": 2}),
+        ({}, {"num_warps": 8}),
+    ),
+}
 
 
 class DistillOutput(NamedTuple):
@@ -105,7 +114,7 @@ def _torch(
     target_hidden: Tensor | None,
     **options: Any,
 ) -> DistillOutput:
-    dtype, wide = logits.dtype, reference.accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
+    dtype, wide = logits.dtype, accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
     taught = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
     loss, gradient, slopes = _in_wide(logits.to(wide), labels, *taught, **options)
     return DistillOutput(
@@ -293,7 +302,7 @@ def _like(
     return logits.new_empty(len(logits)), logits.new_empty(logits.shape), slopes
 
 
-@_op.operator("ssd_kernels::distill", _like)
+@_op.operator("ssd::distill", _like)
 def _launch(
     logits: Tensor,
     labels: Tensor,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
+from ssd import reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning
 from ssd_kernels._segments import sorted_slots
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.row_gradient import row_gradient
@@ -18,6 +19,13 @@ CHUNK = 2**22
 # scattered | dense: R = 1,000, k = 10: 4 | 42; k = 50: 29 | 47; k = 200: 397 | 23; R = 10,000,
 # k = 100: 247 | 3,800; k = 1,000: 17,600 | 6,700.
 SCATTER_COST = 400
+_tuning.TABLE["code_gram"] = {
+    "default": (
+        ({"slots": 32}, {"BLOCK": 32, "num_warps": 1}),
+        ({"slots": 128}, {"BLOCK": 128, "num_warps": 4}),
+        ({}, {"BLOCK": 256, "num_warps": 8}),
+    ),
+}
 
 
 def code_gram(
@@ -180,7 +188,7 @@ def _gram_kernel(
             walking = following == neuron
 
 
-@_op.operator("ssd_kernels::code_gram", lambda *_: None, mutates=("gram", "cross"))
+@_op.operator("ssd::code_gram", lambda *_: None, mutates=("gram", "cross"))
 def _triton(
     values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
 ) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_kernels import distill, reference
+from ssd import reference
+from ssd.distill import distill
 from tests.kernels.conftest import INTERPRETED, triton_only
 
 FAST = ["torch", triton_only("triton")]
