@@ -29,8 +29,9 @@ from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
 from ssd.distill import distill
 from ssd_kernels import _dispatch
+from ssd_kernels._graded_code import linear_active, linear_code
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.linear_inhibit import linear_inhibit
-from ssd_kernels.row_gradient import row_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Odd on purpose: [B, d] x [R, d], and a row that is a whole number of no tile.
@@ -190,14 +191,14 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
 def _linear_code(impl: str, draw: Draw) -> Results:
     x, weight = draw(B, D).abs(), draw(R, D).abs()
     gaba = _ramp(0.9, x)
-    code, overflow = ours.linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+    code, overflow = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
     # Slots of value 0 are padding, whatever their index.
     return code.values.new_zeros(B, R).scatter_add_(1, code.indices, code.values), overflow
 
 
 def _linear_active(impl: str, draw: Draw) -> Results:
     x, weight = draw(B, D), draw(R, D)
-    return ours.linear_active(x, weight, K, _ramp(0.9, x), impl=impl)
+    return linear_active(x, weight, K, _ramp(0.9, x), impl=impl)
 
 
 def _code(draw: Draw) -> tuple[Tensor, Tensor]:

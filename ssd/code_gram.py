@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ssd import reference
 from ssd_kernels import _checks, _dispatch, _op, _tuning
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels._segments import sorted_slots
 from ssd_kernels._triton import jit, tl
-from ssd_kernels.row_gradient import row_gradient
 
 ACCUMULATORS = (torch.float32, torch.float64)
 # Numbers that the torch path holds at a time, beside gram and cross.

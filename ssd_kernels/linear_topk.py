@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _linear_slabs, reference
+from ssd_kernels._row_gradient import _triton as row_gradient_triton
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.row_gradient import _triton as row_gradient_triton
-from ssd_kernels.row_gradient import row_gradient
 from ssd_kernels.sparse_linear import gather_triton, sparse_linear
 from ssd_kernels.topk import MAX_K, select
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
+from ssd_kernels._row_gradient import segment_sum
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
-from ssd_kernels.row_gradient import segment_sum
 
 
 def row_update(

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels._triton import jit, tl
-from ssd_kernels.row_gradient import row_gradient
 
 # Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
 GATHERED = 2**17

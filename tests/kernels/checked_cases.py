@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _linear_slabs, _segments, _tuning
-from ssd_kernels.linear_code import Shadow
+from ssd_kernels._graded_code import Shadow
 from tests.kernels import ops
 from tests.kernels.test_row_update import Step
 from tests.kernels.test_topk import fill

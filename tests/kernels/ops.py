@@ -1,4 +1,4 @@
-"""Every op by its name, wherever it lives, for what tests them all."""
+"""Every op by its name, public or private, for what tests them all."""
 
 import importlib
 import re
@@ -9,15 +9,14 @@ from ssd.code_gram import code_gram
 from ssd.distill import distill
 from ssd_kernels import (
     count_active,
-    linear_active,
-    linear_code,
     linear_inhibit,
     linear_topk,
-    row_gradient,
     row_update,
     sparse_linear,
     topk,
 )
+from ssd_kernels._graded_code import linear_active, linear_code
+from ssd_kernels._row_gradient import row_gradient
 
 __all__ = [
     "code_gram",

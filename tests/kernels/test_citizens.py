@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from ssd_kernels.linear_code import Shadow
+from ssd_kernels._graded_code import Shadow
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
 from tests.kernels import ops as sk
 from tests.kernels.conftest import triton_only

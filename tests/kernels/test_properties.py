@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _dispatch, reference
-from ssd_kernels.linear_active import ActiveNeurons
+from ssd_kernels._graded_code import ActiveNeurons
 from ssd_kernels.topk import MAX_K
 from tests.kernels import properties
 from tests.kernels.conftest import INTERPRETED, triton_only
