@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Provider, Shape
+from ssd_kernels import _dispatch
 
 # What serves CUDA tensors alone; an implementation that is not named is tried on CPU too.
 CUDA_ONLY = {"triton"}
@@ -18,9 +18,8 @@ CUDA_ONLY = {"triton"}
 
 def implementations(op: str, device: torch.device) -> list[str]:
     """The names in the op's table, the specification left out: it is not meant to be fast."""
-    table: Mapping[str, Any] = import_module(f"ssd_kernels.{op}").IMPLEMENTATIONS
     hidden = {"reference"} | (set() if device.type == "cuda" else CUDA_ONLY)
-    return [name for name in table if name not in hidden]
+    return [name for name in _dispatch.TABLES[op] if name not in hidden]
 
 
 def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, Provider]:

@@ -14,8 +14,7 @@ import ssd_kernels as ours
 from benchmarks import gate, peers
 from benchmarks.cases import Case, Provider, Shape
 from benchmarks.common import compiled, impls, normal
-from ssd_kernels import reference
-from ssd_kernels.linear_active import Scratch
+from ssd_kernels import _graded_code, reference
 
 
 def topk(shape: Shape, device: torch.device) -> Case:
@@ -195,7 +194,7 @@ def linear_inhibit(shape: Shape, device: torch.device) -> Case:
 
 def linear_active(shape: Shape, device: torch.device) -> Case:
     batch, d, neurons, k = (shape.sizes[name] for name in ("B", "d", "R", "k"))
-    scratch = Scratch()
+    scratch = _graded_code.Scratch()
 
     def inputs() -> Any:
         gaba = torch.linspace(0.5, 1, neurons, device=device, dtype=shape.dtype)
@@ -210,7 +209,7 @@ def linear_active(shape: Shape, device: torch.device) -> Case:
 
     def call(given: Any, impl: str | None) -> Any:
         x, weight, gaba = given
-        return ours.linear_active(x, weight, k, gaba, scratch=scratch, impl=impl)
+        return _graded_code.linear_active(x, weight, k, gaba, scratch=scratch, impl=impl)
 
     def check(_: str, given: Any, result: Any) -> str:
         values, firing = result

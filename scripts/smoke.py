@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 import ssd_kernels as ours
 from benchmarks.common import CUDA_ONLY
 from ssd.cli import ArgumentParser, exit_status
+from ssd.code_gram import code_gram
+from ssd.distill import distill
 from ssd_kernels import _dispatch
+from ssd_kernels._graded_code import linear_active, linear_code
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.linear_inhibit import linear_inhibit
-from ssd_kernels.row_gradient import row_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Odd on purpose: [B, d] x [R, d], and a row that is a whole number of no tile.
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> int:
 def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
     runs_triton = DEVICE.type == "cuda" or _dispatch.interpreted()
     for case in CASES:
-        for impl in import_module(f"ssd_kernels.{case.op}").IMPLEMENTATIONS:
+        for impl in _dispatch.TABLES[case.op]:
             if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
                 continue
             yield case, impl, torch.float32
@@ -189,14 +191,14 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
 def _linear_code(impl: str, draw: Draw) -> Results:
     x, weight = draw(B, D).abs(), draw(R, D).abs()
     gaba = _ramp(0.9, x)
-    code, overflow = ours.linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+    code, overflow = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
     # Slots of value 0 are padding, whatever their index.
     return code.values.new_zeros(B, R).scatter_add_(1, code.indices, code.values), overflow
 
 
 def _linear_active(impl: str, draw: Draw) -> Results:
     x, weight = draw(B, D), draw(R, D)
-    return ours.linear_active(x, weight, K, _ramp(0.9, x), impl=impl)
+    return linear_active(x, weight, K, _ramp(0.9, x), impl=impl)
 
 
 def _code(draw: Draw) -> tuple[Tensor, Tensor]:
@@ -230,14 +232,14 @@ def _code_gram(impl: str, draw: Draw) -> Results:
     values, indices = _code(draw)
     gram, cross = values.new_zeros(R, R), values.new_zeros(2, R, C)
     labels = torch.arange(B, device=DEVICE) % C
-    ours.code_gram(values, indices, gram, cross[0], labels, impl=impl)
-    ours.code_gram(values, indices, gram, cross[1], draw(B, C), impl=impl)
+    code_gram(values, indices, gram, cross[0], labels, impl=impl)
+    code_gram(values, indices, gram, cross[1], draw(B, C), impl=impl)
     return gram, cross
 
 
 def _distill(impl: str, draw: Draw) -> Results:
     labels = torch.arange(B, device=DEVICE) % C
-    return ours.distill(
+    return distill(
         draw(B, C), labels, draw(B, C), draw(B, K).relu(), draw(B, K).relu(),
         alpha=0.6, lam=0.3, temperature=2.0, impl=impl,
     )  # fmt: skip

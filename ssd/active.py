@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ssd.distill import distill
 from ssd.learner import ENCODER, Learner
 from ssd.sdmlp import SDMLP
-from ssd_kernels import distill
 
 if TYPE_CHECKING:
     from ssd.trainer import Trainer

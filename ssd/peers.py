@@ -53,8 +53,9 @@ from ssd.readout import (
     ridge_solution,
 )
 from ssd.strict_json import dumps
-from ssd_kernels import TopKOutput, row_gradient, sparse_linear, topk
+from ssd_kernels import TopKOutput, sparse_linear, topk
 from ssd_kernels._checks import in_range
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.reference import power_of_two
 
 # Raise it when a change moves the numbers of peers: those of another are not shown.

@@ -1,7 +1,7 @@
 """Sparse code and analytic readout: a fixed k-sparse layer and a decoder in closed form.
 
 The decoder is the solution for all the data seen so far and needs of it only the code's Gram
-matrix, its sums over classes and the class counts, to which each task adds (ssd_kernels.code_gram).
+matrix, its sums over classes and the class counts, to which each task adds (ssd.code_gram).
 So nothing is forgotten, nothing is replayed, and the order of the tasks does not matter but for
 what the encoder takes from the first one.
 """
@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssd.code_gram import code_gram
 from ssd.errors import Diverged, UserError
 from ssd.metrics import finite
 from ssd.sdmlp import SDMLP
-from ssd_kernels import TopKOutput, code_gram, linear_topk, sparse_linear
+from ssd_kernels import TopKOutput, linear_topk, sparse_linear
 from ssd_kernels.reference import power_of_two, project
 
 # Samples whose scores are held at a time.

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ssd.distill import distill
 from ssd.learner import ENCODER
 from ssd.sdmlp import SDMLP, SPARSE_SHARE, WIDTH, AnnealedTopKLinear, response_to_inhibition
-from ssd_kernels import TopKOutput, count_active, distill, linear_code, linear_inhibit
+from ssd_kernels import TopKOutput, count_active, linear_inhibit
+from ssd_kernels._graded_code import linear_code
 from ssd_kernels.reference import by_network
 
 if TYPE_CHECKING:

@@ -9,18 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd.networks import Network, draw
-from ssd_kernels import (
-    TopKOutput,
-    count_active,
-    linear_active,
-    linear_code,
-    linear_inhibit,
-    linear_topk,
-)
+from ssd_kernels import TopKOutput, count_active, linear_inhibit, linear_topk
 from ssd_kernels._checks import counter, whole
 from ssd_kernels._dispatch import symbolic
-from ssd_kernels.linear_active import ActiveNeurons, Scratch
-from ssd_kernels.linear_code import Shadow, estimate_dtype
+from ssd_kernels._graded_code import (
+    ActiveNeurons,
+    Scratch,
+    Shadow,
+    estimate_dtype,
+    linear_active,
+    linear_code,
+)
 from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.reference import project
 from ssd_kernels.row_update import project_

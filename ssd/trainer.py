@@ -18,12 +18,14 @@ from torch.nn import functional as F
 
 from ssd.active import active_step
 from ssd.config import PENALTIES, Config, option
+from ssd.distill import distill
 from ssd.errors import Diverged
 from ssd.learner import ENCODER, Learner, part
 from ssd.metrics import finite
 from ssd.resident import ResidentEpochs
 from ssd.sdmlp import SDMLP
-from ssd_kernels import TopKOutput, distill, row_gradient, row_update, sparse_linear
+from ssd_kernels import TopKOutput, row_update, sparse_linear
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.reference import clip_scale
 from ssd_kernels.row_update import global_norm, project_
 

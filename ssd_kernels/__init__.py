@@ -1,31 +1,21 @@
 """Exact, deterministic, trainable k-sparse layers; ssd_kernels.reference is the specification."""
 
-from ssd_kernels import _library, nn, reference  # noqa: F401 (_library registers)
-from ssd_kernels.code_gram import code_gram
+from ssd_kernels import nn, reference
 from ssd_kernels.count_active import count_active
-from ssd_kernels.distill import distill
-from ssd_kernels.linear_active import linear_active
-from ssd_kernels.linear_code import linear_code
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.row_gradient import row_gradient
 from ssd_kernels.row_update import row_update
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import topk
 
 __all__ = [
     "TopKOutput",
-    "code_gram",
     "count_active",
-    "distill",
-    "linear_active",
-    "linear_code",
     "linear_inhibit",
     "linear_topk",
     "nn",
     "reference",
-    "row_gradient",
     "row_update",
     "sparse_linear",
     "topk",

@@ -1,8 +1,8 @@
 """Which implementation serves a call: one place, one environment switch.
 
-Every op names its implementations in a table {name: function}. `reference` is always there and is
-the specification; `torch` is the fast path in plain PyTorch; `triton` serves CUDA tensors of at
-most 32 bits. SSD_KERNELS_IMPL names the implementation for every op that has it; `impl=` on the
+Every op registers its implementations by name. `reference` is always there and is the
+specification; `torch` is the fast path in plain PyTorch; `triton` serves CUDA tensors of at most 32
+bits. SSD_KERNELS_IMPL names the implementation for every op that has it; `impl=` on the
 call wins over it.
 """
 
@@ -25,8 +25,12 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modes in which torch operators on real tensors give tensors without data.
 TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 VMAP = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
-# (op, implementation) -> what serves in its place while torch.compile traces; see _library.
-COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
+# Asked here, for torch.compile of torch 2.6 cannot.
+AUTOCASTS = [
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+]
+TABLES: dict[str, dict[str, Callable[..., Any]]] = {}  # op -> its implementations
+PLAIN = ("reference", "torch")  # which launch no kernel of their own
 
 
 def interpreted() -> bool:
@@ -39,10 +43,20 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def tracing() -> bool:
+    """Whether torch.compile or torch.export is at work."""
+    return torch.compiler.is_compiling()
+
+
+def differentiable() -> bool:
+    """Whether a backward must be differentiable itself, which no compiled one can be."""
+    return torch.is_grad_enabled() and not tracing()
+
+
 def valueless(tensor: Tensor) -> bool:
     """Whether values cannot be looked at: traced, batched, or a tensor without data."""
     return (
-        torch.compiler.is_compiling()
+        tracing()
         or tensor.is_meta
         or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         or torch.jit.is_tracing()
@@ -59,18 +73,25 @@ def symbolic(tensor: Tensor) -> bool:
     return valueless(tensor) or transformed() or forward_ad._current_level >= 0
 
 
+def register(op: str, **implementations: Callable[..., Any]) -> None:
+    """What serves `op`, by name; without Triton only what launches no kernels."""
+    TABLES[op] = {name: f for name, f in implementations.items() if TRITON or name in PLAIN}
+
+
 def choose(
     op: str,
-    implementations: Mapping[str, Callable[..., Any]],
     impl: str | None,
     tensor: Tensor,
     traced: str = "reference",
+    served: bool = True,
 ) -> Callable[..., Any]:
     """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name.
 
     `traced` serves what `symbolic` describes: it never looks at a value, and every torch operator
-    in it has its derivatives, batching rule and shape function.
+    in it has its derivatives, batching rule and shape function. Kernels are operators while torch
+    is tracing, see _op. Where they cannot serve the inputs, by dtype or `served`, PyTorch does.
     """
+    implementations = TABLES[op]
     if impl is None:
         forced = os.environ.get(ENVIRONMENT)
         impl = _default(implementations, tensor)
@@ -79,8 +100,10 @@ def choose(
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")
-    if torch.compiler.is_compiling() and (op, impl) in COMPILED:
-        return COMPILED[op, impl]
+    if impl not in PLAIN and not (served and tensor.dtype in TRITON_DTYPES):
+        impl = "torch"
+    if tracing() and impl not in PLAIN and not transformed():
+        return implementations[impl]
     return implementations[traced if symbolic(tensor) else impl]
 
 
@@ -95,7 +118,7 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> list[Any]:
     kind = tensor.device.type
     tensors = [tensor, *others]
     if (
-        not torch.amp.is_autocast_available(kind)
+        kind not in AUTOCASTS
         or not torch.is_autocast_enabled(kind)
         or tensor.dtype == torch.float64
     ):
@@ -107,8 +130,7 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> list[Any]:
 def as_given(tensor: Tensor) -> AbstractContextManager[Any]:
     """Switches torch.autocast off: the inputs are in the dtype that counts."""
     kind = tensor.device.type
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in AUTOCASTS else nullcontext()
 
 
 def flattened(x: Tensor) -> Tensor:

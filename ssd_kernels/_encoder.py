@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssd_kernels import _tuning
+from ssd_kernels import _op, _tuning
 from ssd_kernels._encoder_kernels import (
     _code_kernel,
     _graded_kernel,
@@ -78,6 +78,22 @@ class Code(NamedTuple):
     cut_active: Tensor  # [B] bool
 
 
+def unpacked(kept: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """after, active and cut_active of a Code, as `code` returns them in one tensor."""
+    passes = kept[rows:].view(torch.bool)
+    return kept[:rows], passes[: rows * k].view(rows, k), passes[rows * k : rows * (k + 1)]
+
+
+def _code_like(
+    x: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    indices = x.new_empty(rows, k, dtype=torch.int64)
+    kept = indices.new_empty(_ceil_div(rows * (9 + k), 8))
+    return x.new_empty(rows, k), indices, x.new_empty(rows), kept
+
+
+@_op.operator("ssd_kernels::linear_topk", _code_like, mutates=("counts",))
 def code(
     x: Tensor,
     weight: Tensor,
@@ -86,17 +102,12 @@ def code(
     inhibition: str,
     counts: Tensor | None,
     blocks: int,
-) -> Code:
-    """See Code; bias and counts: [S R] or None."""
-    rows = len(x)
-    values, cut = x.new_empty(rows, k), x.new_empty(rows)
-    indices = torch.empty(rows, k, dtype=torch.int64, device=x.device)
-    kept = indices.new_empty(_ceil_div(rows * (9 + k), 8))
-    after, passes = kept[:rows], kept[rows:].view(torch.bool)
-    active, cut_active = passes[: rows * k].view(rows, k), passes[rows * k : rows * (k + 1)]
-    code = Code(values, indices, cut, after, active, cut_active)
-    if rows == 0:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, indices, cut of a Code, and the rest of it packed."""
+    values, indices, cut, kept = code = _code_like(x, weight, bias, k)
+    if len(x) == 0:
         return code
+    after, active, cut_active = unpacked(kept, len(x), k)
     best = min(k + 1, len(weight) // blocks)
     if best == k:
         after.zero_()
@@ -136,15 +147,22 @@ def code(
     return code
 
 
+def _graded_like(
+    x: Tensor, weight: Tensor, k: int, width: int, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[0]
+    indices = x.new_empty(rows, width, dtype=torch.int64)
+    return x.new_empty(rows, width), indices, x.new_empty(rows, dtype=torch.bool)
+
+
+@_op.operator("ssd_kernels::graded_code", _graded_like)
 def graded_code(
     x: Tensor, weight: Tensor, k: int, width: int, gaba: Tensor, inhibition: str, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices [B, width] of fp32 x; bool [B]: whether more fire. k < R, gaba in (0, 1]."""
-    values = x.new_empty(len(x), width)
-    indices = torch.empty(len(x), width, dtype=torch.int64, device=x.device)
-    overflow = torch.empty(len(x), dtype=torch.bool, device=x.device)
+    values, indices, overflow = code = _graded_like(x, weight, k, width)
     if len(x) == 0:
-        return values, indices, overflow
+        return code
     gaba = gaba.detach().contiguous()
     product = Product(x, weight, None, gaba, k + 1, max(k + 1, width), blocks)
     for start, size in product.blocks():
@@ -167,7 +185,7 @@ def graded_code(
                 SUBTRACT=inhibition == "subtract",
                 **product.constants,
             )
-    return values, indices, overflow
+    return code
 
 
 class Product:
@@ -330,6 +348,22 @@ def relative_error(features: int) -> float:
     return 1.001 * (2.0**-10 + 2.0**-20 + features * 2.0**-21)
 
 
+def _inhibit_like(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    need_passes: bool,
+    blocks: int,
+) -> tuple[Tensor, Tensor]:
+    hidden = x.new_empty(x.shape[0], weight.shape[0] // blocks)
+    return hidden, hidden.new_empty(hidden.shape if need_passes else 0, dtype=torch.bool)
+
+
+@_op.operator("ssd_kernels::linear_inhibit", _inhibit_like, mutates=("counts",))
 def inhibit(
     x: Tensor,
     weight: Tensor,
@@ -344,8 +378,9 @@ def inhibit(
     """The dense activations [B, R] and, if needed, bool [B, R]: where the gradient passes."""
     x, weight = x.detach(), weight.detach()
     neurons = len(weight) // blocks
-    hidden = x.new_empty(len(x), neurons)
-    passes = torch.empty(hidden.shape if need_passes else 0, dtype=torch.bool, device=x.device)
+    hidden, passes = _inhibit_like(
+        x, weight, bias, k, gaba, inhibition, counts, need_passes, blocks
+    )
     gaba = None if gaba is None else gaba.detach().contiguous()
     chosen = _tuning.config("linear_inhibit", x.device)
     for rows, first, networks, scores in _slabs(x, weight, bias, hidden, blocks):

@@ -9,12 +9,13 @@ same from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _tuning
+from ssd_kernels import _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
 
 # Up to this many slots, ranking each against all takes one launch and less time than a sort. The
@@ -90,17 +91,21 @@ class _Kept(NamedTuple):
 _kept: _Kept | None = None  # of the backward that runs
 
 
-def shared_order(indices: Tensor, neurons: int) -> Order:
+def shared_order(indices: Tensor, neurons: int) -> Sequence[Tensor]:
     """sorted_slots with offsets, once for a decoder and its encoder in one eager backward.
+
+    Empty while torch is tracing: an operator sorts for itself.
 
     The order is taken again only in the same backward, on the same stream, for the same memory in
     the same version: both nodes saved these indices, and autograd forbids to change what is saved.
     The end of the backward drops it.
     """
     global _kept
+    if _dispatch.tracing():
+        return ()
     task = torch._C._current_graph_task_id()
     if task < 0:
-        return sorted_slots(indices, neurons)
+        return _with_offsets(sorted_slots(indices, neurons))
     stream = torch.cuda.current_stream(indices.device) if indices.is_cuda else None
     place = indices.data_ptr(), indices.shape, indices.stride(), indices._version
     key = (task, stream, indices.device, place, neurons)
@@ -108,7 +113,12 @@ def shared_order(indices: Tensor, neurons: int) -> Order:
     if kept is None or kept.key != key:
         torch.autograd.Variable._execution_engine.queue_callback(_forget)
         kept = _kept = _Kept(key, indices, sorted_slots(indices, neurons))
-    return kept.order
+    return _with_offsets(kept.order)
+
+
+def _with_offsets(order: Order) -> Sequence[Tensor]:
+    assert order.offsets is not None
+    return order.neurons, order.slots, order.offsets
 
 
 def _forget() -> None:
@@ -322,31 +332,39 @@ def tiles(width: int, device: torch.device) -> int:
     return max(1, -(-width // _tuning.config("segments", device, width=width)["BLOCK"]))
 
 
+def _row_gradients_like(
+    coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int, bias: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    sums = inputs.new_empty(neurons if bias else 0)
+    return inputs.new_empty(neurons, inputs.shape[1]), sums
+
+
+@_op.operator("ssd_kernels::row_gradients", _row_gradients_like)
 def row_gradients(
     coefficients: Tensor,
     inputs: Tensor,
     indices: Tensor,
     neurons: int,
-    bias: bool = False,
-    *,
-    gates: Tensor | None = None,
-    order: Order | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    bias: bool,
+    gates: Tensor | None,
+    order: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
     """reference.row_gradient [R, d] in Triton; with `bias` also the sums of coefficients [R].
 
     coefficients, indices [B, K]; inputs [B, d]; fp32 sums, results in the dtype of inputs.
-    gates [B, K]: where one is <= 0, the coefficient counts as 0. order: of the indices, if known.
+    gates [B, K]: where one is <= 0, the coefficient counts as 0. order: of the indices, if known,
+    else empty.
     """
     gradient = inputs.new_empty(neurons, inputs.shape[1])
-    sums = inputs.new_empty(neurons) if bias else None
+    sums = inputs.new_empty(neurons if bias else 0)
     walk(
-        sorted_slots(indices, neurons) if order is None else order,
+        Order(*order) if order else sorted_slots(indices, neurons),
         indices.shape[-1],
         unit_stride(inputs),
         coefficients=coefficients.contiguous(),
         gates=gates,
         gradient=gradient,
-        bias_gradient=sums,
+        bias_gradient=sums if bias else None,
     )
     return gradient, sums
 

@@ -19,6 +19,7 @@ Rows = tuple[tuple[Config, Config], ...]
 PLAIN = {"DESCRIPTORS": 0, "PERSISTENT": 0, "TOGETHER": 64, "num_stages": 3}
 DESCRIBED = {"DESCRIPTORS": 1, "PERSISTENT": 1, "TOGETHER": 8, "num_stages": 3}
 
+# Whoever has kernels of their own adds an entry.
 TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
@@ -47,13 +48,6 @@ TABLE: dict[str, dict[str, Rows]] = {
     },
     "linear_inhibit": {"default": (({}, {"BM": 16, "BN": 256, "num_warps": 4}),)},
     "count_active": {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)},
-    "code_gram": {
-        "default": (
-            ({"slots": 32}, {"BLOCK": 32, "num_warps": 1}),
-            ({"slots": 128}, {"BLOCK": 128, "num_warps": 4}),
-            ({}, {"BLOCK": 256, "num_warps": 8}),
-        ),
-    },
     "rank_slots": {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)},
     "offsets": {"default": (({}, {"BLOCK": 128, "num_warps": 4}),)},
     "segments": {
@@ -78,13 +72,6 @@ TABLE: dict[str, dict[str, Rows]] = {
             ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
             ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
             ({}, {"SLOTS": 8, "BLOCK": 256, "num_warps": 1}),
-        ),
-    },
-    "distill": {
-        "default": (
-            ({"columns": 32}, {"num_warps": 1}),
-            ({"columns": 256}, {"num_warps": 2}),
-            ({}, {"num_warps": 8}),
         ),
     },
     "row_update": {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
 from ssd_kernels._triton import jit, tl
 
 
@@ -46,7 +45,7 @@ def count_active(
             )
     else:
         _checks.whole("count_active", "step", step, -math.inf)
-    serve = _dispatch.choose("count_active", IMPLEMENTATIONS, impl, values)
+    serve = _dispatch.choose("count_active", impl, values)
     serve(values, indices, counts, last_active, step)
 
 
@@ -99,29 +98,37 @@ def _triton(
     last_active: Tensor | None,
     step: int | Tensor,
 ) -> None:
+    number, on_device = (0, step) if isinstance(step, Tensor) else (step, None)
+    _launch(values.detach(), indices, counts, last_active, number, on_device)
+
+
+@_op.operator("ssd_kernels::count_active", lambda *_: None, mutates=("counts", "last_active"))
+def _launch(
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    last_active: Tensor | None,
+    step: int,
+    step_on_device: Tensor | None,
+) -> None:
     slots = values.numel()
     if slots == 0:
         return
     chosen = _tuning.config("count_active", values.device)
     with torch.cuda.device_of(values):
         _count_kernel[(-(-slots // chosen["BLOCK"]),)](
-            values.detach().contiguous(),
+            values.contiguous(),
             indices.contiguous(),
             counts,
             counts if last_active is None else last_active,
-            step,
+            step if step_on_device is None else step_on_device,
             slots,
             counts.stride(0),
             1 if last_active is None else last_active.stride(0),
             STAMP=last_active is not None,
-            STEP_ON_DEVICE=isinstance(step, Tensor),
+            STEP_ON_DEVICE=step_on_device is not None,
             **chosen,
         )
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
-    "reference": reference.count_active,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("count_active", reference=reference.count_active, torch=_torch, triton=_triton)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +52,10 @@ def linear_inhibit(
     _checks.response("linear_inhibit", gaba, x, weight.shape[0])
     _checks.inhibition("linear_inhibit", inhibition)
     _checks.counter("linear_inhibit", "counts", counts, x, weight.shape[0])
-    serve = _dispatch.choose("linear_inhibit", IMPLEMENTATIONS, impl, x)
+    # The annealing starts with k = R: nothing to select that a sort would not do better.
+    learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
+    served = k < MAX_K and not learned
+    serve = _dispatch.choose("linear_inhibit", impl, x, served=served)
     with _dispatch.as_given(x):
         return serve(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
 
@@ -110,22 +112,16 @@ class _LinearInhibit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, passes = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        return *gradients(grad, x, weight, passes, ctx.blocks, needs), *[None] * 5
-
-
-def gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, passes: Tensor, blocks: int, needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """Of x, weight and bias, each where it is needed."""
-    slopes, inputs, neurons = (
-        reference.by_network(t, blocks) for t in (torch.where(passes, grad, 0.0), x, weight)
-    )
-    return [
-        torch.bmm(slopes, neurons).view(x.shape) if needs[0] else None,
-        torch.bmm(slopes.mT, inputs).view(weight.shape) if needs[1] else None,
-        slopes.sum(1).flatten() if needs[2] else None,
-    ]
+        slopes, inputs, neurons = (
+            reference.by_network(t, ctx.blocks) for t in (torch.where(passes, grad, 0.0), x, weight)
+        )
+        needs = ctx.needs_input_grad
+        return (
+            torch.bmm(slopes, neurons).view(x.shape) if needs[0] else None,
+            torch.bmm(slopes.mT, inputs).view(weight.shape) if needs[1] else None,
+            slopes.sum(1).flatten() if needs[2] else None,
+            *[None] * 5,
+        )
 
 
 def _triton(
@@ -139,11 +135,6 @@ def _triton(
     counts: Tensor | None,
     blocks: int,
 ) -> Tensor:
-    # The annealing starts with k = R: nothing to select that a sort would not do better.
-    served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
-    learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
-    if not served or learned:
-        return _torch(x, weight, k, gaba, bias, inhibition=inhibition, counts=counts, blocks=blocks)
     flat = _dispatch.flattened(x)
     given = flat, weight, bias, k, gaba, inhibition, counts
     leaves = (t for t in given[:3] if t is not None)
@@ -155,9 +146,6 @@ def _triton(
     return _dispatch.unflattened(hidden, (*x.shape[:-1], hidden.shape[1]))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.linear_inhibit,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register(
+    "linear_inhibit", reference=reference.linear_inhibit, torch=_torch, triton=_triton
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _encoder, _segments, reference
 from ssd_kernels._encoder import Code
-from ssd_kernels._segments import row_gradients
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.row_gradient import row_gradient
 from ssd_kernels.sparse_linear import gather_triton, sparse_linear
 from ssd_kernels.topk import MAX_K, select
 
@@ -65,7 +64,7 @@ def linear_topk(
     _checks.linear("linear_topk", x, weight, bias, k, blocks)
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
-    serve = _dispatch.choose("linear_topk", IMPLEMENTATIONS, impl, x)
+    serve = _dispatch.choose("linear_topk", impl, x, served=k < MAX_K)
     with _dispatch.as_given(x):
         return serve(
             x,
@@ -81,8 +80,6 @@ def linear_topk(
 
 
 class _LinearTopK(torch.autograd.Function):
-    """Shared by the implementations: `serve` is the forward."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -93,11 +90,13 @@ class _LinearTopK(torch.autograd.Function):
         inhibition: str,
         counts: Tensor | None,
         blocks: int,
-        serve: Callable[..., Code],
+        kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        code = serve(x, weight, bias, k, inhibition, counts, blocks)
+        code = (_triton_code if kernels else _torch_code)(
+            x, weight, bias, k, inhibition, counts, blocks
+        )
         ctx.save_for_backward(x, weight, code.indices, *code[3:])
-        ctx.has_cut, ctx.plain = k < len(weight) // blocks, serve is _torch_code
+        ctx.has_cut, ctx.kernels = k < len(weight) // blocks, kernels
         ctx.mark_non_differentiable(code.indices)
         ctx.set_materialize_grads(False)
         return code.values, code.indices, code.cut
@@ -117,7 +116,8 @@ class _LinearTopK(torch.autograd.Function):
         slopes, ranked, passes = parts[0]
         if len(parts) > 1:
             slopes, ranked, passes = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
-        plain = ctx.plain or torch.is_grad_enabled() or _dispatch.symbolic(slopes)
+        batched = _dispatch.symbolic(slopes) and not _dispatch.tracing()
+        plain = not ctx.kernels or _dispatch.differentiable() or batched
         gradients = _plain_gradients if plain else _triton_gradients
         return *gradients(slopes, ranked, passes, x, weight, ctx.needs_input_grad), *[None] * 5
 
@@ -159,10 +159,10 @@ def _triton_gradients(
     if needed[1] or needed[2]:
         inputs = x if needed[1] else x[:, :0]
         order = _segments.shared_order(ranked, len(weight))
-        rows, grads[2] = row_gradients(
-            slopes, inputs, ranked, len(weight), needed[2], gates=gates, order=order
+        rows, sums = _segments.row_gradients(
+            slopes, inputs, ranked, len(weight), needed[2], gates, order
         )
-        grads[1] = rows if needed[1] else None
+        grads[1:] = rows if needed[1] else None, sums if needed[2] else None
     return grads
 
 
@@ -193,13 +193,18 @@ def _torch_code(
     return Code(values, indices, cut, after, ~(values <= 0), ~(cut <= 0))
 
 
+def _triton_code(*given: Any) -> Code:
+    values, indices, cut, kept = _encoder.code(*given)
+    return Code(values, indices, cut, *_encoder.unpacked(kept, *values.shape))
+
+
 def _serve(
     x: Tensor,
     weight: Tensor,
     k: int,
     bias: Tensor | None = None,
     *,
-    code: Callable[..., Code],
+    kernels: bool,
     inhibition: str,
     threshold: bool,
     preactivations: bool,
@@ -222,9 +227,9 @@ def _serve(
     given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, blocks
     leaves = (t for t in given[:3] if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
-        values, indices, cut = _LinearTopK.apply(*given, code)
+        values, indices, cut = _LinearTopK.apply(*given, kernels)
     else:
-        values, indices, cut, *_ = code(*given)
+        values, indices, cut, *_ = (_triton_code if kernels else _torch_code)(*given)
     return TopKOutput(
         _dispatch.unflattened(values, (*batch, k)),
         indices.view(*batch, k),
@@ -232,15 +237,9 @@ def _serve(
     )
 
 
-def _triton(x: Tensor, weight: Tensor, k: int, bias: Tensor | None, **options: Any) -> TopKOutput:
-    served = k < MAX_K and x.dtype in _dispatch.TRITON_DTYPES
-    code = _encoder.code if served else _torch_code
-    return _serve(x, weight, k, bias, code=code, **options)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., TopKOutput]] = {
-    "reference": reference.linear_topk,
-    "torch": partial(_serve, code=_torch_code),
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register(
+    "linear_topk",
+    reference=reference.linear_topk,
+    torch=partial(_serve, kernels=False),
+    triton=partial(_serve, kernels=True),
+)

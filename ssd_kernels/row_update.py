@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
+from ssd_kernels._row_gradient import segment_sum
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
-from ssd_kernels.row_gradient import segment_sum
 
 
 def row_update(
@@ -62,7 +63,11 @@ def row_update(
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
     _check_blocks(weights, lr, max_norm, blocks)
-    serve = _dispatch.choose("row_update", IMPLEMENTATIONS, impl, weights[0])
+    in_place = [*weights, *(buffers or ())]
+    served = indices.numel() > 0 and all(
+        t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
+    )
+    serve = _dispatch.choose("row_update", impl, weights[0], served=served)
     with torch.no_grad():
         return serve(
             weights,
@@ -100,7 +105,6 @@ def _torch(
     norm = _block_norms(gradients, torch.bincount(block, minlength=blocks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
-    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
         step = -rate * scale
         if buffers is not None:
@@ -110,7 +114,7 @@ def _torch(
         rows = weight.index_select(0, group.neurons).addcmul_(direction, step)
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
-    return norm if blocks > 1 else norm[0]
+    return _norms(norm, weights)
 
 
 def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
@@ -307,23 +311,61 @@ def _triton(
     buffers: Sequence[Tensor] | None,
     blocks: int,
 ) -> Tensor:
-    in_place = [*weights, *(buffers or ())]
-    if any(t.dtype not in _dispatch.TRITON_DTYPES or t.stride(1) != 1 for t in in_place) or not (
-        indices.numel() and all(w.shape[1] for w in weights)
-    ):
-        return _torch(
-            weights,
-            coefficients,
-            inputs,
-            indices,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            blocks=blocks,
-        )
+    device = indices.device
+    if _dispatch.tracing():  # a number that changes from step to step would be compiled in
+        lr = _per_block(lr, blocks, device)
+        max_norm = None if max_norm is None else _per_block(max_norm, blocks, device)
+    return _launch(
+        list(weights),
+        [c.detach() for c in coefficients],
+        [i.detach() for i in inputs],
+        indices,
+        lr if isinstance(lr, Tensor) else None,
+        0.0 if isinstance(lr, Tensor) else float(lr),
+        max_norm if isinstance(max_norm, Tensor) else None,
+        None if isinstance(max_norm, Tensor) else max_norm,
+        nonnegative,
+        [False] * len(weights) if normalize is None else list(normalize),
+        momentum,
+        list(buffers or ()),
+        blocks,
+    )
+
+
+def _per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
+    """One float32 value for each block."""
+    if isinstance(value, Tensor):
+        return value.to(torch.float32)
+    return torch.full((blocks,), float(value), device=device)
+
+
+def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
+    return _norms(weights[0].new_empty(others[-1]), weights)
+
+
+def _norms(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What row_update returns of the norms [blocks]."""
+    norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
+    return norm if len(norm) > 1 else norm[0]
+
+
+@_op.operator("ssd_kernels::row_update", _norms_like, mutates=("weights", "buffers"))
+def _launch(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    rates: Tensor | None,
+    rate: float,
+    bounds: Tensor | None,
+    bound: float | None,
+    nonnegative: bool,
+    normalize: Sequence[bool],
+    momentum: float,
+    buffers: Sequence[Tensor],
+    blocks: int,
+) -> Tensor:
+    """rates, bounds: [blocks], or None where one number serves; no bound: no clip."""
     neurons = weights[0].shape[0]
     order = _segments.sorted_slots(indices, neurons, by_neuron=neurons <= indices.numel())
     gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, blocks)
@@ -333,7 +375,7 @@ def _triton(
         for number, weight in enumerate(weights):
             width = weight.shape[1]
             chosen = _tuning.config("row_update", weight.device, width=width)
-            buffer = weight if buffers is None else buffers[number]
+            buffer = buffers[number] if buffers else weight
             _apply_kernel[(order.programs,)](
                 order.neurons,
                 touched,
@@ -342,8 +384,8 @@ def _triton(
                 buffer,
                 squares,
                 norm,
-                lr.contiguous() if isinstance(lr, Tensor) else float(lr),
-                max_norm.contiguous() if isinstance(max_norm, Tensor) else float(max_norm or 0),
+                rate if rates is None else rates.contiguous(),
+                (bound or 0.0) if bounds is None else bounds.contiguous(),
                 float(momentum),
                 blocks,
                 neurons // blocks,
@@ -351,24 +393,17 @@ def _triton(
                 buffer.stride(0),
                 BY_NEURON=order.offsets is not None,
                 SHARING=len(weights),
-                RATES=isinstance(lr, Tensor),
-                BOUNDS=isinstance(max_norm, Tensor),
+                RATES=rates is not None,
+                BOUNDS=bounds is not None,
                 BLOCKS=1 << (blocks - 1).bit_length(),
                 WIDTH=width,
-                CLIP=max_norm is not None,
+                CLIP=bounds is not None or bound is not None,
                 CLAMP=nonnegative,
-                NORMALIZE=normalize is not None and bool(normalize[number]),
-                MOMENTUM=buffers is not None,
+                NORMALIZE=bool(normalize[number]),
+                MOMENTUM=bool(buffers),
                 **chosen,
             )
     return norm if blocks > 1 else norm[0]
-
-
-def per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
-    """One float32 value for each block."""
-    if isinstance(value, Tensor):
-        return value.to(torch.float32)
-    return torch.full((blocks,), float(value), device=device)
 
 
 def _gradients(
@@ -393,8 +428,8 @@ def _gradients(
         _segments.walk(
             order,
             coefficient.shape[1],
-            _segments.unit_stride(vectors.detach()),
-            coefficients=coefficient.detach().contiguous(),
+            _segments.unit_stride(vectors),
+            coefficients=coefficient.contiguous(),
             gradient=gradient,
             squares=squares[first : first + tiles[number]],
             touched=touched[number],
@@ -458,9 +493,4 @@ def _check(
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.row_update,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("row_update", reference=reference.row_update, torch=_torch, triton=_triton)

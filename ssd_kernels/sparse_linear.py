@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, _segments, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels._triton import jit, tl
-from ssd_kernels.row_gradient import row_gradient
 
 # Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
 GATHERED = 2**17
@@ -45,7 +45,8 @@ def sparse_linear(
         raise ValueError(f"sparse_linear: weight has shape {list(weight.shape)}, expected [R, C]")
     _checks.code("sparse_linear", values, indices, len(weight))
     _checks.shape("sparse_linear", "bias", bias, (weight.shape[1],))
-    serve = _dispatch.choose("sparse_linear", IMPLEMENTATIONS, impl, values)
+    served = values.numel() > 0
+    serve = _dispatch.choose("sparse_linear", impl, values, served=served)
     with _dispatch.as_given(values):
         return serve(values, indices, weight, bias)
 
@@ -153,6 +154,10 @@ def _gather_kernel(
     tl.store(out + sample * outputs + column, total, mask=inside)
 
 
+@_op.operator(
+    "ssd_kernels::sparse_linear",
+    lambda values, indices, weight, *_: weight.new_empty(values.shape[0], weight.shape[1]),
+)
 def gather_triton(
     values: Tensor,
     indices: Tensor,
@@ -188,6 +193,22 @@ def gather_triton(
     return out
 
 
+def _gradients_like(
+    grad_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    need_values: bool,
+    need_weight: bool,
+    order: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    return (
+        values.new_empty(values.shape if need_values else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
+@_op.operator("ssd_kernels::sparse_linear_backward", _gradients_like)
 def gradients_triton(
     grad_out: Tensor,
     values: Tensor,
@@ -195,19 +216,19 @@ def gradients_triton(
     weight: Tensor,
     need_values: bool,
     need_weight: bool,
-    order: _segments.Order | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
+    order: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
     """Gradients of values [B, K] and weight [R, C] in one walk over the slots by neuron.
+
+    One that is not needed is an empty tensor.
 
     A neuron's program holds its row of weight and reads each of its samples' grad_out once for
     both, so the scattered reads fall on [B, C], which L2 holds more of than of [R, C].
     """
     neurons, outputs = weight.shape
-    if order is None:
-        by_neuron = need_weight or neurons <= indices.numel()
-        order = _segments.sorted_slots(indices, neurons, by_neuron)
+    by_neuron = need_weight or neurons <= indices.numel()
     tiles = _segments.tiles(outputs, weight.device)
-    grad_weight = weight.new_empty(neurons, outputs) if need_weight else None
+    grad_weight = weight.new_empty((neurons, outputs) if need_weight else 0)
     products = None
     if need_values:
         products = values.new_empty(values.shape)
@@ -216,17 +237,17 @@ def gradients_triton(
                 (tiles, *values.shape), dtype=torch.float32, device=values.device
             )
     _segments.walk(
-        order,
+        _segments.Order(*order) if order else _segments.sorted_slots(indices, neurons, by_neuron),
         indices.shape[1],
         _segments.unit_stride(grad_out),
         coefficients=values.contiguous(),
         weight=_segments.unit_stride(weight),
-        gradient=grad_weight,
+        gradient=grad_weight if need_weight else None,
         products=products,
     )
     if products is not None and tiles > 1:
         products = products.sum(0).to(values.dtype)
-    return products, grad_weight
+    return values.new_empty(0) if products is None else products, grad_weight
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -242,21 +263,25 @@ class _SparseLinear(torch.autograd.Function):
         values, indices, weight = ctx.saved_tensors
         need_values, _, need_weight, need_bias = ctx.needs_input_grad
         grad_values = grad_weight = None
-        if torch.is_grad_enabled() or _dispatch.symbolic(grad_out):
+        traced = _dispatch.tracing()
+        if _dispatch.differentiable() or (_dispatch.symbolic(grad_out) and not traced):
             grad_values, grad_weight = _differentiable_gradients(
                 grad_out, values, indices, weight, need_values, need_weight
             )
         elif need_values or need_weight:
-            order = _segments.shared_order(indices, len(weight)) if need_weight else None
+            order = _segments.shared_order(indices, len(weight)) if need_weight else ()
             grad_values, grad_weight = gradients_triton(
                 grad_out, values, indices, weight, need_values, need_weight, order
             )
-        return grad_values, None, grad_weight, grad_out.sum(0) if need_bias else None
+        return (
+            grad_values if need_values else None,
+            None,
+            grad_weight if need_weight else None,
+            grad_out.sum(0) if need_bias else None,
+        )
 
 
 def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if values.dtype not in _dispatch.TRITON_DTYPES or values.numel() == 0:
-        return _torch(values, indices, weight, bias)
     serve = gather_triton
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (values, weight, bias)
@@ -266,9 +291,4 @@ def _triton(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None
     return _dispatch.unflattened(out, (*values.shape[:-1], weight.shape[1]))
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.sparse_linear,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("sparse_linear", reference=reference.sparse_linear, torch=_torch, triton=_triton)

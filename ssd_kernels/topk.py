@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import TopKOutput
 
@@ -62,7 +61,7 @@ def topk(
             raise TypeError(f"topk: mask has dtype {mask.dtype}; use torch.bool")
         _checks.shape("topk", "mask", mask, (neurons,))
         _checks.same_device("topk", "scores", scores, "mask", mask)
-    serve = _dispatch.choose("topk", IMPLEMENTATIONS, impl, scores)
+    serve = _dispatch.choose("topk", impl, scores, served=k <= MAX_K)
     return serve(scores, k, boost=boost, mask=mask)
 
 
@@ -303,6 +302,12 @@ def _select_kernel(
         task += tl.num_programs(0)
 
 
+def _like(scores: Tensor, k: int, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], k)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@_op.operator("ssd_kernels::topk", _like)
 def select_triton(
     scores: Tensor, k: int, boost: Tensor | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -419,24 +424,16 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor, _: None) -> tuple[Any, ...]:
         indices, mask = ctx.saved_tensors
-        return gradient(grad_values, indices, mask, ctx.shape), None, None, None
-
-
-def gradient(
-    grad_values: Tensor, indices: Tensor, mask: Tensor | None, shape: Sequence[int]
-) -> Tensor:
-    """Of the scores, [B, R]."""
-    if mask is not None:
-        grad_values = torch.where(mask[indices], grad_values, 0.0)
-    # The indices of a row are distinct: each entry is written at most once.
-    return grad_values.new_zeros(shape).scatter(1, indices, grad_values)
+        if mask is not None:
+            grad_values = torch.where(mask[indices], grad_values, 0.0)
+        # The indices of a row are distinct: each entry is written at most once.
+        grad = grad_values.new_zeros(ctx.shape).scatter(1, indices, grad_values)
+        return grad, None, None, None
 
 
 def _triton(
     scores: Tensor, k: int, *, boost: Tensor | None = None, mask: Tensor | None = None
 ) -> TopKOutput:
-    if k > MAX_K or scores.dtype not in _dispatch.TRITON_DTYPES:
-        return _torch(scores, k, boost=boost, mask=mask)
     flat = _dispatch.flattened(scores)
     if flat.requires_grad and torch.is_grad_enabled():
         values, indices = _TopK.apply(flat, k, boost, mask)
@@ -446,6 +443,4 @@ def _triton(
     return TopKOutput(_dispatch.unflattened(values, shape), indices.view(shape))
 
 
-IMPLEMENTATIONS = {"reference": reference.topk, "torch": _torch}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("topk", reference=reference.topk, torch=_torch, triton=_triton)

@@ -19,6 +19,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "test_interpreter" not in item.nodeid)  # the longest begin first

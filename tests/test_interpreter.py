@@ -1,4 +1,4 @@
-"""Runs tests/kernels once more with every Triton kernel in Triton's interpreter, on CPU tensors.
+"""Runs the tests of the kernels once more in Triton's interpreter, on CPU tensors.
 
 TRITON_INTERPRET must be set before Triton is imported, so this starts a process of its own.
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # Two processes of about the same length, so that two cores share them.
+OF_SSD = ("tests/ssd/test_code_gram.py", "tests/ssd/test_distill.py")
 FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 
 
@@ -24,8 +25,9 @@ FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 @pytest.mark.skipif(_dispatch.interpreted(), reason="this process is the interpreter's already")
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_triton_kernels_in_the_interpreter(half: str) -> None:
-    every = sorted((ROOT / "tests/kernels").glob("test_*.py"))
+    every = [*sorted((ROOT / "tests/kernels").glob("test_*.py")), *(ROOT / name for name in OF_SSD)]
     assert {path.name for path in every} >= {*FIRST}
+    assert all(path.exists() for path in every)
     files = [str(path) for path in every if (path.name in FIRST) == (half == "first")]
     # "triton" is in the id of every test that runs a kernel; CUDA must not be found.
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "triton", *files]

@@ -1,4 +1,4 @@
-"""The README's examples run as they stand; what it and docs/ name as a command or link exists."""
+"""The examples run as they stand; what it and docs/ name as a command or link exists."""
 
 import re
 from importlib.util import find_spec
@@ -9,14 +9,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+EXAMPLES = {
+    f"{path.stem} {number}": example
+    for path in DOCUMENTS
+    for number, example in enumerate(
+        re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    )
+}
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_example_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(EXAMPLES) == 2
-    assert len(EXAMPLES[number].splitlines()) <= 20
-    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(EXAMPLES[name].splitlines()) <= 25
+    exec(compile(EXAMPLES[name], name, "exec"), {})
+
+
+def test_examples_are_found() -> None:
+    assert list(EXAMPLES) == ["README 0", "README 1", "kernels 0"]
 
 
 def commands(text: str) -> tuple[list[str], list[str]]:

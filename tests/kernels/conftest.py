@@ -13,11 +13,6 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
 def triton_only(*values: object) -> object:
     """A parameter that runs where Triton can: in the interpreter or on CUDA."""
     usable = INTERPRETED or torch.cuda.is_available()

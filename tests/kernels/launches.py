@@ -6,10 +6,8 @@ for a GPU that gpus.present names. Its hook before a compilation takes the launc
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
@@ -20,9 +18,9 @@ import gpus
 import torch
 from torch import Tensor
 
-import ssd_kernels as ours
 from benchmarks import cases
 from ssd_kernels import _dispatch, _segments, _tuning
+from tests.kernels import ops as ours
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SHORT: dict[Any, str] = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16"}
@@ -98,10 +96,8 @@ def record(family: str, calls: Sequence[Call]) -> Recording:
 
 
 def kernels() -> set[str]:
-    """The names of all kernels that the package has."""
-    names = [info.name for info in pkgutil.iter_modules(ours.__path__)]
-    modules = [importlib.import_module(f"ssd_kernels.{name}") for name in names]
-    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    """The names of all kernels that the packages have."""
+    return {name for module in ours.modules() for name in vars(module) if name.endswith("_kernel")}
 
 
 @contextmanager

@@ -100,8 +100,9 @@ def draw(seed: int, number: int) -> Case:
     d = Draw(seed, number, small=INTERPRETED)
     invalid = d.chance(INVALID)
     case = op.draw(d)
-    if invalid:
-        case.fault, changed = d.pick(list(op.faults(case)))
+    faults = list(op.faults(case)) if invalid else []
+    if faults:
+        case.fault, changed = d.pick(faults)
         case.arguments |= changed
     return case
 

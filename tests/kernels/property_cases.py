@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import ssd_kernels as sk
+from ssd_kernels import _dispatch
+from tests.kernels import ops as sk
 from tests.kernels.property_bounds import Bounds
 from tests.kernels.property_draws import Draw, Numbers
 
@@ -95,7 +95,7 @@ class Op:
         raise NotImplementedError
 
     def implementations(self) -> list[str]:
-        return list(implementations(self.table or self.name))
+        return list(_dispatch.TABLES[self.table or self.name])
 
     def call(self, arguments: Arguments, impl: str) -> Outputs:
         out = getattr(sk, self.name)(**arguments, impl=impl)
@@ -117,12 +117,6 @@ class Op:
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
         """Arguments to replace, each of which must be refused."""
         raise NotImplementedError
-
-
-def implementations(op: str) -> dict[str, Any]:
-    """The op's table, whose entries `impl` names."""
-    table: dict[str, Any] = import_module(f"ssd_kernels.{op}").IMPLEMENTATIONS
-    return table
 
 
 def named(out: Any) -> Outputs:

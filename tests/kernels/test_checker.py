@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-import ssd_kernels
 from ssd_kernels import _dispatch
 from ssd_kernels._triton import jit, tl
 
@@ -24,6 +21,7 @@ if not _dispatch.TRITON:
 
 from tests.kernels import checked_cases
 from tests.kernels.checker import Fault, Launch, Site, checking
+from tests.kernels.ops import modules
 
 # "triton" is in the name of every test here, for tests/test_interpreter.py picks them by it.
 pytestmark = pytest.mark.skipif(
@@ -49,14 +47,9 @@ class Function(NamedTuple):
         return inspect.getsourcefile(self.jitted.fn) or ""
 
 
-def modules() -> list[Any]:
-    names = [info.name for info in pkgutil.iter_modules(ssd_kernels.__path__)]
-    return [importlib.import_module(f"ssd_kernels.{name}") for name in names]
-
-
 @cache
 def functions() -> list[Function]:
-    """Every @jit function that the package defines."""
+    """Every @jit function that the packages define."""
     found = []
     for module in modules():
         for value in vars(module).values():

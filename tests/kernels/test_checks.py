@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ssd_kernels as sk
+from tests.kernels import ops as sk
 
 Arguments = dict[str, Any]
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 4, 2, 9, 5, 3
@@ -76,14 +76,6 @@ def _row_update() -> Arguments:
     }
 
 
-def _row_gradient() -> Arguments:
-    code = _code()
-    inputs = torch.randn(BATCH, INPUTS)
-    return {"coefficients": code["values"], "inputs": inputs, "indices": code["indices"]} | {
-        "neurons": NEURONS
-    }
-
-
 def _distill() -> Arguments:
     logits = torch.randn(BATCH, OUTPUTS)
     hidden = torch.randn(BATCH, SLOTS)
@@ -109,7 +101,6 @@ GOOD: dict[str, Callable[[], Arguments]] = {
     "code_gram": _code_gram,
     "count_active": _count_active,
     "row_update": _row_update,
-    "row_gradient": _row_gradient,
     "distill": _distill,
     "linear_active": _linear_active,
     "linear_code": _linear_code,
@@ -171,7 +162,6 @@ CODE: list[tuple[Arguments, type[Exception], str]] = [
     ({"indices": torch.zeros(4, 2, device=META).long()}, ValueError, "indices is on meta"),
     *INDICES,
 ]
-CODE_OF_GRADIENTS = [*INDICES, ({"indices": torch.zeros(4, 3).long()}, ValueError, r"\[4, 3\]")]
 BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
     "topk": [
         *SETTINGS,
@@ -194,13 +184,6 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"width": 2.5}, TypeError, r"width=2\.5 must be an integer"),
         ({"width": True}, TypeError, "width=True must be an integer"),
         ({"width": 10}, ValueError, r"width=10 must lie in 2\.\.9"),
-    ],
-    "row_gradient": [
-        *CODE_OF_GRADIENTS,
-        ({"neurons": 9.0}, TypeError, r"neurons=9\.0 must be an integer"),
-        ({"neurons": -1}, ValueError, "neurons=-1 must be at least 0"),
-        ({"neurons": 1}, ValueError, r"expected 0\.\.0"),
-        ({"inputs": torch.ones(5, 5)}, ValueError, r"inputs have shape \[5, 5\]"),
     ],
     "distill": [
         ({"labels": torch.full((4,), -100)}, ValueError, r"labels run from -100 to -100, .*0\.\.2"),

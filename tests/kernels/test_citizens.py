@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-import ssd_kernels as sk
-from ssd_kernels.linear_code import Shadow
+from ssd_kernels._graded_code import Shadow
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
+from tests.kernels import ops as sk
 from tests.kernels.conftest import triton_only
 
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 6, 3, 17, 8, 5

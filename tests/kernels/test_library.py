@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import ssd_kernels as sk
-from ssd_kernels import _dispatch, _library
+from tests.kernels import ops as sk
 from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.ops import PACKAGES
 
-# Compiled on CPU, the traceable path serves; "triton" is the operators of _library.
+# Compiled on CPU, the traceable path serves; "triton" is operators.
 IMPLS = [None, triton_only("triton")]
 BATCH, SLOTS, NEURONS, OUTPUTS, INPUTS = 6, 3, 17, 5, 8
 
@@ -274,6 +275,56 @@ def test_autocast(name: str, compiled: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_one_graph_serves_every_batch(impl: str | None, device: str) -> None:
+    torch._dynamo.reset()
+    run = Reconstruction(impl, device)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (4, 9, 33):
+        x = torch.randn(batch, INPUTS, device=device, requires_grad=True)
+        got, want = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (compiled, run))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiled_transforms(impl: str | None, device: str) -> None:
+    """Of torch.func: they take the specification."""
+    torch._dynamo.reset()
+    run = Reconstruction(impl, device)
+    each = torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))
+    x = torch.randn(2, BATCH, INPUTS, device=device)
+    torch.testing.assert_close(torch.compile(each, fullgraph=True, backend="aot_eager")(x), each(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("impl", [triton_only("triton")])
+def test_operators_are_exported(impl: str, strict: bool, device: str) -> None:
+    module = Reconstruction(impl, device)
+    sizes = ({0: torch.export.Dim("batch")},)
+    example = (torch.randn(32, INPUTS, device=device),)
+    with torch.no_grad():
+        program = torch.export.export(module, example, dynamic_shapes=sizes, strict=strict)
+    assert "ssd_kernels.linear_topk" in _code_of(program.graph_module)
+    for batch in (2, 7, 300):
+        x = torch.randn(batch, INPUTS, device=device)
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
+class Reconstruction(nn.Module):
+    """Three ops in a row, for any batch."""
+
+    def __init__(self, impl: str | None, device: str) -> None:
+        super().__init__()
+        self.impl = impl
+        self.register_buffer("encoder", torch.randn(NEURONS, INPUTS, device=device))
+        self.register_buffer("decoder", torch.randn(NEURONS, INPUTS, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = sk.linear_topk(x, self.encoder, SLOTS, impl=self.impl)
+        out = sk.sparse_linear(code.values, code.indices, self.decoder, impl=self.impl)
+        return sk.topk(out, SLOTS, impl=self.impl).values
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, device: str) -> None:
     torch._dynamo.reset()
     values, indices = _code(device)
@@ -289,7 +340,8 @@ def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, dev
     torch.testing.assert_close(ours, expected)
 
 
-def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operator."""
     values, indices = _code(device)
     plain = values.detach()
     scores = torch.randn(BATCH, NEURONS, device=device, requires_grad=True)
@@ -309,71 +361,91 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     update = (weights, [plain, plain], inputs, indices, rate)
     logits, hidden = grad.clone(), plain.clone()
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-    settings = [torch.full((BATCH,), value, device=device) for value in (0.6, 0.3, 2.0)]
+    settings = torch.tensor([[0.6], [0.3], [2.0]], device=device).repeat(1, BATCH)
     backward = (grad, plain, indices, weight.detach())
+    one, three = (*layer, SLOTS, "mask"), (*several, SLOTS, "mask")
     return {
-        "topk": (_library.topk_op, (scores, SLOTS, None, None)),
-        "topk chosen": (_library.topk_op, (scores, SLOTS, boost, mask)),
-        "sparse_linear": (_library.sparse_linear_op, (values, indices, weight, bias)),
-        "sparse_linear no bias": (_library.sparse_linear_op, (values, indices, weight, None)),
-        "backward": (_library.sparse_linear_backward_op, (*backward, True, True)),
-        "backward of values": (_library.sparse_linear_backward_op, (*backward, True, False)),
-        "row_gradients": (_library.row_gradients_op, (plain, inputs[0], indices, NEURONS)),
-        "code_gram": (_library.code_gram_op, (plain, indices, gram, cross, labels)),
-        "code_gram only": (_library.code_gram_op, (plain, indices, gram, None, None)),
-        "linear_topk": (_library.linear_topk_op, (*layer, SLOTS, "mask", 1)),
-        "linear_topk of all": (_library.linear_topk_op, (*layer, NEURONS, "subtract", 1)),
-        "linear_inhibit": (_library.linear_inhibit_op, (*layer, SLOTS, boost, "subtract", 1)),
-        "linear_topk blocks": (_library.linear_topk_op, (*several, SLOTS, "mask", 3)),
-        "linear_inhibit blocks": (
-            _library.linear_inhibit_op,
-            (*several, SLOTS, boost.repeat(3), "subtract", 3),
-        ),
-        "count_active": (_library.count_active_op, (plain, indices, counts, counts.clone(), now)),
-        "count_active only": (_library.count_active_op, (plain, indices, counts, None, now)),
-        "row_update": (
-            _library.row_update_op,
-            (*update, bound, True, [True, False], 0.9, buffers, 1),
-        ),
-        "row_update plain": (
-            _library.row_update_op,
-            (*update, None, False, [False] * 2, 0.0, [], 1),
-        ),
-        "distill": (
-            _library.distill_op,
-            (logits, labels, grad, hidden, plain, *settings, "forward", logits > 0),
-        ),
-        "distill plain": (
-            _library.distill_op,
-            (logits, labels, None, None, None, *settings, "reverse", None),
-        ),
+        "topk": (scores, SLOTS, None, None),
+        "topk chosen": (scores, SLOTS, boost, mask),
+        "sparse_linear": (values, indices, weight, bias),
+        "sparse_linear no bias": (values, indices, weight, None),
+        "sparse_linear_backward": (*backward, True, True, ()),
+        "sparse_linear_backward of values": (*backward, True, False, ()),
+        "row_gradients": (plain, inputs[0], indices, NEURONS, False, None, ()),
+        "row_gradients and sums": (plain, inputs[0], indices, NEURONS, True, (plain > 0).view(torch.uint8), ()),
+        "code_gram": (plain, indices, gram, cross, labels),
+        "code_gram only": (plain, indices, gram, None, None),
+        "linear_topk": (*one, counts, 1),
+        "linear_topk of all": (*layer, NEURONS, "subtract", None, 1),
+        "linear_topk blocks": (*three, None, 3),
+        "linear_inhibit": (*layer, SLOTS, boost, "subtract", counts, True, 1),
+        "linear_inhibit blocks": (*several, SLOTS, boost.repeat(3), "mask", None, False, 3),
+        "graded_code": (*(t.detach() for t in layer[:2]), SLOTS, 5, boost, "mask", 1),
+        "count_active": (plain, indices, counts, counts.clone(), 0, now),
+        "count_active only": (plain, indices, counts, None, 3, None),
+        "row_update": (*update, 0.0, bound, None, True, [True, False], 0.9, buffers, 1),
+        "row_update plain": (*update[:4], None, 0.1, None, None, False, [False] * 2, 0.0, [], 1),
+        "distill": (logits, labels, grad, hidden, plain, settings, "forward", logits > 0),
+        "distill plain": (logits, labels, None, None, None, None, "reverse", None),
     }
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 @pytest.mark.parametrize("name", _opcheck_cases("cpu"))
 def test_opcheck(name: str, impl: str, device: str) -> None:
-    operator, arguments = _opcheck_cases(device)[name]
-    assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+    operator = _operators()[name.split()[0]]
+    # As the autograd.Function of the op hands them over.
+    given = [a.detach() if isinstance(a, Tensor) else a for a in _opcheck_cases(device)[name]]
+    assert set(torch.library.opcheck(operator, tuple(given)).values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked() -> None:
+    assert _operators().keys() == {name.split()[0] for name in _opcheck_cases("cpu")}
+
+
+def _operators() -> dict[str, Any]:
+    """Those of both packages, by name."""
+    qualified = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return {
+        name: getattr(getattr(torch.ops, package), name).default
+        for package, name in qualified
+        if package in PACKAGES
+    }
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 @pytest.mark.parametrize("name", CASES)
-def test_operators_serve_compiled_calls_only(
-    name: str, impl: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_operators_serve_traced_calls_only(name: str, impl: str, device: str) -> None:
     torch._dynamo.reset()
-    called = []
-    op = name.split()[0]
-    operator = _dispatch.COMPILED[op, "triton"]
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        called.append(name)
-        return operator(*args, **kwargs)
-
-    monkeypatch.setitem(_dispatch.COMPILED, (op, "triton"), spy)
     run = CASES[name](device)
-    run(impl)
-    assert not called
-    torch.compile(lambda: run(impl), backend="eager")()
-    assert called
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(_code_of(graph))
+        return graph.forward
+
+    with Operators() as eager:
+        run(impl)
+    assert not eager.called
+    torch.compile(lambda: run(impl), fullgraph=True, backend=backend)()
+    assert str(_operators()[name.split()[0]]).removesuffix(".default") in graphs[0]
+
+
+def _code_of(graph: torch.fx.GraphModule) -> str:
+    """With its subgraphs."""
+    return "".join(m.code for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
+
+
+class Operators(TorchDispatchMode):
+    """Notes which of ours are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        if func.namespace in PACKAGES:
+            self.called.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_kernels import linear_active, reference
-from ssd_kernels.linear_active import Scratch
+from ssd_kernels import reference
+from ssd_kernels._graded_code import Scratch, linear_active
 
 
 def layer(batch: int, features: int, neurons: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import linear_code, reference
-from ssd_kernels.linear_code import Shadow
+from ssd_kernels import reference
+from ssd_kernels._graded_code import Shadow, linear_code
 
 SHADOWS = (torch.float32, torch.bfloat16)
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_kernels import reference
-from ssd_kernels.linear_active import ActiveNeurons
+from ssd_kernels import _dispatch, reference
+from ssd_kernels._graded_code import ActiveNeurons
 from ssd_kernels.topk import MAX_K
 from tests.kernels import properties
 from tests.kernels.conftest import INTERPRETED, triton_only
 from tests.kernels.property_bounds import Bounds, Ranking
-from tests.kernels.property_cases import Case, implementations
+from tests.kernels.property_cases import Case
 
 SEED = 0
 KERNELS = triton_only("kernels").marks  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def test_a_wrong_implementation_is_seen(mutation: str, monkeypatch: pytest.Monke
             for problems in (properties.run(n, SEED, impl) for n in numbers)
         )
 
-    table = implementations(op)
+    table = _dispatch.TABLES[op]
     monkeypatch.setitem(table, "torch", mutate(table["reference"]))
     assert seen("torch") > 1
     assert seen("reference") == 0
@@ -292,7 +292,7 @@ def test_selection_within_the_rounding_of_the_scores() -> None:
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert properties.main(["--cases", "30", "--only", "count_active", "--impl", "torch"]) == 0
     assert capsys.readouterr().out.endswith("2 cases, 0 wrong\n")
-    table = implementations("count_active")
+    table = _dispatch.TABLES["count_active"]
     monkeypatch.setitem(table, "torch", one_more(table["reference"]))
     assert properties.main(["--cases", "30", "--only", "count_active", "--impl", "torch"]) == 1
     out = capsys.readouterr().out

@@ -171,11 +171,13 @@ def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch
     trainer.load_task()
     trainer.resident._load_task()
 
-    def compiled(op: str, implementations: Any, *_: Any, **__: Any) -> Any:
-        # What torch.compile would trace: the Triton launches as opaque operators.
-        return _dispatch.COMPILED[op, "triton"] if op != "linear_code" else implementations["torch"]
+    def kernels(op: str, *_: Any, **__: Any) -> Any:
+        table = _dispatch.TABLES[op]
+        return table.get("triton", table["torch"])
 
-    monkeypatch.setattr(_dispatch, "choose", compiled)
+    # What torch.compile would trace: the Triton launches as opaque operators.
+    monkeypatch.setattr(_dispatch, "choose", kernels)
+    monkeypatch.setattr(_dispatch, "tracing", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for path in (DENSE, GRADED, EXACT):
             trainer.resident.body([path, path, path])

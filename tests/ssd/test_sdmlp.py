@@ -13,7 +13,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from ssd.networks import ReLUMLP, TopKMLP
 from ssd.sdmlp import SDMLP, AnnealedTopKLinear
 from ssd_kernels import TopKOutput
-from ssd_kernels.linear_code import Shadow
+from ssd_kernels._graded_code import Shadow
 
 
 def test_constraints_hold_from_the_start() -> None:
@@ -164,7 +164,7 @@ def test_estimating_scores_changes_no_bit(
     )
     monkeypatch.setattr(AnnealedTopKLinear, "_computes_all", lambda *_: False)
     # The package's attribute of this name is the function.
-    module = import_module("ssd_kernels.linear_code")
+    module = import_module("ssd_kernels._graded_code")
     monkeypatch.setattr(module, "fast_bfloat16", lambda: fast)
     ends = []
     for smallest in (1, 10**9):

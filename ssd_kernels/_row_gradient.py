@@ -1,14 +1,11 @@
-"""The gradient of a matrix of which a sparse code picks rows: zero where no neuron is active."""
+"""The gradient of a matrix of which a sparse code picks rows, private to the two packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _dispatch, reference
 from ssd_kernels._segments import Segments, row_gradients, segments
 
 
@@ -19,31 +16,18 @@ def row_gradient(
 
     The whole weight gradient of a k-sparse layer: for an encoder the inputs are x and the
     coefficients the gradients of the values; for a decoder the gradients of the output and the
-    values. Slots are summed in order: the result has the same bits every time.
+    values. Slots are summed in order: the result has the same bits every time. Nothing is checked.
 
     Args:
         coefficients: [B, K] floating. inputs: [B, d], the same dtype. indices: [B, K] int64.
         neurons: R.
-        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference".
 
     Returns:
         [R, d] in the dtype of inputs, differentiable in coefficients and inputs.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
     """
-    _checks.floating("row_gradient", coefficients=coefficients, inputs=inputs)
-    _checks.whole("row_gradient", "neurons", neurons)
-    _checks.code("row_gradient", coefficients, indices, neurons)
-    if indices.dim() != 2:
-        raise ValueError(f"row_gradient: indices have shape {list(indices.shape)}, expected [B, K]")
-    if inputs.dim() != 2 or inputs.shape[0] != indices.shape[0]:
-        raise ValueError(
-            f"row_gradient: inputs have shape {list(inputs.shape)}, "
-            f"expected [{indices.shape[0]}, d]"
-        )
-    serve = _dispatch.choose("row_gradient", IMPLEMENTATIONS, impl, inputs)
-    if torch.is_grad_enabled() and (coefficients.requires_grad or inputs.requires_grad):
+    serve = _dispatch.choose("row_gradient", impl, inputs)
+    if _dispatch.differentiable() and (coefficients.requires_grad or inputs.requires_grad):
         serve = reference.row_gradient
     return serve(coefficients, inputs, indices, neurons)
 
@@ -69,14 +53,7 @@ def segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor
 
 
 def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
-    if inputs.dtype not in _dispatch.TRITON_DTYPES:
-        return _torch(coefficients, inputs, indices, neurons)
-    return row_gradients(coefficients, inputs, indices, neurons)[0]
+    return row_gradients(coefficients, inputs, indices, neurons, False, None, ())[0]
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.row_gradient,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("row_gradient", reference=reference.row_gradient, torch=_torch, triton=_triton)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd import reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels._segments import sorted_slots
 from ssd_kernels._triton import jit, tl
-from ssd_kernels.row_gradient import row_gradient
 
 ACCUMULATORS = (torch.float32, torch.float64)
 # Numbers that the torch path holds at a time, beside gram and cross.
@@ -20,6 +19,13 @@ CHUNK = 2**22
 # scattered | dense: R = 1,000, k = 10: 4 | 42; k = 50: 29 | 47; k = 200: 397 | 23; R = 10,000,
 # k = 100: 247 | 3,800; k = 1,000: 17,600 | 6,700.
 SCATTER_COST = 400
+_tuning.TABLE["code_gram"] = {
+    "default": (
+        ({"slots": 32}, {"BLOCK": 32, "num_warps": 1}),
+        ({"slots": 128}, {"BLOCK": 128, "num_warps": 4}),
+        ({}, {"BLOCK": 256, "num_warps": 8}),
+    ),
+}
 
 
 def code_gram(
@@ -48,7 +54,7 @@ def code_gram(
         TypeError, ValueError: a dtype, shape or device that does not fit, before any work.
     """
     _check(values, indices, gram, cross, targets)
-    serve = _dispatch.choose("code_gram", IMPLEMENTATIONS, impl, values)
+    serve = _dispatch.choose("code_gram", impl, values)
     with torch.no_grad():
         serve(values, indices, gram, cross, targets)
 
@@ -182,6 +188,7 @@ def _gram_kernel(
             walking = following == neuron
 
 
+@_op.operator("ssd::code_gram", lambda *_: None, mutates=("gram", "cross"))
 def _triton(
     values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
 ) -> None:
@@ -208,9 +215,4 @@ def _triton(
         )
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., None]] = {
-    "reference": reference.code_gram,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("code_gram", reference=reference.code_gram, torch=_torch, triton=_triton)

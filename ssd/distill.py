@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd import reference
+from ssd_kernels import _checks, _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
+from ssd_kernels.reference import accumulation_dtype
 
 # One program holds a sample's row; beyond so many columns the torch path serves.
 MAX_COLUMNS = 4096
+_tuning.TABLE["distill"] = {
+    "default": (
+        ({"columns": 32}, {"num_warps": 1}),
+        ({"columns": 256}, {"num_warps": 2}),
+        ({}, {"num_warps": 8}),
+    ),
+}
 
 
 class DistillOutput(NamedTuple):
@@ -60,7 +68,9 @@ def distill(
     _check(logits, labels, target_logits, hidden, target_hidden, kl, columns)
     for name, value in (("alpha", alpha), ("lam", lam), ("temperature", temperature)):
         _check_setting(name, value, logits)
-    serve = _dispatch.choose("distill", IMPLEMENTATIONS, impl, logits, traced="torch")
+    widths = [t.shape[1] for t in (logits, hidden) if t is not None]
+    served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS
+    serve = _dispatch.choose("distill", impl, logits, "torch", served)
     with torch.no_grad():
         return serve(
             logits,
@@ -104,7 +114,7 @@ def _torch(
     target_hidden: Tensor | None,
     **options: Any,
 ) -> DistillOutput:
-    dtype, wide = logits.dtype, reference.accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
+    dtype, wide = logits.dtype, accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
     taught = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
     loss, gradient, slopes = _in_wide(logits.to(wide), labels, *taught, **options)
     return DistillOutput(
@@ -269,25 +279,7 @@ def _triton(
     kl: str,
     columns: Tensor | None,
 ) -> DistillOutput:
-    batch, classes = logits.shape
-    given = [t for t in (logits, target_logits, hidden, target_hidden) if t is not None]
-    units = 1 if hidden is None else hidden.shape[1]
-    if (
-        max(classes, units) > MAX_COLUMNS
-        or not (batch and classes and units)
-        or any(t.dtype not in _dispatch.TRITON_DTYPES for t in given)
-    ):
-        return _torch(
-            logits, labels, target_logits, hidden, target_hidden, alpha=alpha, lam=lam,
-            temperature=temperature, kl=kl, columns=columns,
-        )  # fmt: skip
-    loss = torch.empty(batch, dtype=logits.dtype, device=logits.device)
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    grad_hidden = None
-    if hidden is not None:
-        taught = target_logits is not None and target_hidden is not None
-        grad_hidden = torch.empty_like(hidden) if taught else torch.zeros_like(hidden)
-    settings = loss
+    batch, settings = len(logits), None
     if target_logits is not None:
         settings = torch.stack(
             [
@@ -297,20 +289,48 @@ def _triton(
                 for value in (alpha, lam, temperature)
             ]
         )
+    loss, grad_logits, grad_hidden = _launch(
+        logits, labels, target_logits, hidden, target_hidden, settings, kl, columns
+    )
+    return DistillOutput(loss, grad_logits, None if hidden is None else grad_hidden)
+
+
+def _like(
+    logits: Tensor, labels: Tensor, target_logits: Tensor | None, hidden: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = logits.new_empty(0 if hidden is None else hidden.shape)
+    return logits.new_empty(len(logits)), logits.new_empty(logits.shape), slopes
+
+
+@_op.operator("ssd::distill", _like)
+def _launch(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    settings: Tensor | None,
+    kl: str,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, grad_logits = logits.new_empty(len(logits)), logits.new_empty(logits.shape)
+    empty = logits.new_zeros if target_logits is None else logits.new_empty
+    grad_hidden = empty(0 if hidden is None else hidden.shape)
+    classes, units = logits.shape[1], 1 if hidden is None else hidden.shape[1]
     optional = [
         logits if t is None else t.contiguous() for t in (target_logits, hidden, target_hidden)
     ]
     chosen = _tuning.config("distill", logits.device, columns=max(classes, units))
     with torch.cuda.device_of(logits):
-        _distill_kernel[(batch,)](
+        _distill_kernel[(len(logits),)](
             logits.contiguous(),
             labels.contiguous(),
             *optional,
             logits if columns is None else columns.contiguous().view(torch.uint8),
-            settings,
+            loss if settings is None else settings,
             loss,
             grad_logits,
-            logits if grad_hidden is None else grad_hidden,
+            grad_hidden,
             C=classes,
             N=units,
             TEACHER=target_logits is not None,
@@ -321,7 +341,7 @@ def _triton(
             BLOCK_N=_power(units),
             **chosen,
         )
-    return DistillOutput(loss, grad_logits, grad_hidden)
+    return loss, grad_logits, grad_hidden
 
 
 def _power(size: int) -> int:
@@ -374,9 +394,4 @@ def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
         _checks.same_device("distill", "logits", logits, name, value)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., DistillOutput]] = {
-    "reference": _reference,
-    "torch": _torch,
-}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+_dispatch.register("distill", reference=_reference, torch=_torch, triton=_triton)

@@ -1,7 +1,10 @@
-"""The exact sparse code of a layer under graded inhibition, without its dense form.
+"""A layer under graded inhibition without its dense form, on a CPU: private to the two packages.
 
-While some neurons answer inhibition with g < 1, a few more than k fire. linear_inhibit compares
-all R activations with their bounds; with a Shadow of the weight this op looks closely at few.
+While some neurons answer inhibition with g < 1, a few more than k fire: linear_code gives them as a
+sparse code. Where one sample may activate too many for that, a batch still leaves most of the layer
+silent: linear_active gives the neurons that fire somewhere, dense among them, for little more than
+the product. linear_inhibit compares all R activations with their bounds; with a Shadow of the
+weight linear_code looks closely at few.
 
 Why that is exact. One product, in bfloat16 where the CPU is fast at it and else in float32,
 estimates all scores s_j. Nothing is negative, so the rounding errors of s_j and of s_j / g_j add up
@@ -16,7 +19,7 @@ order, so both give the same bits.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +40,21 @@ GROUP_SHARE = 8
 DENSE_SHARE = 32
 
 
+class Scratch:
+    """Memory kept from call to call: the operating system zeroes each page of fresh memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, like: Tensor, neurons: int, batch: int) -> Tensor:
+        """Buffer `number` [R', B] holding anything, R' a whole number of groups of groups."""
+        padded = -(-neurons // (GROUP * SUPER)) * GROUP * SUPER
+        held = self._kept.get(number)
+        if held is None or held.numel() < padded * batch or held.dtype != like.dtype:
+            held = self._kept[number] = like.new_empty(padded * batch)
+        return held[: padded * batch].view(padded, batch)
+
+
 class Shadow:
     """A copy of a weight by which scores are estimated, and what it is a copy of.
 
@@ -49,8 +67,7 @@ class Shadow:
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
         self.rows = weight.detach().to(dtype or estimate_dtype())
         self._seen: tuple[int, int] | None = None
-        # Kept from call to call: the operating system zeroes each page of fresh memory.
-        self._buffers = [self.rows.new_empty(0), self.rows.new_empty(0)]
+        self._scratch = Scratch()
         self.update(weight)
 
     def estimates(self, x: Tensor) -> Tensor:
@@ -58,7 +75,7 @@ class Shadow:
 
         R' is R and rows of zeros up to a whole number of groups of groups.
         """
-        estimates = self._buffer(0, x)
+        estimates = self._scratch(0, self.rows, len(self.rows), len(x))
         # Neurons first: the faster order of the product, and of the maxima over groups.
         torch.mm(self.rows, x.to(self.rows.dtype).T, out=estimates[: len(self.rows)])
         estimates[len(self.rows) :] = 0
@@ -67,13 +84,7 @@ class Shadow:
     def graded(self, estimates: Tensor, gaba: Tensor) -> Tensor:
         """Each neuron's estimate over its gaba, [R', B], valid until the next call."""
         raised = F.pad(gaba.reciprocal(), (0, len(estimates) - len(gaba))).unsqueeze(1)
-        return torch.mul(estimates, raised, out=self._buffer(1, estimates.T))
-
-    def _buffer(self, number: int, x: Tensor) -> Tensor:
-        padded = -(-len(self.rows) // (GROUP * SUPER)) * GROUP * SUPER
-        if self._buffers[number].numel() < padded * len(x):
-            self._buffers[number] = self.rows.new_empty(padded * len(x))
-        return self._buffers[number][: padded * len(x)].view(padded, len(x))
+        return torch.mul(estimates, raised, out=self._scratch(1, self.rows, *estimates.shape))
 
     def relative_error(self) -> float:
         """Bound c: of both factors, the result, its quotient by gaba, and either float32 sum."""
@@ -133,14 +144,11 @@ def linear_code(
 
     Args:
         x: [B, d] floating, float32 and not negative if there is a shadow; weight: [R, d].
-        k: neurons that full inhibition leaves active, 1..R.
         width: slots of the code, k..R.
-        gaba: [R] in (0, 1], each neuron's response to inhibition; None means 1.
-        inhibition: "subtract" or "mask", see linear_inhibit.
+        gaba: [R] in (0, 1].
         shadow: an up-to-date Shadow of weight; the result is the same without it.
-        blocks: number S of networks whose rows follow one another, see linear_topk: weight is
-            [S R, d], gaba [S R], and there is no shadow.
-        impl: "torch" or "reference"; by default the fastest for the device.
+        blocks: networks whose rows follow one another; with several there is no shadow.
+        impl: "torch" or "reference".
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
@@ -150,20 +158,19 @@ def linear_code(
         case the code is not the layer's.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, k, width or blocks that does not fit.
+        TypeError, ValueError: an argument that does not fit.
     """
-    if x.dim() != 2:
-        raise ValueError(f"linear_code: x has shape {list(x.shape)}, expected [B, d]")
-    _checks.linear("linear_code", x, weight, None, k, blocks)
-    _checks.response("linear_code", gaba, x, weight.shape[0], positive=True)
-    _checks.inhibition("linear_code", inhibition)
+    _check("linear_code", x, weight, k, gaba, inhibition, blocks)
     neurons = weight.shape[0] // blocks
     _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
     if blocks > 1 and shadow is not None:
         raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
-    serve = _dispatch.choose("linear_code", IMPLEMENTATIONS, impl, x)
+    # Without gaba the torch path goes by linear_topk's kernels.
+    served = gaba is not None and x.dtype == torch.float32 and k < neurons
+    served = served and max(k + 1, width) <= MAX_K
+    serve = _dispatch.choose("linear_code", impl, x, served=served)
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
@@ -171,7 +178,23 @@ def linear_code(
         return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow, blocks=blocks)
 
 
-def _reference(
+def _check(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    blocks: int = 1,
+) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [B, d]")
+    _checks.linear(op, x, weight, None, k, blocks)
+    _checks.response(op, gaba, x, weight.shape[0], positive=True)
+    _checks.inhibition(op, inhibition)
+
+
+def _reference_code(
     x: Tensor,
     weight: Tensor,
     k: int,
@@ -186,7 +209,7 @@ def _reference(
     return _compress(hidden, width, blocks)
 
 
-def _torch(
+def _torch_code(
     x: Tensor,
     weight: Tensor,
     k: int,
@@ -250,7 +273,7 @@ def _one_by_one(
     responses = [None] * blocks if gaba is None else gaba.chunk(blocks)
     codes, overflows = zip(
         *(
-            _torch(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
+            _torch_code(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
             for own, rows, response in zip(
                 x.chunk(blocks), weight.chunk(blocks), responses, strict=True
             )
@@ -357,7 +380,7 @@ def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tens
     return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
 
 
-def _triton(
+def _triton_code(
     x: Tensor,
     weight: Tensor,
     k: int,
@@ -368,15 +391,130 @@ def _triton(
     shadow: Shadow | None,
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    served = x.dtype == torch.float32 and max(k + 1, width) <= MAX_K
-    if gaba is None or not served or k == len(weight) // blocks:
-        options: dict[str, Any] = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
-        return _torch(x, weight, k, width, gaba, **options)
+    assert gaba is not None  # else the torch path serves, by way of linear_topk
     values, indices, wider = _encoder.graded_code(x, weight, k, width, gaba, inhibition, blocks)
     overflow = wider.view(blocks, -1).any(1)
     return TopKOutput(values, indices), overflow if blocks > 1 else overflow[0]
 
 
-IMPLEMENTATIONS = {"reference": _reference, "torch": _torch}
-if _dispatch.TRITON:
-    IMPLEMENTATIONS["triton"] = _triton
+class ActiveNeurons(NamedTuple):
+    """What fires in a batch."""
+
+    values: Tensor  # [B, n] >= 0
+    neurons: Tensor  # [n] int64, ascending: those with a value > 0 for some sample
+
+
+def linear_active(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None = None,
+    *,
+    inhibition: str = "subtract",
+    counts: Tensor | None = None,
+    scratch: Scratch | None = None,
+    impl: str | None = None,
+) -> ActiveNeurons:
+    """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
+
+    Scores stay in the order [R, B], in which the product is fastest and a neuron's maximum over the
+    batch is a contiguous pass; what follows touches the firing rows alone.
+
+    Args:
+        x: [B, d] floating; weight: [R, d]; gaba: [R] in (0, 1].
+        counts: as in linear_inhibit.
+        scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
+        impl: "torch" or "reference".
+
+    Returns:
+        Values [B, n] and neurons [n] int64. n depends on the data: reads it back from a GPU.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    _check("linear_active", x, weight, k, gaba, inhibition)
+    _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
+    if _dispatch.symbolic(x):
+        raise TypeError(
+            "linear_active: how many neurons fire depends on values, and x has none here; "
+            "linear_inhibit gives all R"
+        )
+    serve = _dispatch.choose("linear_active", impl, x)
+    with torch.no_grad():
+        active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
+        if counts is not None:
+            # Faster than to sum booleans, in a dtype that holds every count.
+            exact = torch.float32 if len(x) <= 2**24 else torch.float64
+            fired = active.values.sign().sum(0, dtype=exact)
+            counts.index_add_(0, active.neurons, fired.to(counts.dtype))
+    return active
+
+
+def _reference_active(
+    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+) -> ActiveNeurons:
+    return _firing(reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+
+
+def _torch_active(
+    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+) -> ActiveNeurons:
+    batch, neurons = len(x), len(weight)
+    if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
+        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    scores = scratch(0, x, neurons, batch)
+    torch.mm(weight, x.T, out=scores[:neurons])
+    scores[neurons:] = 0
+    cut = _inhibition(scores, k) if k < neurons else x.new_zeros(batch)
+    surplus = scratch(1, x, neurons, batch)
+    if gaba is None:
+        torch.sub(scores, cut, out=surplus)
+    else:
+        torch.addr(scores, F.pad(gaba, (0, len(scores) - neurons)), cut, alpha=-1, out=surplus)
+    highest = surplus[:neurons].amax(1)
+    if inhibition == "mask" and bool(highest.isnan().any()):
+        # An infinite activation under infinite inhibition does not fire, a NaN does.
+        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    chosen = (~(highest <= 0)).nonzero().squeeze(1)
+    own = surplus[:neurons] if len(chosen) == neurons else surplus.index_select(0, chosen)
+    if inhibition == "mask":
+        own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
+    return ActiveNeurons(own.relu_().T, chosen)
+
+
+def _inhibition(scores: Tensor, k: int) -> Tensor:
+    """The (k+1)-th largest entry of relu(scores) in each column of [R, B], [B]."""
+    return _largest(scores, k + 1).topk(k + 1).values[:, k].relu()
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """A few entries [B, m] of each column of [R, B], the `count` largest among them."""
+    groups = scores.view(-1, GROUP, scores.shape[1])
+    if count >= len(groups):
+        return scores.T
+    # They lie in the groups with the largest maxima.
+    maxima = groups.amax(1)
+    if len(maxima) <= GROUP * count:
+        best = maxima.T.contiguous().topk(count, sorted=False).indices
+        return _members(groups, best)
+    # So do the largest of many maxima.
+    above = maxima.view(-1, SUPER, scores.shape[1])
+    best = above.amax(1).T.contiguous().topk(count, sorted=False).indices
+    order = _members(above, best).topk(count, sorted=False).indices
+    return _members(groups, best.gather(1, order // SUPER) * SUPER + order % SUPER)
+
+
+def _members(groups: Tensor, chosen: Tensor) -> Tensor:
+    """The entries [B, m n] of some groups [B, m] in each column of [G, n, B]."""
+    return groups[chosen, :, torch.arange(len(chosen), device=chosen.device).unsqueeze(1)].flatten(
+        1
+    )
+
+
+def _firing(hidden: Tensor) -> ActiveNeurons:
+    neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
+    return ActiveNeurons(hidden.index_select(1, neurons), neurons)
+
+
+_dispatch.register("linear_code", reference=_reference_code, torch=_torch_code, triton=_triton_code)
+_dispatch.register("linear_active", reference=_reference_active, torch=_torch_active)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_kernels import code_gram, reference
+from ssd import reference
+from ssd.code_gram import code_gram
 from tests.kernels.conftest import INTERPRETED, triton_only
 
 IMPLS = ["torch", triton_only("triton")]
@@ -92,7 +93,7 @@ def test_every_way_of_the_torch_path(
 ) -> None:
     from importlib import import_module
 
-    module = import_module("ssd_kernels.code_gram")
+    module = import_module("ssd.code_gram")
     monkeypatch.setattr(module, "SCATTER_COST", 10**9 if dense else 0)
     monkeypatch.setattr(module, "CHUNK", chunk)
     values, indices, targets = problem(13, 4, 20, 3, "cpu")

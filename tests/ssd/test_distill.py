@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_kernels import distill, reference
+from ssd import reference
+from ssd.distill import distill
 from tests.kernels.conftest import INTERPRETED, triton_only
 
 FAST = ["torch", triton_only("triton")]
@@ -126,6 +127,8 @@ def test_strided_rows_and_empty_batch(impl: str, device: str) -> None:
                for n, t in inputs.items()}  # fmt: skip
     assert not strided["logits"].is_contiguous()
     check(strided, impl, alpha=0.5, lam=0.1, temperature=2.0)
+    turned = {n: t.mT.contiguous().mT if t.dim() == 2 else t for n, t in inputs.items()}
+    check(turned, impl, alpha=0.5, lam=0.1, temperature=2.0)
     empty = distill(**{n: t[:0] for n, t in inputs.items()}, impl=impl, alpha=0.5, lam=0.1)
     assert [tuple(t.shape) for t in empty if t is not None] == [(0,), (0, 5), (0, 4)]
 
