@@ -111,7 +111,7 @@ def run(problem: Problem, chosen: _tuning.Config, given: tuple[Tensor, ...]) -> 
     values, indices, weight, grad = given
     if problem.part == "decode":
         return (gather_triton(values, indices, weight),)
-    return gradients_triton(grad, values, indices, weight, True, True)
+    return gradients_triton(grad, values, indices, weight, True, True, ())
 
 
 def warm(job: tuple[Problem, _tuning.Config]) -> str:

@@ -85,7 +85,7 @@ def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True) -> Order
 class _Kept(NamedTuple):
     key: tuple[Any, ...]
     indices: Tensor  # whose memory is not given to others as long as it is held here
-    order: Order
+    order: Sequence[Tensor]
 
 
 _kept: _Kept | None = None  # of the backward that runs
@@ -112,8 +112,8 @@ def shared_order(indices: Tensor, neurons: int) -> Sequence[Tensor]:
     kept = _kept
     if kept is None or kept.key != key:
         torch.autograd.Variable._execution_engine.queue_callback(_forget)
-        kept = _kept = _Kept(key, indices, sorted_slots(indices, neurons))
-    return _with_offsets(kept.order)
+        kept = _kept = _Kept(key, indices, _with_offsets(sorted_slots(indices, neurons)))
+    return kept.order
 
 
 def _with_offsets(order: Order) -> Sequence[Tensor]:

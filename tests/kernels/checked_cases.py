@@ -253,7 +253,7 @@ def row_gradient(batch: int, slots: int, neurons: int, features: int, ranked: bo
 def row_bias(neurons: int) -> None:
     """The sums of the coefficients, which no op but a compiled linear_topk asks for."""
     values, indices = code(5, 3, neurons)
-    got, sums = _segments.row_gradients(values, integers(5, 9), indices, neurons, bias=True)
+    got, sums = _segments.row_gradients(values, integers(5, 9), indices, neurons, True, None, ())
     assert got.shape == (neurons, 9)
     equal(sums, torch.zeros(neurons).index_add_(0, indices.flatten(), values.flatten()))
 

@@ -242,6 +242,14 @@ def linear_inhibit(
     )
 
 
+def linear_code(
+    dtype: torch.dtype, *, B: int, d: int, R: int, k: int, width: int, S: int = 1, **options: Any
+) -> None:
+    x, weight = _new(S * B, d, dtype=dtype), _new(S * R, d, dtype=dtype)
+    gaba = _new(S * R, dtype=dtype)
+    ours.linear_code(x, weight, k, width, gaba, blocks=S, **options)
+
+
 def sparse_linear(
     dtype: torch.dtype,
     *,
@@ -266,7 +274,7 @@ def row_gradient(dtype: torch.dtype, *, B: int, R: int, k: int, d: int, sums: bo
     values, indices = _code(dtype, B, k)
     inputs = _new(B, d, dtype=dtype)
     if sums:  # what a compiled graph calls
-        _segments.row_gradients(values.detach(), inputs, indices, R, bias=True)
+        _segments.row_gradients(values.detach(), inputs, indices, R, True, None, ())
     else:
         ours.row_gradient(values, inputs, indices, R)
 
@@ -389,6 +397,9 @@ GRID = [
            inhibition="mask"),
     *_grid(linear_inhibit, BF16, B=128, d=256, R=10000, k=10, gaba=False, grad=False),
     *_grid(linear_inhibit, FP32, S=10, B=128, d=256, R=1000, k=10, counts=True),
+    *_grid(linear_code, FP32, B=128, d=256, R=10000, k=10, width=40),
+    *_grid(linear_code, FP32, S=10, B=128, d=256, R=1000, k=10, width=40, inhibition="mask"),
+    *_grid(linear_code, FP32, B=1024, d=1024, R=65536, k=32, width=200),
     # Widths of every row of the tables "sparse_linear" and "segments".
     *(call for C in (10, 64, 256, 1000) for call in
       _grid(sparse_linear, FP32, BF16, B=128, R=10000, k=32, C=C, bias=True, backward=True)),

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
 from ssd_kernels import _dispatch
+from ssd_kernels._graded_code import linear_code
 
 pytestmark = [
     pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed"),
@@ -63,7 +64,7 @@ class Count(TorchDispatchMode):
 
 def _memory(tree: Any) -> dict[int, Any]:
     storages = [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor)]
-    return {storage._cdata: storage for storage in storages}
+    return {storage._cdata: storage for storage in storages if storage.nbytes()}
 
 
 def counted(prepare: Prepare) -> tuple[list[str], int]:
@@ -225,15 +226,20 @@ PINS = {
         6,
     ),
     "linear_inhibit": Pin(
-        inhibit(False), "mm _select_kernel _select_kernel _inhibit_kernel", 7
+        inhibit(False), "mm _select_kernel _select_kernel _inhibit_kernel", 6
     ),
     "linear_inhibit with gradients": Pin(
         inhibit(True), "mm _select_kernel _select_kernel _inhibit_kernel", 7
     ),
+    "linear_code": Pin(
+        of(linear_code, new(128, 256), new(10_000, 256), 10, 40, new(10_000)),
+        "_halve_kernel _keys_kernel _graded_kernel any",
+        2,
+    ),
     "linear_topk backward": Pin(encoder(**SMALL), f"_gather_kernel {RANKED} segment_kernel", 1),
     "linear_topk backward to x": Pin(encoder("x", **SMALL), "_gather_kernel", 0),
     "linear_topk backward to weight": Pin(encoder("w", **SMALL), f"{RANKED} segment_kernel", 1),
-    "linear_topk backward to bias": Pin(encoder("b", **SMALL), f"{RANKED} segment_kernel", 2),
+    "linear_topk backward to bias": Pin(encoder("b", **SMALL), f"{RANKED} segment_kernel", 1),
     "linear_topk backward large": Pin(
         encoder(**LARGE), f"_gather_kernel {SORTED} segment_kernel", 4
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _segments, linear_topk, reference, sparse_linear
-from ssd_kernels._segments import Order, row_gradients, segments, sorted_slots
+from ssd_kernels._segments import row_gradients, segments, sorted_slots
 from tests.kernels.conftest import INTERPRETED, triton_only
 
 
@@ -83,8 +83,8 @@ def test_row_gradients(impl: str, width: int, gated: bool, device: str) -> None:
     inputs = torch.randn(7, width, device=device)
     gates = torch.randint(-1, 2, (7, 5), device=device).float()
     gates[0] = torch.nan
-    options = {"gates": gates} if gated else {}
-    gradient, sums = row_gradients(coefficients, inputs, indices, 11, True, **options)
+    given = coefficients, inputs, indices, 11, True, gates if gated else None
+    gradient, sums = row_gradients(*given, ())
     if gated:
         coefficients = torch.where(gates <= 0, 0.0, coefficients)
     exact = reference.row_gradient(coefficients.double(), inputs.double(), indices, 11)
@@ -100,15 +100,17 @@ def test_row_gradients(impl: str, width: int, gated: bool, device: str) -> None:
 def test_row_gradients_repeat_bit_for_bit(impl: str, device: str) -> None:
     indices = torch.randint(3, (40, 4), device=device)
     coefficients, inputs = torch.randn(40, 4, device=device), torch.randn(40, 20, device=device)
-    first, _ = row_gradients(coefficients, inputs, indices, 3)
+    given = coefficients, inputs, indices, 3, False, None, ()
+    first, _ = row_gradients(*given)
     for _ in range(3 if INTERPRETED else 20):
-        assert torch.equal(row_gradients(coefficients, inputs, indices, 3)[0], first)
+        assert torch.equal(row_gradients(*given)[0], first)
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_row_gradients_of_nothing(impl: str, device: str) -> None:
     empty = torch.zeros(0, 4, device=device)
-    gradient, sums = row_gradients(empty, torch.zeros(0, 3, device=device), empty.long(), 5, True)
+    given = empty, torch.zeros(0, 3, device=device), empty.long(), 5, True, None, ()
+    gradient, sums = row_gradients(*given)
     assert torch.equal(gradient, torch.zeros(5, 3, device=device))
     assert torch.equal(sums, torch.zeros(5, device=device))
 
@@ -176,14 +178,14 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_order_serves_one_state_of_the_indices(impl: str, change: str, device: str) -> None:
     indices = torch.tensor([[0, 1], [2, 3]], device=device)
-    orders: list[Order] = []
+    orders: list[Sequence[Tensor]] = []
 
     def hook(_: Tensor) -> None:
         orders.append(_segments.shared_order(indices, 4))
         alter, neurons = CHANGES[change]
         other = alter(indices)
         orders.append(_segments.shared_order(other, neurons))
-        orders.append(sorted_slots(other, neurons))
+        orders.append(sorted_slots(other, neurons))  # type: ignore[arg-type]
 
     leaf = torch.ones(1, requires_grad=True)
     product = leaf * 2
@@ -206,7 +208,7 @@ def test_outside_a_backward_no_order_is_kept(impl: str, device: str) -> None:
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_the_next_backward_takes_no_order_of_one_that_failed(impl: str, device: str) -> None:
     indices = torch.tensor([[0, 1]], device=device)
-    orders: list[Order] = []
+    orders: list[Sequence[Tensor]] = []
 
     def hook(_: Tensor) -> None:
         orders.append(_segments.shared_order(indices, 2))

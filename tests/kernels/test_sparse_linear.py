@@ -190,7 +190,7 @@ def test_every_output_is_written(
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     assert gather_triton(values, indices, weight, bias).isfinite().all()
-    for gradient in gradients_triton(grad, values, indices, weight, True, True):
+    for gradient in gradients_triton(grad, values, indices, weight, True, True, ()):
         assert gradient is not None
         assert gradient.isfinite().all()
 
@@ -226,7 +226,7 @@ def test_cuda_graph_capture() -> None:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         out = gather_triton(values, indices, weight, bias)
-        gradients = gradients_triton(grad, values, indices, weight, True, True)
+        gradients = gradients_triton(grad, values, indices, weight, True, True, ())
     values.normal_()
     indices.random_(10_000)
     graph.replay()
