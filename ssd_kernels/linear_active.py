@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _cpu_groups, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
-from ssd_kernels.topk import GROUP, SUPER
 
 
 class ActiveNeurons(NamedTuple):
@@ -104,54 +102,24 @@ def _torch(
     batch, neurons = len(x), len(weight)
     if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
         return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
-    padded = -(-neurons // (GROUP * SUPER)) * GROUP * SUPER
-    scores = scratch(0, x, padded, batch)
-    torch.mm(weight, x.T, out=scores[:neurons])
-    scores[neurons:] = 0
-    cut = _inhibition(scores, k) if k < neurons else x.new_zeros(batch)
-    surplus = scratch(1, x, padded, batch)
+    scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
+    cut = x.new_zeros(batch)
+    if k < neurons:
+        cut = _cpu_groups.largest(scores.T, k + 1)[0][:, k].relu()
+    surplus = scratch(1, x, neurons, batch)
     if gaba is None:
         torch.sub(scores, cut, out=surplus)
     else:
-        torch.addr(scores, F.pad(gaba, (0, padded - neurons)), cut, alpha=-1, out=surplus)
-    highest = surplus[:neurons].amax(1)
+        torch.addr(scores, gaba, cut, alpha=-1, out=surplus)
+    highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
         return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
     chosen = (~(highest <= 0)).nonzero().squeeze(1)
-    own = surplus[:neurons] if len(chosen) == neurons else surplus.index_select(0, chosen)
+    own = surplus if len(chosen) == neurons else surplus.index_select(0, chosen)
     if inhibition == "mask":
         own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
     return ActiveNeurons(own.relu_().T, chosen)
-
-
-def _inhibition(scores: Tensor, k: int) -> Tensor:
-    """The (k+1)-th largest entry of relu(scores) in each column of [R, B], [B]."""
-    return _largest(scores, k + 1).topk(k + 1).values[:, k].relu()
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """A few entries [B, m] of each column of [R, B], the `count` largest among them."""
-    groups = scores.view(-1, GROUP, scores.shape[1])
-    if count >= len(groups):
-        return scores.T
-    # They lie in the groups with the largest maxima.
-    maxima = groups.amax(1)
-    if len(maxima) <= GROUP * count:
-        best = maxima.T.contiguous().topk(count, sorted=False).indices
-        return _members(groups, best)
-    # So do the largest of many maxima.
-    above = maxima.view(-1, SUPER, scores.shape[1])
-    best = above.amax(1).T.contiguous().topk(count, sorted=False).indices
-    order = _members(above, best).topk(count, sorted=False).indices
-    return _members(groups, best.gather(1, order // SUPER) * SUPER + order % SUPER)
-
-
-def _members(groups: Tensor, chosen: Tensor) -> Tensor:
-    """The entries [B, m n] of some groups [B, m] in each column of [G, n, B]."""
-    return groups[chosen, :, torch.arange(len(chosen), device=chosen.device).unsqueeze(1)].flatten(
-        1
-    )
 
 
 def _firing(hidden: Tensor) -> ActiveNeurons:

@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, reference
+from ssd_kernels import _checks, _cpu_groups, _dispatch, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.topk import GROUP, SUPER, select, topk
+from ssd_kernels.topk import select, topk
 
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
 TINY = 1e-30
+GROUP = 16  # neighbours that share a maximum
 # Opening more groups than one in so many costs more than all scores.
 GROUP_SHARE = 8
 # More candidates than one in so many neurons cost more than all scores.
@@ -56,7 +57,7 @@ class Shadow:
     def estimates(self, x: Tensor) -> Tensor:
         """x @ weight.T in the copy's dtype, [R', B], valid until the next call.
 
-        R' is R and rows of zeros up to a whole number of groups of groups.
+        R' is R and rows of zeros up to a whole number of groups.
         """
         estimates = self._buffer(0, x)
         # Neurons first: the faster order of the product, and of the maxima over groups.
@@ -70,7 +71,7 @@ class Shadow:
         return torch.mul(estimates, raised, out=self._buffer(1, estimates.T))
 
     def _buffer(self, number: int, x: Tensor) -> Tensor:
-        padded = -(-len(self.rows) // (GROUP * SUPER)) * GROUP * SUPER
+        padded = -(-len(self.rows) // GROUP) * GROUP
         if self._buffers[number].numel() < padded * len(x):
             self._buffers[number] = self.rows.new_empty(padded * len(x))
         return self._buffers[number][: padded * len(x)].view(padded, len(x))
@@ -279,10 +280,8 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     if gaba is not None:
         groups = shadow.graded(estimates, gaba).view(-1, GROUP, batch)
         best = groups.amax(1)
-    # Some neuron of each group has that activation, so the inhibition is no less than `least`; the
-    # maxima over several groups are a little less, and much faster to rank.
-    reached = reached.view(-1, SUPER, batch).amax(1).float()
-    least = reached.T.contiguous().topk(k + 1).values[:, k]
+    # Some neuron of each group has that activation, so the inhibition is no less than `least`.
+    least = _cpu_groups.largest(reached.T, k + 1)[0][:, k].float()
     error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
     sample, group = (best >= least).T.contiguous().nonzero(as_tuple=True)

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _tuning, reference
+from ssd_kernels import _checks, _cpu_groups, _dispatch, _tuning, reference
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import TopKOutput
 
 # The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.
 MAX_K = 256
-# On a CPU, neurons per group whose maximum is looked at first; group i of n is i, i + n, i + 2n, ..
-GROUP = 16
-SUPER = 4  # groups to a group of groups, where even their maxima are many
-GROUPS = True  # off: torch.topk ranks every key; the result is the same
 # Keys below that of -inf: what is no neuron, and a neuron that the mask disallows.
 NOTHING = tl.constexpr(-(2**31))
 DISALLOWED = tl.constexpr(-(2**31) + 1)
@@ -79,40 +75,21 @@ def _torch(
 
 
 def select(keys: Tensor, k: int) -> Tensor:
-    """reference.select by torch.topk; keys [.., R] -> [.., k] int64."""
+    """reference.select by torch.topk; keys [.., R], or the transpose of [R, B] -> [.., k] int64."""
     if keys.shape[-1] == k:
         return reference.select(keys, k)
     flat = _dispatch.flattened(keys.detach())
-    values, indices = _grouped(flat, k + 1) if _pays(flat, k + 1) else torch.topk(flat + 0.0, k + 1)
-    # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose k-th
-    # and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
-    ambiguous = ~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()
-    by_index = indices[:, :k].sort(dim=-1).values
-    order = (flat.gather(-1, by_index) + 0.0).sort(dim=-1, descending=True, stable=True).indices
-    chosen = by_index.gather(-1, order)
-    if ambiguous.any():
+    values, indices = _cpu_groups.largest(flat, k + 1)
+    chosen = indices[:, :k].contiguous()
+    if not (values[:, :k] > values[:, 1:]).all():
+        # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose
+        # k-th and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
+        by_index = chosen.sort(dim=-1).values
+        order = (flat.gather(-1, by_index) + 0.0).sort(dim=-1, descending=True, stable=True).indices
+        chosen = by_index.gather(-1, order)
+        ambiguous = ~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()
         chosen[ambiguous] = reference.select(flat[ambiguous], k)
     return chosen.view(*keys.shape[:-1], k)
-
-
-def _pays(keys: Tensor, k: int) -> bool:
-    """Whether the maxima of groups leave few enough keys [B, R] to rank."""
-    return GROUPS and keys.is_cpu and 4 * k * GROUP < keys.shape[1]
-
-
-def _grouped(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk by way of the maxima of groups: the k largest keys lie in the k best groups."""
-    batch, neurons = keys.shape
-    groups = neurons // GROUP
-    body = keys[:, : groups * GROUP].view(batch, GROUP, groups)
-    best = torch.topk(body.amax(1), k, sorted=False).indices
-    place = torch.arange(GROUP, device=keys.device).unsqueeze(1)
-    members = (best.unsqueeze(1) + groups * place).flatten(1)
-    rest = torch.arange(groups * GROUP, neurons, device=keys.device)
-    if len(rest):
-        members = torch.cat([members, rest.expand(batch, -1)], dim=1)
-    values, order = torch.topk(keys.gather(1, members) + 0.0, k)
-    return values, members.gather(1, order)
 
 
 # The Triton path reads a row once, tile by tile and one tile ahead (measured on one H100: 2.1 ms in

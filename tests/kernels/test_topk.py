@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_kernels import _dispatch, _tuning, reference
+from ssd_kernels import _cpu_groups, _dispatch, _tuning, reference
 from ssd_kernels import topk as topk_op
 from tests.kernels.conftest import INTERPRETED, triton_only
 
@@ -118,6 +118,19 @@ def test_agrees_with_the_specification(
     impl: str, batch: int, neurons: int, k: int, kind: str, dtype: torch.dtype, device: str
 ) -> None:
     agrees(fill(kind, batch, neurons, dtype).to(device), k, impl)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch", "neurons", "k"), [(3, 997, 2), (9, 64, 7), (2, 4096, 1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_groups_agree_with_the_specification(
+    batch: int, neurons: int, k: int, kind: str, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of groups, neurons left over, keys by rows and by neurons."""
+    monkeypatch.setattr(_cpu_groups, "LEAST", 0)
+    monkeypatch.setattr(_cpu_groups, "SHARE", 1)
+    scores = fill(kind, batch, neurons, torch.float32)
+    agrees(scores.T.contiguous().T if turned else scores, k, "torch")
 
 
 @pytest.mark.usefixtures("small_tiles")
