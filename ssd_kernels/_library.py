@@ -21,7 +21,7 @@ from ssd_kernels.count_active import _triton as count_triton
 from ssd_kernels.distill import DistillOutput
 from ssd_kernels.distill import _triton as distill_triton
 from ssd_kernels.linear_inhibit import gradients as inhibit_gradients
-from ssd_kernels.linear_topk import heuristic
+from ssd_kernels.linear_topk import heuristic, ranked_triton
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.row_update import _triton as update_triton
 from ssd_kernels.row_update import per_block
@@ -370,6 +370,7 @@ def linear_topk(
             preactivations=preactivations,
             counts=counts,
             blocks=blocks,
+            ranking=reference.select if path == "torch" else ranked_triton,
         )
     batch = x.shape[:-1]
     flat = _dispatch.flattened(x)
