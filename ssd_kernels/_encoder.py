@@ -80,8 +80,12 @@ class Code(NamedTuple):
 
 def unpacked(kept: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """after, active and cut_active of a Code, as `code` returns them in one tensor."""
-    passes = kept[rows:].view(torch.bool)
-    return kept[:rows], passes[: rows * k].view(rows, k), passes[rows * k : rows * (k + 1)]
+    after, active, cut_active = kept.split([8 * rows, rows * k, rows])
+    return (
+        after.view(torch.int64),
+        active.view(torch.bool).view(rows, k),
+        cut_active.view(torch.bool),
+    )
 
 
 def _code_like(
@@ -89,7 +93,7 @@ def _code_like(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.shape[0]
     indices = x.new_empty(rows, k, dtype=torch.int64)
-    kept = indices.new_empty(_ceil_div(rows * (9 + k), 8))
+    kept = x.new_empty(rows * (9 + k), dtype=torch.uint8)
     return x.new_empty(rows, k), indices, x.new_empty(rows), kept
 
 

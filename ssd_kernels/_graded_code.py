@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _checks, _dispatch, _encoder, reference
+from ssd_kernels import _checks, _cpu_groups, _dispatch, _encoder, reference
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
-from ssd_kernels.topk import GROUP, MAX_K, SUPER, select, topk
+from ssd_kernels.topk import MAX_K, select, topk
 
 # Candidates are at least so many for each of the k: enough to settle almost every row.
 CANDIDATES = 3
 TINY = 1e-30
+GROUP = 16  # neighbours that share a maximum
 # Opening more groups than one in so many costs more than all scores.
 GROUP_SHARE = 8
 # More candidates than one in so many neurons cost more than all scores.
@@ -47,12 +48,11 @@ class Scratch:
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, number: int, like: Tensor, neurons: int, batch: int) -> Tensor:
-        """Buffer `number` [R', B] holding anything, R' a whole number of groups of groups."""
-        padded = -(-neurons // (GROUP * SUPER)) * GROUP * SUPER
+        """Buffer `number` [R, B], holding anything."""
         held = self._kept.get(number)
-        if held is None or held.numel() < padded * batch or held.dtype != like.dtype:
-            held = self._kept[number] = like.new_empty(padded * batch)
-        return held[: padded * batch].view(padded, batch)
+        if held is None or held.numel() < neurons * batch or held.dtype != like.dtype:
+            held = self._kept[number] = like.new_empty(neurons * batch)
+        return held[: neurons * batch].view(neurons, batch)
 
 
 class Shadow:
@@ -73,9 +73,10 @@ class Shadow:
     def estimates(self, x: Tensor) -> Tensor:
         """x @ weight.T in the copy's dtype, [R', B], valid until the next call.
 
-        R' is R and rows of zeros up to a whole number of groups of groups.
+        R' is R and rows of zeros up to a whole number of groups.
         """
-        estimates = self._scratch(0, self.rows, len(self.rows), len(x))
+        padded = -(-len(self.rows) // GROUP) * GROUP
+        estimates = self._scratch(0, self.rows, padded, len(x))
         # Neurons first: the faster order of the product, and of the maxima over groups.
         torch.mm(self.rows, x.to(self.rows.dtype).T, out=estimates[: len(self.rows)])
         estimates[len(self.rows) :] = 0
@@ -302,10 +303,8 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     if gaba is not None:
         groups = shadow.graded(estimates, gaba).view(-1, GROUP, batch)
         best = groups.amax(1)
-    # Some neuron of each group has that activation, so the inhibition is no less than `least`; the
-    # maxima over several groups are a little less, and much faster to rank.
-    reached = reached.view(-1, SUPER, batch).amax(1).float()
-    least = reached.T.contiguous().topk(k + 1).values[:, k]
+    # Some neuron of each group has that activation, so the inhibition is no less than `least`.
+    least = _cpu_groups.largest(reached.T, k + 1)[0][:, k].float()
     error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
     sample, group = (best >= least).T.contiguous().nonzero(as_tuple=True)
@@ -462,53 +461,24 @@ def _torch_active(
     batch, neurons = len(x), len(weight)
     if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
         return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
-    scores = scratch(0, x, neurons, batch)
-    torch.mm(weight, x.T, out=scores[:neurons])
-    scores[neurons:] = 0
-    cut = _inhibition(scores, k) if k < neurons else x.new_zeros(batch)
+    scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
+    cut = x.new_zeros(batch)
+    if k < neurons:
+        cut = _cpu_groups.largest(scores.T, k + 1)[0][:, k].relu()
     surplus = scratch(1, x, neurons, batch)
     if gaba is None:
         torch.sub(scores, cut, out=surplus)
     else:
-        torch.addr(scores, F.pad(gaba, (0, len(scores) - neurons)), cut, alpha=-1, out=surplus)
-    highest = surplus[:neurons].amax(1)
+        torch.addr(scores, gaba, cut, alpha=-1, out=surplus)
+    highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
         return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
     chosen = (~(highest <= 0)).nonzero().squeeze(1)
-    own = surplus[:neurons] if len(chosen) == neurons else surplus.index_select(0, chosen)
+    own = surplus if len(chosen) == neurons else surplus.index_select(0, chosen)
     if inhibition == "mask":
         own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
     return ActiveNeurons(own.relu_().T, chosen)
-
-
-def _inhibition(scores: Tensor, k: int) -> Tensor:
-    """The (k+1)-th largest entry of relu(scores) in each column of [R, B], [B]."""
-    return _largest(scores, k + 1).topk(k + 1).values[:, k].relu()
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """A few entries [B, m] of each column of [R, B], the `count` largest among them."""
-    groups = scores.view(-1, GROUP, scores.shape[1])
-    if count >= len(groups):
-        return scores.T
-    # They lie in the groups with the largest maxima.
-    maxima = groups.amax(1)
-    if len(maxima) <= GROUP * count:
-        best = maxima.T.contiguous().topk(count, sorted=False).indices
-        return _members(groups, best)
-    # So do the largest of many maxima.
-    above = maxima.view(-1, SUPER, scores.shape[1])
-    best = above.amax(1).T.contiguous().topk(count, sorted=False).indices
-    order = _members(above, best).topk(count, sorted=False).indices
-    return _members(groups, best.gather(1, order // SUPER) * SUPER + order % SUPER)
-
-
-def _members(groups: Tensor, chosen: Tensor) -> Tensor:
-    """The entries [B, m n] of some groups [B, m] in each column of [G, n, B]."""
-    return groups[chosen, :, torch.arange(len(chosen), device=chosen.device).unsqueeze(1)].flatten(
-        1
-    )
 
 
 def _firing(hidden: Tensor) -> ActiveNeurons:

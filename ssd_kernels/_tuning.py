@@ -24,7 +24,6 @@ TABLE: dict[str, dict[str, Rows]] = {
     "topk": {
         "default": (
             ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 64, "num_warps": 1}),
-            ({"neurons": 1024, "k": 32}, {"TILE": 1024, "PROGRAMS": 64, "num_warps": 2}),
             ({"neurons": 4096, "k": 64}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
             ({"k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
             ({}, {"TILE": 2048, "PROGRAMS": 32, "num_warps": 4}),

@@ -57,11 +57,11 @@ def _torch(
     step: int | Tensor,
 ) -> None:
     """At a cost free of R."""
-    neurons = indices[values.detach() > 0]
-    counts.index_add_(0, neurons, torch.ones_like(neurons, dtype=counts.dtype))
+    active = values > 0
+    counts.index_add_(0, indices.flatten(), active.flatten().to(counts.dtype))
     if last_active is not None:
         stamp = torch.as_tensor(step, dtype=last_active.dtype, device=last_active.device)
-        last_active.index_put_((neurons,), stamp)
+        last_active.index_put_((indices[active],), stamp)
 
 
 @jit(do_not_specialize=["step", "slots"])

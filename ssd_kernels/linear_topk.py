@@ -15,7 +15,7 @@ from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.count_active import count_active
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.sparse_linear import gather_triton, sparse_linear
-from ssd_kernels.topk import MAX_K, select
+from ssd_kernels.topk import MAX_K, select, topk
 
 
 def linear_topk(
@@ -175,7 +175,7 @@ def _torch_code(
     counts: Tensor | None,
     blocks: int,
 ) -> Code:
-    scores = reference.scores_of(x, weight, bias, blocks)
+    scores = _scores(x, weight, bias, blocks)
     ranked = select(scores, min(k + 1, scores.shape[1]))
     tops = scores.gather(1, ranked).relu()
     ranked = reference.numbered_through(ranked, scores.shape[1], blocks)
@@ -196,6 +196,22 @@ def _torch_code(
 def _triton_code(*given: Any) -> Code:
     values, indices, cut, kept = _encoder.code(*given)
     return Code(values, indices, cut, *_encoder.unpacked(kept, *values.shape))
+
+
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int) -> Tensor:
+    """reference.scores_of x [B, d]; on a CPU the transpose of [R, B], the faster product."""
+    if not x.is_cpu:
+        return reference.scores_of(x, weight, bias, blocks)
+    wide = reference.accumulation_dtype(x.dtype)
+    shifts = [None] * blocks if bias is None else bias.to(wide).unsqueeze(1).chunk(blocks)
+    own = zip(x.to(wide).chunk(blocks), weight.to(wide).chunk(blocks), shifts, strict=True)
+    each = [w @ a.T if shift is None else torch.addmm(shift, w, a.T) for a, w, shift in own]
+    return (each[0] if blocks == 1 else torch.cat(each, dim=1)).T
+
+
+def _ranked_triton(scores: Tensor, k: int) -> Tensor:
+    """reference.select by topk's kernel."""
+    return topk(scores.detach(), k, impl="triton").indices
 
 
 def _serve(
@@ -222,6 +238,7 @@ def _serve(
             preactivations=preactivations,
             counts=counts,
             blocks=blocks,
+            ranking=_ranked_triton if kernels else select,
         )
     batch = x.shape[:-1]
     given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, blocks

@@ -13,7 +13,7 @@ alone, and indices count through the neurons of all, 0..S R - 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -76,10 +76,11 @@ def linear_topk(
     preactivations: bool = False,
     counts: Tensor | None = None,
     blocks: int = 1,
+    ranking: Callable[[Tensor, int], Tensor] = select,
 ) -> TopKOutput:
-    """relu(x weight^T + bias), then its k largest entries a row."""
+    """relu(x weight^T + bias), then its k largest entries a row; `ranking` may replace select."""
     scores = scores_of(x, weight, bias, blocks)
-    ranked = select(scores, min(k + 1, scores.shape[-1]))
+    ranked = ranking(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
     values = scores.gather(-1, indices)
@@ -93,8 +94,8 @@ def linear_topk(
         values,
         indices,
         positive_part(cut.to(x.dtype)) if threshold else None,
-        # F.linear gives a view unless x is a matrix; users may write into what an op returns.
-        scores.to(x.dtype, copy=x.dim() != 2) if preactivations else None,
+        # The gradient of gather reads scores; users may write into what an op returns.
+        scores.to(x.dtype, copy=True) if preactivations else None,
     )
 
 

@@ -7,20 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
+from ssd_kernels import _checks, _cpu_groups, _dispatch, _op, _tuning, reference
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import TopKOutput
 
 # The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.
 MAX_K = 256
-# On a CPU, neurons per group whose maximum is looked at first; group i of n is i, i + n, i + 2n, ..
-GROUP = 16
-SUPER = 4  # groups to a group of groups, where even their maxima are many
-GROUPS = True  # off: torch.topk ranks every key; the result is the same
 # Keys below that of -inf: what is no neuron, and a neuron that the mask disallows.
 NOTHING = tl.constexpr(-(2**31))
 DISALLOWED = tl.constexpr(-(2**31) + 1)
 NAN = tl.constexpr(2**31 - 1)
+INFINITY = tl.constexpr(0x7F800000)
 LAST = tl.constexpr(2**31 - 1)  # the largest index
 LEAST = tl.constexpr(-(2**63))
 
@@ -78,40 +75,21 @@ def _torch(
 
 
 def select(keys: Tensor, k: int) -> Tensor:
-    """reference.select by torch.topk; keys [.., R] -> [.., k] int64."""
+    """reference.select by torch.topk; keys [.., R], or the transpose of [R, B] -> [.., k] int64."""
     if keys.shape[-1] == k:
         return reference.select(keys, k)
     flat = _dispatch.flattened(keys.detach())
-    values, indices = _grouped(flat, k + 1) if _pays(flat, k + 1) else torch.topk(flat + 0.0, k + 1)
-    # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose k-th
-    # and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
-    ambiguous = ~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()
-    by_index = indices[:, :k].sort(dim=-1).values
-    order = (flat.gather(-1, by_index) + 0.0).sort(dim=-1, descending=True, stable=True).indices
-    chosen = by_index.gather(-1, order)
-    if ambiguous.any():
+    values, indices = _cpu_groups.largest(flat, k + 1)
+    chosen = indices[:, :k].contiguous()
+    if not (values[:, :k] > values[:, 1:]).all():
+        # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose
+        # k-th and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
+        by_index = chosen.sort(dim=-1).values
+        order = (flat.gather(-1, by_index) + 0.0).sort(dim=-1, descending=True, stable=True).indices
+        chosen = by_index.gather(-1, order)
+        ambiguous = ~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()
         chosen[ambiguous] = reference.select(flat[ambiguous], k)
     return chosen.view(*keys.shape[:-1], k)
-
-
-def _pays(keys: Tensor, k: int) -> bool:
-    """Whether the maxima of groups leave few enough keys [B, R] to rank."""
-    return GROUPS and keys.is_cpu and 4 * k * GROUP < keys.shape[1]
-
-
-def _grouped(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk by way of the maxima of groups: the k largest keys lie in the k best groups."""
-    batch, neurons = keys.shape
-    groups = neurons // GROUP
-    body = keys[:, : groups * GROUP].view(batch, GROUP, groups)
-    best = torch.topk(body.amax(1), k, sorted=False).indices
-    place = torch.arange(GROUP, device=keys.device).unsqueeze(1)
-    members = (best.unsqueeze(1) + groups * place).flatten(1)
-    rest = torch.arange(groups * GROUP, neurons, device=keys.device)
-    if len(rest):
-        members = torch.cat([members, rest.expand(batch, -1)], dim=1)
-    values, order = torch.topk(keys.gather(1, members) + 0.0, k)
-    return values, members.gather(1, order)
 
 
 # The Triton path reads a row once, tile by tile and one tile ahead (measured on one H100: 2.1 ms in
@@ -119,10 +97,11 @@ def _grouped(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # `floor`, a proven lower bound of the k-th key. When the buffer would overflow it is cut to its k
 # best, and if the tile alone overflows it (the first one does), floor is raised by bisection on
 # the tile. A random row of R has about k (1 + ln(R / k)) entries above a running k-th, so cuts are
-# rare: an element costs its load, about 6 instructions for the key, 2 to be counted and, in a tile
-# that has a candidate, about 12 for the prefix sum and the predicated store. Entries of the buffer,
-# packed (key, ~index), are distinct, so the rank of each is the number of those that exceed it, and
-# the outcome is exact whatever the order of execution.
+# rare. An entry costs a quarter of a load of 16 bytes and its share of the tile's maximum. A tile
+# whose maximum exceeds the floor is read again, from the cache; only there are entries compared one
+# by one, and keys are built of those that are appended alone, or of all where floor is raised.
+# Entries of the buffer, packed (key, ~index), are distinct, so the rank of each is the number of
+# those that exceed it, and the outcome is exact whatever the order of execution.
 
 
 @jit
@@ -133,26 +112,32 @@ def _ordered(x):
 
 
 @jit
-def _keys(
-    loaded,
-    boost,
-    allowed,
-    neuron,
-    inside,
-    IS_KEY: tl.constexpr,
-    BOOST: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    if IS_KEY:
-        key = loaded
-    else:
-        x = loaded.to(tl.float32)
+def _compared(loaded, boost, neuron, inside, IS_KEY: tl.constexpr, BOOST: tl.constexpr):
+    """What selects: keys, or scores times boost in fp32."""
+    x = loaded
+    if not IS_KEY:
+        x = x.to(tl.float32)
         if BOOST:
-            x *= tl.load(boost + neuron, mask=inside, other=0).to(tl.float32)
+            x *= tl.load(boost + neuron, mask=inside, other=1).to(tl.float32)
+    return x
+
+
+@jit
+def _keys(x, permitted, inside, IS_KEY: tl.constexpr, MASK: tl.constexpr):
+    key = x
+    if not IS_KEY:
         key = _ordered(x)
         if MASK:
-            key = tl.where(tl.load(allowed + neuron, mask=inside, other=0) != 0, key, DISALLOWED)
+            key = tl.where(permitted, key, DISALLOWED)
     return tl.where(inside, key, NOTHING)
+
+
+@jit
+def _permitted(allowed, neuron, inside, MASK: tl.constexpr):
+    permitted = inside
+    if MASK:
+        permitted = tl.load(allowed + neuron, mask=inside, other=0) != 0
+    return permitted
 
 
 @jit
@@ -188,11 +173,79 @@ def _bisect(key, k, low, room):
     return low, found
 
 
-# Unaligned, a load gives each thread one entry of a tile's row and so keeps the layout of the
-# scattered stores; 16-byte loads would have every tile converted through shared memory.
+@jit
+def _best(key, early, k, low, room):
+    """A floor as in _bisect, found, and the keys; of too many that tie with it the latest go."""
+    floor, found = _bisect(key, k, low, room)
+    if found > room:
+        # The floor is the k-th key: `early`, an index ^ LAST, decides.
+        places = k - tl.sum((key > floor).to(tl.int32))
+        tied = tl.where(key == floor, early, NOTHING)
+        least, _ = _bisect(tied, places, tl.minimum(places, 0), places)
+        key = tl.where((key == floor) & (tied < least), NOTHING, key)
+        found = k
+    return floor, found, key
+
+
+@jit
+def _cut(buffer, held, k, floor, CAPACITY: tl.constexpr):
+    """Leaves the k best of at least k entries in the buffer; the floor is the key of the k-th."""
+    slot = tl.arange(0, CAPACITY)
+    tl.debug_barrier()  # the appends of other threads
+    packed = tl.load(buffer + slot, mask=slot < held, other=LEAST)
+    key = (packed >> 32).to(tl.int32)
+    floor, _, key = _best(key, (packed & LAST).to(tl.int32), k, floor, k)
+    keep = key >= floor
+    tl.debug_barrier()  # before anyone overwrites what another has yet to load
+    tl.store(buffer + tl.cumsum(keep.to(tl.int32), 0) - 1, packed, mask=keep)
+    return floor
+
+
+@jit
+def _limit(floor):
+    """x, for which a key exceeds floor where not (score <= x); NaN if no number is such an x."""
+    bits = tl.where(floor < 0, -(2**31) - floor, floor)
+    x = bits.to(tl.float32, bitcast=True)
+    return tl.where((floor >= -INFINITY) & (floor <= INFINITY), x, float("nan"))
+
+
+@jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def _read(source, row, stride, neuron, neurons, WHOLE: tl.constexpr, IS_KEY: tl.constexpr):
+    """A tile of a row; what lies beyond the row is less than any other."""
+    start = source + row.to(tl.int64) * stride
+    if WHOLE:
+        loaded = tl.load(start + neuron)
+    elif IS_KEY:
+        loaded = tl.load(start + neuron, mask=neuron < neurons, other=NOTHING)
+    else:
+        loaded = tl.load(start + neuron, mask=neuron < neurons, other=float("-inf"))
+    return loaded
+
+
+@jit
+def _marks(keep, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """A bit for every entry of a tile that a thread holds, [LANES], and how many of them are 1."""
+    ROWS: tl.constexpr = keep.shape[0] // (LANES * VECTOR)
+    row = tl.arange(0, ROWS)[:, None, None] * VECTOR
+    number = row + tl.arange(0, VECTOR)[None, None, :]
+    kept = tl.reshape(keep.to(tl.int32), [ROWS, LANES, VECTOR])
+    bits = tl.sum(tl.sum(kept << number, axis=2), axis=0)
+    # LLVM knows this for the instruction that counts them.
+    x = bits.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return bits, ((x * 0x01010101) >> 24).to(tl.int32)
+
+
 @jit(
     do_not_specialize=["k", "tasks", "part_tiles"],
-    do_not_specialize_on_alignment=["source_stride", "boost", "allowed"],
+    do_not_specialize_on_alignment=["buffer", "boost", "allowed"],
 )
 def _select_kernel(
     source,  # [B, R]: scores, or int32 keys
@@ -215,90 +268,114 @@ def _select_kernel(
     TO_KEYS: tl.constexpr,
     BOOST: tl.constexpr,
     MASK: tl.constexpr,
+    WHOLE: tl.constexpr,  # no tile reaches beyond R
     WAYS: tl.constexpr,  # groups of the first bound, at least k
     CAPACITY: tl.constexpr,  # places in the buffer, at least 2 k
     TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,  # a thread holds whole columns of the tile [TILE / COLUMNS, COLUMNS]
+    LANES: tl.constexpr,  # threads
+    VECTOR: tl.constexpr,  # neighbours that a thread loads at a time
+    COLUMNS: tl.constexpr,  # groups of the tile, a multiple of WAYS
     STEP: tl.constexpr,  # entries that are ranked against the buffer at a time
 ):
     lane = tl.arange(0, TILE)
     buffer += tl.program_id(0) * CAPACITY
     task = tl.program_id(0)
     first = (task % parts) * part_tiles * TILE + lane
-    loaded = tl.load(
-        source + (task // parts).to(tl.int64) * source_stride + first,
-        mask=first < neurons,
-        other=0,
-    )
+    loaded = _read(source, task // parts, source_stride, first, neurons, WHOLE, FROM_KEYS)
     while task < tasks:
         row = (task // parts).to(tl.int64)
         begin = (task % parts) * part_tiles
         end = tl.minimum(begin + part_tiles, tiles)
         held = 0
         floor = NOTHING
+        limit = _limit(NOTHING)
         tile = begin
         while tile < end:
             neuron = tile * TILE + lane
-            key = _keys(loaded, boost, allowed, neuron, neuron < neurons, FROM_KEYS, BOOST, MASK)
+            # One comparison a thread, and a NaN wins it: most tiles have no entry above the floor.
+            x = _compared(loaded, boost, neuron, neuron < neurons, FROM_KEYS, BOOST)
+            x = tl.reshape(x, [TILE // (LANES * VECTOR), LANES, VECTOR])
+            if FROM_KEYS:
+                hot = tl.max(tl.max(x, axis=2), axis=0) > floor
+            else:
+                hot = ~(tl.reduce(tl.reduce(x, 2, _larger), 0, _larger) <= limit)
             # The tile after this one, of the next task at the end, is on its way meanwhile.
             last = tile + 1 == end
-            next_task = tl.where(last, task + tl.num_programs(0), task)
+            next_task = tl.where(last, tl.minimum(task + tl.num_programs(0), tasks - 1), task)
             next_tile = tl.where(last, (next_task % parts) * part_tiles, tile + 1)
             ahead = next_tile * TILE + lane
-            loaded = tl.load(
-                source + (next_task // parts).to(tl.int64) * source_stride + ahead,
-                mask=(ahead < neurons) & (next_task < tasks),
-                other=0,
+            loaded = _read(
+                source, next_task // parts, source_stride, ahead, neurons, WHOLE, FROM_KEYS
             )
-            found = tl.sum((key > floor).to(tl.int32))
-            if held + found > CAPACITY and held >= k:
-                packed, rank = _ranked(buffer, held, CAPACITY, STEP)
-                tl.store(buffer + rank, packed, mask=rank < k)
-                floor = tl.max(tl.where(rank == k - 1, (packed >> 32).to(tl.int32), NOTHING))
-                held = k
-                found = tl.sum((key > floor).to(tl.int32))
-            append_above = floor
-            if held + found > CAPACITY:
-                # Each of WAYS >= k groups has an entry at or above the least of their maxima.
-                maxima = tl.max(tl.reshape(key, [TILE // COLUMNS, COLUMNS]), axis=0)
-                maxima = tl.max(tl.reshape(maxima, [COLUMNS // WAYS, WAYS]), axis=0)
-                low = tl.maximum(tl.min(maxima), floor + 1)
-                floor, found = _bisect(key, k, low, CAPACITY - held)
-                if held + found > CAPACITY:
-                    # More ties for the k-th place than room: the lower indices win.
-                    places = k - tl.sum((key > floor).to(tl.int32))
-                    early = tl.where(key == floor, neuron ^ LAST, NOTHING)
-                    least, _ = _bisect(early, places, tl.minimum(places, 0), places)
-                    key = tl.where((key == floor) & (early < least), NOTHING, key)
-                    found = k
-                append_above = floor - 1
-            if found > 0:
-                # Places go down the columns, which lie inside a thread: one short scan is shared.
-                keep = key > append_above
-                ones = tl.reshape(keep.to(tl.int32), [TILE // COLUMNS, COLUMNS])
-                column = tl.sum(ones, axis=0)
-                above = held + tl.cumsum(column, 0) - column
-                position = tl.reshape(above[None, :] + tl.cumsum(ones, 0) - 1, [TILE])
-                packed = (key.to(tl.int64) << 32) | (neuron ^ LAST).to(tl.int64)
-                tl.store(buffer + position, packed, mask=keep)
+            if tl.max(hot.to(tl.int32)) > 0:
+                # Read again, from the cache: to keep every tile costs registers and moves.
+                inside = neuron < neurons
+                entry = _read(source, row, source_stride, neuron, neurons, WHOLE, FROM_KEYS)
+                entry = _compared(entry, boost, neuron, inside, FROM_KEYS, BOOST)
+                permitted = _permitted(allowed, neuron, inside, MASK and not FROM_KEYS)
+                if FROM_KEYS:
+                    unsure = False
+                    above = entry > floor
+                else:
+                    unsure = limit != limit
+                    above = ~(entry <= limit)
+                    if MASK:
+                        above &= permitted
+                bits, count = _marks(above, LANES, VECTOR)
+                found = tl.sum(count)
+                if (held + found > CAPACITY) | unsure:
+                    key = _keys(entry, permitted, inside, FROM_KEYS, MASK)
+                    found = tl.sum((key > floor).to(tl.int32))
+                    if held + found > CAPACITY and held >= k:
+                        floor = _cut(buffer, held, k, floor, CAPACITY)
+                        held = k
+                        found = tl.sum((key > floor).to(tl.int32))
+                    append_above = floor
+                    if held + found > CAPACITY:
+                        # Each of WAYS >= k groups has an entry at or above the least maximum.
+                        maxima = tl.max(tl.reshape(key, [TILE // COLUMNS, COLUMNS]), axis=0)
+                        maxima = tl.max(tl.reshape(maxima, [COLUMNS // WAYS, WAYS]), axis=0)
+                        low = tl.maximum(tl.min(maxima), floor + 1)
+                        floor, found, key = _best(key, neuron ^ LAST, k, low, CAPACITY - held)
+                        append_above = floor - 1
+                    bits, count = _marks(key > append_above, LANES, VECTOR)
+                    limit = _limit(floor)
+                # Each thread appends what it holds, one entry a turn; few hold more than one.
+                place = held + tl.cumsum(count, 0) - count
+                turns = tl.max(count)
+                while turns > 0:
+                    lowest = bits & -bits
+                    number = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                    chosen = tile * TILE + tl.arange(0, LANES) * VECTOR
+                    chosen += number + (number & -VECTOR) * (LANES - 1)
+                    here = bits != 0
+                    its_x = tl.load(source + row * source_stride + chosen, mask=here, other=0)
+                    its_x = _compared(its_x, boost, chosen, here, FROM_KEYS, BOOST)
+                    may = _permitted(allowed, chosen, here, MASK and not FROM_KEYS)
+                    its_key = _keys(its_x, may, here, FROM_KEYS, MASK)
+                    its_entry = (its_key.to(tl.int64) << 32) | (chosen ^ LAST).to(tl.int64)
+                    tl.store(buffer + place, its_entry, mask=here)
+                    bits ^= lowest
+                    place += 1
+                    turns -= 1
                 held += found
             tile += 1
         # Older Tritons mix up a name of this loop with the same name inside an `if` above.
-        best, place = _ranked(buffer, held, CAPACITY, STEP)
+        best, place_of = _ranked(buffer, held, CAPACITY, STEP)
         best_key = (best >> 32).to(tl.int32)
         index = (best & LAST).to(tl.int32) ^ LAST
-        out = task.to(tl.int64) * k + place
-        chosen = place < k
+        out = task.to(tl.int64) * k + place_of
+        wanted = place_of < k
         if FROM_KEYS:
-            index = tl.load(origin + row * source_stride + index, mask=chosen, other=0)
+            index = tl.load(origin + row * source_stride + index, mask=wanted, other=0)
         if TO_KEYS:
-            tl.store(values + out, best_key, mask=chosen)
+            tl.store(values + out, best_key, mask=wanted)
         else:
-            value = tl.load(scores + row * scores_stride + index, mask=chosen, other=0)
+            value = tl.load(scores + row * scores_stride + index, mask=wanted, other=0)
             if MASK:
                 value = tl.where(best_key == DISALLOWED, 0.0, value)
-            tl.store(values + out, value, mask=chosen)
-        tl.store(indices + out, index, mask=chosen)
+            tl.store(values + out, value, mask=wanted)
+        tl.store(indices + out, index, mask=wanted)
         task += tl.num_programs(0)
 
 
@@ -365,7 +442,11 @@ def _launch(
     tiles = _ceil_div(neurons, chosen["TILE"])
     part_tiles = _ceil_div(tiles, parts)
     programs = min(batch * parts, _tuning.multiprocessors(device) * chosen["PROGRAMS"])
-    blocks = _blocks(k, chosen)
+    warps = chosen["num_warps"]
+    if chosen["TILE"] > 512 * warps and not (boost is None and mask is None):
+        warps *= 2  # 32 scores, boosts and marks a thread are more than the registers hold
+    aligned = source.data_ptr() % 16 == 0 and source.stride(0) % 16 == 0
+    blocks = _blocks(k, chosen["TILE"], 32 * warps, 16 // source.itemsize if aligned else 1)
     buffer = torch.empty(programs, blocks["CAPACITY"], dtype=torch.int64, device=device)
     with torch.cuda.device_of(source):
         _select_kernel[(programs,)](
@@ -389,20 +470,23 @@ def _launch(
             TO_KEYS=values.dtype == torch.int32,
             BOOST=boost is not None,
             MASK=mask is not None,
+            WHOLE=neurons % chosen["TILE"] == 0,
             **blocks,
-            num_warps=chosen["num_warps"],
+            num_warps=warps,
         )
 
 
-def _blocks(k: int, chosen: _tuning.Config) -> dict[str, int]:
+def _blocks(k: int, tile: int, lanes: int, vector: int) -> dict[str, int]:
     ways = max(32, 1 << (k - 1).bit_length())
-    warps = chosen["num_warps"]
+    vector = min(vector, tile // lanes)
     return {
         "WAYS": ways,
         "CAPACITY": 2 * ways,
-        "TILE": chosen["TILE"],
-        "COLUMNS": max(ways, 32 * warps),
-        "STEP": max(2, min(8, 256 * warps // ways)),
+        "TILE": tile,
+        "LANES": lanes,
+        "VECTOR": vector,
+        "COLUMNS": max(ways, lanes * vector),
+        "STEP": max(2, min(8, 8 * lanes // ways)),
     }
 
 

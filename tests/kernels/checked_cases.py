@@ -320,7 +320,8 @@ def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 CASES: dict[str, Callable[[], None]] = {
     **{f"topk {kind}": partial(topk, kind, 3, 200, 5) for kind in ("ties", "special", "zero")},
-    "topk many cuts": partial(topk, "ascending", 2, 300, 20),
+    "topk many cuts": partial(topk, "ascending", 2, 320, 20),
+    "topk cuts with ties": partial(topk, "ties", 5, 500, 31),
     "topk one": partial(topk, "normal", 5, 65, 1),
     "topk all": partial(topk, "ties", 2, 33, 33),
     "topk parts": partial(topk, "ties", 1, 520, 3),

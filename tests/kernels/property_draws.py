@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssd_kernels.topk import GROUP, MAX_K, SUPER
+from ssd_kernels._cpu_groups import GROUP
+from ssd_kernels.topk import MAX_K
 
 T = TypeVar("T")
 # What the entries are. "integers" and "scaled" (times powers of two) have exact sums and real ties,
@@ -30,7 +31,7 @@ EXACT = ("integers", "scaled", "zeros", "special", "infinite")
 # The largest power of ten of a factor, and of two of an exact one, by dtype.
 TENS = {torch.float16: 3, torch.bfloat16: 30, torch.float32: 30, torch.float64: 300}
 TWOS = {torch.float16: 4, torch.bfloat16: 55, torch.float32: 55, torch.float64: 480}
-EDGES = [GROUP, 32, GROUP * SUPER, 100, 128, MAX_K, 300, 512, 1000, 2048, 4096]
+EDGES = [GROUP, 16, 32, 64, 100, 128, MAX_K, 300, 512, 1000, 2048, 4096]
 BATCHES = [(), (0,), (1,), (2,), (3,), (5,), (17,), (2, 3), (1, 1), (3, 0), (2, 1, 2), (33,)]
 
 

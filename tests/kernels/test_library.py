@@ -82,6 +82,17 @@ def _linear_topk_blocks(device: str) -> Run:
     return run
 
 
+def _linear_topk_preactivations(device: str) -> Run:
+    x, weight, bias = _layer(device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        out = sk.linear_topk(x, weight, SLOTS, bias, preactivations=True, impl=impl)
+        assert out.preactivations is not None
+        return [out.values, out.indices, out.preactivations]
+
+    return run
+
+
 def _linear_inhibit_blocks(device: str) -> Run:
     x, weight, bias = _layer(device, networks=3)
     gaba = torch.rand(3 * NEURONS, device=device)
@@ -190,6 +201,7 @@ CASES = {
     "linear_topk": _linear_topk,
     "linear_inhibit": _linear_inhibit,
     "linear_topk blocks": _linear_topk_blocks,
+    "linear_topk preactivations": _linear_topk_preactivations,
     "linear_inhibit blocks": _linear_inhibit_blocks,
     "sparse_linear": _sparse_linear,
     "code_gram": _code_gram,

@@ -168,12 +168,39 @@ def test_loss_on_the_threshold_alone(device: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_preactivations_keep_their_gradient(device: str, impl: str) -> None:
-    x, weight, bias = (t.requires_grad_() for t in layer(2, 50, 8, torch.float32, device))
-    out = op(x, weight, 4, bias, preactivations=True, impl=impl)
-    assert out.preactivations is not None
-    out.preactivations.sum().backward()
-    torch.testing.assert_close(bias.grad, torch.full_like(bias, 2.0))
+@pytest.mark.parametrize("inhibition", ["mask", "subtract"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_preactivations(device: str, impl: str, inhibition: str, blocks: int) -> None:
+    """Bit for bit the specification: the scores are the same and only their ranking differs."""
+    leaves = layer(4, 50 * blocks, 8, torch.float32, device)
+    leaves[1][7] = leaves[1][3]  # two neurons that tie
+    leaves[2][7] = leaves[2][3]
+    options: dict[str, Any] = {"inhibition": inhibition, "threshold": True, "blocks": blocks}
+    outputs, grads = [], []
+    for name in (impl, "reference"):
+        x, weight, bias = (t.clone().requires_grad_() for t in leaves)
+        counts = torch.zeros(len(weight), dtype=torch.int64, device=device)
+        out = op(x, weight, 4, bias, preactivations=True, counts=counts, impl=name, **options)
+        outputs.append([t.clone() for t in (*out, counts)])
+        loss = out.values.sum() + out.threshold.sum() + (0.5 * out.preactivations).sum()
+        grads.append(torch.autograd.grad(loss, [x, weight, bias], retain_graph=True))
+        for tensor in (out.values, out.threshold, out.preactivations):
+            tensor.detach().zero_()
+        again = torch.autograd.grad(out.values.sum(), bias)[0]
+        assert (again != 0).sum() == (counts > 0).sum()
+    for got, expected in zip([*outputs[0], *grads[0]], [*outputs[1], *grads[1]], strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_preactivations_sort_no_row(
+    device: str, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias = layer(3, 400, 8, torch.float32, device)
+    expected = op(x, weight, 5, bias, preactivations=True, impl="reference")
+    monkeypatch.setattr(torch, "sort", None)
+    got = op(x, weight, 5, bias, preactivations=True, impl=impl)
+    assert torch.equal(got.indices, expected.indices)
 
 
 @pytest.mark.parametrize("impl", FAST)

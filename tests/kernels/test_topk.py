@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_kernels import _dispatch, _tuning, reference
+from ssd_kernels import _cpu_groups, _dispatch, _tuning, reference
 from ssd_kernels import topk as topk_op
 from tests.kernels.conftest import INTERPRETED, triton_only
 
@@ -19,7 +19,11 @@ IMPLS = ["reference", "torch", triton_only("triton")]
 FAST = ["torch", triton_only("triton")]
 # bfloat16 does not exist in Triton's interpreter.
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
-SHAPES = [(1, 1, 1), (2, 17, 17), (2, 63, 1), (3, 1000, 10), (1, 600, 256), (2, 2050, 64)]
+# Tiles that a row fills or not, and rows that start at multiples of 16 bytes or not.
+SHAPES = [
+    *[(1, 1, 1), (2, 17, 17), (2, 63, 1), (3, 1000, 10), (1, 600, 256), (2, 2050, 64)],
+    *[(2, 1024, 33), (2, 2064, 7)],
+]
 LARGE = [(512, 1024, 10), (64, 100_003, 128), (5, 131_072, 64), (2, 3_000_001, 200)]
 
 
@@ -120,9 +124,22 @@ def test_agrees_with_the_specification(
     agrees(fill(kind, batch, neurons, dtype).to(device), k, impl)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch", "neurons", "k"), [(3, 997, 2), (9, 64, 7), (2, 4096, 1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_groups_agree_with_the_specification(
+    batch: int, neurons: int, k: int, kind: str, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of groups, neurons left over, keys by rows and by neurons."""
+    monkeypatch.setattr(_cpu_groups, "LEAST", 0)
+    monkeypatch.setattr(_cpu_groups, "SHARE", 1)
+    scores = fill(kind, batch, neurons, torch.float32)
+    agrees(scores.T.contiguous().T if turned else scores, k, "torch")
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["normal", "zero", "ascending", "special"])
-@pytest.mark.parametrize(("batch", "neurons", "k"), [(5, 400, 10), (1, 515, 33), (2, 570, 20)])
+@pytest.mark.parametrize(("batch", "neurons", "k"), [(5, 400, 10), (1, 515, 33), (2, 576, 20)])
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_many_tiles_and_parts(
     impl: str, batch: int, neurons: int, k: int, kind: str, device: str
@@ -131,7 +148,9 @@ def test_many_tiles_and_parts(
     scores = fill(kind, batch, neurons, torch.float32).to(device)
     agrees(scores, k, impl)
     mask = torch.rand(neurons, device=device) < 0.05
-    agrees(scores, k, impl, mask=mask, boost=torch.rand(neurons, device=device))
+    boost = torch.rand(neurons, device=device) - 0.3
+    agrees(scores, k, impl, boost=boost)
+    agrees(scores, k, impl, mask=mask, boost=boost)
 
 
 @pytest.mark.parametrize("kind", KINDS)
