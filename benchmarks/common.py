@@ -33,11 +33,39 @@ def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, 
     return named
 
 
-def compiled(device: torch.device, name: str, provider: Provider) -> dict[str, Provider]:
+def compiled(
+    device: torch.device, name: str, provider: Provider, autotune: bool = False
+) -> dict[str, Provider]:
     """torch.compile of a provider, on CUDA: on CPU its compile time alone breaks the minute."""
     if device.type != "cuda":
         return {}
-    return {f"{name} (compile)": torch.compile(provider, dynamic=False)}
+    found = {f"{name} (compile)": torch.compile(provider, dynamic=False)}
+    if autotune:
+        mode = "max-autotune-no-cudagraphs"
+        tuned = torch.compile(provider, dynamic=False, mode=mode)
+        found[f"{name}, max-autotune (compile)"] = tuned
+    return found
+
+
+def captured(device: torch.device, name: str, provider: Provider) -> dict[str, Provider]:
+    """A provider as a CUDA graph for each input set: captured at the first call, then replayed."""
+    if device.type != "cuda":
+        return {}
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
+
+    def replay(given: Any) -> Any:
+        if id(given) not in graphs:
+            provider(given)  # what is compiled and kept is not part of the graph
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = provider(given)
+            graphs[id(given)] = graph, result
+        graph, result = graphs[id(given)]
+        graph.replay()
+        return result
+
+    return {f"{name} (graph)": replay}
 
 
 def normal(shape: Shape, device: torch.device, *sizes: int) -> Tensor:

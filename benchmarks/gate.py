@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 ROWS = 256  # samples that are checked against fp64, spread over the batch
 NEURONS = 64  # rows of a weight gradient that are checked
@@ -77,11 +78,10 @@ def linear_topk(
     return selection(scores.relu(), values[rows], indices[rows], slack, coarse)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, scores: Tensor) -> str:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scores: Tensor) -> str:
     """A plain product, as linear_topk's scores."""
     rows = sample_rows(x)
-    sampled = x[rows].double()
-    true = torch.addmm(bias.double(), sampled, weight.double().T)
+    true = F.linear(x[rows].double(), weight.double(), None if bias is None else bias.double())
     return close("scores", scores[rows], true)
 
 

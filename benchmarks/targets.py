@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from benchmarks.record import Row
 
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -38,6 +40,11 @@ class Place:
     mode: str
     dtype: str
     shape: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        sizes = " ".join(f"{name}={size:,}" for name, size in self.shape.items())
+        return f"{self.op} {SHORT[self.dtype]} {sizes}"
 
     def find(self, rows: list[Row], provider: str, metric: str = "time") -> Row | None:
         for row in rows:
@@ -79,72 +86,79 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 def targets() -> Iterator[Target]:
     """Every target of the table, in its order."""
-    yield from _topk()
-    yield from _linear_topk()
+    yield from _encoder()
     yield from _against_sparsify()
+    yield from _topk()
     sparse = Place("sparse_linear", "full", "bfloat16", {"B": 8192, "R": 65536, "k": 64, "C": 4096})
-    yield Target(
-        "sparse_linear bf16 R=65,536 k=64 C=4096, forward + backward: x dense matmul",
-        10,
-        sparse.faster("dense matmul"),
-    )
+    dense = "dense matmul"
+    yield Target(f"{sparse.name}, forward + backward: x {dense}", 8, sparse.faster(dense))
     yield from _counting()
-
-
-def _topk() -> Iterator[Target]:
-    place = Place("topk", "forward", "float32", {"B": 8192, "R": 131072, "k": 64})
-    name = "topk fp32 B=8192 R=131,072 k=64"
-    yield Target(f"{name}: x torch.topk", 4, place.faster("torch.topk"))
-    yield Target(f"{name}: of the copy bandwidth", 0.6, place.bandwidth)
-    for neurons in (1024, 4096):
-        for k in (10, 32):
-            place = Place("topk", "forward", "float32", {"B": 65536, "R": neurons, "k": k})
-            yield Target(
-                f"topk fp32 B=65,536 R={neurons} k={k}: x torch.topk", 7, place.faster("torch.topk")
-            )
 
 
 def _linear(mode: str, dtype: str, **shape: int) -> Place:
     return Place("linear_topk", mode, dtype, shape)
 
 
-def _linear_topk() -> Iterator[Target]:
-    library = "F.linear + torch.topk"
-    for batch in (128, 1024, 8192):
-        place = _linear("forward", "float32", B=batch, d=256, R=10000, k=10)
-        name = f"linear_topk fp32 d=256 R=10,000 k=10 B={batch}"
-        yield Target(f"{name}: x {library}", 3, place.faster(library))
-        yield Target(f"{name}: x GEMM + our topk", 1.3, place.faster("F.linear + our topk"))
-    for d, bound in ((1024, 3.0), (4096, 1.5)):
-        place = _linear("forward", "bfloat16", B=8192, d=d, R=131072, k=32)
-        name = f"linear_topk bf16 d={d} R=131,072 k=32 B=8192"
-        yield Target(f"{name}: x {library}", bound, place.faster(library))
-        logits = 8192 * 131072 * 2 / 2**20
-        yield Target(f"{name}: memory / logits", 0.05, place.memory(logits), at_least=False)
-    place = _linear("forward", "float32", B=8192, d=1024, R=65536, k=32)
-    yield Target(
-        "linear_topk fp32 d=1024 R=65,536 k=32 B=8192: x IEEE fp32 GEMM alone",
-        2,
-        place.faster("F.linear alone"),
-    )
+LIBRARY, GEMM = "F.linear + torch.topk", "16-bit GEMM alone"
+BF16_1024 = _linear("forward", "bfloat16", B=8192, d=1024, R=131072, k=32)
+BF16_4096 = _linear("forward", "bfloat16", B=8192, d=4096, R=131072, k=32)
+FP32_256 = _linear("forward", "float32", B=8192, d=256, R=10000, k=10)
+FP32_1024 = _linear("forward", "float32", B=8192, d=1024, R=65536, k=32)
+
+
+def _encoder() -> Iterator[Target]:
+    for place, bound in (
+        (BF16_1024, 0.85),
+        (_linear("forward", "bfloat16", B=1024, d=1024, R=131072, k=32), 0.85),
+        (BF16_4096, 0.85),
+        (FP32_256, 0.5),
+        (_linear("forward", "float32", B=1024, d=256, R=10000, k=10), 0.5),
+        (FP32_1024, 0.5),
+    ):
+        yield Target(f"{place.name}: of the speed of the {GEMM}", bound, place.faster(GEMM))
+    yield Target(f"{FP32_256.name}: x {LIBRARY}", 6, FP32_256.faster(LIBRARY))
+    small = _linear("forward", "float32", B=128, d=256, R=10000, k=10)
+    replayed = small.faster(f"{LIBRARY} (graph)", of="ours (graph)")
+    yield Target(f"{small.name}, both in a CUDA graph: x {LIBRARY}", 3, replayed)
+    yield Target(f"{small.name}, eager: x {LIBRARY}", 1.5, small.faster(LIBRARY))
+    logits = 8192 * 131072 * 2 / 2**20
+    for place, bound in ((BF16_1024, 4), (BF16_4096, 1.7)):
+        yield Target(f"{place.name}: x {LIBRARY}", bound, place.faster(LIBRARY))
+        memory = place.memory(logits)
+        yield Target(f"{place.name}: memory / logits", 0.05, memory, at_least=False)
+    alone = FP32_1024.faster("F.linear alone")
+    yield Target(f"{FP32_1024.name}: x IEEE fp32 GEMM alone", 6, alone)
 
 
 def _against_sparsify() -> Iterator[Target]:
-    for place, name in (
-        (_linear("full", "bfloat16", B=8192, d=1024, R=131072, k=32), "bf16 d=1024 R=131,072"),
-        (_linear("full", "float32", B=8192, d=256, R=10000, k=10), "fp32 d=256 R=10,000"),
+    peer = "eai-sparsify"
+    for place in (
+        _linear("full", "bfloat16", B=8192, d=1024, R=131072, k=32),
+        _linear("full", "float32", B=8192, d=256, R=10000, k=10),
     ):
-        peer = "eai-sparsify"
-        name = f"linear_topk {name} B=8192, forward + backward"
+        name = f"{place.name}, forward + backward"
         yield Target(f"{name}: x {peer}", 3, place.faster(peer))
         yield Target(f"{name}: memory / {peer}'s", 0.1, place.memory(peer), at_least=False)
 
 
+def _topk() -> Iterator[Target]:
+    long = Place("topk", "forward", "float32", {"B": 8192, "R": 131072, "k": 64})
+    short = [
+        Place("topk", "forward", "float32", {"B": 65536, "R": neurons, "k": k})
+        for neurons in (1024, 4096)
+        for k in (10, 32)
+    ]
+    yield Target(f"{long.name}: x torch.topk", 4, long.faster("torch.topk"))
+    yield Target(f"{long.name}: of the copy bandwidth", 0.6, long.bandwidth)
+    for place in short:
+        yield Target(f"{place.name}: x torch.topk", 7, place.faster("torch.topk"))
+    for place in (long, *short):
+        # Sorted, as torch.topk is.
+        yield Target(f"{place.name}: x flashinfer", 1, place.faster("flashinfer"))
+
+
 def _counting() -> Iterator[Target]:
-    for place, name in (
-        (_linear("forward", "float32", B=8192, d=256, R=10000, k=10), "fp32 d=256 R=10,000"),
-        (_linear("forward", "bfloat16", B=8192, d=1024, R=131072, k=32), "bf16 d=1024 R=131,072"),
-    ):
+    for place in (FP32_256, BF16_1024):
         # Time with counting over time without it.
         measure = place.faster("ours+counts")
-        yield Target(f"counting, linear_topk {name} B=8192", 1.03, measure, at_least=False)
+        yield Target(f"counting, {place.name}", 1.02, measure, at_least=False)

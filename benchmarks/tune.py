@@ -1,10 +1,10 @@
 """Times launch configurations of ssd_kernels on this GPU, for the rows of _tuning.TABLE.
 
-    python benchmarks/tune.py [topk] [decode] [walk] [--out FILE.txt]
+    python benchmarks/tune.py [topk] [encoder] [decode] [walk] [--out FILE.txt]
 
 A line a configuration, fastest first; the present row of the table is marked. Results of topk are
-compared with the specification's, those of the others with the first configuration's, up to the
-order of the sums.
+compared with the specification's and those of the encoder with fp64 on some rows, those of the
+others with the first configuration's, up to the order of the sums.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks import gate, record, timing
 from ssd.cli import ArgumentParser, exit_status
 from ssd.errors import UserError
 from ssd.lock import file_lock
+from ssd_kernels import _encoder as encoder
 from ssd_kernels import _tuning, reference
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
 from ssd_kernels.topk import select_triton
@@ -35,7 +36,7 @@ DEVICE = torch.device("cuda")
 PROCESSES = 12  # that compile
 SECONDS = 0.05  # of timing, a configuration
 FP32, BF16 = torch.float32, torch.bfloat16
-PARTS = ("topk", "decode", "walk")
+PARTS = ("topk", "encoder", "decode", "walk")
 Results = tuple[Tensor | None, ...]
 
 
@@ -66,6 +67,28 @@ def _topk(batch: int, neurons: int, k: int, dtype: torch.dtype) -> Problem:
     )  # fmt: skip
 
 
+# How the encoder's product walks over its tiles, by rows that are aligned or not, and the tiles.
+PLACE = ("DESCRIPTORS", "PERSISTENT", "TOGETHER", "num_stages")
+PLAIN = ((0, 0, 64, 3), (0, 0, 8, 3), (0, 0, 64, 4))
+DESCRIBED = ((1, 1, 8, 3), (1, 1, 8, 4), (1, 0, 64, 3), (1, 0, 64, 4), (0, 0, 64, 3))
+TILE = ("BM", "BN", "BK", "num_warps")
+SMALL = ((64, 32, 64, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 64, 64, 8))
+LARGE = ((128, 128, 32, 8), (128, 128, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8),
+         (256, 128, 64, 8))  # fmt: skip
+
+
+def _encoder(
+    batch: int, d: int, neurons: int, k: int, dtype: torch.dtype, aligned: int = 1
+) -> Problem:
+    tiles = SMALL if batch <= 128 else LARGE
+    return Problem(
+        "encoder", "linear_topk", (batch, neurons, k, d), dtype,
+        {"batch": batch, "aligned": aligned},
+        tuple(dict(zip(PLACE + TILE, place + tile, strict=True))
+              for place in (DESCRIBED if aligned else PLAIN) for tile in tiles),
+    )  # fmt: skip
+
+
 def _rows(part: str, batch: int, neurons: int, k: int, width: int, dtype: torch.dtype) -> Problem:
     op, bound = ("sparse_linear", "outputs") if part == "decode" else ("segments", "width")
     blocks = ((256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4))
@@ -81,6 +104,11 @@ PROBLEMS = (
     _topk(8192, 131072, 64, FP32),
     _topk(8192, 131072, 64, BF16),
     *(_topk(65536, neurons, k, FP32) for neurons in (4096, 1024) for k in (10, 32)),
+    _encoder(8192, 1024, 131072, 32, BF16),
+    _encoder(8192, 1024, 65536, 32, FP32),
+    _encoder(8192, 256, 10000, 10, FP32),
+    _encoder(128, 256, 10000, 10, FP32),
+    _encoder(8192, 1020, 65536, 32, BF16, aligned=0),
     *(
         _rows(part, *sizes)
         for part in ("decode", "walk")
@@ -100,6 +128,8 @@ def inputs(problem: Problem, batch: int) -> tuple[Tensor, ...]:
     if problem.part == "topk":
         return (normal(batch, problem.sizes[1]),)
     _, neurons, k, width = problem.sizes
+    if problem.part == "encoder":
+        return normal(batch, width), normal(neurons, width), normal(neurons)
     indices = torch.randint(neurons, (batch, k), device=DEVICE)
     return normal(batch, k), indices, normal(neurons, width), normal(batch, width)
 
@@ -108,6 +138,8 @@ def run(problem: Problem, chosen: _tuning.Config, given: tuple[Tensor, ...]) -> 
     _tuning.TABLE[problem.op] = {"default": (({}, chosen),)}
     if problem.part == "topk":
         return select_triton(given[0], problem.sizes[2])
+    if problem.part == "encoder":
+        return encoder.code(*given, problem.sizes[2], "mask", None, 1)[:2]
     values, indices, weight, grad = given
     if problem.part == "decode":
         return (gather_triton(values, indices, weight),)
@@ -118,8 +150,12 @@ def warm(job: tuple[Problem, _tuning.Config]) -> str:
     """Compiles a configuration on a small batch, in a process of its own."""
     problem, chosen = job
     try:
-        # As many rows as share no row out among several programs.
-        run(problem, chosen, inputs(problem, 2 * _tuning.multiprocessors(DEVICE)))
+        # As many rows as share no row out among several programs. The encoder's kernels are
+        # compiled for the number of tiles too.
+        few = 2 * _tuning.multiprocessors(DEVICE)
+        run(
+            problem, chosen, inputs(problem, problem.sizes[0] if problem.part == "encoder" else few)
+        )
         torch.cuda.synchronize()
     except Exception as error:
         return f"{problem.title} {chosen}: {type(error).__name__}: {str(error)[:200]}"
@@ -138,7 +174,7 @@ def tune(problem: Problem, present: _tuning.Config, say: Callable[[str], None]) 
             say(f"  {name}: {type(error).__name__}: {str(error)[:200]}")
             continue
         expected = got if expected is None else expected
-        if not (_right(problem, given[0], got) if problem.part == "topk" else _same(got, expected)):
+        if not _right(problem, given, got, expected):
             say(f"  {name}: WRONG")
             continue
         mark = " (present row)" if chosen == present else ""
@@ -152,15 +188,18 @@ def tune(problem: Problem, present: _tuning.Config, say: Callable[[str], None]) 
         say(f"  {taken.p50:8.3f} ms ({taken.p20:.3f} to {taken.p80:.3f})  {name}")
 
 
-def _right(problem: Problem, scores: Tensor, got: Results) -> bool:
-    """Values and indices of some rows are the specification's."""
-    rows = gate.sample_rows(scores)
-    expected = reference.topk(scores[rows], problem.sizes[2])
-    return all(
-        torch.equal(mine[rows], true)
-        for mine, true in zip(got, (expected.values, expected.indices), strict=True)
-        if mine is not None
-    )
+def _right(problem: Problem, given: tuple[Tensor, ...], got: Results, expected: Results) -> bool:
+    """Some rows are the specification's, or the results the expected ones."""
+    if problem.part not in ("topk", "encoder"):
+        return _same(got, expected)
+    values, indices = got
+    assert values is not None
+    assert indices is not None
+    if problem.part == "encoder":
+        return not gate.linear_topk(*given, values, indices, rounded=False)
+    rows = gate.sample_rows(given[0])
+    true = reference.topk(given[0][rows], problem.sizes[2])
+    return torch.equal(values[rows], true.values) and torch.equal(indices[rows], true.indices)
 
 
 def _same(got: Results, expected: Results) -> bool:

@@ -56,7 +56,8 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("commit", commit())
 print("device", device_name(device), "" if device.type == "cuda" else "(no CUDA device: not GPU evidence)")
 print("python", platform.python_version(), "torch", torch.__version__, "CUDA", torch.version.cuda)
-for name in ("triton", "pytest", "hypothesis", "flashinfer-python", "quack-kernels", "eai-sparsify"):
+for name in ("triton", "pytest", "hypothesis", "flashinfer-python", "quack-kernels", "eai-sparsify",
+             "sae-lens", "dictionary-learning"):
     print(name, installed(name) or "not installed")'
     if command -v nvidia-smi >/dev/null; then
         timeout -k 4 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
@@ -100,7 +101,7 @@ part() {
     echo "$name: $outcome, $((SECONDS - start)) s; $last" | tee -a "$summary"
 }
 
-smoke() { part smoke 80 "$python" scripts/smoke.py; }
+smoke() { part smoke 90 "$python" scripts/smoke.py; }
 step() { part step 45 "$python" scripts/step_evidence.py; }
 profile() { part profile 45 "$python" scripts/step_evidence.py --profile; }
 
@@ -111,7 +112,7 @@ tests() {
 
 bench() {
     local seconds
-    seconds=$(left 120)
+    seconds=$(left 110)
     part bench "$seconds" "$python" benchmarks/topk_bench.py --rows targets --no-compile \
         --budget $((seconds - 15)) --out "$out/topk_bench.csv"
 }

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from ssd_kernels.linear_inhibit import linear_inhibit
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Odd on purpose: [B, d] x [R, d], and a row that is a whole number of no tile.
 B, D, R, K, C = 5, 24, 517, 7, 13
+MANY, UNALIGNED = 130, 23  # a batch that takes the large tiles; rows of no whole 16 bytes
 S = 2  # networks
 # Largest error of a result over its largest entry: a few roundings of the dtype.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
         start = time.perf_counter()
         found = _attempt(case, impl, dtype)
         seconds = time.perf_counter() - start
-        title = f"{case.op + case.name:30} {impl:10} {str(dtype)[6:]:9}"
+        title = f"{case.op + case.name:32} {impl:10} {str(dtype)[6:]:9}"
         print(f"{title} {seconds:5.1f} s  {found or 'ok'}", flush=True)
         wrong += bool(found)
         if not _answers():
@@ -175,9 +177,9 @@ def _linear_topk(impl: str, draw: Draw) -> Results:
     return values, indices, cut, counts, *torch.autograd.grad(loss, leaves)
 
 
-def _linear_topk_of_networks(impl: str, draw: Draw) -> Results:
-    x, weight = draw(S * B, D), draw(S * R, D)
-    return ours.linear_topk(x, weight, K, blocks=S, impl=impl)[:2]
+def _linear_topk_forward(impl: str, draw: Draw, batch: int, d: int, blocks: int = 1) -> Results:
+    x, weight, bias = draw(blocks * batch, d), draw(blocks * R, d), draw(blocks * R)
+    return ours.linear_topk(x, weight, K, bias, blocks=blocks, impl=impl)[:2]
 
 
 def _linear_inhibit(impl: str, draw: Draw) -> Results:
@@ -188,12 +190,12 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
     return hidden, counts, *torch.autograd.grad(hidden.float().square().sum(), leaves)
 
 
-def _linear_code(impl: str, draw: Draw) -> Results:
-    x, weight = draw(B, D).abs(), draw(R, D).abs()
+def _linear_code(impl: str, draw: Draw, batch: int = B) -> Results:
+    x, weight = draw(batch, D).abs(), draw(R, D).abs()
     gaba = _ramp(0.9, x)
     code, overflow = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
     # Slots of value 0 are padding, whatever their index.
-    return code.values.new_zeros(B, R).scatter_add_(1, code.indices, code.values), overflow
+    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), overflow
 
 
 def _linear_active(impl: str, draw: Draw) -> Results:
@@ -260,9 +262,19 @@ CASES = [
     Case("topk", "", _topk),
     Case("topk", " in parts", _topk_parts),
     Case("linear_topk", "", _linear_topk),
-    Case("linear_topk", " of networks", _linear_topk_of_networks),
+    Case("linear_topk", " large", partial(_linear_topk_forward, batch=MANY, d=D)),
+    Case(
+        "linear_topk", " large, unaligned", partial(_linear_topk_forward, batch=MANY, d=UNALIGNED)
+    ),
+    Case("linear_topk", " of networks", partial(_linear_topk_forward, batch=B, d=D, blocks=S)),
+    Case(
+        "linear_topk",
+        " of networks, large",
+        partial(_linear_topk_forward, batch=MANY, d=D, blocks=S),
+    ),
     Case("linear_inhibit", "", _linear_inhibit),
     Case("linear_code", "", _linear_code, half=False),
+    Case("linear_code", " large", partial(_linear_code, batch=MANY), half=False),
     Case("linear_active", "", _linear_active, half=False),
     Case("sparse_linear", "", _sparse_linear),
     Case("row_gradient", "", _row_gradient),

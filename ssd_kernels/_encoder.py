@@ -337,7 +337,7 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
 def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
     """Neurons to a group, a power of two up to `most`: the groups shall tell the `best` apart.
 
-    32 for estimates and 64 else are the fastest on an H100 (benchmarks/trials).
+    32 for estimates and 64 else are the fastest on an H100 (docs/performance.md).
     """
     group = 32 if estimate else 64
     while group > 8 and neurons < 4 * best * group:

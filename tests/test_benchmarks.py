@@ -3,6 +3,8 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +27,7 @@ from benchmarks import (
     topk_bench,
 )
 from benchmarks.cases import QUICK, Shape
+from benchmarks.common import captured
 from benchmarks.record import Row
 from ssd.cli import exit_status
 from ssd.errors import UserError
@@ -176,8 +179,26 @@ def test_a_peer_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch
     assert "cannot be imported" in why
 
 
+@pytest.mark.parametrize(
+    ("name", "encode"),
+    [("sae-lens", peers._sae_lens), ("dictionary-learning", peers._dictionary_learning)],
+)
+def test_an_installed_autoencoder_passes_the_gate(
+    name: str, encode: Callable[..., torch.Tensor]
+) -> None:
+    autoencoder, why = peers.load(name)
+    if autoencoder is None:
+        pytest.skip(why)
+    x, weight, bias = torch.randn(8, 16), torch.randn(200, 16), torch.randn(200)
+    for _ in range(2):  # other weights of the same shape the second time
+        values, indices = encode(autoencoder, 5, x, weight, bias).topk(5)
+        assert gate.linear_topk(x, weight, bias, values, indices, rounded=True) == ""
+        weight = torch.randn(200, 16)
+
+
 def test_targets_are_ratios_of_medians() -> None:
-    target = next(iter(targets.targets()))
+    name = "topk fp32 B=8,192 R=131,072 k=64: x torch.topk"
+    target = next(t for t in targets.targets() if t.what == name)
     sizes = {"B": 8192, "R": 131072, "k": 64}
     mine = replace(ROW, shape=sizes, p50=2.0)
     other = replace(mine, provider="torch.topk", p50=9.0)
@@ -189,23 +210,55 @@ def test_targets_are_ratios_of_medians() -> None:
 
 def test_the_first_cases_hold_every_target() -> None:
     providers = (
-        "ours", "ours+counts", "torch.topk", "F.linear + torch.topk", "F.linear + our topk",
-        "F.linear alone", "eai-sparsify", "dense matmul",
+        "ours", "ours+counts", "ours (graph)", "torch.topk", "flashinfer", "F.linear + torch.topk",
+        "F.linear + torch.topk (graph)", "F.linear alone", "16-bit GEMM alone", "eai-sparsify",
+        "dense matmul",
     )  # fmt: skip
     rows = [
         replace(
             ROW, op=shape.op, mode=shape.mode, dtype=str(shape.dtype).removeprefix("torch."),
             shape=shape.sizes, provider=provider, metric=metric, p50=1.0, roofline_fraction=1.0,
         )
-        for shape in cases.CUDA[: cases.TARGETS]
+        for shape in cases.TARGETS
         for provider in providers
         for metric in ("time", "bandwidth", "memory")
     ]  # fmt: skip
-    last = cases.CUDA[cases.TARGETS - 1]
-    fewer = [row for row in rows if (row.op, row.mode) != (last.op, last.mode)]
     every = list(targets.targets())
     assert all(target.verdict(rows)[1] != "not measured" for target in every)
-    assert any(target.verdict(fewer)[1] == "not measured" for target in every)
+    for shape in cases.TARGETS:  # none is there for nothing
+        fewer = [
+            row
+            for row in rows
+            if (row.op, row.mode, row.shape) != (shape.op, shape.mode, shape.sizes)
+        ]
+        assert any(target.verdict(fewer)[1] == "not measured" for target in every)
+
+
+def test_a_captured_provider_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for each input set; the provider itself runs to warm up and to be captured."""
+    replays: list[object] = []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(self)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    calls: list[str] = []
+
+    def provider(given: str) -> str:
+        calls.append(given)
+        return f"result of {given}"
+
+    assert captured(CPU, "ours", provider) == {}
+    run = captured(torch.device("cuda"), "ours", provider)["ours (graph)"]
+    assert [run(given) for given in ("a", "b", "a")] == [
+        "result of a", "result of b", "result of a",
+    ]  # fmt: skip
+    assert calls == ["a", "a", "b", "b"]
+    assert len(replays) == 3
+    assert replays[0] is replays[2] is not replays[1]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_first_call(tmp_path: Path) -> None:
     assert run.status == 0, run.printed + run.said
     assert run.calls == ["smoke", "step", "bench", "tests"]
     limits = [int(n) for n in re.findall(r"at most (\d+) s", run.printed)]
-    assert limits[:3] == [80, 45, 120]
+    assert limits[:3] == [90, 45, 110]
     assert sum(limits[:3]) < 280 - 30  # what the last part is left with at least
     assert limits[3] <= 150
     found = run.summary("first")
@@ -127,7 +127,7 @@ def test_a_part_that_hangs_is_ended_and_stops_no_other(tmp_path: Path) -> None:
 def test_a_short_limit_leaves_time_for_the_next(tmp_path: Path) -> None:
     """A hanging part takes its own limit, not that of the others."""
     script = (
-        (ROOT / "scripts/gpu_evidence.sh").read_text().replace("part smoke 80 ", "part smoke 8 ")
+        (ROOT / "scripts/gpu_evidence.sh").read_text().replace("part smoke 90 ", "part smoke 8 ")
     )
     (tmp_path / "scripts").mkdir()
     (tmp_path / "scripts/gpu_evidence.sh").write_text(script)

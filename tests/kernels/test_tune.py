@@ -9,14 +9,24 @@ from benchmarks import tune
 from ssd_kernels import _tuning
 from tests.kernels.conftest import INTERPRETED
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 PROBLEMS = [
     tune._topk(3, 1500, 4, torch.float32),
+    tune._encoder(3, 24, 300, 4, torch.float32),
+    tune._encoder(3, 20, 300, 4, torch.float16, aligned=0),
     tune._rows("decode", 3, 40, 4, 300, torch.float32),
     tune._rows("walk", 3, 40, 4, 300, torch.float32),
 ]
 
 
+def test_shipped_rows_are_candidates() -> None:
+    """Else a sweep would not say how the present row does."""
+    for op in ("topk", "linear_topk"):
+        tried = [c for p in tune.PROBLEMS if p.op == op for c in p.candidates]
+        for family, rows in _tuning.TABLE[op].items():
+            assert all(chosen in tried for _, chosen in rows), (op, family)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: f"triton-{problem.part}")
 def test_configurations(problem: tune.Problem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
