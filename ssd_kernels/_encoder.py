@@ -27,7 +27,8 @@ k+1 groups hold a neuron with e_j - E_j >= M, so k+1 neurons have s_j >= M; a ne
 e_j + E_j < M has s_j < M and is none of the k+1 largest. E_j grows with |w_j|, so a group takes the
 largest norm of its rows: a neuron of huge weight widens the bound of its own group only. As
 e + 2^-21 |e| grows with e, a group's second bounds all but its largest. A bound that is infinite
-or no number bounds nothing, and all of the group is scored. Norms are rounded up.
+or no number bounds nothing, and all of the group is scored. Norms are rounded up, and infinite from
+2^100 on: below, a product of x and a scaled row of weight does not overflow, sqrt(d) 2^115 at most.
 
 Graded inhibition, 0 < g_j <= 1: neuron j fires if a_j > g_j I, I the (k+1)-th activation. M bounds
 I too, so j is looked at if (e_j + E_j) / g_j may exceed M, up to the rounding of the quotient. The
@@ -57,7 +58,7 @@ try:
 except ImportError:  # before Triton 3.4, or none at all
     TensorDescriptor = None
 
-# Bytes of keys that a block of rows may take.
+# Bytes that the keys of a block of rows may take, and as many for its buffer.
 WORKSPACE = 2**26
 # Group keys that a program selects from: neurons a group are doubled beyond, up to a tile's.
 MAX_GROUPS = 4096
@@ -221,11 +222,12 @@ class Product:
         group = group_size(neurons, best, self.estimate, self.tile["BN"])
         groups = _ceil_div(neurons, group)
         planes = 2 if gaba is None else 3
-        self.rows = min(batch, max(1, WORKSPACE // (4 * planes * groups * blocks)))
         block = min(256, max(16, _power(features)))
         # Rows that are no whole 16 bytes are read in more registers.
         scored = ENTRIES // block // (1 if features % 4 == 0 else 2)
         capacity = 2 * _power(max(room, scored))
+        keys, buffer = 4 * planes * groups, 8 * capacity
+        self.rows = min(batch, max(1, WORKSPACE // (max(keys, buffer) * blocks)))
         self.sizes = batch, blocks, neurons, features, groups
         self.strides = self.x.stride(0), self.weight.stride(0)
         self.errors = relative_error(features), features * 2.0**-124
@@ -238,7 +240,7 @@ class Product:
             "BK": block,
             "num_warps": min(16, max(4, _power(groups) // 1024)),
         }
-        self._allocate(8 * capacity, 4 * planes * groups, blocks * groups)
+        self._allocate(buffer, keys, blocks * groups)
         self.factors = self.x, self.weight
         if self.estimate:
             self._halve()
@@ -331,7 +333,10 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
     """Whether the product's factors may have tensor descriptors; fp32 ones are copied anyway."""
     if TensorDescriptor is None or x.dtype == torch.float32:
         return TensorDescriptor is not None
-    return all(t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 for t in (x, weight))
+    return all(
+        t.numel() and t.data_ptr() % 16 == t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1]
+        for t in (x, weight)
+    )
 
 
 def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:

@@ -16,15 +16,15 @@ def _unordered(key):
     return tl.where(key < 0, -(2**31) - key, key).to(tl.float32, bitcast=True)
 
 
-@jit(do_not_specialize=["samples", "addresses"])
+@jit(do_not_specialize=["x_rows", "weight_rows"])
 def _halve_kernel(
     x,  # [S B, d] fp32
     weight,  # [S R, d] fp32
     halves,  # [S B + S R, WIDTH] fp16: rows of x, then of weight, each times a power of two
     units,  # [S B + S R] fp32: its inverse
-    norms,  # [S B + S R] fp32: L2 norm, rounded up
-    samples,  # S B
-    addresses,  # S R
+    norms,  # [S B + S R] fp32: L2 norm, rounded up; infinite from 2^100 on
+    x_rows,  # S B
+    weight_rows,  # S R
     features,
     x_stride,
     weight_stride,
@@ -32,17 +32,17 @@ def _halve_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    x_programs = tl.cdiv(samples, ROWS)
+    x_programs = tl.cdiv(x_rows, ROWS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if tl.program_id(0) < x_programs:
-        inside = row < samples
+        inside = row < x_rows
         source = x + row.to(tl.int64) * x_stride
         out = row
     else:
         row -= x_programs * ROWS
-        inside = row < addresses
+        inside = row < weight_rows
         source = weight + row.to(tl.int64) * weight_stride
-        out = samples + row
+        out = x_rows + row
     column = tl.arange(0, BLOCK)
     peak = tl.zeros([ROWS], tl.int32)
     for start in range(0, WIDTH, BLOCK):
@@ -63,8 +63,11 @@ def _halve_kernel(
         at = halves + out.to(tl.int64)[:, None] * WIDTH + here[None, :]
         tl.store(at, value.to(tl.float16), mask=inside[:, None] & (here < WIDTH)[None, :])
     norm = tl.sqrt(square) * unit
+    norm += norm * (features * 2.0**-23 + 2.0**-20)
+    # An estimate may overflow halfway, between the units of its factors.
+    norm = tl.where(norm < 2.0**100, norm, float("inf"))
     tl.store(units + out, unit, mask=inside)
-    tl.store(norms + out, norm + norm * (features * 2.0**-23 + 2.0**-20), mask=inside)
+    tl.store(norms + out, norm, mask=inside)
 
 
 @jit

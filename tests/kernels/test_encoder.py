@@ -182,6 +182,18 @@ def test_what_is_not_finite(device: str, impl: str) -> None:
             torch.testing.assert_close(got.values[row], expected.values[row], equal_nan=True)
 
 
+@pytest.mark.parametrize("impl", FAST)
+def test_an_estimate_that_overflows_halfway(device: str, impl: str) -> None:
+    """x times the scaled row 77 of weight leaves fp32, their product does not: the largest."""
+    x = torch.tensor([[2.0**113.5]], device=device)
+    weight = -torch.ones(256, 1, device=device)
+    weight[64:96], weight[77] = -1.2, -1.9 * 2.0**-60
+    bias = torch.zeros(256, device=device)
+    bias[77] = 2.0**60
+    for shift in (None, bias):
+        assert op(x, weight, 1, shift, impl=impl).indices.item() == 77
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 def test_the_bound_on_an_estimate_holds(device: str, impl: str) -> None:
     """Where all rounding adds up, and where entries become subnormal; and it is not loose."""
@@ -207,6 +219,27 @@ def test_keys_are_a_small_share_of_the_logits(neurons: int) -> None:
         group = _encoder.group_size(neurons, 33, estimate, 256)
         rows = min(8192, _encoder.WORKSPACE // (8 * (neurons // group)))
         assert rows * 8 * neurons / group <= 0.05 * 8192 * neurons * (4 if estimate else 2)
+
+
+@pytest.mark.parametrize("features", [1, 16, 1024])
+def test_the_workspace_is_bounded(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers too, which outweigh the keys of few neurons."""
+    monkeypatch.setattr(_encoder, "WORKSPACE", 2**16)
+    x = torch.zeros(1, features, dtype=torch.float16).expand(1000, -1)
+    for neurons, k in ((60, 2), (3000, 2), (3000, 255)):
+        product = _encoder.Product(x, x[:1].expand(neurons, -1), None, None, k + 1, k + 1, 1)
+        assert max(product.buffer.nbytes, product.group_keys.nbytes) <= 2**16
+        assert product.rows >= 8
+
+
+@pytest.mark.skipif(_encoder.TensorDescriptor is None, reason="no tensor descriptors")
+def test_what_descriptors_describe() -> None:
+    """Rows of whole 16 bytes that do not overlap."""
+    wide = torch.zeros(9, 32, dtype=torch.float16)
+    described = [wide, wide[:, :24], wide[1:, 8:]]
+    others = [wide[:, 1:], wide[:, :30].contiguous(), wide[:1].expand(9, -1), wide[:, :0]]
+    assert all(_encoder._aligned(x, wide) and _encoder._aligned(wide, x) for x in described)
+    assert not any(_encoder._aligned(x, wide) or _encoder._aligned(wide, x) for x in others)
 
 
 def graded(x: Tensor, weight: Tensor, k: int, gaba: Tensor, how: str, blocks: int) -> Tensor:

@@ -233,7 +233,7 @@ def test_blocks_of_rows_and_reused_memory(
     device: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows at a time; what the kernels do not write would stay NaN."""
-    monkeypatch.setattr(_encoder, "WORKSPACE", 2 * 8 * 200 // 8)
+    monkeypatch.setattr(_encoder, "WORKSPACE", 2 * 8 * 512)  # buffers of 512 entries
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -330,17 +330,17 @@ NETWORKS = [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)]
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", NETWORKS)
-@pytest.mark.parametrize("rows", [None, 1, 400])
+@pytest.mark.parametrize("workspace", [None, 1, 2**14])
 def test_blocks_equal_the_loop_over_networks(
     device: str,
     impl: str,
     shape: tuple[int, int, int, int, int],
-    rows: int | None,
+    workspace: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All rows of each network at a time, one, and two."""
-    if rows is not None:
-        monkeypatch.setattr(_encoder, "WORKSPACE", rows)
+    if workspace is not None:
+        monkeypatch.setattr(_encoder, "WORKSPACE", workspace)
     blocks, batch, neurons, features, k = shape
     for inhibition, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
         x, weight, bias = networks(blocks, batch, neurons, features, dtype, device)
