@@ -399,7 +399,7 @@ GRID = [
     *_grid(linear_inhibit, FP32, S=10, B=128, d=256, R=1000, k=10, counts=True),
     *_grid(linear_code, FP32, B=128, d=256, R=10000, k=10, width=40),
     *_grid(linear_code, FP32, S=10, B=128, d=256, R=1000, k=10, width=40, inhibition="mask"),
-    *_grid(linear_code, FP32, B=1024, d=1024, R=65536, k=32, width=200),
+    *_grid(linear_code, FP32, B=1024, d=1024, R=65536, k=32, width=128),
     # Widths of every row of the tables "sparse_linear" and "segments".
     *(call for C in (10, 64, 256, 1000) for call in
       _grid(sparse_linear, FP32, BF16, B=128, R=10000, k=32, C=C, bias=True, backward=True)),
