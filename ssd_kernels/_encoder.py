@@ -195,8 +195,12 @@ class Product:
         self.bias, self.gaba = bias, gaba
         self.estimate = x.dtype == torch.float32
         batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
-        aligned = _aligned(self.x, self.weight)
-        self.tile = dict(_tuning.config("linear_topk", x.device, batch=batch, aligned=aligned))
+        shape = {
+            "batch": batch,
+            "aligned": _aligned(self.x, self.weight),
+            "graded": gaba is not None,
+        }
+        self.tile = dict(_tuning.config("linear_topk", x.device, **shape))
         group = group_size(neurons, best, self.estimate, self.tile["BN"])
         groups = _ceil_div(neurons, group)
         planes = 2 if gaba is None else 3
