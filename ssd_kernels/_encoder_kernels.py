@@ -9,6 +9,8 @@ from __future__ import annotations
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.topk import LAST, LEAST, NOTHING, _bisect, _ordered, _ranked
 
+INFINITE = tl.constexpr(0x7F800000)  # the key of infinity
+
 
 @jit
 def _unordered(key):
@@ -252,6 +254,18 @@ def _list(keys, group, second, reached, crowded, GROUP: tl.constexpr):
 
 
 @jit
+def _blank(x, features, BK: tl.constexpr):
+    """Whether the row x is all zeros."""
+    feature = tl.arange(0, BK)
+    found = 0
+    for start in range(0, features, BK):
+        here = start + feature
+        value = tl.load(x + here, mask=here < features, other=0.0)
+        found += tl.sum((value != 0).to(tl.int32))
+    return found == 0
+
+
+@jit
 def _listed(keys, at, singles, total, neurons, GROUP: tl.constexpr, N: tl.constexpr):
     """N neurons of the list, and which of them there are."""
     lane = at + tl.arange(0, N)
@@ -375,6 +389,10 @@ def _code_kernel(
         high = _ordered(estimate + (width + tl.abs(estimate) * 2.0**-21))
     crowded = reached & (high >= least)
     singles, total, place = _list(keys, group, second, reached, crowded, GROUP)
+    if not BIAS:
+        # A row of zeros ties all finite neurons, and the first are the best.
+        tied = (tl.max(top) == 0) & _blank(x, features, BK)
+        total = tl.where(tied, tl.minimum(total, singles + best), total)
     if not ESTIMATE:
         tl.store(second_keys + place, top, mask=reached & ~crowded)
     tl.debug_barrier()
@@ -476,10 +494,13 @@ def _graded_kernel(
     bound = tl.where(k < groups, _unordered(least), 0.0)
     bound = tl.where(bound > 0, bound * (1 - 2.0**-20), 0.0)
     least = _ordered(bound)
-    reached = known & (tl.load(keys + group, mask=known, other=NOTHING) >= least)
+    high = tl.load(keys + group, mask=known, other=NOTHING)
+    reached = known & (high >= least)
     second = tl.load(keys + plane + group, mask=reached, other=NOTHING)
     crowded = reached & ((second | (GROUP - 1)) >= least)
     singles, total, _ = _list(keys, group, second, reached, crowded, GROUP)
+    # A row of zeros: nothing fires.
+    total = tl.where((tl.max(high) < INFINITE) & _blank(x, features, BK), 0, total)
     tl.debug_barrier()
 
     held = 0

@@ -9,7 +9,7 @@ import gpus
 import launches
 import pytest
 from aot import Resources, Row
-from launches import FP32, Call
+from launches import BF16, FP32, Call
 from rich.console import Console
 
 from ssd_kernels import _dispatch, _tuning
@@ -101,12 +101,12 @@ def test_launches_are_specialised_as_their_arguments_are() -> None:
 
 @readable
 def test_a_launch_takes_the_rows_of_its_family() -> None:
-    call = Call(launches.linear_topk, FP32, {"B": 128, "d": 256, "R": 10000, "k": 10})
+    call = Call(launches.linear_topk, BF16, {"B": 1024, "d": 256, "R": 10000, "k": 10})
     blocks = {
         family: launches.record(family, [call]).launches[0].constants()["BK"]
         for family in ("sm80", "sm90")
     }
-    assert blocks == {"sm80": 16, "sm90": 32}
+    assert blocks == {"sm80": 32, "sm90": 64}
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,29 @@ def test_a_huge_row_is_looked_at_alone(impl: str, monkeypatch: pytest.MonkeyPatc
     assert sum(seen) <= len(x) * 3 * 32
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter")
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_row_of_zeros_is_not_scored(
+    impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ties all neurons, but those that are no numbers."""
+    x, weight, _ = layer(2, 577, 24, dtype, "cpu")
+    x[:] = 0
+    for k in (1, 5, 577):
+        with scored(monkeypatch) as seen:
+            got = op(x, weight, k, threshold=True, impl=impl)
+        assert torch.equal(got.indices, torch.arange(k).expand(2, k))
+        assert not got.values.any()
+        assert not got.threshold.any()
+        assert sum(seen) <= 2 * (k + 2)
+    weight[400, 3], weight[30, 1], weight[576, 0] = float("nan"), float("inf"), float("-inf")
+    got = op(x, weight, 4, threshold=True, impl=impl)
+    expected = reference.linear_topk(x, weight, 4, threshold=True)
+    assert torch.equal(got.indices, expected.indices)
+    torch.testing.assert_close(got.values, expected.values, equal_nan=True)
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_what_is_not_finite(device: str, impl: str) -> None:
     """NaN ranks first; an infinite or huge row of x or of weight bounds nothing."""
@@ -293,6 +316,21 @@ def test_graded_codes_of_adverse_weights(device: str, impl: str, kind: str) -> N
     expected = dense.sort(dim=1, descending=True).values[:, :40]
     assert ((values - expected).abs() <= error).all()
     assert overflow[(dense > error).sum(1) > 40].all()
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_graded_codes_of_zeros(device: str, impl: str) -> None:
+    x, weight, _ = layer(3, 300, 24, torch.float32, device)
+    x[1] = 0
+    gaba = 0.8 + 0.2 * torch.rand(300, device=device)
+    values, _, overflow = _encoder.graded_code(x, weight, 5, 40, gaba, "mask", 1)
+    assert not values[1].any()
+    assert values[0].any()
+    assert not overflow[1]
+    weight[7, 3] = float("nan")
+    values, indices, _ = _encoder.graded_code(x, weight, 5, 40, gaba, "mask", 1)
+    assert values[1, 0].isnan()
+    assert indices[1, 0] == 7
 
 
 @pytest.mark.parametrize("impl", KERNELS)
