@@ -17,6 +17,7 @@ Config = dict[str, int]
 Rows = tuple[tuple[Config, Config], ...]
 
 PLAIN = {"DESCRIPTORS": 0, "PERSISTENT": 0, "TOGETHER": 64, "num_stages": 3}
+SMALL = {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}
 DESCRIBED = {"DESCRIPTORS": 1, "PERSISTENT": 1, "TOGETHER": 8, "num_stages": 3}
 
 # Whoever has kernels of their own adds an entry.
@@ -33,17 +34,21 @@ TABLE: dict[str, dict[str, Rows]] = {
     # 3.4 ms in place of 4.3); PERSISTENT programs walk over tiles and overlap them.
     "linear_topk": {
         "default": (
-            ({"batch": 128}, {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}),
-            ({}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
+            ({"batch": 128}, SMALL),
+            ({"graded": 0}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
+            ({}, SMALL),
         ),
         **{
             family: (
-                ({"batch": 128}, {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}),
-                ({"aligned": 0}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
+                ({"batch": 128}, SMALL),
+                (
+                    {"graded": 0, "aligned": 0},
+                    {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8},
+                ),
                 ({"graded": 0}, {**DESCRIBED, "BM": 128, "BN": width, "BK": 64, "num_warps": 8}),
-                ({}, {**DESCRIBED, "PERSISTENT": 0, "BM": 128, "BN": 64, "BK": 64, "num_warps": 8}),
+                ({}, SMALL),
             )
-            # 256 columns spill on sm100, and wherever a product has three keys.
+            # 256 columns spill on sm100, and larger tiles wherever a product has three keys.
             for family, width in (("sm90", 256), ("sm100", 128))
         },
     },
