@@ -227,7 +227,7 @@ class Product:
         groups = _ceil_div(neurons, group)
         planes = 2 if gaba is None else 3
         block = min(256, max(16, _power(features)))
-        # Rows that are no whole 16 bytes are read in more registers.
+        # Loads of less than 16 bytes take more registers.
         scored = ENTRIES // block // (1 if features % 4 == 0 else 2)
         capacity = 2 * _power(max(room, scored))
         keys, buffer = 4 * planes * groups, 8 * capacity
@@ -443,7 +443,7 @@ def _slabs(
         for start in range(network * batch, (network + 1) * batch, height):
             rows = slice(start, min(start + height, (network + 1) * batch))
             scores = slab[rows] if direct else slab[: rows.stop - rows.start]
-            _product(x[rows], weight[own].T, scores)
+            _multiply(x[rows], weight[own].T, scores)
             if bias is not None:
                 scores += bias.detach()[own]
             if not direct:
@@ -452,7 +452,7 @@ def _slabs(
         yield slice(0, len(x)), 0, blocks, slab
 
 
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if x.dtype == torch.float32:
         torch.mm(x, weight, out=out)
     elif x.is_cuda and MIXED_MM:
