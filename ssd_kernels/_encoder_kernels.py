@@ -18,6 +18,15 @@ def _unordered(key):
     return tl.where(key < 0, -(2**31) - key, key).to(tl.float32, bitcast=True)
 
 
+@jit
+def _either(x, weight, of_x, of_weight, column, features):
+    """Columns of rows, each of x or of weight."""
+    there = (column < features)[None, :]
+    value = tl.load(x[:, None] + column[None, :], mask=of_x[:, None] & there, other=0.0)
+    other = tl.load(weight[:, None] + column[None, :], mask=of_weight[:, None] & there, other=0.0)
+    return tl.where(of_x[:, None], value, other)
+
+
 @jit(do_not_specialize=["x_rows", "weight_rows"])
 def _halve_kernel(
     x,  # [S B, d] fp32
@@ -34,23 +43,19 @@ def _halve_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    x_programs = tl.cdiv(x_rows, ROWS)
+    # Programs of x, then of weight: a row is of one of the two, so one of its loads reads nothing.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(0) < x_programs:
-        inside = row < x_rows
-        source = x + row.to(tl.int64) * x_stride
-        out = row
-    else:
-        row -= x_programs * ROWS
-        inside = row < weight_rows
-        source = weight + row.to(tl.int64) * weight_stride
-        out = x_rows + row
+    of_x = row < x_rows
+    weight_row = row - tl.cdiv(x_rows, ROWS) * ROWS
+    of_weight = (weight_row >= 0) & (weight_row < weight_rows)
+    inside = of_x | of_weight
+    out = tl.where(of_x, row, x_rows + weight_row)
+    x_source = x + row.to(tl.int64) * x_stride
+    weight_source = weight + weight_row.to(tl.int64) * weight_stride
     column = tl.arange(0, BLOCK)
     peak = tl.zeros([ROWS], tl.int32)
     for start in range(0, WIDTH, BLOCK):
-        here = start + column
-        read = inside[:, None] & (here < features)[None, :]
-        value = tl.load(source[:, None] + here[None, :], mask=read, other=0.0)
+        value = _either(x_source, weight_source, of_x, of_weight, start + column, features)
         peak = tl.maximum(peak, tl.max(value.to(tl.int32, bitcast=True) & LAST, axis=1))
     # The largest entry of a row comes to lie in 2^14 .. 2^15: fp16 ends at 2^16.
     exponent = tl.minimum(tl.maximum(268 - (peak >> 23), 1), 253)
@@ -59,8 +64,8 @@ def _halve_kernel(
     square = tl.zeros([ROWS], tl.float32)
     for start in range(0, WIDTH, BLOCK):
         here = start + column
-        read = inside[:, None] & (here < features)[None, :]
-        value = tl.load(source[:, None] + here[None, :], mask=read, other=0.0) * scale[:, None]
+        value = _either(x_source, weight_source, of_x, of_weight, here, features)
+        value *= scale[:, None]
         square += tl.sum(value * value, axis=1)
         at = halves + out.to(tl.int64)[:, None] * WIDTH + here[None, :]
         tl.store(at, value.to(tl.float16), mask=inside[:, None] & (here < WIDTH)[None, :])
