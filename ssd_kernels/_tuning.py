@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, Rows]] = {
         "default": (
             ({"batch": 128}, SMALL),
             ({"graded": 0}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
-            ({}, SMALL),
+            ({}, {**SMALL}),
         ),
         **{
             family: (
@@ -46,7 +46,7 @@ TABLE: dict[str, dict[str, Rows]] = {
                     {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8},
                 ),
                 ({"graded": 0}, {**DESCRIBED, "BM": 128, "BN": width, "BK": 64, "num_warps": 8}),
-                ({}, SMALL),
+                ({}, {**SMALL}),
             )
             # 256 columns spill on sm100, and larger tiles wherever a product has three keys.
             for family, width in (("sm90", 256), ("sm100", 128))
