@@ -80,6 +80,7 @@ def test_output_large(
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("how", ["mask", "subtract"])
 def test_full_inhibition_is_the_scattered_code(device: str, impl: str, how: str) -> None:
+    """Up to rounding: the two ops sum their products in orders of their own."""
     x, weight, bias, _ = layer(4, 150, 12, torch.float32, device)
     code = linear_topk(x, weight, 6, bias, inhibition=how, impl=impl)
     dense = x.new_zeros(4, 150).scatter_(1, code.indices, code.values)
