@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from unittest import mock
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,9 +14,11 @@ from benchmarks.step_targets import APART, BACKWARD, PRODUCTS
 from benchmarks.timing import Run
 from ssd.activations import evaluating
 from ssd.config import Config
+from ssd.cuda_graph import DENSE
 from ssd.data import Task
 from ssd.learner import Learner, build_model
 from ssd.sdmlp import SDMLP
+from ssd.step import Batch, sparse_step
 from ssd.trainer import Trainer
 from ssd_kernels import TopKOutput
 
@@ -103,8 +103,8 @@ def _switch_half(trainer: Trainer) -> None:
             step += 1
         encoder.counts *= STILL // QUICK_SWITCH
         encoder.anneal_samples = STILL
-    if trainer.resident is not None:  # it took the number when it was made
-        trainer.resident.anneal_samples.fill_(STILL)
+    if trainer.graphed is not None:  # it took the number when it was made
+        trainer.graphed.anneal_samples.fill_(STILL)
 
 
 def graded_share(trainer: Trainer) -> float:
@@ -122,22 +122,24 @@ def step_of(trainer: Trainer, step: int) -> Run:
 
 def repeated(trainer: Trainer) -> Run:
     """A step as training takes it: on CUDA a replay of the graph."""
-    if trainer.resident is None:
+    if trainer.graphed is None:
         return step_of(trainer, 0)
     trainer.load_task()
-    return trainer.resident.first_step()
+    return trainer.graphed.first_step(trainer.task, trainer.epoch)
 
 
 def path_of(trainer: Trainer) -> str:
-    """How most steps are taken: "sparse", "active" or "dense"."""
+    """What the hidden layer mostly is: a "code", the "active" neurons, or "all"."""
+    if trainer.graphed is not None:
+        (form,) = set(trainer.graphed._begin(trainer.task, trainer.epoch))
+        return "all" if form == DENSE else "code"
+    (stack,) = trainer.stacks
+    learner, size = stack.learners[0], trainer.config.batch_size
     taken = []
-    for step in range(BATCHES):
-        with (
-            mock.patch.object(trainer, "_dense_step", wraps=trainer._dense_step) as dense,
-            mock.patch.object(trainer, "_sparse_step", wraps=trainer._sparse_step) as sparse,
-        ):
-            step_of(trainer, step)()
-        taken.append("dense" if dense.called else "sparse" if sparse.called else "active")
+    for first in range(0, BATCHES * size, size):
+        hidden = stack.encoders[0].encode(learner.inputs[first : first + size])
+        coded = isinstance(hidden, TopKOutput)
+        taken.append("code" if coded else "all" if hidden.neurons is None else "active")
     return max(taken, key=taken.count)
 
 
@@ -196,7 +198,7 @@ def step_runs(trainer: Trainer, compiled: bool) -> dict[str, Run]:
     (learner,) = trainer.learners
     task, size = learner.tasks[trainer.task], trainer.config.batch_size
     steps = [step_of(trainer, step) for step in range(BATCHES)]
-    if trainer.resident is not None:
+    if trainer.graphed is not None:
         steps = [repeated(trainer)]
     ours, stream = _cycle(steps), _endless(task.x_train, task.y_train, size)
     plain = plain_step(trainer)
@@ -243,12 +245,14 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
     The second one also for a code in which every slot is another neuron, so that it touches B k
     rows whatever R; and how many rows each touches.
     """
-    (learner,) = trainer.learners
+    (stack,), (learner,) = trainer.stacks, trainer.learners
     encoder = _sdmlp(learner).encoder
     samples = torch.arange(trainer.config.batch_size, device=trainer.device)
     address = learner.inputs[samples]
-    code = encoder.code(address)
-    assert code is not None
+    code = encoder.encode(address)
+    assert isinstance(code, TopKOutput) and learner.distiller is not None
+    terms = learner.distiller.terms(samples)
+    batch = Batch(address, learner.labels[samples], torch.full_like(address[:, 0], 1 / len(samples)), terms)
     slots, neurons = code.indices.numel(), trainer.config.neurons
     codes = {BACKWARD: code}
     if slots <= neurons:
@@ -257,11 +261,9 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
         codes[APART] = code._replace(indices=spread.view(code.indices.shape[::-1]).T.contiguous())
 
     def backward(code: TopKOutput) -> Run:
-        return lambda: trainer._sparse_step(
-            {0: (address, code._replace(values=code.values.detach()))}, [samples]
-        )
+        return lambda: sparse_step(stack, batch, code)
 
-    runs: dict[str, Run] = {"encode": lambda: encoder.code(address)}
+    runs: dict[str, Run] = {"encode": lambda: encoder.encode(address)}
     runs |= {name: backward(code) for name, code in codes.items()}
     rows = {name: len(code.indices[code.values > 0].unique()) for name, code in codes.items()}
     return runs, rows

@@ -65,7 +65,7 @@ def _switch(found: Medians) -> Iterator[Verdict]:
     for op in ("ssd mid-switch", "ssd excited"):
         for neurons in found.sizes(op):
             path = next(
-                (p for p in ("sparse", "active", "dense") if found.get(op, "ours", p, R=neurons)),
+                (p for p in ("code", "active", "all") if found.get(op, "ours", p, R=neurons)),
                 "",
             )
             graded = found.get(op, "ours", "graded", R=neurons) or 0.0

@@ -161,7 +161,7 @@ def linear_code(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_code", x, weight, k, gaba, inhibition, blocks)
+    _check("linear_code", x, weight, k, gaba, inhibition, blocks, positive=True)
     neurons = weight.shape[0] // blocks
     _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
@@ -186,12 +186,13 @@ def _check(
     k: int,
     gaba: Tensor | None,
     inhibition: str,
-    blocks: int = 1,
+    blocks: int,
+    positive: bool,
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [B, d]")
     _checks.linear(op, x, weight, None, k, blocks)
-    _checks.response(op, gaba, x, weight.shape[0], positive=True)
+    _checks.response(op, gaba, x, weight.shape[0], positive=positive)
     _checks.inhibition(op, inhibition)
 
 
@@ -399,8 +400,9 @@ def _triton_code(
 class ActiveNeurons(NamedTuple):
     """What fires in a batch."""
 
-    values: Tensor  # [B, n] >= 0
-    neurons: Tensor  # [n] int64, ascending: those with a value > 0 for some sample
+    values: Tensor  # [S B, n] >= 0
+    neurons: Tensor | None  # [n] int64, ascending: those with a value > 0 for some sample; None: all
+    gate: Tensor  # [S B, n]: the gradient passes where it is > 0
 
 
 def linear_active(
@@ -412,79 +414,181 @@ def linear_active(
     inhibition: str = "subtract",
     counts: Tensor | None = None,
     scratch: Scratch | None = None,
+    every: bool = False,
+    blocks: int = 1,
     impl: str | None = None,
 ) -> ActiveNeurons:
     """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
 
-    Scores stay in the order [R, B], in which the product is fastest and a neuron's maximum over the
-    batch is a contiguous pass; what follows touches the firing rows alone.
+    On a CPU scores stay in the order [R, B], in which the product is fastest and a neuron's maximum
+    over the batch is a contiguous pass; what follows touches the firing rows alone.
 
     Args:
-        x: [B, d] floating; weight: [R, d]; gaba: [R] in (0, 1].
+        x: [S B, d] floating; weight: [S R, d]; gaba: [S R].
         counts: as in linear_inhibit.
         scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
-        impl: "torch" or "reference".
+        every: return all columns. Several blocks and Triton, which read no value back, always do.
+        blocks: S, networks side by side, as in linear_inhibit.
+        impl: "triton", "numba", "torch" or "reference".
 
     Returns:
-        Values [B, n] and neurons [n] int64. n depends on the data: reads it back from a GPU.
+        Values [S B, n], neurons [n] int64 and the gate [S B, n].
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_active", x, weight, k, gaba, inhibition)
+    _check("linear_active", x, weight, k, gaba, inhibition, blocks, positive=False)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
-    if _dispatch.symbolic(x):
+    if _dispatch.symbolic(x) and not every:
         raise TypeError(
             "linear_active: how many neurons fire depends on values, and x has none here; "
-            "linear_inhibit gives all R"
+            "every=True gives all"
         )
-    serve = _dispatch.choose("linear_active", impl, x)
+    looped = blocks == 1 and len(x) > 0 and weight.dtype == torch.float32
+    serve = _dispatch.choose("linear_active", impl, x, looped=looped)
+    every = every or blocks > 1
     with torch.no_grad():
-        active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
-        if counts is not None:
-            # Faster than to sum booleans, in a dtype that holds every count.
-            exact = torch.float32 if len(x) <= 2**24 else torch.float64
-            fired = active.values.sign().sum(0, dtype=exact)
-            counts.index_add_(0, active.neurons, fired.to(counts.dtype))
-    return active
+        return serve(x, weight, k, gaba, inhibition, counts, scratch or Scratch(), every, blocks)
 
 
 def _reference_active(
-    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
 ) -> ActiveNeurons:
-    return _firing(reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    given = {"inhibition": inhibition, "counts": counts, "blocks": blocks}
+    hidden = reference.linear_inhibit(x, weight, k, gaba, **given)
+    gate = hidden * (reference.scores_of(x, weight, None, blocks) > 0)
+    if every:
+        return ActiveNeurons(hidden, None, gate)
+    neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
+    if len(neurons) == len(weight):
+        return ActiveNeurons(hidden, None, gate)
+    return ActiveNeurons(hidden.index_select(1, neurons), neurons, gate.index_select(1, neurons))
 
 
 def _torch_active(
-    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
 ) -> ActiveNeurons:
     batch, neurons = len(x), len(weight)
-    if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
-        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    wide = reference.accumulation_dtype(x.dtype) == x.dtype
+    if not x.is_cpu or not wide or batch == 0 or blocks > 1:
+        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
+        return _reference_active(*given)
     scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
-    cut = x.new_zeros(batch)
-    if k < neurons:
-        cut = _cpu_groups.largest(scores.T, k + 1)[0][:, k].relu()
+    cut = _cut(scores, k)
     surplus = scratch(1, x, neurons, batch)
+    excited = gaba is not None and not gaba.min() > 0
+    if excited:
+        scores.relu_()  # an excited neuron fires where its activation is 0
     if gaba is None:
         torch.sub(scores, cut, out=surplus)
     else:
         torch.addr(scores, gaba, cut, alpha=-1, out=surplus)
+    chosen = None
     highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
-        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
-    chosen = (~(highest <= 0)).nonzero().squeeze(1)
-    own = surplus if len(chosen) == neurons else surplus.index_select(0, chosen)
+        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
+        return _reference_active(*given)
+    if not (every or excited):
+        chosen = (~(highest <= 0)).nonzero().squeeze(1)
+        if len(chosen) == neurons:
+            chosen = None
+        else:
+            surplus = surplus.index_select(0, chosen)
+            scores = scores.index_select(0, chosen) if inhibition == "mask" else scores
     if inhibition == "mask":
-        own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
-    return ActiveNeurons(own.relu_().T, chosen)
+        surplus = torch.where(surplus <= 0, 0.0, scores)
+    values = gate = surplus.relu_()
+    if excited:
+        gate = torch.ops.aten.threshold_backward(values, scores, 0.0)
+    if counts is not None:
+        # Faster than to sum booleans, in a dtype that holds every count.
+        fired = values.sign().sum(1, dtype=torch.float32 if batch <= 2**24 else torch.float64)
+        fired = fired.to(counts.dtype)
+        counts += fired if chosen is None else counts.new_zeros(neurons).index_copy_(0, chosen, fired)
+    return ActiveNeurons(values.T, chosen, gate.T)
 
 
-def _firing(hidden: Tensor) -> ActiveNeurons:
-    neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
-    return ActiveNeurons(hidden.index_select(1, neurons), neurons)
+def _numba_active(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
+) -> ActiveNeurons:
+    from ssd_kernels import _loops
+
+    batch, size = len(x), len(weight)
+    scores = torch.mm(weight, x.T, out=scratch(0, x, size, batch))
+    cut = _cut(scores, k)
+    excited = gaba is not None and not gaba.min() > 0
+    values = gate = scratch(1, x, size, batch)
+    if excited:
+        gate = scratch(2, x, size, batch)
+    neurons, nothing = torch.empty(size, dtype=torch.int64), x.new_empty(0)
+    found = _loops.inhibit(
+        scores.numpy(),
+        cut.numpy(),
+        (nothing if gaba is None else gaba.contiguous()).numpy(),
+        inhibition == "mask",
+        every,
+        excited,
+        values.numpy(),
+        gate.numpy(),
+        neurons.numpy(),
+        (neurons[:0] if counts is None else counts).numpy(),
+    )
+    chosen = None if found == size else neurons[:found]
+    return ActiveNeurons(values[:found].T, chosen, gate[:found].T)
+
+
+def _cut(scores: Tensor, k: int) -> Tensor:
+    """The inhibition [B] of scores [R, B]: the (k+1)-th largest activation."""
+    if k == len(scores):
+        return scores.new_zeros(scores.shape[1])
+    return _cpu_groups.largest(scores.T, k + 1)[0][:, k].relu()
+
+
+def _triton_active(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
+) -> ActiveNeurons:
+    hidden, passes = _encoder.inhibit(x, weight, None, k, gaba, inhibition, counts, True, blocks)
+    return ActiveNeurons(hidden, None, passes)
 
 
 _dispatch.register("linear_code", reference=_reference_code, torch=_torch_code, triton=_triton_code)
-_dispatch.register("linear_active", reference=_reference_active, torch=_torch_active)
+_dispatch.register(
+    "linear_active",
+    reference=_reference_active,
+    torch=_torch_active,
+    numba=_numba_active,
+    triton=_triton_active,
+)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ def row_update(
             Lazy: the buffer of an untouched row rests and does not move it.
         blocks: number of networks whose rows follow one another, R / blocks each; every one is
             clipped by itself.
-        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         The global gradient norm before clipping: 0-d, or [blocks] if there are several.
@@ -67,7 +68,9 @@ def row_update(
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
     )
-    serve = _dispatch.choose("row_update", impl, weights[0], served=served)
+    looped = blocks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
+    looped = looped and all(t.dtype == torch.float32 for t in (*weights, *coefficients, *inputs))
+    serve = _dispatch.choose("row_update", impl, weights[0], served=served, looped=looped)
     with torch.no_grad():
         return serve(
             weights,
@@ -115,6 +118,41 @@ def _torch(
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return _norms(norm, weights)
+
+
+def _numba(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    *,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    nonnegative: bool,
+    normalize: Sequence[bool] | None,
+    momentum: float,
+    buffers: Sequence[Tensor] | None,
+    blocks: int,
+) -> Tensor:
+    from ssd_kernels import _loops
+
+    factors = [c.contiguous().numpy() for c in coefficients]
+    vectors = [i.contiguous().numpy() for i in inputs]
+    flat = indices.contiguous().view(-1).numpy()
+    touched = reduce(np.logical_or, [f != 0 for f in factors]).ravel()
+    slots, heads = _loops.sorted_slots(flat, touched, len(weights[0]))
+    gradients = [np.empty((len(heads) - 1, w.shape[1]), np.float32) for w in weights]
+    squares = 0.0
+    for factor, vector, gradient in zip(factors, vectors, gradients, strict=True):
+        squares += _loops.row_sums(slots, heads, factor, vector, gradient)
+    norm = torch.tensor(math.sqrt(squares), dtype=weights[0].dtype)
+    step = float(lr) * float(reference.clip_scale(norm, max_norm))
+    rows = flat[slots[heads[:-1]]]
+    torch.autograd.graph.increment_version(weights)
+    for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        scaled = normalize is not None and normalize[number]
+        _loops.move_rows(weight.detach().numpy(), rows, gradient, step, nonnegative, scaled)
+    return norm
 
 
 def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
@@ -493,4 +531,6 @@ def _check(
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-_dispatch.register("row_update", reference=reference.row_update, torch=_torch, triton=_triton)
+_dispatch.register(
+    "row_update", reference=reference.row_update, torch=_torch, numba=_numba, triton=_triton
+)

@@ -1,0 +1,176 @@
+"""Loops over float32 tensors on a CPU, compiled by numba: what serves as `numba` where it is there.
+
+They are for the steps of small layers, where PyTorch spends its time on calls and on one pass after
+another. One thread runs them; a second pool of threads would slow PyTorch's down. Imported when an
+op is first called, for importing numba takes longer than torch.topk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+
+F = TypeVar("F", bound=Callable[..., Any])
+LANES = 16  # columns that are ranked side by side: a vector register of them
+
+
+def loop(function: F) -> F:
+    """numba.njit, kept on the disk where some folder may be written to."""
+    # A sum in another order than written, the same every time: one that fills vector registers.
+    options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+@loop
+def rank(keys: Any, k: int, values: Any, indices: Any) -> None:
+    """The k largest of each column of keys [R, B], NaN first, ties to the lower row: [B, k]."""
+    neurons, batch = keys.shape
+    best = np.empty((LANES, k), keys.dtype)
+    who = np.empty((LANES, k), np.int64)
+    least = np.empty(LANES, keys.dtype)
+    for first in range(0, batch, LANES):
+        lanes = min(LANES, batch - first)
+        for j in range(neurons):
+            if j >= k and lanes == LANES:
+                reached = 0
+                for lane in range(LANES):
+                    reached |= not (keys[j, first + lane] <= least[lane])
+                if not reached:
+                    continue
+            for lane in range(lanes):
+                key = keys[j, first + lane]
+                at = min(j, k - 1)
+                if j >= k and not _above(key, least[lane]):
+                    continue
+                while at > 0 and _above(key, best[lane, at - 1]):
+                    best[lane, at], who[lane, at] = best[lane, at - 1], who[lane, at - 1]
+                    at -= 1
+                best[lane, at], who[lane, at] = key, j
+                least[lane] = best[lane, k - 1]
+        for lane in range(lanes):
+            values[first + lane] = best[lane]
+            indices[first + lane] = who[lane]
+
+
+@loop
+def _above(a: float, b: float) -> bool:
+    return a > b or (a != a and b == b)
+
+
+@loop
+def sorted_slots(indices: Any, touched: Any, neurons: int) -> Any:
+    """Slots that are touched by neuron, then by slot; neurons and offsets of the segments."""
+    count = 0
+    for slot in range(len(indices)):
+        count += touched[slot]
+    slots = np.empty(count, np.int64)
+    if neurons <= 16 * len(indices):
+        starts = np.zeros(neurons + 1, np.int64)
+        for slot in range(len(indices)):
+            if touched[slot]:
+                starts[indices[slot] + 1] += 1
+        for j in range(neurons):
+            starts[j + 1] += starts[j]
+        for slot in range(len(indices)):
+            if touched[slot]:
+                slots[starts[indices[slot]]] = slot
+                starts[indices[slot]] += 1
+    else:
+        keys = np.empty(count, np.int64)
+        at = 0
+        for slot in range(len(indices)):
+            if touched[slot]:
+                keys[at] = indices[slot] * len(indices) + slot
+                at += 1
+        keys.sort()
+        for at in range(count):
+            slots[at] = keys[at] % len(indices)
+    heads = np.empty(count + 1, np.int64)
+    found = 0
+    for at in range(count):
+        if at == 0 or indices[slots[at]] != indices[slots[at - 1]]:
+            heads[found] = at
+            found += 1
+    heads[found] = count
+    return slots, heads[: found + 1]
+
+
+@loop
+def row_sums(slots: Any, heads: Any, coefficients: Any, inputs: Any, sums: Any) -> float:
+    """Each segment's sum of coefficient * input, in order, [n, d]; the sum of their squares."""
+    width = coefficients.shape[1]
+    squares = 0.0
+    for row in range(len(heads) - 1):
+        total = sums[row]
+        total[:] = 0
+        for at in range(heads[row], heads[row + 1]):
+            coefficient = coefficients[slots[at] // width, slots[at] % width]
+            vector = inputs[slots[at] // width]
+            if coefficient != 0:
+                for column in range(len(total)):
+                    total[column] += coefficient * vector[column]
+        for column in range(len(total)):
+            squares += np.float64(total[column]) * np.float64(total[column])
+    return squares
+
+
+@loop
+def move_rows(
+    weight: Any, rows: Any, gradient: Any, step: float, nonnegative: bool, normalize: bool
+) -> None:
+    """weight[rows] -= step * gradient [n, d], then its constraints."""
+    for number in range(len(rows)):
+        row = weight[rows[number]]
+        length = 0.0
+        for column in range(len(row)):
+            moved = row[column] - np.float32(step) * gradient[number, column]
+            if nonnegative and moved < 0:
+                moved = np.float32(0)
+            row[column] = moved
+            length += np.float64(moved) * np.float64(moved)
+        if normalize and length != 0:
+            length = np.sqrt(length)
+            for column in range(len(row)):
+                row[column] = np.float32(row[column] / length)
+
+
+@loop
+def inhibit(
+    scores: Any, cut: Any, gaba: Any, mask: bool, every: bool, excited: bool,
+    values: Any, gate: Any, neurons: Any, counts: Any,
+) -> int:  # fmt: skip
+    """Rows of scores [R, B] after inhibition, those that fire or `every`; returns how many.
+
+    gaba, gate and counts that are not wanted have length 0.
+    """
+    found = 0
+    for j in range(len(scores)):
+        response = gaba[j] if len(gaba) > 0 else np.float32(1)
+        row, out = scores[j], values[found]
+        hits = 0
+        odd = 0
+        for b in range(len(row)):
+            activation = np.float32(0) if row[b] <= 0 else row[b]
+            surplus = activation - response * cut[b]
+            if mask:
+                value = activation if surplus > 0 or activation != activation else np.float32(0)
+            else:
+                value = np.float32(0) if surplus <= 0 else surplus
+            out[b] = value
+            hits += value > 0
+            odd += value != value
+        if len(counts) > 0:
+            counts[j] += hits
+        if hits + odd > 0 or every:
+            if excited:
+                for b in range(len(row)):
+                    gate[found, b] = np.float32(0) if row[b] <= 0 else out[b]
+            neurons[found] = j
+            found += 1
+    return found
