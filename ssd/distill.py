@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ssd import reference
 from ssd_kernels import _checks, _dispatch, _op, _tuning
@@ -118,7 +117,9 @@ def _torch(
     taught = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
     loss, gradient, slopes = _in_wide(logits.to(wide), labels, *taught, **options)
     return DistillOutput(
-        loss.to(dtype), gradient.to(dtype), None if slopes is None else slopes.to(dtype)
+        loss.to(dtype),
+        gradient.to(dtype).contiguous(),
+        None if slopes is None else slopes.to(dtype).contiguous(),
     )
 
 
@@ -135,52 +136,50 @@ def _in_wide(
     kl: str,
     columns: Tensor | None,
 ) -> DistillOutput:
-    log_p = F.log_softmax(logits, dim=-1)
+    log_p = reference.log_softmax(logits)
     target = labels.unsqueeze(1)
-    loss = -log_p.gather(1, target).squeeze(1)
-    one = torch.ones((), dtype=logits.dtype, device=logits.device)
-    gradient = log_p.exp_().scatter_add_(1, target, -one.expand(len(labels), 1))
+    loss = log_p.gather(1, target)
+    gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(loss, -1.0))
     if target_logits is None:
-        return DistillOutput(loss, gradient, None if hidden is None else torch.zeros_like(hidden))
-    a, share = _column(alpha), _column(lam)
-    logits_loss, logits_gradient = _divergence(logits, target_logits, temperature, kl, columns)
-    distilled = (1 - lam) * logits_loss
-    gradient = a * gradient + (1 - a) * (1 - share) * logits_gradient
+        slopes = None if hidden is None else torch.zeros_like(hidden)
+        return DistillOutput(-loss.squeeze(1), gradient, slopes)
+    a, share, scale = (_column(value) for value in (alpha, lam, temperature))
+    logits_share, hidden_share = (1 - a) * (1 - share), (1 - a) * share
+    term, slopes = _divergence(logits, target_logits, scale, kl, columns)
+    loss = _plus(loss * -a, term, logits_share * scale)
+    gradient = _plus(gradient * a, slopes, logits_share)
     hidden_gradient = None
     if hidden is not None and target_hidden is not None:
-        hidden_loss, hidden_gradient = _divergence(hidden, target_hidden, temperature, kl, None)
-        distilled = distilled + lam * hidden_loss
-        hidden_gradient = (1 - a) * share * hidden_gradient
-    return DistillOutput(alpha * loss + (1 - alpha) * distilled, gradient, hidden_gradient)
+        term, slopes = _divergence(hidden, target_hidden, scale, kl, None)
+        loss = _plus(loss, term, hidden_share * scale)
+        hidden_gradient = slopes * hidden_share
+    return DistillOutput(loss.squeeze(1), gradient, hidden_gradient)
 
 
 def _column(value: float | Tensor) -> float | Tensor:
     return value.unsqueeze(1) if isinstance(value, Tensor) and value.dim() else value
 
 
+def _plus(total: Tensor, term: Tensor, weight: float | Tensor) -> Tensor:
+    """total + weight * term, in one call."""
+    if isinstance(weight, Tensor):
+        return torch.addcmul(total, term, weight)
+    return torch.add(total, term, alpha=weight)
+
+
 def _divergence(
     student: Tensor,
     teacher: Tensor,
-    temperature: float | Tensor,
+    scale: float | Tensor,
     kl: str,
     columns: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """T^2 KL of each row [B], and its gradient with respect to the student's row."""
-    scale = _column(temperature)
-    student, teacher = student / scale, teacher / scale
-    if columns is not None:
-        student = student.masked_fill(~columns, -torch.inf)
-        teacher = teacher.masked_fill(~columns, -torch.inf)
-    p, q = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    ratio = p - q
-    p_exp = p.exp_()
-    # 0 (log 0 - log 0) and 0 log 0 are 0.
+    """T KL of each row [B, 1], and the gradient of T^2 KL with respect to the student's row."""
+    w, terms, log_v = reference.divergence_terms(student, teacher, scale, kl, columns)
+    loss = terms.sum(-1, keepdim=True)
     if kl == "forward":
-        q_exp = q.exp_()
-        loss = -(q_exp * ratio.masked_fill_(q_exp == 0, 0.0)).sum(-1)
-        return temperature**2 * loss, scale * (p_exp - q_exp)
-    loss = (p_exp * ratio.masked_fill_(p_exp == 0, 0.0)).sum(-1)
-    return temperature**2 * loss, scale * p_exp * (ratio - loss.unsqueeze(1))
+        return loss, (log_v.exp_() - w) * scale
+    return loss, torch.addcmul(terms, w, loss, value=-1)
 
 
 @jit

@@ -43,6 +43,7 @@ from ssd.activations import (
     single,
 )
 from ssd.activations import count_activations as count_activations
+from ssd.reference import divergence
 from ssd_kernels.nn import TopK, TopKLinear
 
 
@@ -69,20 +70,7 @@ def distillation_loss(
         )
     if not (_real(temperature) and 0 < temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0")
-    p, q = (_scaled_log_softmax(z, temperature) for z in (student, teacher))
-    if kl == "forward":
-        p, q = q, p
-    weight = (p / temperature).exp()
-    # 0 (log 0 - log 0) is 0.
-    difference = (p - q).masked_fill(weight == 0, 0)
-    return temperature * (weight * difference).sum(-1).mean()
-
-
-def _scaled_log_softmax(z: Tensor, temperature: float) -> Tensor:
-    """T log softmax(z / T), which is finite for any T where z is."""
-    z = _wide(z)
-    z = z - z.detach().amax(-1, keepdim=True)
-    return z - temperature * (z / temperature).logsumexp(-1, keepdim=True)
+    return divergence(_wide(student), _wide(teacher), temperature, kl).mean()
 
 
 def _real(value: object) -> bool:
