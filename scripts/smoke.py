@@ -193,9 +193,9 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
 def _linear_code(impl: str, draw: Draw, batch: int = B) -> Results:
     x, weight = draw(batch, D).abs(), draw(R, D).abs()
     gaba = _ramp(0.9, x)
-    code, overflow = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+    code, wider = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
     # Slots of value 0 are padding, whatever their index.
-    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), overflow
+    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), wider
 
 
 def _linear_active(impl: str, draw: Draw) -> Results:

@@ -215,7 +215,7 @@ class ResidentEpochs:
         encoder, done, codes = self.encoders[0], 0, []
         for run in _runs(numbers):
             own = x[done : done + len(run) * self.batch]
-            code, overflow = linear_code(
+            code, wider = linear_code(
                 own,
                 self._rows(self.trainer.weights[0], run),
                 encoder.k,
@@ -224,7 +224,7 @@ class ResidentEpochs:
                 inhibition=encoder.inhibition,
                 blocks=len(run),
             )
-            self.overflow[run.start : run.stop].logical_or_(overflow)
+            self.overflow[run.start : run.stop].logical_or_(wider.view(len(run), -1).any(1))
             codes.append(code._replace(indices=code.indices + run.start * encoder.neurons))
             done += len(own)
         if len(codes) == 1:

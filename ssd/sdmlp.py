@@ -195,10 +195,10 @@ class AnnealedTopKLinear(TopKLinear):
         if gaba is not None and self._computes_all():
             return None  # active() is as cheap, and never too narrow
         shadow = self._estimator()
-        code, overflow = linear_code(
+        code, wider = linear_code(
             x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow
         )
-        if overflow:
+        if wider.any():
             if self.training:
                 self.dense_until = self.samples + RETRY * len(x)
             return None

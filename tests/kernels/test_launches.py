@@ -233,8 +233,8 @@ PINS = {
     ),
     "linear_code": Pin(
         of(linear_code, new(128, 256), new(10_000, 256), 10, 40, new(10_000)),
-        "_halve_kernel _keys_kernel _graded_kernel any",
-        2,
+        "_halve_kernel _keys_kernel _graded_kernel",
+        1,
     ),
     "linear_topk backward": Pin(encoder(**SMALL), f"_gather_kernel {RANKED} segment_kernel", 1),
     "linear_topk backward to x": Pin(encoder("x", **SMALL), "_gather_kernel", 0),
