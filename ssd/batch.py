@@ -14,6 +14,7 @@ from torch import Tensor
 from ssd import reference
 from ssd_kernels import _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
+from ssd_kernels.reference import accumulation_dtype
 
 _tuning.TABLE["draw_batch"] = {
     "default": (
@@ -117,6 +118,36 @@ def tally(
 
 def _float32(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
+
+
+def _torch_draw(
+    inputs: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    samples: Tensor,
+    position: Tensor,
+    size: int,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    counts: Tensor | None,
+    anneal_samples: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The specification; without masks where a CPU sees a whole batch of every learner."""
+    optional = target_logits, target_hidden, counts, anneal_samples
+    first, learners = int(position) * size if inputs.is_cpu else 0, len(order)
+    if not inputs.is_cpu or first + size > int(samples.min()):
+        return reference.draw_batch(inputs, labels, order, samples, position, size, *optional)
+    row = order[:, first : first + size]
+    if learners > 1:
+        stored = len(inputs) // learners
+        row = row + torch.arange(0, len(inputs), stored, device=row.device).unsqueeze(1)
+    row = row.flatten()
+    drawn = [
+        None if t is None else t.index_select(0, row)
+        for t in (inputs, labels, target_logits, target_hidden)
+    ]
+    weight = inputs.new_full((len(row),), 1 / size, dtype=accumulation_dtype(inputs.dtype))
+    return *drawn[:2], weight, *drawn[2:], reference.gaba(counts, anneal_samples, inputs.dtype)
 
 
 @jit
@@ -381,11 +412,8 @@ def _triton_tally(
         )
 
 
-# Few operators, all of them fast: the specification is the torch path as well.
 _dispatch.register(
-    "draw_batch",
-    reference=reference.draw_batch,
-    torch=reference.draw_batch,
-    triton=_triton_draw,
+    "draw_batch", reference=reference.draw_batch, torch=_torch_draw, triton=_triton_draw
 )
+# Few operators, all of them fast: the specification is the torch path as well.
 _dispatch.register("tally", reference=reference.tally, torch=reference.tally, triton=_triton_tally)

@@ -35,11 +35,16 @@ def draw_batch(
 
     targets = [None if t is None else drawn(t) for t in (target_logits, target_hidden)]
     weight = real.to(accumulation_dtype(inputs.dtype)) / real.sum(1, keepdim=True).clamp(min=1)
-    gaba = None
-    if counts is not None and anneal_samples is not None:
-        each, anneal = counts.view(learners, -1), anneal_samples.unsqueeze(1)
-        gaba = response_to_inhibition(each, anneal, inputs.dtype).flatten()
-    return drawn(inputs), drawn(labels), weight.flatten(), *targets, gaba
+    inhibited = gaba(counts, anneal_samples, inputs.dtype)
+    return drawn(inputs), drawn(labels), weight.flatten(), *targets, inhibited
+
+
+def gaba(counts: Tensor | None, anneal_samples: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """response_to_inhibition [S R] of counts [S R] under anneal_samples [S]; None without."""
+    if counts is None or anneal_samples is None:
+        return None
+    each, anneal = counts.view(len(anneal_samples), -1), anneal_samples.unsqueeze(1)
+    return response_to_inhibition(each, anneal, dtype).flatten()
 
 
 def tally(

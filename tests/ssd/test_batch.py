@@ -12,25 +12,29 @@ from ssd.batch import draw_batch, tally
 from ssd.sdmlp import response_to_inhibition
 from tests.kernels.conftest import triton_only
 
-IMPLS = ["torch", triton_only("triton")]
+IMPLS = ["reference", "torch", triton_only("triton")]
 LEARNERS, STORED, SIZE = 3, 11, 4
-SAMPLES = [11, 6, 0]  # a short last batch; an epoch that is over before; a learner that rests
+# A short last batch; an epoch that is over before; a learner that rests. And whole batches.
+SAMPLES = ([11, 6, 0], [10, 9, 11], [8, 8, 8])
 
 
 def stores(
-    device: str, dtype: torch.dtype = torch.float32, features: int = 5, classes: int = 3
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    features: int = 5,
+    samples: list[int] = SAMPLES[0],
 ) -> dict[str, Any]:
-    rows = LEARNERS * STORED
-    order = torch.stack([torch.randperm(STORED) for _ in SAMPLES])
+    rows, classes = LEARNERS * STORED, 3
+    order = torch.stack([torch.randperm(STORED) for _ in samples])
     # Room for whole batches; what stands there is no position.
     order = torch.cat([order, torch.full((LEARNERS, 1), 2**40)], dim=1)
-    for own, count in zip(order, SAMPLES, strict=True):
+    for own, count in zip(order, samples, strict=True):
         own[count:] = own[count:].clamp(max=STORED - 1)
     given = {
         "inputs": torch.randn(rows, features, dtype=dtype),
         "labels": torch.randint(1, classes, (rows,)),
         "order": order,
-        "samples": torch.tensor(SAMPLES),
+        "samples": torch.tensor(samples),
         "target_logits": torch.randn(rows, classes, dtype=dtype),
         "target_hidden": torch.randn(rows, 7, dtype=dtype),
         "counts": torch.randint(300, (LEARNERS * 13,)),
@@ -42,9 +46,12 @@ def stores(
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("position", range(4))
-@pytest.mark.parametrize("features", [1, 5, 300])
-def test_a_batch(impl: str, dtype: torch.dtype, position: int, features: int, device: str) -> None:
-    given = stores(device, dtype, features)
+@pytest.mark.parametrize("features", [1, 300])
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_a_batch(
+    impl: str, dtype: torch.dtype, position: int, features: int, samples: list[int], device: str
+) -> None:
+    given = stores(device, dtype, features, samples)
     got = draw_batch(**given, position=torch.tensor(position, device=device), size=SIZE, impl=impl)
     weights = got.weight.view(LEARNERS, SIZE)
     pairs = [
@@ -53,7 +60,7 @@ def test_a_batch(impl: str, dtype: torch.dtype, position: int, features: int, de
         (given["target_logits"], got.target_logits),
         (given["target_hidden"], got.target_hidden),
     ]
-    for learner, count in enumerate(SAMPLES):
+    for learner, count in enumerate(samples):
         places = range(position * SIZE, min(position * SIZE + SIZE, count))
         assert weights[learner].tolist() == [
             float(torch.ones((), dtype=dtype) / max(len(places), 1)) if b < len(places) else 0.0
