@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import ssd_kernels as ours
 from benchmarks.common import CUDA_ONLY
+from ssd.batch import draw_batch, tally
 from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
 from ssd.distill import distill
@@ -193,9 +194,9 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
 def _linear_code(impl: str, draw: Draw, batch: int = B) -> Results:
     x, weight = draw(batch, D).abs(), draw(R, D).abs()
     gaba = _ramp(0.9, x)
-    code, overflow = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+    code, wider = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
     # Slots of value 0 are padding, whatever their index.
-    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), overflow
+    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), wider
 
 
 def _linear_active(impl: str, draw: Draw) -> Results:
@@ -247,6 +248,26 @@ def _distill(impl: str, draw: Draw) -> Results:
     )  # fmt: skip
 
 
+def _draw_batch(impl: str, draw: Draw) -> Results:
+    stored, order = S * B, torch.arange(S * B, device=DEVICE).flip(0).view(S, B) % B
+    samples, position = torch.tensor([B, 4], device=DEVICE), torch.tensor(1, device=DEVICE)
+    anneal = torch.tensor([R, 2 * R], device=DEVICE)
+    labels, counts = torch.arange(stored, device=DEVICE), torch.arange(S * R, device=DEVICE)
+    return draw_batch(
+        draw(stored, D), labels, order, samples, position, 3, draw(stored, C), draw(stored, K),
+        counts, anneal, impl=impl,
+    )  # fmt: skip
+
+
+def _tally(impl: str, draw: Draw) -> Results:
+    logits, weight = draw(S * MANY, C), draw(S * MANY)
+    labels = torch.arange(S * MANY, device=DEVICE) % C
+    sums = torch.zeros(S, dtype=torch.float64, device=DEVICE), _counts(S), _counts(S), _counts(1)[0]
+    crowded = weight > 1, torch.zeros(S, dtype=torch.bool, device=DEVICE)
+    tally(weight, logits, labels, weight, *sums, *crowded, impl=impl)
+    return sums[0].float(), *sums[1:], crowded[1]
+
+
 def _row_update(impl: str, draw: Draw) -> Results:
     coefficients, indices = _code(draw)
     weights, buffers = ([draw(R, D), draw(R, C)] for _ in range(2))
@@ -281,6 +302,8 @@ CASES = [
     Case("count_active", "", _count_active),
     Case("code_gram", "", _code_gram, half=False),
     Case("distill", "", _distill, half=False),
+    Case("draw_batch", "", _draw_batch, half=False),
+    Case("tally", "", _tally, half=False),
     Case("row_update", "", _row_update, half=False),
 ]
 

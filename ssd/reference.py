@@ -6,11 +6,71 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ssd.sdmlp import response_to_inhibition
 from ssd_kernels.reference import accumulation_dtype
 
 # Rows of fewer columns are not vectorised: log_softmax of [128, 10] takes 20 us on one core of an
 # AMD EPYC with AVX-512, 6 us over the first dimension of a transposed copy.
 VECTOR = 16
+
+
+def draw_batch(
+    inputs: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    samples: Tensor,
+    position: Tensor,
+    size: int,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    counts: Tensor | None,
+    anneal_samples: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Rows [S B, ..] at order[s, position B ..] of each learner s, zeros past samples[s]."""
+    learners, longest = order.shape
+    place = position * size + torch.arange(size, device=order.device)
+    real = place < samples.unsqueeze(1)  # [S, B]
+    first = torch.arange(learners, device=order.device).unsqueeze(1) * (len(inputs) // learners)
+    row = (order[:, place.clamp(max=longest - 1)] + first).flatten()
+
+    def drawn(stored: Tensor) -> Tensor:
+        there = real.view(-1, *[1] * (stored.dim() - 1))
+        return stored.index_select(0, row).masked_fill_(~there, 0)
+
+    targets = [None if t is None else drawn(t) for t in (target_logits, target_hidden)]
+    weight = real.to(accumulation_dtype(inputs.dtype)) / real.sum(1, keepdim=True).clamp(min=1)
+    inhibited = gaba(counts, anneal_samples, inputs.dtype)
+    return drawn(inputs), drawn(labels), weight.flatten(), *targets, inhibited
+
+
+def gaba(counts: Tensor | None, anneal_samples: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """response_to_inhibition [S R] of counts [S R] under anneal_samples [S]; None without."""
+    if counts is None or anneal_samples is None:
+        return None
+    each, anneal = counts.view(len(anneal_samples), -1), anneal_samples.unsqueeze(1)
+    return response_to_inhibition(each, anneal, dtype).flatten()
+
+
+def tally(
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    loss_sum: Tensor,
+    correct: Tensor,
+    seen: Tensor,
+    position: Tensor,
+    wider: Tensor | None,
+    overflow: Tensor | None,
+) -> None:
+    """Sums over each learner's samples of weight > 0, in place; position += 1."""
+    learners, real = len(loss_sum), weight > 0
+    loss_sum += torch.where(real, loss, 0.0).view(learners, -1).sum(1, dtype=loss_sum.dtype)
+    correct += ((logits.argmax(-1) == labels) & real).view(learners, -1).sum(1)
+    seen += real.view(learners, -1).sum(1)
+    if wider is not None and overflow is not None:
+        overflow |= (wider & real).view(learners, -1).any(1)
+    position += 1
 
 
 def code_gram(

@@ -154,9 +154,8 @@ def linear_code(
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
         slots of value 0 are padding, whatever their index; where the layer's output is not
-        finite, neither is the code's. And a 0-d bool, or one of each network
-        [S] if there are several: whether some sample has more than `width` active neurons, in which
-        case the code is not the layer's.
+        finite, neither is the code's. And bool [B]: whether more than `width` neurons fire, in
+        which case the code is not the layer's.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -233,8 +232,8 @@ def _torch_code(
                 # linear_topk keeps the k-th of those that tie with the threshold.
                 tied = code.values <= code.threshold.unsqueeze(1)
                 code = code._replace(values=code.values.masked_fill(tied, 0.0))
-            overflow = torch.zeros(blocks, dtype=torch.bool, device=x.device)
-            return _widened(code, width), overflow if blocks > 1 else overflow[0]
+            wider = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            return _widened(code, width), wider
         hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
         return _compress(hidden, width, blocks)
     if blocks > 1:
@@ -260,7 +259,7 @@ def _torch_code(
         if doubtful.any():
             again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
             code.values[doubtful], code.indices[doubtful] = again.values, again.indices
-    return code, (fires > width).any()
+    return code, fires > width
 
 
 def _one_by_one(
@@ -273,7 +272,7 @@ def _one_by_one(
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
     responses = [None] * blocks if gaba is None else gaba.chunk(blocks)
-    codes, overflows = zip(
+    codes, wider = zip(
         *(
             _torch_code(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
             for own, rows, response in zip(
@@ -285,7 +284,7 @@ def _one_by_one(
     indices = torch.cat([code.indices for code in codes])
     indices = reference.numbered_through(indices, weight.shape[0] // blocks, blocks)
     values = torch.cat([code.values for code in codes])
-    return TopKOutput(values, indices), torch.stack(overflows)
+    return TopKOutput(values, indices), torch.cat(wider)
 
 
 class Candidates(NamedTuple):
@@ -376,8 +375,7 @@ def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tens
     code = topk(hidden, width)
     indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
     # What is not a number fires, so that it is seen.
-    overflow = ((~(hidden <= 0)).sum(-1) > width).view(blocks, -1).any(1)
-    return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
+    return code._replace(indices=indices), (~(hidden <= 0)).sum(-1) > width
 
 
 def _triton_code(
@@ -393,8 +391,7 @@ def _triton_code(
 ) -> tuple[TopKOutput, Tensor]:
     assert gaba is not None  # else the torch path serves, by way of linear_topk
     values, indices, wider = _encoder.graded_code(x, weight, k, width, gaba, inhibition, blocks)
-    overflow = wider.view(blocks, -1).any(1)
-    return TopKOutput(values, indices), overflow if blocks > 1 else overflow[0]
+    return TopKOutput(values, indices), wider
 
 
 class ActiveNeurons(NamedTuple):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # Two processes of about the same length, so that two cores share them.
-OF_SSD = ("tests/ssd/test_code_gram.py", "tests/ssd/test_distill.py")
+OF_SSD = tuple(f"tests/ssd/test_{op}.py" for op in ("batch", "code_gram", "distill"))
 FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 
 

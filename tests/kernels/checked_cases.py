@@ -33,6 +33,8 @@ TILES: dict[str, _tuning.Config] = {
     "segments": {"SLOTS": 2, "BLOCK": 8, "num_warps": 1},
     "sparse_linear": {"SLOTS": 4, "BLOCK": 16, "num_warps": 1},
     "distill": {"num_warps": 1},
+    "draw_batch": {"BLOCK": 4, "num_warps": 1},
+    "tally": {"SAMPLES": 4, "BLOCK": 4, "num_warps": 1},
     "row_update": {"BLOCK": 8, "num_warps": 1},
 }
 # fp32 inputs take descriptors and the walk over tiles, 16-bit ones of odd strides neither.
@@ -188,13 +190,13 @@ def linear_code(
     x[1::blocks] += 1
     response = (1 - torch.rand(400 * blocks) / 64).to(dtype) if gaba else None
     copy = Shadow(weight) if shadow else None
-    got, overflow = ops.linear_code(
+    got, wider = ops.linear_code(
         x, weight, 2, 6, response, inhibition=inhibition, shadow=copy, blocks=blocks, impl=impl
     )
     expected, _ = ops.linear_code(
         x, weight, 2, 6, response, inhibition=inhibition, blocks=blocks, impl="reference"
     )
-    assert not overflow.any()
+    assert not wider.any()
     torch.testing.assert_close(got.values, expected.values, rtol=1e-2, atol=1e-2)
 
 
@@ -317,6 +319,38 @@ def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def draw_batch(features: int, teacher: bool, gaba: bool) -> None:
+    learners, stored, size = 2, 7, 3
+    rows = learners * stored
+    order = torch.stack([torch.randperm(stored) for _ in range(learners)])
+    given: dict[str, Any] = {"order": order, "samples": torch.tensor([7, 5])}
+    given |= {"inputs": torch.randn(rows, features), "labels": torch.randint(1, 4, (rows,))}
+    if teacher:
+        given |= {"target_logits": torch.randn(rows, 4), "target_hidden": torch.randn(rows, 9)}
+    if gaba:
+        given |= {"counts": torch.arange(10), "anneal_samples": torch.tensor([9.0, 4.0])}
+    for position in range(3):
+        now = torch.tensor(position)
+        got, expected = (
+            ops.draw_batch(**given, position=now, size=size, impl=impl)
+            for impl in ("triton", "reference")
+        )
+        equal(got, expected)
+
+
+def tally(learners: int, size: int, classes: int, wider: bool) -> None:
+    rows = learners * size
+    weight = (torch.arange(rows) % 3 != 1).float()
+    given = [integers(rows), integers(rows, classes), torch.randint(classes, (rows,)), weight]
+    results = []
+    for impl in ("triton", "reference"):
+        sums = [counter(learners).double(), counter(learners), counter(learners), torch.tensor(4)]
+        crowded = [torch.arange(rows) == 2, counter(learners) > 1] if wider else []
+        ops.tally(*given, *sums, *crowded, impl=impl)
+        results.append(sums + crowded)
+    equal(*results)
+
+
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 CASES: dict[str, Callable[[], None]] = {
     **{f"topk {kind}": partial(topk, kind, 3, 200, 5) for kind in ("ties", "special", "zero")},
@@ -382,6 +416,10 @@ CASES: dict[str, Callable[[], None]] = {
     "distill": partial(distill, 10, True, True, True, "reverse"),
     "distill forward": partial(distill, 18, True, False, False, "forward"),
     "distill labels": partial(distill, 3, False, False, False, "reverse"),
+    "draw_batch": partial(draw_batch, 5, True, True),
+    "draw_batch only": partial(draw_batch, 1, False, False),
+    "tally": partial(tally, 3, 6, 9, True),
+    "tally one": partial(tally, 1, 1, 1, False),
 }
 
 

@@ -358,6 +358,48 @@ def distill(
     )
 
 
+def draw_batch(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    d: int,
+    S: int = 1,
+    C: int = 10,
+    n: int = 0,
+    R: int = 0,
+    teacher: bool = True,
+) -> None:
+    rows, stored = S * 6000, S * 6000
+    ours.draw_batch(
+        _new(stored, d, dtype=dtype),
+        _new(stored, dtype=torch.int64),
+        _new(S, 6000, dtype=torch.int64),
+        _new(S, dtype=torch.int64),
+        _new(dtype=torch.int64),
+        B,
+        _new(rows, C, dtype=dtype) if teacher else None,
+        _new(rows, n, dtype=dtype) if n else None,
+        _new(S * R, dtype=torch.int64) if R else None,
+        _new(S, dtype=dtype) if R else None,
+    )
+
+
+def tally(dtype: torch.dtype, *, B: int, C: int, S: int = 1, wider: bool = False) -> None:
+    rows = S * B
+    ours.tally(
+        _new(rows, dtype=dtype),
+        _new(rows, C, dtype=dtype),
+        _new(rows, dtype=torch.int64),
+        _new(rows, dtype=dtype),
+        _new(S, dtype=FP64),
+        _new(S, dtype=torch.int64),
+        _new(S, dtype=torch.int64),
+        _new(dtype=torch.int64),
+        _new(rows, dtype=torch.bool) if wider else None,
+        _new(S, dtype=torch.bool) if wider else None,
+    )
+
+
 def _benchmarked(shape: cases.Shape) -> Call:
     """The call that a line of the benchmarks' table times."""
     backward = {"backward": True} if shape.mode == "full" else {}
@@ -424,4 +466,9 @@ GRID = [
     *_grid(distill, FP32, BF16, B=128, C=10),
     *_grid(distill, FP32, B=128, C=100, n=200, columns=True, kl="forward"),
     *_grid(distill, FP32, BF16, B=128, C=4096, n=4096, columns=True),
+    *_grid(draw_batch, FP32, B=128, d=256, teacher=False),
+    *_grid(draw_batch, FP32, S=10, B=128, d=256, n=200, R=10000),
+    *_grid(draw_batch, FP32, B=1024, d=3072, C=100, n=20, R=1000),
+    *_grid(tally, FP32, B=128, C=10),
+    *_grid(tally, FP32, S=10, B=1024, C=100, wider=True),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ssd.batch import draw_batch, tally
 from ssd.code_gram import code_gram
 from ssd.distill import distill
 from ssd_kernels import (
@@ -22,6 +23,7 @@ __all__ = [
     "code_gram",
     "count_active",
     "distill",
+    "draw_batch",
     "linear_active",
     "linear_code",
     "linear_inhibit",
@@ -30,6 +32,7 @@ __all__ = [
     "row_gradient",
     "row_update",
     "sparse_linear",
+    "tally",
     "topk",
 ]
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ Left open by the contract, so that only shapes, dtypes, untouched inputs and rep
 - distill with a teacher: infinite logits. Their divergence is inf - inf.
 - gradients where an input is not finite or a score may not be. Infinite upstream gradients are
   judged.
-- linear_code: the code of a network whose overflow flag is set; where the layer's output is not
+- linear_code: the code of a sample that is wider; where the layer's output is not
   finite, only that the code is not either.
 - an index or label out of range on CUDA, where nothing may look.
 Never drawn, since the contract excludes it: a sample that names an active neuron twice

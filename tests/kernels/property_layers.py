@@ -454,27 +454,27 @@ class LinearCode(Op):
         arguments = dict(arguments)
         dtype = arguments.pop("shadow", None)
         shadow = None if dtype is None else Shadow(arguments["weight"], dtype)
-        code, overflow = sk.linear_code(**arguments, shadow=shadow, impl=impl)
-        outputs = {**named(code), "overflow": overflow}
+        code, wider = sk.linear_code(**arguments, shadow=shadow, impl=impl)
+        outputs = {**named(code), "wider": wider}
         if shadow is not None:
-            plain, overflow = sk.linear_code(**arguments, impl=impl)
+            plain, wider = sk.linear_code(**arguments, impl=impl)
             outputs |= {f"plain {name}": t for name, t in named(plain).items()}
-            outputs["plain overflow"] = overflow
+            outputs["plain wider"] = wider
         return outputs
 
     def shapes(self, case: Case) -> Shapes:
-        shape, blocks = (len(case["x"]), case["width"]), case["blocks"]
+        shape = len(case["x"]), case["width"]
         shapes: Shapes = {
             "values": (shape, case.dtype),
             "indices": (shape, torch.int64),
-            "overflow": ((blocks,) if blocks > 1 else (), torch.bool),
+            "wider": (shape[:1], torch.bool),
         }
         if case["shadow"] is not None:
             shapes |= {f"plain {name}": of for name, of in shapes.items()}
         return shapes
 
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
-        truth, blocks, width = case.truth, case["blocks"], case["width"]
+        truth, width, wider = case.truth, case["width"], got["wider"]
         values, indices = got["values"], got["indices"] - truth.first
         if not ((indices >= 0) & (indices < truth.neurons)).all():
             yield "indices out of range"
@@ -490,15 +490,11 @@ class LinearCode(Op):
         if (strange.any(1) & values.isfinite().all(1)).any():
             yield "the code is finite, the layer's output is not"
         finite_rows = ~(strange | truth.excess.free).any(1)
-        each = len(values) // blocks
-        overflow = got["overflow"].reshape(blocks)
         surely = (truth.fires & (truth.least > torch.finfo(case.dtype).tiny)).sum(1) > width
         perhaps = (~truth.silent).sum(1) > width
-        surely, perhaps = (t.view(blocks, each).any(1) for t in (surely, perhaps))
-        wrong = (surely & ~overflow) | (overflow & ~perhaps)
-        if (wrong & finite_rows.view(blocks, each).all(1)).any():
-            yield f"overflow is {overflow.tolist()}, expected {surely.tolist()}"
-        kept = ~overflow.repeat_interleave(each) & finite_rows
+        if (((surely & ~wider) | (wider & ~perhaps)) & finite_rows).any():
+            yield f"wider is {wider.tolist()}, expected {surely.tolist()}"
+        kept = ~wider & finite_rows
         yield from LinearInhibit.dense(case, hidden, kept)
         if case["shadow"] is not None:
             yield from same("values", values, got["plain values"])

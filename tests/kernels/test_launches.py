@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
+from ssd.batch import draw_batch, tally
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -184,6 +185,23 @@ def count(**options: Any) -> Prepare:
     return of(ours.count_active, *code(**SMALL), new(10_000, dtype=torch.int64), **options)
 
 
+def batch(S: int = 10, B: int = 128) -> Prepare:
+    """draw_batch with all that it draws."""
+    stored, longs = S * 6000, {"dtype": torch.int64}
+    targets = new(stored, 10), new(stored, 200), new(S * 10_000, **longs), new(S)
+    order, samples, position = new(S, 6000, **longs), new(S, **longs), new(**longs)
+    return of(draw_batch, new(stored, 256), new(stored, **longs), order, samples, position, B,
+              *targets)  # fmt: skip
+
+
+def tallied(S: int = 10, B: int = 128) -> Prepare:
+    rows, longs = S * B, {"dtype": torch.int64}
+    sums = new(S, dtype=torch.float64), new(S, **longs), new(S, **longs), new(**longs)
+    crowded = new(rows, dtype=torch.bool), new(S, dtype=torch.bool)
+    given = new(rows), new(rows, 10), new(rows, **longs), new(rows)
+    return of(tally, *given, *sums, *crowded)
+
+
 BF16 = torch.bfloat16
 RANKED = "_rank_kernel"
 ENCODE = "_keys_kernel _code_kernel"
@@ -233,8 +251,8 @@ PINS = {
     ),
     "linear_code": Pin(
         of(linear_code, new(128, 256), new(10_000, 256), 10, 40, new(10_000)),
-        "_halve_kernel _keys_kernel _graded_kernel any",
-        2,
+        "_halve_kernel _keys_kernel _graded_kernel",
+        1,
     ),
     "linear_topk backward": Pin(encoder(**SMALL), f"_gather_kernel {RANKED} segment_kernel", 1),
     "linear_topk backward to x": Pin(encoder("x", **SMALL), "_gather_kernel", 0),
@@ -268,6 +286,8 @@ PINS = {
         f"{RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel",
         6,
     ),
+    "draw_batch": Pin(batch(), "_draw_kernel", 0),
+    "tally": Pin(tallied(), "_tally_kernel", 0),
     "row_update large": Pin(
         update(1024, **LARGE), f"{SORTED} segment_kernel sum _apply_kernel", 8
     ),

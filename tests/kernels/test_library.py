@@ -375,6 +375,9 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
     settings = torch.tensor([[0.6], [0.3], [2.0]], device=device).repeat(1, BATCH)
     backward = (grad, plain, indices, weight.detach())
+    stored = (logits, labels, indices[:2] % 3, torch.tensor([3, 2], device=device), now)
+    sums = [torch.zeros(2, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64)]
+    tallied = (grad[:, 0], grad, labels, plain[:, 0], *sums, sums[1].clone(), now)
     one, three = (*layer, SLOTS, "mask"), (*several, SLOTS, "mask")
     return {
         "topk": (scores, SLOTS, None, None),
@@ -407,6 +410,10 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
         "row_update plain": (*update[:4], None, 0.1, None, None, False, [False] * 2, 0.0, [], 1),
         "distill": (logits, labels, grad, hidden, plain, settings, "forward", logits > 0),
         "distill plain": (logits, labels, None, None, None, None, "reverse", None),
+        "draw_batch": (*stored, 2, grad, plain, counts[:16], bound.expand(2)),
+        "draw_batch only": (*stored, 2, None, None, None, None),
+        "tally": (*tallied, plain[:, 0] > 0.5, torch.zeros(2, dtype=torch.bool, device=device)),
+        "tally only": (*tallied, None, None),
     }
 
 

@@ -158,10 +158,10 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         with_output(lambda out: ActiveNeurons(out.values[:, 1:], out.neurons[1:])),
         "h: ",
     ),
-    "no overflow": (
+    "never wider": (
         "linear_code",
         with_output(lambda out: (out[0], torch.zeros_like(out[1]))),
-        "overflow is ",
+        "wider is ",
     ),
     "a slot less": (
         "sparse_linear",
