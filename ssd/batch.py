@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
     weight: Tensor  # [S B] in the dtype of sums: 1 / (samples of the learner in the batch)
     target_logits: Tensor | None  # [S B, C]
     target_hidden: Tensor | None  # [S B, n]
-    gaba: Tensor | None  # [S R]
+    gaba: Tensor | None  # [S R]; 1 where a learner rests, so that nothing of it is excited
 
 
 def draw_batch(
@@ -213,7 +213,9 @@ def _draw_kernel(
         count = tl.load(counts + neuron, mask=inside, other=0).to(tl.float32)
         anneal = tl.load(anneal_samples + neuron // neurons, mask=inside, other=1)
         ratio = tl.div_rn(2.0 * count, anneal.to(tl.float32))
-        tl.store(gaba + neuron, tl.clamp(ratio - 1.0, -1.0, 1.0), mask=inside)
+        response = tl.clamp(ratio - 1.0, -1.0, 1.0)
+        resting = tl.load(samples + neuron // neurons, mask=inside, other=1) == 0
+        tl.store(gaba + neuron, tl.where(resting, 1.0, response), mask=inside)
 
 
 def _triton_draw(

@@ -394,3 +394,28 @@ def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
 
 
 _dispatch.register("distill", reference=_reference, torch=_torch, triton=_triton)
+
+
+class CodeLoss(NamedTuple):
+    logits: Tensor
+    loss: Tensor
+    grad_logits: Tensor
+    grad_values: Tensor
+
+
+def distill_code(values, indices, decoder, labels, target_logits=None, target_hidden=None, *, positions=None, weight=None, **o):
+    logits = (decoder[indices] * values[:, :, None]).sum(1)
+    hidden = None
+    if target_hidden is not None:
+        n = target_hidden.shape[1]
+        hidden = values.new_zeros(len(values), n + 1).scatter_add_(1, positions[indices], values)[:, :-1]
+    out = distill(logits, labels, target_logits, hidden, target_hidden, **o)
+    gl = out.grad_logits * weight[:, None]
+    gv = (decoder[indices] * gl[:, None, :]).sum(-1)
+    if hidden is not None:
+        gv = gv + torch.nn.functional.pad(out.grad_hidden * weight[:, None], (0, 1)).gather(1, positions[indices])
+    return CodeLoss(logits, out.loss, gl, gv * (values > 0))
+_distill0 = distill
+def distill(*a, weight=None, **o):
+    out = _distill0(*a, **o)
+    return DistillOutput(out.loss, out.grad_logits * weight[:, None], None if out.grad_hidden is None else out.grad_hidden * weight[:, None]) if weight is not None else out

@@ -40,6 +40,8 @@ def draw_batch(
     targets = [None if t is None else drawn(t) for t in (target_logits, target_hidden)]
     weight = real.to(accumulation_dtype(inputs.dtype)) / real.sum(1, keepdim=True).clamp(min=1)
     inhibited = gaba(counts, anneal_samples, inputs.dtype)
+    if inhibited is not None:
+        inhibited.view(learners, -1).masked_fill_(samples.unsqueeze(1) == 0, 1.0)
     return drawn(inputs), drawn(labels), weight.flatten(), *targets, inhibited
 
 

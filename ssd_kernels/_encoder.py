@@ -160,9 +160,16 @@ def _graded_like(
     return x.new_empty(rows, width), indices, x.new_empty(rows, dtype=torch.bool)
 
 
-@_op.operator("ssd_kernels::graded_code", _graded_like)
+@_op.operator("ssd_kernels::graded_code", _graded_like, mutates=("counts",))
 def graded_code(
-    x: Tensor, weight: Tensor, k: int, width: int, gaba: Tensor, inhibition: str, blocks: int
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    width: int,
+    gaba: Tensor,
+    inhibition: str,
+    counts: Tensor | None,
+    blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices [B, width] of fp32 x; bool [B]: whether more fire. k < R, gaba in (0, 1]."""
     values, indices, overflow = code = _graded_like(x, weight, k, width)
@@ -181,13 +188,16 @@ def graded_code(
                 values,
                 indices,
                 overflow,
+                indices if counts is None else counts,
                 start,
                 size,
                 *product.sizes,
                 k,
                 width,
                 *product.strides,
+                1 if counts is None else counts.stride(0),
                 SUBTRACT=inhibition == "subtract",
+                COUNT=counts is not None,
                 **product.constants,
             )
     return code

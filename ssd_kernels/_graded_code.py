@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _cpu_groups, _dispatch, _encoder, reference
+from ssd_kernels.count_active import count_active
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
@@ -137,6 +138,7 @@ def linear_code(
     gaba: Tensor | None = None,
     *,
     inhibition: str = "subtract",
+    counts: Tensor | None = None,
     shadow: Shadow | None = None,
     blocks: int = 1,
     impl: str | None = None,
@@ -147,9 +149,10 @@ def linear_code(
         x: [B, d] floating, float32 and not negative if there is a shadow; weight: [R, d].
         width: slots of the code, k..R.
         gaba: [R] in (0, 1].
+        counts: as in linear_topk, of what the code holds.
         shadow: an up-to-date Shadow of weight; the result is the same without it.
         blocks: networks whose rows follow one another; with several there is no shadow.
-        impl: "torch" or "reference".
+        impl: "triton", "torch" or "reference".
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
@@ -161,6 +164,7 @@ def linear_code(
         TypeError, ValueError: an argument that does not fit.
     """
     _check("linear_code", x, weight, k, gaba, inhibition, blocks, positive=True)
+    _checks.counter("linear_code", "counts", counts, x, weight.shape[0])
     neurons = weight.shape[0] // blocks
     _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
@@ -175,7 +179,13 @@ def linear_code(
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
-        return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow, blocks=blocks)
+        if serve is _triton_code and gaba is not None:
+            return _triton_code(x, weight, k, width, gaba, inhibition, counts, blocks)
+        options = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
+        code, wider = serve(x, weight, k, width, gaba, **options)
+        if counts is not None:
+            count_active(code.values, code.indices, counts)
+    return code, wider
 
 
 def _check(
@@ -383,14 +393,13 @@ def _triton_code(
     weight: Tensor,
     k: int,
     width: int,
-    gaba: Tensor | None,
-    *,
+    gaba: Tensor,
     inhibition: str,
-    shadow: Shadow | None,
+    counts: Tensor | None,
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    assert gaba is not None  # else the torch path serves, by way of linear_topk
-    values, indices, wider = _encoder.graded_code(x, weight, k, width, gaba, inhibition, blocks)
+    given = x, weight, k, width, gaba, inhibition, counts, blocks
+    values, indices, wider = _encoder.graded_code(*given)
     return TopKOutput(values, indices), wider
 
 
