@@ -193,24 +193,6 @@ class Distiller:
         """Whether there is a teacher: a task has begun after another had ended."""
         return self.teacher_logits is not None
 
-    def terms(self, samples):
-        if not self.teaches:
-            return {}
-        t = {"target_logits": self.teacher_logits[samples], "alpha": self.alpha, "lam": self.lam, "temperature": self.temperature, "kl": self.kl}
-        if self.lam > 0:
-            (name,) = self.layers
-            t["target_hidden"] = self.teacher_hidden[name][samples]
-        if self.logits == "seen":
-            c = torch.zeros(len(samples), self.teacher_logits.shape[1], dtype=torch.bool, device=samples.device)
-            c[:, self.classes_seen] = True
-            t["columns"] = c
-        return t
-
-    def taught(self, samples: Tensor) -> Tensor:
-        """The teacher's logits [B, C] for samples [B] of the task; only while there is one."""
-        assert self.teacher_logits is not None
-        return self.teacher_logits[samples]
-
     @torch.inference_mode(False)  # inference tensors could not be saved for backward
     def begin_task(self, x: Tensor) -> None:
         """Keeps the outputs of the teacher, the model as it stands, on a task's inputs [N, ..].

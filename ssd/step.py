@@ -226,7 +226,7 @@ def _gradients(
         places = hidden.indices
         if rows is not None:
             # Slots that are not active add nothing, wherever they point.
-            places = torch.searchsorted(rows, places).clamp_(max=count - 1)
+            places = torch.searchsorted(rows, places.contiguous()).clamp_(max=count - 1)
         pairs = (back, batch.address), (hidden.values, slopes)
         return [row_gradient(c, i, places, count) for c, i in pairs]
     values, back, address, slopes = (
