@@ -29,6 +29,7 @@ from benchmarks.common import CUDA_ONLY
 from ssd.batch import draw_batch, tally
 from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
+from ssd.dense_update import dense_update
 from ssd.distill import distill
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
@@ -259,6 +260,16 @@ def _draw_batch(impl: str, draw: Draw) -> Results:
     )  # fmt: skip
 
 
+def _dense_update(impl: str, draw: Draw) -> Results:
+    weights, gradients, buffers = ([draw(S * R, D), draw(S * R, C)] for _ in range(3))
+    samples, rates = torch.tensor([0, 3], device=DEVICE), torch.tensor([0.1, 0.2], device=DEVICE)
+    dense_update(
+        weights, gradients, lr=rates, max_norm=1.0, nonnegative=True, normalize=[True, False],
+        momentum=0.9, buffers=buffers, samples=samples, blocks=S, impl=impl,
+    )  # fmt: skip
+    return *weights, *buffers
+
+
 def _tally(impl: str, draw: Draw) -> Results:
     logits, weight = draw(S * MANY, C), draw(S * MANY)
     labels = torch.arange(S * MANY, device=DEVICE) % C
@@ -302,6 +313,7 @@ CASES = [
     Case("count_active", "", _count_active),
     Case("code_gram", "", _code_gram, half=False),
     Case("distill", "", _distill, half=False),
+    Case("dense_update", "", _dense_update, half=False),
     Case("draw_batch", "", _draw_batch, half=False),
     Case("tally", "", _tally, half=False),
     Case("row_update", "", _row_update, half=False),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ssd.sdmlp import response_to_inhibition
-from ssd_kernels.reference import accumulation_dtype
+from ssd_kernels.reference import accumulation_dtype, sgd_step
 
 # Rows of fewer columns are not vectorised: log_softmax of [128, 10] takes 20 us on one core of an
 # AMD EPYC with AVX-512, 6 us over the first dimension of a transposed copy.
@@ -51,6 +54,32 @@ def gaba(counts: Tensor | None, anneal_samples: Tensor | None, dtype: torch.dtyp
         return None
     each, anneal = counts.view(len(anneal_samples), -1), anneal_samples.unsqueeze(1)
     return response_to_inhibition(each, anneal, dtype).flatten()
+
+
+def dense_update(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    nonnegative: bool,
+    normalize: Sequence[bool] | None,
+    momentum: float,
+    buffers: Sequence[Tensor] | None,
+    samples: Tensor | None,
+    blocks: int,
+) -> None:
+    """One clipped, projected SGD step on all rows of the networks that have samples."""
+    rows = weights[0].shape[0]
+    moves = torch.ones(blocks, dtype=torch.bool, device=weights[0].device)
+    if samples is not None:
+        moves = samples > 0
+    wide = accumulation_dtype(reduce(torch.promote_types, (w.dtype for w in weights)))
+    sgd_step(
+        weights, [g.to(wide) for g in gradients], moves.repeat_interleave(rows // blocks), lr=lr,
+        max_norm=max_norm, nonnegative=nonnegative, normalize=normalize, momentum=momentum,
+        buffers=buffers, blocks=blocks,
+    )  # fmt: skip
 
 
 def tally(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
 from ssd_kernels._row_gradient import segment_sum
+from ssd_kernels._row_step import clip_scale, step_row
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
 
@@ -225,29 +226,6 @@ def _least(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny ** 0.5 / torch.finfo(dtype).eps
 
 
-@jit
-def _moved(
-    weight,
-    buffer,
-    gradient,
-    scale,
-    lr,
-    momentum,
-    MOMENTUM: tl.constexpr,
-    CLAMP: tl.constexpr,
-    inside,
-):
-    """The row after the step, before it is normalised; updates the buffer."""
-    direction = tl.load(gradient, mask=inside, other=0.0) * scale
-    if MOMENTUM:
-        direction += momentum * tl.load(buffer, mask=inside, other=0.0).to(tl.float32)
-        tl.store(buffer, direction, mask=inside)
-    moved = tl.load(weight, mask=inside, other=0.0).to(tl.float32) - lr * direction
-    if CLAMP:
-        moved = tl.maximum(moved, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return moved
-
-
 @jit(do_not_specialize=["blocks", "block_rows"])
 def _apply_kernel(
     neurons,  # [programs], sorted; not read if BY_NEURON
@@ -292,47 +270,22 @@ def _apply_kernel(
         scale = 1.0
         if CLIP:
             bound = tl.load(max_norm + block).to(tl.float32) if BOUNDS else max_norm
-            bound = tl.minimum(bound, 3.4028234663852886e38)
-            below = tl.sqrt(tl.load(squares + block)).to(tl.float32) + 1e-6 * bound
-            below = tl.maximum(below, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
-            scale = tl.minimum(bound / below, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        weight += neuron * weight_stride
-        buffer += neuron * buffer_stride
-        gradient += program * WIDTH
-        length = tl.full([], 0.0, tl.float64)  # in whose range squares of float32 are
-        for start in range(0, WIDTH, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < WIDTH
-            moved = _moved(
-                weight + column,
-                buffer + column,
-                gradient + column,
-                scale,
-                rate,
-                momentum,
-                MOMENTUM,
-                CLAMP,
-                inside,
-            )
-            if NORMALIZE:
-                moved = tl.where(inside, moved, 0.0)
-                wide = moved.to(tl.float64)
-                length += tl.sum(wide * wide)
-                if WIDTH <= BLOCK:
-                    moved /= tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
-                    tl.store(weight + column, moved, mask=inside)
-                else:
-                    tl.store(gradient + column, moved, mask=inside)
-            else:
-                tl.store(weight + column, moved, mask=inside)
-        if NORMALIZE and WIDTH > BLOCK:
-            tl.debug_barrier()  # a thread may read what another wrote
-            size = tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
-            for start in range(0, WIDTH, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                inside = column < WIDTH
-                moved = tl.load(gradient + column, mask=inside, other=0.0)
-                tl.store(weight + column, moved / size, mask=inside)
+            scale = clip_scale(tl.load(squares + block), bound)
+        own = gradient + program * WIDTH
+        step_row(
+            weight + neuron * weight_stride,
+            buffer + neuron * buffer_stride,
+            own,
+            own,
+            scale,
+            rate,
+            momentum,
+            WIDTH,
+            CLAMP,
+            NORMALIZE,
+            MOMENTUM,
+            BLOCK,
+        )
 
 
 def _triton(

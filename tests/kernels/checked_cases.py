@@ -36,6 +36,7 @@ TILES: dict[str, _tuning.Config] = {
     "draw_batch": {"BLOCK": 4, "num_warps": 1},
     "tally": {"SAMPLES": 4, "BLOCK": 4, "num_warps": 1},
     "row_update": {"BLOCK": 8, "num_warps": 1},
+    "squares": {"PARTS": 3, "BLOCK": 4, "num_warps": 1},
 }
 # fp32 inputs take descriptors and the walk over tiles, 16-bit ones of odd strides neither.
 TILE = {"TOGETHER": 2, "BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages": 1}
@@ -319,6 +320,24 @@ def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def dense_update(widths: list[int], blocks: int, **options: Any) -> None:
+    given = [[torch.randn(5 * blocks, width) for width in widths] for _ in range(3)]
+    if blocks > 1:
+        bounds, samples = torch.rand(blocks), torch.arange(blocks) % 2
+        options |= {"max_norm": bounds, "lr": bounds.flip(0), "samples": samples}
+    results = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        weights, gradients, buffers = ([t.to(dtype, copy=True) for t in ts] for ts in given)
+        kept = buffers if "momentum" in options else None
+        ops.dense_update(
+            weights, gradients, nonnegative=True, normalize=[True, False], buffers=kept,
+            blocks=blocks, impl=impl, **options,
+        )  # fmt: skip
+        results.append([t.double() for t in weights + buffers])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def draw_batch(features: int, teacher: bool, gaba: bool) -> None:
     learners, stored, size = 2, 7, 3
     rows = learners * stored
@@ -416,6 +435,9 @@ CASES: dict[str, Callable[[], None]] = {
     "distill": partial(distill, 10, True, True, True, "reverse"),
     "distill forward": partial(distill, 18, True, False, False, "forward"),
     "distill labels": partial(distill, 3, False, False, False, "reverse"),
+    "dense_update": partial(dense_update, [5, 3], 1, lr=0.1),
+    "dense_update clipped": partial(dense_update, [11, 8], 1, lr=0.1, max_norm=0.5, momentum=0.9),
+    "dense_update blocks": partial(dense_update, [9, 2], 3),
     "draw_batch": partial(draw_batch, 5, True, True),
     "draw_batch only": partial(draw_batch, 1, False, False),
     "tally": partial(tally, 3, 6, 9, True),

@@ -358,6 +358,33 @@ def distill(
     )
 
 
+def dense_update(
+    dtype: torch.dtype,
+    *,
+    R: int,
+    d: int,
+    C: int = 10,
+    S: int = 1,
+    project: bool = True,
+    momentum: float = 0.0,
+    max_norm: float | None = 1.0,
+) -> None:
+    weights = [_new(S * R, width, dtype=dtype) for width in (d, C)]
+    several = S > 1  # each with its rate and bound
+    ours.dense_update(
+        weights,
+        [torch.empty_like(weight) for weight in weights],
+        lr=_new(S, dtype=FP32) if several else 0.1,
+        max_norm=_new(S, dtype=FP32) if several and max_norm is not None else max_norm,
+        nonnegative=project,
+        normalize=[project, False],
+        momentum=momentum,
+        buffers=[torch.empty_like(weight) for weight in weights] if momentum else None,
+        samples=_new(S, dtype=torch.int64) if several else None,
+        blocks=S,
+    )
+
+
 def draw_batch(
     dtype: torch.dtype,
     *,
@@ -466,6 +493,9 @@ GRID = [
     *_grid(distill, FP32, BF16, B=128, C=10),
     *_grid(distill, FP32, B=128, C=100, n=200, columns=True, kl="forward"),
     *_grid(distill, FP32, BF16, B=128, C=4096, n=4096, columns=True),
+    *_grid(dense_update, FP32, R=1000, d=256, project=False, max_norm=None),
+    *_grid(dense_update, FP32, R=10000, d=4096, momentum=0.9),
+    *_grid(dense_update, FP32, S=10, R=10000, d=256, C=100),
     *_grid(draw_batch, FP32, B=128, d=256, teacher=False),
     *_grid(draw_batch, FP32, S=10, B=128, d=256, n=200, R=10000),
     *_grid(draw_batch, FP32, B=1024, d=3072, C=100, n=20, R=1000),

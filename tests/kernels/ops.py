@@ -7,6 +7,7 @@ from typing import Any
 
 from ssd.batch import draw_batch, tally
 from ssd.code_gram import code_gram
+from ssd.dense_update import dense_update
 from ssd.distill import distill
 from ssd_kernels import (
     count_active,
@@ -22,6 +23,7 @@ from ssd_kernels._row_gradient import row_gradient
 __all__ = [
     "code_gram",
     "count_active",
+    "dense_update",
     "distill",
     "draw_batch",
     "linear_active",

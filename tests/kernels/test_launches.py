@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
 from ssd.batch import draw_batch, tally
+from ssd.dense_update import dense_update
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -194,6 +195,13 @@ def batch(S: int = 10, B: int = 128) -> Prepare:
               *targets)  # fmt: skip
 
 
+def dense(S: int = 10) -> Prepare:
+    weights, gradients = ([new(S * 10_000, width) for width in (256, 10)] for _ in range(2))
+    samples = new(S, dtype=torch.int64)
+    return of(dense_update, weights, gradients, lr=new(S), max_norm=new(S), samples=samples,
+              normalize=[True, False], blocks=S)  # fmt: skip
+
+
 def tallied(S: int = 10, B: int = 128) -> Prepare:
     rows, longs = S * B, {"dtype": torch.int64}
     sums = new(S, dtype=torch.float64), new(S, **longs), new(S, **longs), new(**longs)
@@ -285,6 +293,9 @@ PINS = {
         update(256, 10, S=10, **SMALL),
         f"{RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel",
         6,
+    ),
+    "dense_update": Pin(
+        dense(), "_squares_kernel _squares_kernel _dense_apply_kernel _dense_apply_kernel", 1
     ),
     "draw_batch": Pin(batch(), "_draw_kernel", 0),
     "tally": Pin(tallied(), "_tally_kernel", 0),
