@@ -48,8 +48,8 @@ def dense_update(
         normalize: for each matrix, whether rows are then scaled to unit L2 norm; an all-zero row
             stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
-        samples: [S] int64, how many samples of each network the gradients are of. With none its
-            weights and buffers keep their bits, whatever its gradients hold. None: all have some.
+        samples: [S], 0 where a network has no sample: its weights and buffers keep their bits,
+            whatever its gradients hold. None: all have some.
         blocks: S, networks whose rows follow one another.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
@@ -132,7 +132,7 @@ def _squares_kernel(
     tl.store(squares + network * stride + first + part, tl.sum(total))
 
 
-@jit(do_not_specialize=["block_rows"])
+@jit(do_not_specialize=["block_rows", "samples_stride"])
 def _dense_apply_kernel(
     gradient,  # [S R, WIDTH]
     weight,  # [S R, WIDTH]
@@ -143,6 +143,7 @@ def _dense_apply_kernel(
     max_norm,  # a number, or [S] if BOUNDS
     momentum,
     block_rows,
+    samples_stride,
     weight_stride,
     buffer_stride,
     SAMPLES: tl.constexpr,
@@ -160,7 +161,7 @@ def _dense_apply_kernel(
     """A program a row."""
     row = tl.program_id(0).to(tl.int64)
     network = row // block_rows
-    moves = tl.load(samples + network) > 0 if SAMPLES else True
+    moves = tl.load(samples + network * samples_stride) > 0 if SAMPLES else True
     if moves:
         rate = tl.load(lr + network).to(tl.float32) if RATES else lr
         scale = 1.0
@@ -251,12 +252,13 @@ def _launch(
                 gradient,
                 weight,
                 buffer,
-                squares if samples is None else samples.contiguous(),
+                squares if samples is None else samples,
                 squares,
                 rate if rates is None else rates.contiguous(),
                 (bound or 0.0) if bounds is None else bounds.contiguous(),
                 float(momentum),
                 rows // blocks,
+                0 if samples is None else samples.stride(0),
                 weight.stride(0),
                 buffer.stride(0),
                 SAMPLES=samples is not None,

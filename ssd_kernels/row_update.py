@@ -53,8 +53,8 @@ def row_update(
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
             Lazy: the buffer of an untouched row rests and does not move it.
-        blocks: number of networks whose rows follow one another, R / blocks each; every one is
-            clipped by itself.
+        blocks: number of networks whose rows follow one another, R / blocks each, and whose samples
+            do, B / blocks each; every one is clipped by itself.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
@@ -64,7 +64,7 @@ def row_update(
         TypeError, ValueError: a dtype, shape, device or value that does not fit, before any work.
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
-    _check_blocks(weights, lr, max_norm, blocks)
+    _check_blocks(weights, lr, max_norm, indices, blocks)
     in_place = [*weights, *(buffers or ())]
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
@@ -358,7 +358,8 @@ def _launch(
 ) -> Tensor:
     """rates, bounds: [blocks], or None where one number serves; no bound: no clip."""
     neurons = weights[0].shape[0]
-    order = _segments.sorted_slots(indices, neurons, by_neuron=neurons <= indices.numel())
+    by_neuron = neurons <= indices.numel()
+    order = _segments.sorted_slots(indices, neurons, by_neuron, blocks)
     gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, blocks)
     dtype = reduce(torch.promote_types, (w.dtype for w in weights))
     norm = torch.empty(blocks, dtype=dtype, device=indices.device)
@@ -431,9 +432,24 @@ def _gradients(
 
 
 def _check_blocks(
-    weights: Sequence[Tensor], lr: float | Tensor, max_norm: float | Tensor | None, blocks: int
+    weights: Sequence[Tensor],
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    indices: Tensor,
+    blocks: int,
 ) -> None:
-    _checks.blocks("row_update", blocks, weights=weights[0].shape[0])
+    neurons = weights[0].shape[0]
+    _checks.blocks("row_update", blocks, weights=neurons, indices=len(indices))
+    if blocks > 1 and indices.is_cpu and indices.numel() and not _dispatch.symbolic(indices):
+        least, most = indices.view(blocks, -1).aminmax(dim=1)
+        for network, low, high in zip(range(blocks), least.tolist(), most.tolist(), strict=True):
+            first, last = network * neurons // blocks, (network + 1) * neurons // blocks - 1
+            wrong = low if low < first else high
+            if not first <= wrong <= last:
+                raise ValueError(
+                    f"row_update: indices of network {network} hold {wrong}; they must lie in "
+                    f"{first}..{last}"
+                )
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
             _checks.shape("row_update", name, value, (blocks,))

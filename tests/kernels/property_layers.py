@@ -410,6 +410,8 @@ class LinearActive(Op):
 
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
         truth, values, neurons = case.truth, got["values"], got["neurons"]
+        if neurons is None:
+            neurons = torch.arange(len(case["weight"]))
         if neurons.dtype != torch.int64 or values.dtype != case.dtype:
             yield f"dtypes {values.dtype}, {neurons.dtype}"
         if neurons.dim() != 1 or values.shape != (len(case["x"]), len(neurons)):
