@@ -31,6 +31,7 @@ from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
 from ssd.dense_update import dense_update
 from ssd.distill import distill
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
@@ -270,6 +271,14 @@ def _dense_update(impl: str, draw: Draw) -> Results:
     return *weights, *buffers
 
 
+def _gate_gradient(impl: str, draw: Draw) -> Results:
+    gradients, gate, slopes = [draw(S * B, R) for _ in range(2)], draw(S * B, R), draw(S * B, K)
+    positions = (torch.arange(S * R, device=DEVICE) % R).clamp(max=K)
+    gate_gradient(gradients[0], gate, slopes, positions, impl=impl)
+    gate_gradient(gradients[1], gate > 0, slopes, positions, gated=False, impl=impl)
+    return tuple(gradients)
+
+
 def _tally(impl: str, draw: Draw) -> Results:
     logits, weight = draw(S * MANY, C), draw(S * MANY)
     labels = torch.arange(S * MANY, device=DEVICE) % C
@@ -315,6 +324,7 @@ CASES = [
     Case("distill", "", _distill, half=False),
     Case("dense_update", "", _dense_update, half=False),
     Case("draw_batch", "", _draw_batch, half=False),
+    Case("gate_gradient", "", _gate_gradient, half=False),
     Case("tally", "", _tally, half=False),
     Case("row_update", "", _row_update, half=False),
 ]

@@ -82,6 +82,22 @@ def dense_update(
     )  # fmt: skip
 
 
+def gate_gradient(
+    gradient: Tensor, gate: Tensor, slopes: Tensor | None, positions: Tensor | None, gated: bool
+) -> None:
+    """Zeros where gate [S B, R] <= 0; the neurons at positions [S R] add slopes [S B, n] first."""
+    slope = torch.zeros_like(gradient)
+    if slopes is not None and positions is not None:
+        places = positions.view(-1, gradient.shape[1])  # [S, R]
+        place = places.repeat_interleave(len(gradient) // len(places), dim=0)
+        slope = F.pad(slopes, (0, 1)).gather(1, place)
+    closed = gate <= 0
+    if gated:
+        gradient.copy_((gradient + slope).masked_fill(closed, 0.0))
+    else:
+        gradient.copy_(gradient.masked_fill(closed, 0.0) + slope)
+
+
 def tally(
     loss: Tensor,
     logits: Tensor,

@@ -34,6 +34,7 @@ TILES: dict[str, _tuning.Config] = {
     "sparse_linear": {"SLOTS": 4, "BLOCK": 16, "num_warps": 1},
     "distill": {"num_warps": 1},
     "draw_batch": {"BLOCK": 4, "num_warps": 1},
+    "gate_gradient": {"BLOCK": 4, "num_warps": 1},
     "tally": {"SAMPLES": 4, "BLOCK": 4, "num_warps": 1},
     "row_update": {"BLOCK": 8, "num_warps": 1},
     "squares": {"PARTS": 3, "BLOCK": 4, "num_warps": 1},
@@ -357,6 +358,20 @@ def draw_batch(features: int, teacher: bool, gaba: bool) -> None:
         equal(got, expected)
 
 
+def gate_gradient(neurons: int, subnetwork: int, gated: bool, transposed: bool = False) -> None:
+    gate, positions = integers(6, neurons), torch.stack([torch.randperm(neurons) for _ in range(2)])
+    slopes = torch.randn(6, subnetwork) if subnetwork else None
+    places = positions.clamp(max=subnetwork).flatten() if subnetwork else None
+    results = []
+    for impl in ("triton", "reference"):
+        wide = torch.arange(6.0 * (neurons + TAIL)).view(6, -1)
+        wide = wide.T.contiguous().T if transposed else wide
+        mask = gate > 0 if transposed else gate
+        ops.gate_gradient(wide[:, :neurons], mask, slopes, places, gated=gated, impl=impl)
+        results.append(wide)
+    equal(*results)
+
+
 def tally(learners: int, size: int, classes: int, wider: bool) -> None:
     rows = learners * size
     weight = (torch.arange(rows) % 3 != 1).float()
@@ -440,6 +455,9 @@ CASES: dict[str, Callable[[], None]] = {
     "dense_update blocks": partial(dense_update, [9, 2], 3),
     "draw_batch": partial(draw_batch, 5, True, True),
     "draw_batch only": partial(draw_batch, 1, False, False),
+    "gate_gradient": partial(gate_gradient, 9, 3, True),
+    "gate_gradient behind": partial(gate_gradient, 7, 2, False, transposed=True),
+    "gate_gradient alone": partial(gate_gradient, 1, 0, True),
     "tally": partial(tally, 3, 6, 9, True),
     "tally one": partial(tally, 1, 1, 1, False),
 }

@@ -411,6 +411,27 @@ def draw_batch(
     )
 
 
+def gate_gradient(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    R: int,
+    n: int = 0,
+    S: int = 1,
+    gate: torch.dtype = FP32,
+    gated: bool = True,
+    transposed: bool = False,
+) -> None:
+    shape = (R, S * B) if transposed else (S * B, R)
+    pair = [_new(*shape, dtype=kind) for kind in (dtype, gate)]
+    ours.gate_gradient(
+        *(t.T if transposed else t for t in pair),
+        _new(S * B, n, dtype=dtype) if n else None,
+        _new(S * R, dtype=torch.int64) if n else None,
+        gated=gated,
+    )
+
+
 def tally(dtype: torch.dtype, *, B: int, C: int, S: int = 1, wider: bool = False) -> None:
     rows = S * B
     ours.tally(
@@ -499,6 +520,10 @@ GRID = [
     *_grid(draw_batch, FP32, B=128, d=256, teacher=False),
     *_grid(draw_batch, FP32, S=10, B=128, d=256, n=200, R=10000),
     *_grid(draw_batch, FP32, B=1024, d=3072, C=100, n=20, R=1000),
+    *_grid(gate_gradient, FP32, B=128, R=10000),
+    *_grid(gate_gradient, FP32, S=10, B=128, R=1000, n=20),
+    *_grid(gate_gradient, FP32, B=128, R=10000, n=200, gate=torch.bool, gated=False),
+    *_grid(gate_gradient, FP32, B=128, R=1000, n=20, transposed=True),
     *_grid(tally, FP32, B=128, C=10),
     *_grid(tally, FP32, S=10, B=1024, C=100, wider=True),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from ssd.batch import draw_batch, tally
 from ssd.code_gram import code_gram
 from ssd.dense_update import dense_update
 from ssd.distill import distill
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import (
     count_active,
     linear_inhibit,
@@ -26,6 +27,7 @@ __all__ = [
     "dense_update",
     "distill",
     "draw_batch",
+    "gate_gradient",
     "linear_active",
     "linear_code",
     "linear_inhibit",

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 import ssd_kernels as ours
 from ssd.batch import draw_batch, tally
 from ssd.dense_update import dense_update
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -293,6 +294,11 @@ PINS = {
         update(256, 10, S=10, **SMALL),
         f"{RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel",
         6,
+    ),
+    "gate_gradient": Pin(
+        of(gate_gradient, new(1280, 1000), new(1280, 1000), new(1280, 20),
+           new(10_000, dtype=torch.int64)),
+        "_gate_kernel", 0,
     ),
     "dense_update": Pin(
         dense(), "_squares_kernel _squares_kernel _dense_apply_kernel _dense_apply_kernel", 1

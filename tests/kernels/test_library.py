@@ -440,6 +440,14 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
             None,
             1,
         ),
+        "gate_gradient": (
+            scores.detach().clone(),
+            mask.expand(BATCH, -1),
+            plain,
+            counts.clone(),
+            False,
+        ),
+        "gate_gradient alone": (scores.detach().clone(), boost.expand(BATCH, -1), None, None, True),
         "tally": (*tallied, plain[:, 0] > 0.5, torch.zeros(2, dtype=torch.bool, device=device)),
         "tally only": (*tallied, None, None),
     }
