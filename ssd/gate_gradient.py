@@ -55,7 +55,7 @@ def _torch(
 
 
 def _add_slopes(gradient: Tensor, slopes: Tensor | None, positions: Tensor | None) -> None:
-    if slopes is None or positions is None:
+    if slopes is None or positions is None or gradient.numel() == 0:
         return
     learners = len(positions) // gradient.shape[1]
     for own, values, places in zip(
