@@ -243,7 +243,7 @@ def _distill(impl: str, draw: Draw) -> Results:
     labels = torch.arange(B, device=DEVICE) % C
     return distill(
         draw(B, C), labels, draw(B, C), draw(B, K).relu(), draw(B, K).relu(),
-        alpha=0.6, lam=0.3, temperature=2.0, impl=impl,
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), impl=impl,
     )  # fmt: skip
 
 

@@ -301,9 +301,13 @@ def code_gram(
     equal(*results)
 
 
-def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -> None:
+def distill(
+    classes: int, teacher: bool, hidden: bool, columns: bool, kl: str, each: bool = False
+) -> None:
     logits, labels = torch.randn(3, classes), torch.randint(classes, (3,))
-    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": torch.rand(3), "temperature": 2.0}
+    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": 0.4, "temperature": 2.0}
+    if each:
+        options |= {"lam": torch.rand(3), "weight": torch.rand(3)}
     if columns:
         options["columns"] = torch.rand(3, classes) < 0.5
         options["columns"][:, 0] = True
@@ -380,6 +384,8 @@ CASES: dict[str, Callable[[], None]] = {
     "code_gram dense": partial(code_gram, 4, 3, 5, "dense"),
     "code_gram one": partial(code_gram, 3, 1, 2, "labels"),
     "distill": partial(distill, 10, True, True, True, "reverse"),
+    "distill each": partial(distill, 10, True, True, False, "reverse", each=True),
+    "distill hidden alone": partial(distill, 3, False, True, False, "reverse", each=True),
     "distill forward": partial(distill, 18, True, False, False, "forward"),
     "distill labels": partial(distill, 3, False, False, False, "reverse"),
 }

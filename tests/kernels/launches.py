@@ -342,7 +342,9 @@ def distill(
     teacher: bool = True,
     columns: bool = False,
     kl: str = "reverse",
+    each: bool = False,
 ) -> None:
+    """each: settings, and a weight, of each sample."""
     hidden = _new(B, n, dtype=dtype) if n else None
     ours.distill(
         _new(B, C, dtype=dtype),
@@ -350,12 +352,16 @@ def distill(
         _new(B, C, dtype=dtype) if teacher else None,
         hidden,
         hidden,
-        alpha=0.5,
-        lam=0.5,
-        temperature=2.0,
+        **_settings(B, each),
         kl=kl,
         columns=_new(B, C, dtype=torch.bool) if columns else None,
     )
+
+
+def _settings(B: int, each: bool) -> dict[str, Any]:
+    if not each:
+        return {"alpha": 0.5, "lam": 0.5, "temperature": 2.0}
+    return {name: _new(B, dtype=FP32) for name in ("alpha", "lam", "temperature", "weight")}
 
 
 def _benchmarked(shape: cases.Shape) -> Call:
@@ -422,6 +428,7 @@ GRID = [
     *_grid(code_gram, FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
     *_grid(distill, FP32, B=128, C=10, teacher=False),
     *_grid(distill, FP32, BF16, B=128, C=10),
+    *_grid(distill, FP32, B=128, C=10, n=10, each=True),
     *_grid(distill, FP32, B=128, C=100, n=200, columns=True, kl="forward"),
     *_grid(distill, FP32, BF16, B=128, C=4096, n=4096, columns=True),
 ]  # fmt: skip

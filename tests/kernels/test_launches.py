@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
+from ssd.distill import distill
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -180,6 +181,15 @@ def update(*widths: int, S: int = 1, **shape: int) -> Prepare:
     )
 
 
+def distilled(teacher: bool = True, each: bool = False) -> Prepare:
+    """distill of [128, 10]; each: settings, and a weight, of each sample."""
+    logits, labels = new(128, 10), new(128, dtype=torch.int64)
+    terms = [new(128, 10) for _ in range(3)] if teacher else [None, logits, logits]
+    names = ("alpha", "lam", "temperature", "weight")
+    options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
+    return of(distill, logits, labels, *terms, **options)
+
+
 def count(**options: Any) -> Prepare:
     return of(ours.count_active, *code(**SMALL), new(10_000, dtype=torch.int64), **options)
 
@@ -197,6 +207,9 @@ PINS = {
     "count_active stamp": Pin(
         count(last_active=new(10_000, dtype=torch.int64), step=3), "_count_kernel", 0
     ),
+    "distill": Pin(distilled(), "_distill_kernel", 0),
+    "distill each": Pin(distilled(each=True), "_distill_kernel", 0),
+    "distill labels": Pin(distilled(teacher=False), "_distill_kernel", 0),
     "sparse_linear": Pin(
         of(ours.sparse_linear, *code(**SMALL), new(10_000, 256), new(256)), "_gather_kernel", 0
     ),

@@ -183,13 +183,14 @@ def _row_update(device: str) -> Run:
 def _distill(device: str) -> Run:
     logits, target = (torch.randn(BATCH, OUTPUTS, device=device) for _ in range(2))
     hidden, taught = (torch.randn(BATCH, SLOTS, device=device) for _ in range(2))
+    weight = torch.rand(BATCH, device=device)
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
 
     def run(impl: str | None) -> list[Tensor]:
         options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
         outputs = [
             *sk.distill(logits, labels, target, hidden, taught, **options),
-            *sk.distill(logits, labels, impl=impl),
+            *sk.distill(logits, labels, weight=weight, impl=impl),
         ]
         return [output for output in outputs if output is not None]
 
@@ -373,7 +374,8 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
     update = (weights, [plain, plain], inputs, indices, rate)
     logits, hidden = grad.clone(), plain.clone()
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-    settings = torch.tensor([[0.6], [0.3], [2.0]], device=device).repeat(1, BATCH)
+    numbers, share = [0.6, 0.3, 2.0], torch.rand(BATCH, device=device)
+    tensors = [torch.full((BATCH,), number, device=device) for number in numbers]
     backward = (grad, plain, indices, weight.detach())
     one, three = (*layer, SLOTS, "mask"), (*several, SLOTS, "mask")
     return {
@@ -405,8 +407,19 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
         "count_active only": (plain, indices, counts, None, 3, None),
         "row_update": (*update, 0.0, bound, None, True, [True, False], 0.9, buffers, 1),
         "row_update plain": (*update[:4], None, 0.1, None, None, False, [False] * 2, 0.0, [], 1),
-        "distill": (logits, labels, grad, hidden, plain, settings, "forward", logits > 0),
-        "distill plain": (logits, labels, None, None, None, None, "reverse", None),
+        "distill": (
+            logits,
+            labels,
+            grad,
+            hidden,
+            plain,
+            [],
+            tensors,
+            share,
+            "forward",
+            logits > 0,
+        ),
+        "distill plain": (logits, labels, None, None, None, numbers, [], None, "reverse", None),
     }
 
 
