@@ -29,6 +29,7 @@ from benchmarks.common import CUDA_ONLY
 from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
 from ssd.distill import distill
+from ssd.distill_code import distill_code
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
@@ -247,6 +248,17 @@ def _distill(impl: str, draw: Draw) -> Results:
     )  # fmt: skip
 
 
+def _distill_code(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    counts = _counts()
+    output = distill_code(
+        values, indices, draw(R, C), torch.arange(B, device=DEVICE) % C, draw(B, C),
+        draw(B, K).relu(), positions=torch.arange(R, device=DEVICE).clamp(max=K),
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), counts=counts, impl=impl,
+    )  # fmt: skip
+    return *output, counts
+
+
 def _row_update(impl: str, draw: Draw) -> Results:
     coefficients, indices = _code(draw)
     weights, buffers = ([draw(R, D), draw(R, C)] for _ in range(2))
@@ -281,6 +293,7 @@ CASES = [
     Case("count_active", "", _count_active),
     Case("code_gram", "", _code_gram, half=False),
     Case("distill", "", _distill, half=False),
+    Case("distill_code", "", _distill_code, half=False),
     Case("row_update", "", _row_update, half=False),
 ]
 

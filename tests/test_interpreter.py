@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 
 # Two processes of about the same length, so that two cores share them.
-OF_SSD = ("tests/ssd/test_code_gram.py", "tests/ssd/test_distill.py")
+OF_SSD = (
+    "tests/ssd/test_code_gram.py", "tests/ssd/test_distill.py", "tests/ssd/test_distill_code.py",
+)  # fmt: skip
 FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ssd.code_gram import code_gram
 from ssd.distill import distill
+from ssd.distill_code import distill_code
 from ssd_kernels import (
     count_active,
     linear_inhibit,
@@ -22,6 +23,7 @@ __all__ = [
     "code_gram",
     "count_active",
     "distill",
+    "distill_code",
     "linear_active",
     "linear_code",
     "linear_inhibit",

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
 from ssd.distill import distill
+from ssd.distill_code import distill_code
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -190,6 +191,18 @@ def distilled(teacher: bool = True, each: bool = False) -> Prepare:
     return of(distill, logits, labels, *terms, **options)
 
 
+def decoded(teacher: bool = True, each: bool = False) -> Prepare:
+    """distill_code of [128, 10]; each: settings, and a weight, of each sample."""
+    positions = counts = new(10_000, dtype=torch.int64)
+    names = ("alpha", "lam", "temperature", "weight")
+    options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
+    targets = [new(128, 10), new(128, 10)] if teacher else []
+    return of(
+        distill_code, *code(**SMALL), new(10_000, 10), new(128, dtype=torch.int64), *targets,
+        positions=positions, counts=counts, **options,
+    )  # fmt: skip
+
+
 def count(**options: Any) -> Prepare:
     return of(ours.count_active, *code(**SMALL), new(10_000, dtype=torch.int64), **options)
 
@@ -210,6 +223,9 @@ PINS = {
     "distill": Pin(distilled(), "_distill_kernel", 0),
     "distill each": Pin(distilled(each=True), "_distill_kernel", 0),
     "distill labels": Pin(distilled(teacher=False), "_distill_kernel", 0),
+    "distill_code": Pin(decoded(), "_distill_code_kernel", 0),
+    "distill_code each": Pin(decoded(each=True), "_distill_code_kernel", 0),
+    "distill_code labels": Pin(decoded(teacher=False, each=True), "_distill_code_kernel", 0),
     "sparse_linear": Pin(
         of(ours.sparse_linear, *code(**SMALL), new(10_000, 256), new(256)), "_gather_kernel", 0
     ),

@@ -197,6 +197,27 @@ def _distill(device: str) -> Run:
     return run
 
 
+def _distill_code(device: str) -> Run:
+    values, indices = _code(device)
+    values = values.detach()
+    decoder, target = (torch.randn(n, OUTPUTS, device=device) for n in (NEURONS, BATCH))
+    taught, weight = torch.rand(BATCH, 4, device=device), torch.rand(BATCH, device=device)
+    positions = torch.randperm(NEURONS, device=device).clamp(max=4)
+    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
+        code, terms = (values, indices, decoder, labels), (target, taught)
+        options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
+        return [
+            *sk.distill_code(*code, *terms, positions=positions, counts=counts, **options),
+            *sk.distill_code(*code, weight=weight, impl=impl),
+            counts,
+        ]
+
+    return run
+
+
 CASES = {
     "topk": _topk,
     "linear_topk": _linear_topk,
@@ -208,6 +229,7 @@ CASES = {
     "code_gram": _code_gram,
     "count_active": _count_active,
     "distill": _distill,
+    "distill_code": _distill_code,
     "row_update": _row_update,
 }
 
@@ -418,6 +440,36 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
             share,
             "forward",
             logits > 0,
+        ),
+        "distill_code": (
+            plain,
+            indices,
+            weight.detach(),
+            labels,
+            grad,
+            plain,
+            indices[0].new_full((NEURONS,), 1),
+            [],
+            tensors,
+            share,
+            "forward",
+            logits > 0,
+            counts,
+        ),
+        "distill_code plain": (
+            plain,
+            indices,
+            weight.detach(),
+            labels,
+            None,
+            None,
+            None,
+            numbers,
+            [],
+            None,
+            "reverse",
+            None,
+            None,
         ),
         "distill plain": (logits, labels, None, None, None, numbers, [], None, "reverse", None),
     }
