@@ -32,6 +32,7 @@ from ssd.code_gram import code_gram
 from ssd.dense_update import dense_update
 from ssd.distill import distill
 from ssd.gate_gradient import gate_gradient
+from ssd.distill_code import distill_code
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
@@ -246,7 +247,7 @@ def _distill(impl: str, draw: Draw) -> Results:
     labels = torch.arange(B, device=DEVICE) % C
     return distill(
         draw(B, C), labels, draw(B, C), draw(B, K).relu(), draw(B, K).relu(),
-        alpha=0.6, lam=0.3, temperature=2.0, impl=impl,
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), impl=impl,
     )  # fmt: skip
 
 
@@ -288,6 +289,17 @@ def _tally(impl: str, draw: Draw) -> Results:
     return sums[0].float(), *sums[1:], crowded[1]
 
 
+def _distill_code(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    counts = _counts()
+    output = distill_code(
+        values, indices, draw(R, C), torch.arange(B, device=DEVICE) % C, draw(B, C),
+        draw(B, K).relu(), positions=torch.arange(R, device=DEVICE).clamp(max=K),
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), counts=counts, impl=impl,
+    )  # fmt: skip
+    return *output, counts
+
+
 def _row_update(impl: str, draw: Draw) -> Results:
     coefficients, indices = _code(draw)
     weights, buffers = ([draw(R, D), draw(R, C)] for _ in range(2))
@@ -326,6 +338,7 @@ CASES = [
     Case("draw_batch", "", _draw_batch, half=False),
     Case("gate_gradient", "", _gate_gradient, half=False),
     Case("tally", "", _tally, half=False),
+    Case("distill_code", "", _distill_code, half=False),
     Case("row_update", "", _row_update, half=False),
 ]
 

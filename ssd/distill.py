@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ def distill(
     temperature: float | Tensor = 1.0,
     kl: str = "reverse",
     columns: Tensor | None = None,
+    weight: Tensor | None = None,
     impl: str | None = None,
 ) -> DistillOutput:
     """alpha CE + (1 - alpha) [(1 - lam) D(logits) + lam D(hidden)] for each sample.
@@ -56,6 +58,7 @@ def distill(
         alpha, lam, temperature: numbers, or one for each sample [B]; temperature > 0.
         kl: "reverse" is KL(student || teacher), "forward" KL(teacher || student).
         columns: [B, C] bool, the logits that D compares; None: all. At least one a sample.
+        weight: [B] floating, multiplies each sample's gradients, not its loss.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
@@ -67,6 +70,9 @@ def distill(
     _check(logits, labels, target_logits, hidden, target_hidden, kl, columns)
     for name, value in (("alpha", alpha), ("lam", lam), ("temperature", temperature)):
         _check_setting(name, value, logits)
+    if weight is not None:
+        _checks.shape("distill", "weight", weight, (len(logits),))
+        _checks.same_device("distill", "logits", logits, "weight", weight)
     widths = [t.shape[1] for t in (logits, hidden) if t is not None]
     served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS
     serve = _dispatch.choose("distill", impl, logits, "torch", served)
@@ -82,6 +88,7 @@ def distill(
             temperature=temperature,
             kl=kl,
             columns=columns,
+            weight=weight,
         )
 
 
@@ -91,6 +98,7 @@ def _reference(
     target_logits: Tensor | None,
     hidden: Tensor | None,
     target_hidden: Tensor | None,
+    weight: Tensor | None = None,
     **options: object,
 ) -> DistillOutput:
     leaves = [t.detach().requires_grad_() for t in (logits, hidden) if t is not None]
@@ -100,7 +108,10 @@ def _reference(
             leaves[0], labels, target_logits, student, target_hidden, **options  # type: ignore[arg-type]
         )  # fmt: skip
         gradients = torch.autograd.grad(
-            loss.sum(), leaves, allow_unused=True, materialize_grads=True
+            loss.sum() if weight is None else loss @ weight.to(loss.dtype),
+            leaves,
+            allow_unused=True,
+            materialize_grads=True,
         )
     return DistillOutput(loss.detach(), gradients[0], None if hidden is None else gradients[1])
 
@@ -111,15 +122,18 @@ def _torch(
     target_logits: Tensor | None,
     hidden: Tensor | None,
     target_hidden: Tensor | None,
+    weight: Tensor | None = None,
     **options: Any,
 ) -> DistillOutput:
     dtype, wide = logits.dtype, accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
     taught = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
-    loss, gradient, slopes = _in_wide(logits.to(wide), labels, *taught, **options)
+    loss, *gradients = _in_wide(logits.to(wide), labels, *taught, **options)
+    if weight is not None:
+        scale = weight.to(wide).unsqueeze(1)
+        gradients = [None if g is None else g * scale for g in gradients]
     return DistillOutput(
         loss.to(dtype),
-        gradient.to(dtype).contiguous(),
-        None if slopes is None else slopes.to(dtype).contiguous(),
+        *(None if g is None else g.to(dtype).contiguous() for g in gradients),  # type: ignore[arg-type]
     )
 
 
@@ -209,6 +223,55 @@ def _row_divergence(student, teacher, counts, t, FORWARD: tl.constexpr):
 
 
 @jit
+def settings_of(row, alpha, lam, temperature, EACH: tl.constexpr):
+    """A row's entries of tensors [B] if EACH, else the numbers that serve all rows."""
+    if EACH:
+        return tl.load(alpha + row), tl.load(lam + row), tl.load(temperature + row)
+    else:
+        return alpha, lam, temperature
+
+
+@jit
+def logits_loss(
+    student,
+    label,
+    target_logits,
+    columns,
+    at,
+    column,
+    inside,
+    alpha,
+    lam,
+    t,
+    TEACHER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORWARD: tl.constexpr,
+):
+    """The loss of a row of logits but for its hidden term, and the gradient."""
+    log_p = _log_softmax(student, inside)
+    chosen = column == label
+    total = -tl.sum(tl.where(chosen, log_p, 0.0), axis=0)
+    gradient = tl.exp(log_p) - tl.where(chosen, 1.0, 0.0)
+    if TEACHER:
+        counts = inside
+        if COLUMNS:
+            counts = tl.load(columns + at, mask=inside, other=0) != 0
+        teacher = tl.load(target_logits + at, mask=inside, other=0.0).to(tl.float32)
+        term, slope = _row_divergence(student, teacher, counts, t, FORWARD)
+        total = alpha * total + (1 - alpha) * (1 - lam) * term
+        gradient = alpha * gradient + (1 - alpha) * (1 - lam) * slope
+    return total, gradient
+
+
+@jit
+def hidden_loss(z, target_hidden, at, inside, alpha, lam, t, FORWARD: tl.constexpr):
+    """The hidden term of a row's loss, and the gradient."""
+    teacher = tl.load(target_hidden + at, mask=inside, other=0.0).to(tl.float32)
+    term, slope = _row_divergence(z, teacher, inside, t, FORWARD)
+    return (1 - alpha) * lam * term, (1 - alpha) * lam * slope
+
+
+@jit
 def _distill_kernel(
     logits,  # [B, C]
     labels,  # [B]
@@ -216,12 +279,17 @@ def _distill_kernel(
     hidden,  # [B, n]
     target_hidden,  # [B, n]
     columns,  # [B, C] bool
-    settings,  # [3, B] fp32: alpha, lam, temperature
+    alpha,  # [B] fp32 if EACH, else a number; so are the next two
+    lam,
+    temperature,
+    weight,  # [B] fp32
     loss,  # [B]
     grad_logits,  # [B, C]
     grad_hidden,  # [B, n]
     C: tl.constexpr,
     N: tl.constexpr,
+    EACH: tl.constexpr,
+    WEIGHT: tl.constexpr,
     TEACHER: tl.constexpr,
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -230,39 +298,31 @@ def _distill_kernel(
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    batch = tl.num_programs(0).to(tl.int64)
+    a, share, t = settings_of(row, alpha, lam, temperature, EACH)
+    scale = 1.0
+    if WEIGHT:
+        scale = tl.load(weight + row)
     column = tl.arange(0, BLOCK_C)
     inside = column < C
     at = row * C + column
     student = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     label = tl.load(labels + row)
-    log_p = _log_softmax(student, inside)
-    chosen = column == label
-    total = -tl.sum(tl.where(chosen, log_p, 0.0), axis=0)
-    gradient = tl.exp(log_p) - tl.where(chosen, 1.0, 0.0)
-    if TEACHER:
-        alpha = tl.load(settings + row)
-        lam = tl.load(settings + batch + row)
-        t = tl.load(settings + 2 * batch + row)
-        counts = inside
-        if COLUMNS:
-            counts = tl.load(columns + at, mask=inside, other=0) != 0
-        teacher = tl.load(target_logits + at, mask=inside, other=0.0).to(tl.float32)
-        term, slope = _row_divergence(student, teacher, counts, t, FORWARD)
-        distilled = (1 - lam) * term
-        gradient = alpha * gradient + (1 - alpha) * (1 - lam) * slope
-        if HIDDEN:
-            unit = tl.arange(0, BLOCK_N)
-            real = unit < N
-            here = row * N + unit
+    total, gradient = logits_loss(
+        student, label, target_logits, columns, at, column, inside, a, share, t,
+        TEACHER, COLUMNS, FORWARD,
+    )  # fmt: skip
+    if HIDDEN:
+        unit = tl.arange(0, BLOCK_N)
+        real = unit < N
+        here = row * N + unit
+        slope = tl.zeros([BLOCK_N], tl.float32)
+        if TEACHER:
             z = tl.load(hidden + here, mask=real, other=0.0).to(tl.float32)
-            target = tl.load(target_hidden + here, mask=real, other=0.0).to(tl.float32)
-            term, slope = _row_divergence(z, target, real, t, FORWARD)
-            distilled += lam * term
-            tl.store(grad_hidden + here, (1 - alpha) * lam * slope, mask=real)
-        total = alpha * total + (1 - alpha) * distilled
+            term, slope = hidden_loss(z, target_hidden, here, real, a, share, t, FORWARD)
+            total += term
+        tl.store(grad_hidden + here, scale * slope, mask=real)
     tl.store(loss + row, total)
-    tl.store(grad_logits + at, gradient, mask=inside)
+    tl.store(grad_logits + at, scale * gradient, mask=inside)
 
 
 def _triton(
@@ -277,21 +337,28 @@ def _triton(
     temperature: float | Tensor,
     kl: str,
     columns: Tensor | None,
+    weight: Tensor | None,
 ) -> DistillOutput:
-    batch, settings = len(logits), None
-    if target_logits is not None:
-        settings = torch.stack(
-            [
-                value.to(torch.float32).expand(batch)
-                if isinstance(value, Tensor)
-                else torch.full((batch,), float(value), device=logits.device)
-                for value in (alpha, lam, temperature)
-            ]
-        )
+    numbers, tensors = settings(logits, alpha, lam, temperature)
+    weight = None if weight is None else weight.to(torch.float32)
     loss, grad_logits, grad_hidden = _launch(
-        logits, labels, target_logits, hidden, target_hidden, settings, kl, columns
+        logits, labels, target_logits, hidden, target_hidden, numbers, tensors, weight, kl, columns
     )
     return DistillOutput(loss, grad_logits, None if hidden is None else grad_hidden)
+
+
+def settings(like: Tensor, *values: float | Tensor) -> tuple[list[float], list[Tensor]]:
+    """What kernels take for settings: numbers or, if one of them is a tensor, tensors [B]."""
+    numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in values]
+    if not any(isinstance(value, Tensor) for value in values):
+        return numbers, []
+    options: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
+    return [], [
+        value.to(torch.float32).expand(len(like)).contiguous()
+        if isinstance(value, Tensor)
+        else torch.full((len(like),), number, **options)
+        for value, number in zip(values, numbers, strict=True)
+    ]
 
 
 def _like(
@@ -308,13 +375,14 @@ def _launch(
     target_logits: Tensor | None,
     hidden: Tensor | None,
     target_hidden: Tensor | None,
-    settings: Tensor | None,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor],
+    weight: Tensor | None,
     kl: str,
     columns: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, grad_logits = logits.new_empty(len(logits)), logits.new_empty(logits.shape)
-    empty = logits.new_zeros if target_logits is None else logits.new_empty
-    grad_hidden = empty(0 if hidden is None else hidden.shape)
+    """numbers or tensors: alpha, lam and temperature, as `settings` gives them."""
+    loss, grad_logits, grad_hidden = _like(logits, labels, target_logits, hidden)
     classes, units = logits.shape[1], 1 if hidden is None else hidden.shape[1]
     optional = [
         logits if t is None else t.contiguous() for t in (target_logits, hidden, target_hidden)
@@ -326,24 +394,28 @@ def _launch(
             labels.contiguous(),
             *optional,
             logits if columns is None else columns.contiguous().view(torch.uint8),
-            loss if settings is None else settings,
+            *(tensors or numbers),
+            loss if weight is None else weight.contiguous(),
             loss,
             grad_logits,
             grad_hidden,
             C=classes,
             N=units,
+            EACH=len(tensors) > 0,
+            WEIGHT=weight is not None,
             TEACHER=target_logits is not None,
-            HIDDEN=hidden is not None and target_hidden is not None,
+            HIDDEN=hidden is not None,
             COLUMNS=columns is not None,
             FORWARD=kl == "forward",
-            BLOCK_C=_power(classes),
-            BLOCK_N=_power(units),
+            BLOCK_C=power(classes),
+            BLOCK_N=power(units),
             **chosen,
         )
     return loss, grad_logits, grad_hidden
 
 
-def _power(size: int) -> int:
+def power(size: int) -> int:
+    """Lanes for so many columns."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -394,28 +466,3 @@ def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
 
 
 _dispatch.register("distill", reference=_reference, torch=_torch, triton=_triton)
-
-
-class CodeLoss(NamedTuple):
-    logits: Tensor
-    loss: Tensor
-    grad_logits: Tensor
-    grad_values: Tensor
-
-
-def distill_code(values, indices, decoder, labels, target_logits=None, target_hidden=None, *, positions=None, weight=None, **o):
-    logits = (decoder[indices] * values[:, :, None]).sum(1)
-    hidden = None
-    if target_hidden is not None:
-        n = target_hidden.shape[1]
-        hidden = values.new_zeros(len(values), n + 1).scatter_add_(1, positions[indices], values)[:, :-1]
-    out = distill(logits, labels, target_logits, hidden, target_hidden, **o)
-    gl = out.grad_logits * weight[:, None]
-    gv = (decoder[indices] * gl[:, None, :]).sum(-1)
-    if hidden is not None:
-        gv = gv + torch.nn.functional.pad(out.grad_hidden * weight[:, None], (0, 1)).gather(1, positions[indices])
-    return CodeLoss(logits, out.loss, gl, gv * (values > 0))
-_distill0 = distill
-def distill(*a, weight=None, **o):
-    out = _distill0(*a, **o)
-    return DistillOutput(out.loss, out.grad_logits * weight[:, None], None if out.grad_hidden is None else out.grad_hidden * weight[:, None]) if weight is not None else out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,6 +159,34 @@ def distill(
             distilled = distilled + lam * divergence(student, teacher, temperature, kl)
         loss = alpha * loss + (1 - alpha) * distilled
     return loss.to(logits.dtype)
+
+
+def distill_code(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The logits H decoder of a code, H [B, R] being its dense form, and `distill` of each sample.
+
+    The hidden activations are those of H at the neurons that have a position in 0..n-1.
+    """
+    wide = accumulation_dtype(values.dtype)
+    logits = (values.unsqueeze(2).to(wide) * decoder[indices].to(wide)).sum(1).to(values.dtype)
+    hidden = None
+    if target_hidden is not None and positions is not None:
+        hidden = at_places(values, positions[indices], target_hidden.shape[1])
+    return logits, distill(logits, labels, target_logits, hidden, target_hidden, **options)
+
+
+def at_places(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """values [B, K] at their places in rows [B, n], zeros elsewhere; a place of n is none."""
+    return values.new_zeros(len(values), size + 1).scatter_add(1, places, values)[:, :size]
 
 
 def divergence(

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ssd.activations import evaluating
 from ssd.dense_update import dense_update
-from ssd.distill import CodeLoss, distill, distill_code
+from ssd.distill import distill
+from ssd.distill_code import CodeLoss, distill_code
 from ssd.gate_gradient import gate_gradient
 from ssd.learner import Learner
 from ssd.regularizers import Map

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 # Two processes of about the same length, so that two cores share them.
-OF_SSD = ("batch", "code_gram", "dense_update", "distill", "gate_gradient")
+OF_SSD = ("batch", "code_gram", "dense_update", "distill", "distill_code", "gate_gradient")
 FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 
 

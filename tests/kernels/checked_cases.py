@@ -36,6 +36,7 @@ TILES: dict[str, _tuning.Config] = {
     "draw_batch": {"BLOCK": 4, "num_warps": 1},
     "gate_gradient": {"BLOCK": 4, "num_warps": 1},
     "tally": {"SAMPLES": 4, "BLOCK": 4, "num_warps": 1},
+    "distill_code": {"TILE": 32, "num_warps": 1},
     "row_update": {"BLOCK": 8, "num_warps": 1},
     "squares": {"PARTS": 3, "BLOCK": 4, "num_warps": 1},
 }
@@ -305,9 +306,13 @@ def code_gram(
     equal(*results)
 
 
-def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -> None:
+def distill(
+    classes: int, teacher: bool, hidden: bool, columns: bool, kl: str, each: bool = False
+) -> None:
     logits, labels = torch.randn(3, classes), torch.randint(classes, (3,))
-    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": torch.rand(3), "temperature": 2.0}
+    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": 0.4, "temperature": 2.0}
+    if each:
+        options |= {"lam": torch.rand(3), "weight": torch.rand(3)}
     if columns:
         options["columns"] = torch.rand(3, classes) < 0.5
         options["columns"][:, 0] = True
@@ -385,6 +390,40 @@ def tally(learners: int, size: int, classes: int, wider: bool) -> None:
     equal(*results)
 
 
+def distill_code(
+    slots: int,
+    classes: int,
+    teacher: bool = True,
+    units: int = 0,
+    columns: bool = False,
+    kl: str = "reverse",
+    each: bool = False,
+    count: bool = False,
+) -> None:
+    values, indices = code(3, slots, 20)
+    decoder, labels = integers(20, classes), torch.randint(classes, (3,))
+    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": 0.4, "temperature": 2.0}
+    if each:
+        options |= {"lam": torch.rand(3), "weight": torch.rand(3)}
+    if columns:
+        options["columns"] = torch.rand(3, classes) < 0.5
+        options["columns"][:, 0] = True
+    targets = [torch.randn(3, classes) if teacher else None]
+    targets += [torch.rand(3, units) if units else None]
+    if units:
+        options["positions"] = torch.randperm(20).clamp(max=units)
+    results = []
+    for impl in ("triton", "reference"):
+        counts = counter(20) if count else None
+        out = ops.distill_code(
+            values, indices, decoder, labels, *targets, counts=counts, impl=impl, **options
+        )
+        results.append((tuple(out), counts))
+    (got, counts), (expected, right) = results
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    equal(counts, right)
+
+
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 CASES: dict[str, Callable[[], None]] = {
     **{f"topk {kind}": partial(topk, kind, 3, 200, 5) for kind in ("ties", "special", "zero")},
@@ -448,6 +487,8 @@ CASES: dict[str, Callable[[], None]] = {
     "code_gram dense": partial(code_gram, 4, 3, 5, "dense"),
     "code_gram one": partial(code_gram, 3, 1, 2, "labels"),
     "distill": partial(distill, 10, True, True, True, "reverse"),
+    "distill each": partial(distill, 10, True, True, False, "reverse", each=True),
+    "distill hidden alone": partial(distill, 3, False, True, False, "reverse", each=True),
     "distill forward": partial(distill, 18, True, False, False, "forward"),
     "distill labels": partial(distill, 3, False, False, False, "reverse"),
     "dense_update": partial(dense_update, [5, 3], 1, lr=0.1),
@@ -460,6 +501,10 @@ CASES: dict[str, Callable[[], None]] = {
     "gate_gradient alone": partial(gate_gradient, 1, 0, True),
     "tally": partial(tally, 3, 6, 9, True),
     "tally one": partial(tally, 1, 1, 1, False),
+    "distill_code": partial(distill_code, 5, 10, units=6, each=True, count=True),
+    "distill_code columns": partial(distill_code, 3, 18, columns=True, kl="forward"),
+    "distill_code labels": partial(distill_code, 1, 3, teacher=False, count=True),
+    "distill_code one": partial(distill_code, 4, 1, units=1),
 }
 
 

@@ -342,7 +342,9 @@ def distill(
     teacher: bool = True,
     columns: bool = False,
     kl: str = "reverse",
+    each: bool = False,
 ) -> None:
+    """each: settings, and a weight, of each sample."""
     hidden = _new(B, n, dtype=dtype) if n else None
     ours.distill(
         _new(B, C, dtype=dtype),
@@ -350,9 +352,7 @@ def distill(
         _new(B, C, dtype=dtype) if teacher else None,
         hidden,
         hidden,
-        alpha=0.5,
-        lam=0.5,
-        temperature=2.0,
+        **_settings(B, each),
         kl=kl,
         columns=_new(B, C, dtype=torch.bool) if columns else None,
     )
@@ -448,6 +448,41 @@ def tally(dtype: torch.dtype, *, B: int, C: int, S: int = 1, wider: bool = False
     )
 
 
+def distill_code(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    R: int,
+    K: int,
+    C: int,
+    n: int = 0,
+    teacher: bool = True,
+    columns: bool = False,
+    kl: str = "reverse",
+    each: bool = False,
+    counts: bool = True,
+) -> None:
+    """each: settings, and a weight, of each sample."""
+    ours.distill_code(
+        *_code(dtype, B, K),
+        _new(R, C, dtype=dtype),
+        _new(B, dtype=torch.int64),
+        _new(B, C, dtype=dtype) if teacher else None,
+        _new(B, n, dtype=dtype) if n else None,
+        positions=_new(R, dtype=torch.int64) if n else None,
+        **_settings(B, each),
+        kl=kl,
+        columns=_new(B, C, dtype=torch.bool) if columns else None,
+        counts=_counts(R, counts),
+    )
+
+
+def _settings(B: int, each: bool) -> dict[str, Any]:
+    if not each:
+        return {"alpha": 0.5, "lam": 0.5, "temperature": 2.0}
+    return {name: _new(B, dtype=FP32) for name in ("alpha", "lam", "temperature", "weight")}
+
+
 def _benchmarked(shape: cases.Shape) -> Call:
     """The call that a line of the benchmarks' table times."""
     backward = {"backward": True} if shape.mode == "full" else {}
@@ -512,6 +547,7 @@ GRID = [
     *_grid(code_gram, FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
     *_grid(distill, FP32, B=128, C=10, teacher=False),
     *_grid(distill, FP32, BF16, B=128, C=10),
+    *_grid(distill, FP32, B=128, C=10, n=10, each=True),
     *_grid(distill, FP32, B=128, C=100, n=200, columns=True, kl="forward"),
     *_grid(distill, FP32, BF16, B=128, C=4096, n=4096, columns=True),
     *_grid(dense_update, FP32, R=1000, d=256, project=False, max_norm=None),
@@ -526,4 +562,12 @@ GRID = [
     *_grid(gate_gradient, FP32, B=128, R=1000, n=20, transposed=True),
     *_grid(tally, FP32, B=128, C=10),
     *_grid(tally, FP32, S=10, B=1024, C=100, wider=True),
+    # The step of the SDMLP: flat and graded, one network and ten, the first task and the next.
+    *_grid(distill_code, FP32, B=128, R=10000, K=10, C=10, teacher=False),
+    *_grid(distill_code, FP32, B=128, R=10000, K=10, C=10, n=10, each=True),
+    *_grid(distill_code, FP32, B=1280, R=100000, K=40, C=10, n=20, columns=True, each=True),
+    *_grid(distill_code, FP32, B=128, R=10000, K=40, C=10, counts=False),
+    *_grid(distill_code, FP32, B=128, R=10000, K=300, C=100, n=200, kl="forward"),
+    *_grid(distill_code, FP32, B=128, R=10000, K=128, C=128, n=4096, each=True),
+    *_grid(distill_code, FP32, B=128, R=10000, K=300, C=4096, n=4096, columns=True),
 ]  # fmt: skip

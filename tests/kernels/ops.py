@@ -10,6 +10,7 @@ from ssd.code_gram import code_gram
 from ssd.dense_update import dense_update
 from ssd.distill import distill
 from ssd.gate_gradient import gate_gradient
+from ssd.distill_code import distill_code
 from ssd_kernels import (
     count_active,
     linear_inhibit,
@@ -28,6 +29,7 @@ __all__ = [
     "distill",
     "draw_batch",
     "gate_gradient",
+    "distill_code",
     "linear_active",
     "linear_code",
     "linear_inhibit",

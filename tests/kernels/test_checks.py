@@ -195,6 +195,8 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"target_hidden": torch.ones(4, 1)}, ValueError, r"target_hidden has shape \[4, 1\]"),
         ({"target_logits": torch.ones(4, 1)}, ValueError, r"target_logits has shape \[4, 1\]"),
         ({"columns": torch.ones(4, 3, device=META).bool()}, ValueError, "columns is on meta"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight has shape \[3\], expected \[4\]"),
+        ({"weight": torch.ones(4, device=META)}, ValueError, "weight is on meta"),
         ({"alpha": torch.ones(3)}, ValueError, r"alpha has shape \[3\], expected \[4\]"),
         ({"lam": torch.ones(4, 1)}, ValueError, r"lam has shape \[4, 1\], expected \[4\]"),
         ({"temperature": torch.ones(4, device=META)}, ValueError, "temperature is on meta"),

@@ -327,6 +327,8 @@ def test_shapes_of_the_other_ops_without_data() -> None:
     assert sk.row_update([weight], [values], [x], chosen, **options).shape == ()
     loss = sk.distill(logits, labels, logits, values, values, alpha=0.5)
     assert loss.loss.shape == (BATCH,)
+    coded = sk.distill_code(values, chosen, cross, labels, logits, counts=counts, alpha=0.5)
+    assert [t.shape for t in coded] == [logits.shape, labels.shape, logits.shape, values.shape]
     assert sk.linear_code(x, weight, 3, 5)[0].values.shape == (BATCH, 5)
     with pytest.raises(TypeError, match="linear_active: how many neurons fire depends on values"):
         sk.linear_active(x, weight, 3)
@@ -349,6 +351,7 @@ def wide(impl: str | None = None) -> list[Tensor]:
     norm = sk.row_update([moved], [code.values], [x], code.indices, impl=impl, **rest)
     norms = sk.row_update([moved], [code.values], [x], code.indices, blocks=2, impl=impl, **rest)
     labels = torch.arange(9, device="cpu") % 12
+    places = torch.arange(4100, device="cpu").clamp(max=12)
     gram, cross = torch.zeros(2, 4100, 4100, device="cpu"), torch.zeros(2, 4100, 12, device="cpu")
     sk.code_gram(code.values, code.indices, gram[0], cross[0], labels, impl=impl)
     sk.code_gram(code.values, code.indices, gram[1], cross[1], x, impl=impl)
@@ -369,6 +372,18 @@ def wide(impl: str | None = None) -> list[Tensor]:
         sk.sparse_linear(code.values, code.indices, weight, impl=impl),
         sk.row_gradient(code.values, x, code.indices, 4100, impl=impl),
         sk.distill(x, labels, x.flip(0), x, x.flip(0), alpha=0.5, lam=0.5, impl=impl).loss,
+        *sk.distill_code(
+            *code[:2],
+            weight,
+            labels,
+            x.flip(0),
+            x,
+            positions=places,
+            counts=counts,
+            alpha=0.5,
+            lam=0.5,
+            impl=impl,
+        ),
     ]
     if impl != "triton":
         shadow = Shadow(weight)

@@ -21,6 +21,8 @@ import ssd_kernels as ours
 from ssd.batch import draw_batch, tally
 from ssd.dense_update import dense_update
 from ssd.gate_gradient import gate_gradient
+from ssd.distill import distill
+from ssd.distill_code import distill_code
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -183,6 +185,27 @@ def update(*widths: int, S: int = 1, **shape: int) -> Prepare:
     )
 
 
+def distilled(teacher: bool = True, each: bool = False) -> Prepare:
+    """distill of [128, 10]; each: settings, and a weight, of each sample."""
+    logits, labels = new(128, 10), new(128, dtype=torch.int64)
+    terms = [new(128, 10) for _ in range(3)] if teacher else [None, logits, logits]
+    names = ("alpha", "lam", "temperature", "weight")
+    options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
+    return of(distill, logits, labels, *terms, **options)
+
+
+def decoded(teacher: bool = True, each: bool = False) -> Prepare:
+    """distill_code of [128, 10]; each: settings, and a weight, of each sample."""
+    positions = counts = new(10_000, dtype=torch.int64)
+    names = ("alpha", "lam", "temperature", "weight")
+    options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
+    targets = [new(128, 10), new(128, 10)] if teacher else []
+    return of(
+        distill_code, *code(**SMALL), new(10_000, 10), new(128, dtype=torch.int64), *targets,
+        positions=positions, counts=counts, **options,
+    )  # fmt: skip
+
+
 def count(**options: Any) -> Prepare:
     return of(ours.count_active, *code(**SMALL), new(10_000, dtype=torch.int64), **options)
 
@@ -224,6 +247,12 @@ PINS = {
     "count_active stamp": Pin(
         count(last_active=new(10_000, dtype=torch.int64), step=3), "_count_kernel", 0
     ),
+    "distill": Pin(distilled(), "_distill_kernel", 0),
+    "distill each": Pin(distilled(each=True), "_distill_kernel", 0),
+    "distill labels": Pin(distilled(teacher=False), "_distill_kernel", 0),
+    "distill_code": Pin(decoded(), "_distill_code_kernel", 0),
+    "distill_code each": Pin(decoded(each=True), "_distill_code_kernel", 0),
+    "distill_code labels": Pin(decoded(teacher=False, each=True), "_distill_code_kernel", 0),
     "sparse_linear": Pin(
         of(ours.sparse_linear, *code(**SMALL), new(10_000, 256), new(256)), "_gather_kernel", 0
     ),

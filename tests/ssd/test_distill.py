@@ -109,6 +109,21 @@ def test_settings_of_each_sample(impl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("each", [True, False])
+def test_a_weight_multiplies_gradients_alone(impl: str, each: bool, device: str) -> None:
+    inputs = problem(6, 5, 4, device)
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.25, 0.0], device=device)
+    alpha = torch.rand(6, device=device) if each else 0.5
+    options: dict[str, Any] = {"alpha": alpha, "lam": 0.5, "temperature": 2.0, "impl": impl}
+    for given in (inputs, inputs | {"target_logits": None}):
+        plain = distill(**given, **options)
+        loss, *gradients = distill(**given, **options, weight=weight)
+        assert torch.equal(loss, plain.loss)
+        for ours, unweighted in zip(gradients, plain[1:], strict=True):
+            torch.testing.assert_close(ours, unweighted * weight.unsqueeze(1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_without_teacher_or_hidden(impl: str, device: str) -> None:
     inputs = problem(6, 5, 4, device)
     bare = {n: inputs[n] for n in ("logits", "labels")}
