@@ -110,25 +110,33 @@ def _torch(
             project_(weight, nonnegative, normalize is not None and normalize[number])
 
 
-@jit(do_not_specialize=["first", "stride", "size"])
+@jit(do_not_specialize=["first", "stride", "parts", "size", "next_size"])
 def _squares_kernel(
     gradient,  # [S R, D]
+    next_gradient,  # [S R, D']
     squares,  # [S, stride] fp64
-    first,  # the column of this matrix
+    first,  # the column of these matrices
     stride,
+    parts,  # columns of the first one
     size,  # R D
+    next_size,  # R D'
     BLOCK: tl.constexpr,
 ):
     """Blocks of a network's gradient are dealt out to the programs in turn."""
     part, network = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    gradient += network * size
+    count, shared, start = size.to(tl.int64), parts.to(tl.int64), part * BLOCK
+    if part >= parts:
+        gradient = next_gradient
+        count = next_size.to(tl.int64)
+        shared = tl.num_programs(0).to(tl.int64) - parts
+        start = (part - parts) * BLOCK
+    gradient += network * count
     total = tl.zeros([BLOCK], tl.float64)
-    start = part * BLOCK
-    while start < size:
+    while start < count:
         at = start + tl.arange(0, BLOCK)
-        value = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float64)
+        value = tl.load(gradient + at, mask=at < count, other=0.0).to(tl.float64)
         total += value * value
-        start += tl.num_programs(0).to(tl.int64) * BLOCK
+        start += shared * BLOCK
     tl.store(squares + network * stride + first + part, tl.sum(total))
 
 
@@ -241,9 +249,18 @@ def _launch(
     parts = [min(most, -(-size // chosen["BLOCK"])) for size in sizes]
     squares = torch.empty(blocks, sum(parts), dtype=torch.float64, device=device)
     with torch.cuda.device_of(weights[0]):
-        for number, gradient in enumerate(gradients if clip else ()):
-            _squares_kernel[(parts[number], blocks)](
-                gradient, squares, sum(parts[:number]), sum(parts), sizes[number], **chosen
+        for first in range(0, len(gradients) if clip else 0, 2):
+            last = min(first + 1, len(gradients) - 1)
+            _squares_kernel[(sum(parts[first : first + 2]), blocks)](
+                gradients[first],
+                gradients[last],
+                squares,
+                sum(parts[:first]),
+                sum(parts),
+                parts[first],
+                sizes[first],
+                sizes[last],
+                **chosen,
             )
         for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
             width = weight.shape[1]

@@ -21,11 +21,11 @@ from ssd.distill import distill
 from ssd.distill_code import CodeLoss, distill_code
 from ssd.gate_gradient import gate_gradient
 from ssd.learner import Learner
-from ssd.regularizers import Map
+from ssd.regularizers import Gradient, Map
 from ssd.stack import Stack
 from ssd_kernels import TopKOutput, row_update
 from ssd_kernels._graded_code import ActiveNeurons
-from ssd_kernels._row_gradient import row_gradient
+from ssd_kernels._row_gradient import row_gradients
 from ssd_kernels.reference import by_network, clip_scale
 from ssd_kernels.row_update import global_norm
 
@@ -100,8 +100,8 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
     loss = _code_loss(stack, batch, hidden) if coded else _active_loss(stack, batch, hidden)
     for number, each in enumerate(stack.learners):
         for regularizer in each.regularizers:
-            own = _Alone(stack, batch, hidden, loss.logits, number)
-            regularizer.before_step(own.gradient, own.batch.labels)
+            gradient = _gradient_of(stack, batch, hidden, loss.logits, number)
+            regularizer.before_step(gradient, batch.labels[_own(stack, batch, number)])
     if coded and not stack.penalized and stack.momentum is None:
         row_update(
             stack.weights,
@@ -176,41 +176,38 @@ def _distilled(stack: Stack, batch: Batch, active: ActiveNeurons) -> Tensor:
     return found if present is None else found * present
 
 
-class _Alone:
-    """The part of one learner in a step, for regularisers that follow the steps."""
+def _gradient_of(
+    stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons, logits: Tensor, number: int
+) -> Gradient:
+    """The gradient of a function of one learner's logits, for regularisers that follow steps."""
 
-    def __init__(
-        self,
-        stack: Stack,
-        batch: Batch,
-        hidden: TopKOutput | ActiveNeurons,
-        logits: Tensor,
-        number: int,
-    ) -> None:
-        size = len(batch.labels) // len(stack)
-        own = slice(number * size, (number + 1) * size)
-        self.stack, self.logits = stack.alone(number), logits[own]
-        self.batch = Batch(batch.address[own], batch.labels[own], batch.weight[own], {})
-        if isinstance(hidden, TopKOutput):
-            first = number * stack.config.neurons
-            self.hidden: Any = TopKOutput(hidden.values[own], hidden.indices[own] - first)
-        else:
-            self.hidden = ActiveNeurons(hidden.values[own], hidden.neurons, hidden.gate[own])
-
-    def gradient(self, loss: Map) -> Sequence[Tensor]:
-        """Of loss(logits [B, C]) with respect to the learner's weights."""
+    def gradient(loss: Map) -> Sequence[Tensor]:
+        own, alone = _own(stack, batch, number), stack.alone(number)
         with torch.enable_grad():
-            logits = self.logits.detach().requires_grad_()
-            (slopes,) = torch.autograd.grad(loss(logits), logits)
-        slopes = slopes * (self.batch.weight > 0).unsqueeze(1)
-        decoder, hidden = self.stack.weights[1], self.hidden
+            leaf = logits[own].detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(loss(leaf), leaf)
+        slopes = slopes * (batch.weight[own] > 0).unsqueeze(1)
+        code: TopKOutput | ActiveNeurons
         if isinstance(hidden, TopKOutput):
-            rows = F.embedding(hidden.indices, decoder)
-            back = torch.bmm(rows, slopes.unsqueeze(2)).squeeze(2) * (hidden.values > 0)
+            indices = hidden.indices[own] - number * stack.config.neurons
+            code = TopKOutput(hidden.values[own], indices)
+            rows = F.embedding(indices, alone.weights[1])
+            back = torch.bmm(rows, slopes.unsqueeze(2)).squeeze(2) * (code.values > 0)
         else:
-            back = _product(slopes[None], _rows(decoder, hidden.neurons).mT[None])[0]
-            gate_gradient(back, hidden.gate)
-        return _gradients(self.stack, self.batch, hidden, slopes, back, None)
+            code = ActiveNeurons(hidden.values[own], hidden.neurons, hidden.gate[own])
+            decoder = _rows(alone.weights[1], hidden.neurons)
+            back = _product(slopes.unsqueeze(0), decoder.mT.unsqueeze(0)).squeeze(0)
+            gate_gradient(back, code.gate)
+        part = Batch(batch.address[own], batch.labels[own], batch.weight[own], {})
+        return _gradients(alone, part, code, slopes, back, None)
+
+    return gradient
+
+
+def _own(stack: Stack, batch: Batch, number: int) -> slice:
+    """The samples of one learner."""
+    size = len(batch.labels) // len(stack)
+    return slice(number * size, (number + 1) * size)
 
 
 def _gradients(
@@ -228,8 +225,8 @@ def _gradients(
         if rows is not None:
             # Slots that are not active add nothing, wherever they point.
             places = torch.searchsorted(rows, places.contiguous()).clamp_(max=count - 1)
-        pairs = (back, batch.address), (hidden.values, slopes)
-        return [row_gradient(c, i, places, count) for c, i in pairs]
+        factors = [back, hidden.values], [batch.address, slopes]
+        return row_gradients(*factors, places, count, len(stack))
     values, back, address, slopes = (
         by_network(t, len(stack)) for t in (hidden.values, back, batch.address, slopes)
     )
@@ -243,7 +240,7 @@ def _gradients(
 
 def _moved_rows(stack: Stack, hidden: TopKOutput | ActiveNeurons) -> Tensor | None:
     """Ascending neurons [m] that the step moves: what fires and what a penalty pulls; None: all."""
-    if stack.momentum is not None or stack.weights[0].is_cuda or len(stack) > 1:
+    if stack.momentum is not None or not stack.weights[0].is_cpu or len(stack) > 1:
         return None  # momentum moves every row; on CUDA no shape may vary
     fired = _fired(hidden)
     if fired is None or not stack.penalized:
@@ -297,7 +294,7 @@ def _rows(matrix: Tensor, rows: Tensor | None) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """[S, m, i] @ [S, i, n], of which m or n is small, or a view that lies across."""
-    if a.is_cuda:
+    if not a.is_cpu:
         return torch.bmm(a, b)
     # A CPU's product with few columns on the right takes several times as long.
     parts = [(y.T @ x.T).T for x, y in zip(a, b, strict=True)]

@@ -119,18 +119,18 @@ def shared_order(indices: Tensor, neurons: int) -> Sequence[Tensor]:
         return ()
     task = torch._C._current_graph_task_id()
     if task < 0:
-        return _with_offsets(sorted_slots(indices, neurons))
+        return with_offsets(sorted_slots(indices, neurons))
     stream = torch.cuda.current_stream(indices.device) if indices.is_cuda else None
     place = indices.data_ptr(), indices.shape, indices.stride(), indices._version
     key = (task, stream, indices.device, place, neurons)
     kept = _kept
     if kept is None or kept.key != key:
         torch.autograd.Variable._execution_engine.queue_callback(_forget)
-        kept = _kept = _Kept(key, indices, _with_offsets(sorted_slots(indices, neurons)))
+        kept = _kept = _Kept(key, indices, with_offsets(sorted_slots(indices, neurons)))
     return kept.order
 
 
-def _with_offsets(order: Order) -> Sequence[Tensor]:
+def with_offsets(order: Order) -> Sequence[Tensor]:
     assert order.offsets is not None
     return order.neurons, order.slots, order.offsets
 
