@@ -291,13 +291,11 @@ def _tally(impl: str, draw: Draw) -> Results:
 
 def _distill_code(impl: str, draw: Draw) -> Results:
     values, indices = _code(draw)
-    counts = _counts()
-    output = distill_code(
+    return distill_code(
         values, indices, draw(R, C), torch.arange(B, device=DEVICE) % C, draw(B, C),
         draw(B, K).relu(), positions=torch.arange(R, device=DEVICE).clamp(max=K),
-        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), counts=counts, impl=impl,
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), impl=impl,
     )  # fmt: skip
-    return *output, counts
 
 
 def _row_update(impl: str, draw: Draw) -> Results:

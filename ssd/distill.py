@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ssd_kernels.reference import accumulation_dtype
 
 # One program holds a sample's row; beyond so many columns the torch path serves.
 MAX_COLUMNS = 4096
+MAX_LOOPED = 256  # on a CPU vectorised operators serve longer rows as fast
 _tuning.TABLE["distill"] = {
     "default": (
         ({"columns": 32}, {"num_warps": 1}),
@@ -59,7 +61,7 @@ def distill(
         kl: "reverse" is KL(student || teacher), "forward" KL(teacher || student).
         columns: [B, C] bool, the logits that D compares; None: all. At least one a sample.
         weight: [B] floating, multiplies each sample's gradients, not its loss.
-        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         The loss of each sample and its gradients, without autograd.
@@ -75,7 +77,9 @@ def distill(
         _checks.same_device("distill", "logits", logits, "weight", weight)
     widths = [t.shape[1] for t in (logits, hidden) if t is not None]
     served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS
-    serve = _dispatch.choose("distill", impl, logits, "torch", served)
+    given = logits, target_logits, hidden, target_hidden, weight
+    looped = loops_serve(max(widths), given, (alpha, lam, temperature))
+    serve = _dispatch.choose("distill", impl, logits, "torch", served, looped)
     with torch.no_grad():
         return serve(
             logits,
@@ -135,6 +139,61 @@ def _torch(
         loss.to(dtype),
         *(None if g is None else g.to(dtype).contiguous() for g in gradients),  # type: ignore[arg-type]
     )
+
+
+def loops_serve(
+    width: int, tensors: Sequence[Tensor | None], settings: Sequence[float | Tensor]
+) -> bool:
+    """Whether numba's loops are the fastest: for short rows of float32 and numbers for all."""
+    floats = all(t is None or t.dtype == torch.float32 for t in tensors)
+    return floats and width <= MAX_LOOPED and not any(isinstance(s, Tensor) for s in settings)
+
+
+def array(tensor: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> Any:
+    """What a loop reads of a tensor; [B, 0] of none."""
+    if tensor is None:
+        return torch.empty(rows, 0, dtype=dtype).numpy()
+    return tensor.detach().contiguous().numpy()
+
+
+def _numba(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    hidden: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    alpha: float,
+    lam: float,
+    temperature: float,
+    kl: str,
+    columns: Tensor | None,
+    weight: Tensor | None,
+) -> DistillOutput:
+    from ssd import _loops
+
+    rows = len(logits)
+    loss, grad_logits = logits.new_empty(rows), torch.empty_like(logits)
+    slopes = logits.new_zeros(rows, 0 if hidden is None else hidden.shape[1])
+    # Without target_logits a hidden term counts for nothing.
+    taught = target_hidden if target_logits is not None else None
+    _loops.distill(
+        array(logits, rows),
+        array(labels, rows),
+        array(target_logits, rows),
+        array(columns, rows, torch.bool),
+        array(hidden, rows),
+        array(taught, rows),
+        float(alpha),
+        float(lam),
+        float(temperature),
+        kl == "forward",
+        array(logits.new_ones(rows) if weight is None else weight, rows),
+        loss.numpy(),
+        grad_logits.numpy(),
+        slopes.numpy(),
+    )
+    return DistillOutput(loss, grad_logits, None if hidden is None else slopes)
 
 
 def _in_wide(
@@ -465,4 +524,4 @@ def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
         _checks.same_device("distill", "logits", logits, name, value)
 
 
-_dispatch.register("distill", reference=_reference, torch=_torch, triton=_triton)
+_dispatch.register("distill", reference=_reference, torch=_torch, numba=_numba, triton=_triton)

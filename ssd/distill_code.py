@@ -12,14 +12,17 @@ from torch.nn import functional as F
 from ssd import reference
 from ssd.distill import (
     MAX_COLUMNS,
+    array,
     distill,
     hidden_loss,
     logits_loss,
+    loops_serve,
     power,
     settings,
     settings_of,
 )
 from ssd_kernels import _dispatch, _op, _tuning
+from ssd_kernels._checks import in_range
 from ssd_kernels._segments import unit_stride
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import accumulation_dtype
@@ -57,7 +60,6 @@ def distill_code(
     kl: str = "reverse",
     columns: Tensor | None = None,
     weight: Tensor | None = None,
-    counts: Tensor | None = None,
     impl: str | None = None,
 ) -> CodeLoss:
     """`distill` of the logits that a code decodes to and of its neurons in a subnetwork.
@@ -70,8 +72,7 @@ def distill_code(
         positions: [R] int64, where each neuron stands in the subnetwork: 0..n-1, or n for none.
         alpha, lam, temperature, kl, columns: as in distill.
         weight: [B] floating, multiplies each sample's gradients, not its loss.
-        counts: [R] int64, counts[j] += the samples in which neuron j has a value > 0, in place.
-        impl: "triton" (of float32 alone), "torch" or "reference"; by default the fastest.
+        impl: "triton" and "numba" (of float32 alone), "torch" or "reference"; by default the fastest.
 
     Returns:
         Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.
@@ -82,7 +83,9 @@ def distill_code(
     units = 1 if target_hidden is None else target_hidden.shape[1]
     sizes = *values.shape, decoder.shape[1], units
     served = min(sizes) > 0 and max(sizes[2:]) <= MAX_COLUMNS and values.dtype == torch.float32
-    serve = _dispatch.choose("distill_code", impl, values, "torch", served)
+    given = values, decoder, target_logits, target_hidden, weight
+    looped = loops_serve(max(sizes[2:]), given, (alpha, lam, temperature))
+    serve = _dispatch.choose("distill_code", impl, values, "torch", served, looped)
     with torch.no_grad():
         return serve(
             values,
@@ -98,7 +101,6 @@ def distill_code(
             kl=kl,
             columns=columns,
             weight=weight,
-            counts=counts,
         )
 
 
@@ -109,7 +111,6 @@ def _reference(
     labels: Tensor,
     *targets: Tensor | None,
     weight: Tensor | None,
-    counts: Tensor | None,
     **options: Any,
 ) -> CodeLoss:
     with torch.enable_grad():
@@ -117,9 +118,7 @@ def _reference(
         logits, loss = reference.distill_code(leaf, indices, decoder, labels, *targets, **options)
         total = loss.sum() if weight is None else loss @ weight.to(loss.dtype)
         slopes = torch.autograd.grad(total, [logits, leaf])
-    active = values > 0
-    _count(indices, active, counts)
-    return CodeLoss(logits.detach(), loss.detach(), slopes[0], slopes[1].where(active, 0.0))
+    return CodeLoss(logits.detach(), loss.detach(), slopes[0], slopes[1].where(values > 0, 0.0))
 
 
 def _torch(
@@ -131,7 +130,6 @@ def _torch(
     target_hidden: Tensor | None,
     *,
     positions: Tensor | None,
-    counts: Tensor | None,
     **options: Any,
 ) -> CodeLoss:
     dtype, wide = values.dtype, accumulation_dtype(values.dtype)
@@ -146,15 +144,52 @@ def _torch(
     grad_values = (rows * output.grad_logits.unsqueeze(1)).sum(2)
     if output.grad_hidden is not None:
         grad_values += F.pad(output.grad_hidden, (0, 1)).gather(1, places)
-    active = values > 0
-    _count(indices, active, counts)
-    results = (logits, output.loss, output.grad_logits, grad_values.where(active, 0.0))
+    results = (logits, output.loss, output.grad_logits, grad_values.where(values > 0, 0.0))
     return CodeLoss(*(result.to(dtype) for result in results))
 
 
-def _count(indices: Tensor, active: Tensor, counts: Tensor | None) -> None:
-    if counts is not None:
-        counts.index_add_(0, indices.flatten(), active.flatten().to(counts.dtype))
+def _numba(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    positions: Tensor | None,
+    alpha: float,
+    lam: float,
+    temperature: float,
+    kl: str,
+    columns: Tensor | None,
+    weight: Tensor | None,
+) -> CodeLoss:
+    from ssd import _loops
+
+    rows, classes = len(values), decoder.shape[1]
+    in_range("distill_code", "labels", labels, classes)
+    logits, grad_logits = (values.new_empty(rows, classes) for _ in range(2))
+    loss, grad_values = values.new_empty(rows), values.new_empty(values.shape)
+    _loops.distill_code(
+        array(values, rows),
+        array(indices, rows),
+        array(decoder, rows),
+        array(labels, rows),
+        array(target_logits, rows),
+        array(columns, rows, torch.bool),
+        array(labels if positions is None else positions, rows),
+        array(target_hidden if target_logits is not None else None, rows),
+        float(alpha),
+        float(lam),
+        float(temperature),
+        kl == "forward",
+        array(values.new_ones(rows) if weight is None else weight, rows),
+        logits.numpy(),
+        loss.numpy(),
+        grad_logits.numpy(),
+        grad_values.numpy(),
+    )
+    return CodeLoss(logits, loss, grad_logits, grad_values)
 
 
 @jit
@@ -171,13 +206,11 @@ def _distill_code_kernel(
     lam,
     temperature,
     weight,  # [B]
-    counts,  # [R]
     logits,  # [B, C]
     loss,  # [B]
     grad_logits,  # [B, C]
     grad_values,  # [B, K]
     decoder_stride,
-    counts_stride,
     K: tl.constexpr,
     C: tl.constexpr,
     N: tl.constexpr,
@@ -187,7 +220,6 @@ def _distill_code_kernel(
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     FORWARD: tl.constexpr,
-    COUNT: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -214,9 +246,6 @@ def _distill_code_kernel(
         if HIDDEN:
             place = tl.load(positions + neuron, mask=used, other=N)
             z += tl.sum(tl.where(place[:, None] == unit[None, :], value[:, None], 0.0), axis=0)
-        if COUNT:
-            one = tl.full([SLOTS], 1, counts.dtype.element_ty)
-            tl.atomic_add(counts + neuron * counts_stride, one, mask=value > 0, sem="relaxed")
     at = row * C + column
     total, gradient = logits_loss(
         student, tl.load(labels + row), target_logits, columns, at, column, inside, a, share, t,
@@ -266,13 +295,12 @@ def _triton(
     kl: str,
     columns: Tensor | None,
     weight: Tensor | None,
-    counts: Tensor | None,
 ) -> CodeLoss:
     numbers, tensors = settings(values, alpha, lam, temperature)
     weight = None if weight is None else weight.to(torch.float32)
     results = _launch(
         values.detach(), indices, decoder.detach(), labels, target_logits, target_hidden, positions,
-        numbers, tensors, weight, kl, columns, counts,
+        numbers, tensors, weight, kl, columns,
     )  # fmt: skip
     return CodeLoss(*results)
 
@@ -285,7 +313,7 @@ def _like(
     return empty(shape), empty(len(values)), empty(shape), empty(values.shape)
 
 
-@_op.operator("ssd::distill_code", _like, mutates=("counts",))
+@_op.operator("ssd::distill_code", _like)
 def _launch(
     values: Tensor,
     indices: Tensor,
@@ -299,7 +327,6 @@ def _launch(
     weight: Tensor | None,
     kl: str,
     columns: Tensor | None,
-    counts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """numbers or tensors: alpha, lam and temperature, as `settings` gives them."""
     results = _like(values, indices, decoder)
@@ -323,10 +350,8 @@ def _launch(
             values if columns is None else columns.contiguous().view(torch.uint8),
             *(tensors or numbers),
             values if weight is None else weight.contiguous(),
-            indices if counts is None else counts,
             *results,
             decoder.stride(0),
-            0 if counts is None else counts.stride(0),
             K=slots,
             C=classes,
             N=units,
@@ -336,7 +361,6 @@ def _launch(
             HIDDEN=hidden,
             COLUMNS=columns is not None,
             FORWARD=kl == "forward",
-            COUNT=counts is not None,
             SLOTS=max(1, min(power(slots), chosen.pop("TILE") // widest)),
             BLOCK_C=power(classes),
             BLOCK_N=power(units),
@@ -345,4 +369,6 @@ def _launch(
     return results
 
 
-_dispatch.register("distill_code", reference=_reference, torch=_torch, triton=_triton)
+_dispatch.register(
+    "distill_code", reference=_reference, torch=_torch, numba=_numba, triton=_triton
+)

@@ -48,7 +48,7 @@ def row_gradients(
     """
     serve = _dispatch.choose("row_gradient", None, inputs[0])
     pairs = list(zip(coefficients, inputs, strict=True))
-    if serve is not _triton:
+    if serve is not _triton or _dispatch.tracing():
         return [serve(c, i, indices, neurons) for c, i in pairs]
     order = _segments.with_offsets(_segments.sorted_slots(indices, neurons, True, blocks))
     return [

@@ -460,7 +460,6 @@ def distill_code(
     columns: bool = False,
     kl: str = "reverse",
     each: bool = False,
-    counts: bool = True,
 ) -> None:
     """each: settings, and a weight, of each sample."""
     ours.distill_code(
@@ -473,7 +472,6 @@ def distill_code(
         **_settings(B, each),
         kl=kl,
         columns=_new(B, C, dtype=torch.bool) if columns else None,
-        counts=_counts(R, counts),
     )
 
 
@@ -566,7 +564,7 @@ GRID = [
     *_grid(distill_code, FP32, B=128, R=10000, K=10, C=10, teacher=False),
     *_grid(distill_code, FP32, B=128, R=10000, K=10, C=10, n=10, each=True),
     *_grid(distill_code, FP32, B=1280, R=100000, K=40, C=10, n=20, columns=True, each=True),
-    *_grid(distill_code, FP32, B=128, R=10000, K=40, C=10, counts=False),
+    *_grid(distill_code, FP32, B=128, R=10000, K=40, C=10),
     *_grid(distill_code, FP32, B=128, R=10000, K=300, C=100, n=200, kl="forward"),
     *_grid(distill_code, FP32, B=128, R=10000, K=128, C=128, n=4096, each=True),
     *_grid(distill_code, FP32, B=128, R=10000, K=300, C=4096, n=4096, columns=True),

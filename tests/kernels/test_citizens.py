@@ -327,7 +327,7 @@ def test_shapes_of_the_other_ops_without_data() -> None:
     assert sk.row_update([weight], [values], [x], chosen, **options).shape == ()
     loss = sk.distill(logits, labels, logits, values, values, alpha=0.5)
     assert loss.loss.shape == (BATCH,)
-    coded = sk.distill_code(values, chosen, cross, labels, logits, counts=counts, alpha=0.5)
+    coded = sk.distill_code(values, chosen, cross, labels, logits, alpha=0.5)
     assert [t.shape for t in coded] == [logits.shape, labels.shape, logits.shape, values.shape]
     assert sk.linear_code(x, weight, 3, 5)[0].values.shape == (BATCH, 5)
     with pytest.raises(TypeError, match="linear_active: how many neurons fire depends on values"):

@@ -196,13 +196,13 @@ def distilled(teacher: bool = True, each: bool = False) -> Prepare:
 
 def decoded(teacher: bool = True, each: bool = False) -> Prepare:
     """distill_code of [128, 10]; each: settings, and a weight, of each sample."""
-    positions = counts = new(10_000, dtype=torch.int64)
+    positions = new(10_000, dtype=torch.int64)
     names = ("alpha", "lam", "temperature", "weight")
     options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
     targets = [new(128, 10), new(128, 10)] if teacher else []
     return of(
         distill_code, *code(**SMALL), new(10_000, 10), new(128, dtype=torch.int64), *targets,
-        positions=positions, counts=counts, **options,
+        positions=positions, **options,
     )  # fmt: skip
 
 
@@ -320,7 +320,7 @@ PINS = {
         6,
     ),
     "row_update of ten networks": Pin(
-        update(256, 10, S=10, **SMALL),
+        update(256, 10, S=10, B=1280, R=10_000, k=10),
         f"{RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel",
         6,
     ),
@@ -330,7 +330,7 @@ PINS = {
         "_gate_kernel", 0,
     ),
     "dense_update": Pin(
-        dense(), "_squares_kernel _squares_kernel _dense_apply_kernel _dense_apply_kernel", 1
+        dense(), "_squares_kernel _dense_apply_kernel _dense_apply_kernel", 1
     ),
     "draw_batch": Pin(batch(), "_draw_kernel", 0),
     "tally": Pin(tallied(), "_tally_kernel", 0),

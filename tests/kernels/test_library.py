@@ -206,13 +206,11 @@ def _distill_code(device: str) -> Run:
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
 
     def run(impl: str | None) -> list[Tensor]:
-        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
         code, terms = (values, indices, decoder, labels), (target, taught)
         options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
         return [
-            *sk.distill_code(*code, *terms, positions=positions, counts=counts, **options),
+            *sk.distill_code(*code, *terms, positions=positions, **options),
             *sk.distill_code(*code, weight=weight, impl=impl),
-            counts,
         ]
 
     return run
@@ -497,7 +495,6 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
             share,
             "forward",
             logits > 0,
-            counts,
         ),
         "distill_code plain": (
             plain,
@@ -511,7 +508,6 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
             [],
             None,
             "reverse",
-            None,
             None,
         ),
         "distill plain": (logits, labels, None, None, None, numbers, [], None, "reverse", None),

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssd_kernels import _dispatch, reference
+from ssd_kernels import reference
 from ssd_kernels._graded_code import ActiveNeurons, Scratch, linear_active
+from tests.kernels.conftest import NUMBA
 
-IMPLS = ["torch", "reference", *(["numba"] if _dispatch.NUMBA else [])]
+IMPLS = ["torch", "reference", *NUMBA]
 
 
 def layer(batch: int, features: int, neurons: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _tuning, row_update
-from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.conftest import INTERPRETED, NUMBA, triton_only
 
-IMPLS = ["reference", "torch", triton_only("triton")]
-FAST = ["torch", triton_only("triton")]
+FAST = ["torch", *NUMBA, triton_only("triton")]
+IMPLS = ["reference", *FAST]
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 OPTIONS: list[dict[str, Any]] = [
     {},

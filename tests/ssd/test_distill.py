@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ssd import reference
 from ssd.distill import distill
-from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.conftest import INTERPRETED, NUMBA, triton_only
 
-FAST = ["torch", triton_only("triton")]
+FAST = ["torch", *NUMBA, triton_only("triton")]
 IMPLS = ["reference", *FAST]
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 
