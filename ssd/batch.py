@@ -111,7 +111,7 @@ def tally(
         wider: [S B] bool. overflow: [S] bool, set where some sample is wider.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
-    serve = _dispatch.choose("tally", impl, logits, served=_float32(loss, weight))
+    serve = _dispatch.choose("tally", impl, logits, served=_float32(loss, logits, weight))
     with torch.no_grad():
         serve(loss, logits, labels, weight, loss_sum, correct, seen, position, wider, overflow)
 
@@ -273,8 +273,7 @@ def _draw(
         inputs, labels, order, samples, position, size, target_logits, target_hidden, counts
     )
     learners, longest = order.shape
-    widths = [inputs.shape[1], drawn[3].numel() and drawn[3].shape[1],
-              drawn[4].numel() and drawn[4].shape[1]]  # fmt: skip
+    widths = [0 if t is None else t.shape[1] for t in (inputs, target_logits, target_hidden)]
     chosen = _tuning.config("draw_batch", inputs.device, width=max(widths))
     programs = learners * size - (-drawn[5].numel() // chosen["BLOCK"])
     given = [
