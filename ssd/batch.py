@@ -153,11 +153,11 @@ def _torch_draw(
 @jit
 def _copy_row(source, target, row, program, real, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """target[program] = source[row], or zeros."""
+    width = tl.where(real, WIDTH, 0)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        value = tl.load(source + row * WIDTH + column, mask=inside & real, other=0.0)
-        tl.store(target + program * WIDTH + column, value, mask=inside)
+        value = tl.load(source + row * WIDTH + column, mask=column < width, other=0.0)
+        tl.store(target + program * WIDTH + column, value, mask=column < WIDTH)
 
 
 @jit(do_not_specialize=["learners", "size", "stored", "longest", "neurons"])
