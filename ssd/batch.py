@@ -111,7 +111,7 @@ def tally(
         wider: [S B] bool. overflow: [S] bool, set where some sample is wider.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
-    serve = _dispatch.choose("tally", impl, logits, served=_float32(loss, weight))
+    serve = _dispatch.choose("tally", impl, logits, served=_float32(loss, logits, weight))
     with torch.no_grad():
         serve(loss, logits, labels, weight, loss_sum, correct, seen, position, wider, overflow)
 
@@ -153,11 +153,11 @@ def _torch_draw(
 @jit
 def _copy_row(source, target, row, program, real, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """target[program] = source[row], or zeros."""
+    width = tl.where(real, WIDTH, 0)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < WIDTH
-        value = tl.load(source + row * WIDTH + column, mask=inside & real, other=0.0)
-        tl.store(target + program * WIDTH + column, value, mask=inside)
+        value = tl.load(source + row * WIDTH + column, mask=column < width, other=0.0)
+        tl.store(target + program * WIDTH + column, value, mask=column < WIDTH)
 
 
 @jit(do_not_specialize=["learners", "size", "stored", "longest", "neurons"])
@@ -275,8 +275,7 @@ def _draw(
         inputs, labels, order, samples, position, size, target_logits, target_hidden, counts
     )
     learners, longest = order.shape
-    widths = [inputs.shape[1], drawn[3].numel() and drawn[3].shape[1],
-              drawn[4].numel() and drawn[4].shape[1]]  # fmt: skip
+    widths = [0 if t is None else t.shape[1] for t in (inputs, target_logits, target_hidden)]
     chosen = _tuning.config("draw_batch", inputs.device, width=max(widths))
     programs = learners * size - (-drawn[5].numel() // chosen["BLOCK"])
     given = [

@@ -47,7 +47,8 @@ def _torch(
         return
     if gated:
         _add_slopes(gradient, slopes, positions)
-    # A CPU's operators with a mask of booleans take five times as long.
+    if gate.dtype == torch.bool:  # which a CPU converts slowly
+        gate = gate.view(torch.uint8)
     gate = gate.to(gradient.dtype)
     torch.ops.aten.threshold_backward.grad_input(gradient, gate, 0.0, grad_input=gradient)
     if not gated:

@@ -326,7 +326,7 @@ def distill(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def dense_update(widths: list[int], blocks: int, **options: Any) -> None:
+def dense_update(widths: list[int], blocks: int, nonnegative: bool = True, **options: Any) -> None:
     given = [[torch.randn(5 * blocks, width) for width in widths] for _ in range(3)]
     if blocks > 1:
         bounds, samples = torch.rand(blocks), torch.arange(blocks) % 2
@@ -336,7 +336,7 @@ def dense_update(widths: list[int], blocks: int, **options: Any) -> None:
         weights, gradients, buffers = ([t.to(dtype, copy=True) for t in ts] for ts in given)
         kept = buffers if "momentum" in options else None
         ops.dense_update(
-            weights, gradients, nonnegative=True, normalize=[True, False], buffers=kept,
+            weights, gradients, nonnegative=nonnegative, normalize=[True, False], buffers=kept,
             blocks=blocks, impl=impl, **options,
         )  # fmt: skip
         results.append([t.double() for t in weights + buffers])
@@ -485,7 +485,7 @@ CASES: dict[str, Callable[[], None]] = {
     "distill hidden alone": partial(distill, 3, False, True, False, "reverse", each=True),
     "distill forward": partial(distill, 18, True, False, False, "forward"),
     "distill labels": partial(distill, 3, False, False, False, "reverse"),
-    "dense_update": partial(dense_update, [5, 3], 1, lr=0.1),
+    "dense_update": partial(dense_update, [5, 3], 1, False, lr=0.1),
     "dense_update clipped": partial(dense_update, [11, 8], 1, lr=0.1, max_norm=0.5, momentum=0.9),
     "dense_update blocks": partial(dense_update, [9, 2], 3),
     "draw_batch": partial(draw_batch, 5, True, True),
