@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -252,7 +253,9 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
     code = encoder.encode(address)
     assert isinstance(code, TopKOutput) and learner.distiller is not None
     terms = learner.distiller.terms(samples)
-    batch = Batch(address, learner.labels[samples], torch.full_like(address[:, 0], 1 / len(samples)), terms)
+    batch = Batch(
+        address, learner.labels[samples], torch.full_like(address[:, 0], 1 / len(samples)), terms
+    )
     slots, neurons = code.indices.numel(), trainer.config.neurons
     codes = {BACKWARD: code}
     if slots <= neurons:

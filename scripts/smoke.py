@@ -31,8 +31,8 @@ from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
 from ssd.dense_update import dense_update
 from ssd.distill import distill
-from ssd.gate_gradient import gate_gradient
 from ssd.distill_code import distill_code
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient

@@ -369,6 +369,4 @@ def _launch(
     return results
 
 
-_dispatch.register(
-    "distill_code", reference=_reference, torch=_torch, numba=_numba, triton=_triton
-)
+_dispatch.register("distill_code", reference=_reference, torch=_torch, numba=_numba, triton=_triton)

@@ -198,16 +198,16 @@ class AnnealedTopKLinear(TopKLinear):
         gaba, excited = self.response()
         k, weight = self.current_k(), self.weight.detach()
         counts = self.counts if self.training else None
-        # One width for the whole schedule, so that the steps of all learners have one shape.
-        width = WIDTH * k if self.schedule == "gaba" else k
+        width = k if gaba is None else WIDTH * k
         wide = every or excited or width > self.neurons * SPARSE_SHARE
         if gaba is not None and self._computes_all():
             wide = True  # the active neurons are as cheap, and never too many
         if not wide and self.samples >= self.dense_until:
             shadow = self._estimator()
             code, wider = linear_code(
-                x, weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow
-            )
+                x, weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow,
+                scratch=self._scratch,
+            )  # fmt: skip
             if not wider.any():
                 if counts is not None:
                     count_active(code.values, code.indices, counts)

@@ -256,9 +256,7 @@ def _fired(hidden: TopKOutput | ActiveNeurons) -> Tensor | None:
     return hidden.neurons
 
 
-def _update(
-    stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | None
-) -> None:
+def _update(stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | None) -> None:
     """Penalties, global-norm clip, momentum, SGD and constraints, on all rows or on some [m]."""
     parts = zip(*(g.chunk(len(stack)) for g in gradients), strict=True)
     for each, own in zip(stack.learners, parts, strict=True):

@@ -140,6 +140,7 @@ def linear_code(
     inhibition: str = "subtract",
     counts: Tensor | None = None,
     shadow: Shadow | None = None,
+    scratch: Scratch | None = None,
     blocks: int = 1,
     impl: str | None = None,
 ) -> tuple[TopKOutput, Tensor]:
@@ -150,9 +151,11 @@ def linear_code(
         width: slots of the code, k..R.
         gaba: [R] in (0, 1].
         counts: as in linear_topk, of what the code holds.
-        shadow: an up-to-date Shadow of weight; the result is the same without it.
+        shadow: an up-to-date Shadow of weight; the result is the same without it, but for rounding
+            where numba serves.
+        scratch: memory of an earlier call, used again on a CPU.
         blocks: networks whose rows follow one another; with several there is no shadow.
-        impl: "triton", "torch" or "reference".
+        impl: "triton", "numba", "torch" or "reference".
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
@@ -174,15 +177,20 @@ def linear_code(
     # Without gaba the torch path goes by linear_topk's kernels.
     served = gaba is not None and x.dtype == torch.float32 and k < neurons
     served = served and max(k + 1, width) <= MAX_K
-    serve = _dispatch.choose("linear_code", impl, x, served=served)
+    looped = gaba is None and blocks == 1 and len(x) > 0 and weight.dtype == torch.float32
+    serve = _dispatch.choose("linear_code", impl, x, served=served, looped=looped)
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
         if serve is _triton_code and gaba is not None:
             return _triton_code(x, weight, k, width, gaba, inhibition, counts, blocks)
-        options = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
-        code, wider = serve(x, weight, k, width, gaba, **options)
+        if serve is _numba_code:
+            own = scratch or Scratch()
+            code, wider = _numba_code(x, weight, k, width, inhibition, shadow, own)
+        else:
+            options = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
+            code, wider = serve(x, weight, k, width, gaba, **options)
         if counts is not None:
             count_active(code.values, code.indices, counts)
     return code, wider
@@ -374,9 +382,42 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
         )
 
 
+def _numba_code(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    width: int,
+    inhibition: str,
+    shadow: Shadow | None,
+    scratch: Scratch,
+) -> tuple[TopKOutput, Tensor]:
+    from ssd_kernels import _loops
+
+    code = TopKOutput(x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64))
+    given = k, inhibition == "mask", code.values.numpy(), code.indices.numpy()
+    served = False
+    if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // GROUP:
+        served = _loops.code_of_estimates(
+            shadow.estimates(x).view(torch.uint16).numpy(),
+            GROUP,
+            GROUP_SHARE,
+            shadow.relative_error(),
+            TINY,
+            x.contiguous().numpy(),
+            weight.detach().contiguous().numpy(),
+            *given,
+        )
+    if not served:
+        scores = torch.mm(weight, x.T, out=scratch(0, x, len(weight), len(x)))
+        _loops.code(scores.numpy(), *given)
+    return _widened(code, width), torch.zeros(len(x), dtype=torch.bool)
+
+
 def _widened(code: TopKOutput, width: int) -> TopKOutput:
     """A code with slots of value 0 at its end."""
     more = width - code.values.shape[1]
+    if more == 0:
+        return code
     spare = code.indices[:, :1].expand(-1, more)
     return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
 
@@ -407,7 +448,9 @@ class ActiveNeurons(NamedTuple):
     """What fires in a batch."""
 
     values: Tensor  # [S B, n] >= 0
-    neurons: Tensor | None  # [n] int64, ascending: those with a value > 0 for some sample; None: all
+    neurons: (
+        Tensor | None
+    )  # [n] int64, ascending: those with a value > 0 for some sample; None: all
     gate: Tensor  # [S B, n]: the gradient passes where it is > 0
 
 
@@ -527,7 +570,9 @@ def _torch_active(
         # Faster than to sum booleans, in a dtype that holds every count.
         fired = values.sign().sum(1, dtype=torch.float32 if batch <= 2**24 else torch.float64)
         fired = fired.to(counts.dtype)
-        counts += fired if chosen is None else counts.new_zeros(neurons).index_copy_(0, chosen, fired)
+        counts += (
+            fired if chosen is None else counts.new_zeros(neurons).index_copy_(0, chosen, fired)
+        )
     return ActiveNeurons(values.T, chosen, gate.T)
 
 
@@ -590,7 +635,13 @@ def _triton_active(
     return ActiveNeurons(hidden, None, passes)
 
 
-_dispatch.register("linear_code", reference=_reference_code, torch=_torch_code, triton=_triton_code)
+_dispatch.register(
+    "linear_code",
+    reference=_reference_code,
+    torch=_torch_code,
+    numba=_numba_code,
+    triton=_triton_code,
+)
 _dispatch.register(
     "linear_active",
     reference=_reference_active,

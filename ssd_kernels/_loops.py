@@ -174,3 +174,108 @@ def inhibit(
             neurons[found] = j
             found += 1
     return found
+
+
+@loop
+def _kept(best: Any, who: Any, k: int, mask: bool, values: Any, indices: Any) -> float:
+    """A sample's code [k] of its k + 1 largest scores, or fewer; returns the inhibition."""
+    zero = np.float32(0)
+    cut = best[k] if len(best) > k else zero
+    cut = zero if cut <= 0 else cut
+    for s in range(k):
+        activation = zero if best[s] <= 0 else best[s]
+        rest = activation - cut
+        value = rest if not mask else activation
+        values[s] = zero if rest <= 0 else value
+        indices[s] = who[s]
+    return cut
+
+
+@loop
+def code(scores: Any, k: int, mask: bool, values: Any, indices: Any) -> None:
+    """The code [B, k] of scores [R, B]: the k largest, less the next one or, with mask, as is."""
+    best = np.empty((scores.shape[1], min(k + 1, len(scores))), scores.dtype)
+    who = np.empty(best.shape, np.int64)
+    rank(scores, best.shape[1], best, who)
+    for b in range(len(best)):
+        _kept(best[b], who[b], k, mask, values[b], indices[b])
+
+
+@loop
+def _dot(a: Any, b: Any) -> float:
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@loop
+def _ranked_in(best: Any, who: Any, held: int, score: float, neuron: int) -> int:
+    """Puts a neuron, higher than all so far, among the best of `held`; returns how many."""
+    most = len(best)
+    if held == most and not _above(score, best[most - 1]):
+        return held
+    at = min(held, most - 1)
+    while at > 0 and _above(score, best[at - 1]):
+        best[at], who[at] = best[at - 1], who[at - 1]
+        at -= 1
+    best[at], who[at] = score, neuron
+    return min(held + 1, most)
+
+
+@loop
+def code_of_estimates(
+    estimates: Any, group: int, share: int, error: float, tiny: float, x: Any, weight: Any,
+    k: int, mask: bool, values: Any, indices: Any,
+) -> bool:  # fmt: skip
+    """The code [B, k] by bfloat16 estimates of scores, the bits of numbers >= 0 [R', B].
+
+    The (k+1)-th largest maximum of groups bounds the inhibition from below. What may reach it,
+    given the relative error, is scored. False: that is more than one group in `share`.
+    """
+    groups, batch = len(estimates) // group, estimates.shape[1]
+    maxima = np.zeros((groups, batch), estimates.dtype)
+    for g in range(groups):
+        for j in range(g * group, g * group + group):
+            for b in range(batch):
+                maxima[g, b] = max(maxima[g, b], estimates[j, b] & np.uint16(0x7FFF))  # -0.0 is 0
+    reached = np.empty((batch, k + 1), estimates.dtype)
+    who = np.empty((batch, k + 1), np.int64)
+    rank(maxima, k + 1, reached, who)
+    bits = np.empty(batch, np.uint32)
+    for b in range(batch):
+        bits[b] = np.uint32(reached[b, k]) << np.uint32(16)
+    least = bits.view(np.float32)
+    for b in range(batch):
+        least[b] = max(least[b] * np.float32((1 - error) / (1 + error)), np.float32(tiny))
+    floor = np.empty(batch, estimates.dtype)
+    opened = 0
+    for b in range(batch):
+        floor[b] = (bits[b] + np.uint32(0xFFFF)) >> np.uint32(16)
+    for g in range(groups):
+        for b in range(batch):
+            opened += maxima[g, b] >= floor[b]
+    if opened * share > groups * batch:
+        return False
+    best = np.empty((batch, k + 1), np.float32)
+    held = np.zeros(batch, np.int64)
+    for g in range(groups):
+        any_reached = 0
+        for b in range(batch):
+            any_reached |= maxima[g, b] >= floor[b]
+        if not any_reached:
+            continue
+        for b in range(batch):
+            if maxima[g, b] >= floor[b]:
+                for j in range(g * group, min(g * group + group, len(weight))):
+                    if (estimates[j, b] & np.uint16(0x7FFF)) >= floor[b]:
+                        score = _dot(x[b], weight[j])
+                        held[b] = _ranked_in(best[b], who[b], held[b], score, j)
+    for b in range(batch):
+        cut = best[b, k] if held[b] > k else np.float32(0)
+        if not tiny < cut < 1 / tiny:  # products underflow or overflow: the error has no bound
+            held[b] = 0
+            for j in range(len(weight)):
+                held[b] = _ranked_in(best[b], who[b], held[b], _dot(x[b], weight[j]), j)
+        _kept(best[b], who[b], k, mask, values[b], indices[b])
+    return True

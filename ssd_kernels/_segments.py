@@ -53,9 +53,7 @@ def segments(indices: Tensor, kept: Tensor) -> Segments:
     return Segments(neurons, lengths.cumsum(0) - lengths, positions[order])
 
 
-def sorted_slots(
-    indices: Tensor, neurons: int, by_neuron: bool = True, blocks: int = 1
-) -> Order:
+def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: int = 1) -> Order:
     """The slots of a code [B, K] in order; `by_neuron`: with the offsets of all R neurons.
 
     blocks: networks whose samples and neurons follow one another; each is ranked by itself.

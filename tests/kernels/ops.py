@@ -9,8 +9,8 @@ from ssd.batch import draw_batch, tally
 from ssd.code_gram import code_gram
 from ssd.dense_update import dense_update
 from ssd.distill import distill
-from ssd.gate_gradient import gate_gradient
 from ssd.distill_code import distill_code
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import (
     count_active,
     linear_inhibit,
@@ -27,9 +27,9 @@ __all__ = [
     "count_active",
     "dense_update",
     "distill",
+    "distill_code",
     "draw_batch",
     "gate_gradient",
-    "distill_code",
     "linear_active",
     "linear_code",
     "linear_inhibit",

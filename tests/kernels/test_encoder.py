@@ -346,6 +346,8 @@ def test_graded_codes_repeat(device: str, impl: str) -> None:
 def test_a_graded_code_of_no_rows(device: str, impl: str) -> None:
     weight = torch.rand(60, 8, device=device)
     gaba = torch.ones(60, device=device)
-    values, indices, overflow = _encoder.graded_code(weight[:0], weight, 5, 20, gaba, "mask", None, 2)
+    values, indices, overflow = _encoder.graded_code(
+        weight[:0], weight, 5, 20, gaba, "mask", None, 2
+    )
     assert values.shape == indices.shape == (0, 20)
     assert overflow.shape == (0,)

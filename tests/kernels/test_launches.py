@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 import ssd_kernels as ours
 from ssd.batch import draw_batch, tally
 from ssd.dense_update import dense_update
-from ssd.gate_gradient import gate_gradient
 from ssd.distill import distill
 from ssd.distill_code import distill_code
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import launches
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from ssd.data import Task
 from ssd.learner import ENCODER, Learner, build_model
 from ssd.regularizers import Quadratic
 from ssd_kernels import _dispatch
-import launches
 from tests.kernels.test_launches import Count
 
 pytestmark = [

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.config import IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
 from ssd.activations import evaluating
-from ssd.regularizers import EWC, L2, MAS, SI, Quadratic, beta_loss, Gradient
+from ssd.config import IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
+from ssd.regularizers import EWC, L2, MAS, SI, Gradient, Quadratic, beta_loss
 from ssd.sdmlp import SDMLP
 
 FEATURES, CLASSES, SAMPLES, BATCH = 6, 4, 600, 100  # importance: a batch of 512 and one of 88

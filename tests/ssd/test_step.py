@@ -264,7 +264,11 @@ MOSTLY = {
 def watch(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the steps by the path they take, and those under a penalty by the rows they move."""
     taken: Counter[str] = Counter()
-    encode, plain_step, update = AnnealedTopKLinear.encode, step_module.plain_step, step_module._update
+    encode, plain_step, update = (
+        AnnealedTopKLinear.encode,
+        step_module.plain_step,
+        step_module._update,
+    )
 
     def encoded(layer: AnnealedTopKLinear, *given: Any, **options: Any) -> Any:
         hidden = encode(layer, *given, **options)
