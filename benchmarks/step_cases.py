@@ -251,7 +251,8 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
     samples = torch.arange(trainer.config.batch_size, device=trainer.device)
     address = learner.inputs[samples]
     code = encoder.encode(address)
-    assert isinstance(code, TopKOutput) and learner.distiller is not None
+    assert isinstance(code, TopKOutput)
+    assert learner.distiller is not None
     terms = learner.distiller.terms(samples)
     batch = Batch(
         address, learner.labels[samples], torch.full_like(address[:, 0], 1 / len(samples)), terms

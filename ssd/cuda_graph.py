@@ -41,7 +41,7 @@ class GraphedEpochs:
         self.stack = stack = Stack(learners)
         self.device, dtype = stack.weights[0].device, stack.weights[0].dtype
         first, count = learners[0], len(learners)
-        features, classes = (weight.shape[1] for weight in stack.weights)
+        features = stack.weights[0].shape[1]
         self.longest = max(len(task.y_train) for each in learners for task in each.tasks)
         self.batch = min(first.config.batch_size, self.longest)
         self.encoder = stack.encoders[0]
@@ -199,9 +199,10 @@ class GraphedEpochs:
             self.taken,
             self.position,
             self.batch,
-            counts=stack.counts if gaba else None,
-            anneal_samples=self.anneal_samples if gaba else None,
-            **self.teacher,
+            self.teacher.get("target_logits"),
+            self.teacher.get("target_hidden"),
+            stack.counts if gaba else None,
+            self.anneal_samples if gaba else None,
         )
         terms = dict(self.terms)
         for name in self.teacher:

@@ -72,7 +72,8 @@ def distill_code(
         positions: [R] int64, where each neuron stands in the subnetwork: 0..n-1, or n for none.
         alpha, lam, temperature, kl, columns: as in distill.
         weight: [B] floating, multiplies each sample's gradients, not its loss.
-        impl: "triton" and "numba" (of float32 alone), "torch" or "reference"; by default the fastest.
+        impl: "triton" or "numba" (of float32 alone), "torch" or "reference"; by default the
+            fastest.
 
     Returns:
         Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.

@@ -57,7 +57,7 @@ def plain_step(each: Learner, samples: Tensor) -> None:
             direction = scale * gradients[number]
             if each.momentum is not None:
                 direction = each.momentum[number].mul_(config.momentum).add_(direction)
-            parameter -= config.lr * direction
+            parameter.sub_(config.lr * direction)
         each.model.constrain()
         each.loss_sum += loss * len(labels)
         each.correct += (logits.argmax(-1) == labels).sum()
@@ -96,13 +96,15 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
     Returns:
         The loss and its gradients, of which grad_values goes with hidden.values.
     """
-    coded = isinstance(hidden, TopKOutput)
-    loss = _code_loss(stack, batch, hidden) if coded else _active_loss(stack, batch, hidden)
+    if isinstance(hidden, TopKOutput):
+        loss = _code_loss(stack, batch, hidden)
+    else:
+        loss = _active_loss(stack, batch, hidden)
     for number, each in enumerate(stack.learners):
         for regularizer in each.regularizers:
             gradient = _gradient_of(stack, batch, hidden, loss.logits, number)
             regularizer.before_step(gradient, batch.labels[_own(stack, batch, number)])
-    if coded and not stack.penalized and stack.momentum is None:
+    if isinstance(hidden, TopKOutput) and not stack.penalized and stack.momentum is None:
         row_update(
             stack.weights,
             [loss.grad_values, hidden.values],
@@ -146,6 +148,7 @@ def _active_loss(stack: Stack, batch: Batch, active: ActiveNeurons) -> CodeLoss:
     decoder = by_network(_rows(stack.weights[1], active.neurons), len(stack))
     logits = _product(values, decoder).flatten(0, 1).contiguous()
     if "target_hidden" in terms:
+        assert stack.positions is not None
         positions = _rows(stack.positions, active.neurons)
         terms["hidden"] = _distilled(stack, batch, active)
     loss = distill(logits, batch.labels, weight=batch.weight, **terms)
@@ -242,18 +245,16 @@ def _moved_rows(stack: Stack, hidden: TopKOutput | ActiveNeurons) -> Tensor | No
     """Ascending neurons [m] that the step moves: what fires and what a penalty pulls; None: all."""
     if stack.momentum is not None or not stack.weights[0].is_cpu or len(stack) > 1:
         return None  # momentum moves every row; on CUDA no shape may vary
-    fired = _fired(hidden)
+    fired = _fired(hidden) if isinstance(hidden, TopKOutput) else hidden.neurons
     if fired is None or not stack.penalized:
         return fired
     pulled = stack.learners[0].penalized_rows()
     return None if pulled is None else torch.cat([pulled, fired]).unique()
 
 
-def _fired(hidden: TopKOutput | ActiveNeurons) -> Tensor | None:
-    """Neurons that fire; None: it may be any."""
-    if isinstance(hidden, TopKOutput):
-        return hidden.indices[hidden.values > 0]
-    return hidden.neurons
+def _fired(code: TopKOutput) -> Tensor:
+    """The neurons that fire, each as often as it does."""
+    return code.indices[code.values > 0]
 
 
 def _update(stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | None) -> None:

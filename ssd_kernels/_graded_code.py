@@ -511,8 +511,9 @@ def _reference_active(
     every: bool,
     blocks: int,
 ) -> ActiveNeurons:
-    given = {"inhibition": inhibition, "counts": counts, "blocks": blocks}
-    hidden = reference.linear_inhibit(x, weight, k, gaba, **given)
+    hidden = reference.linear_inhibit(
+        x, weight, k, gaba, inhibition=inhibition, counts=counts, blocks=blocks
+    )
     gate = hidden * (reference.scores_of(x, weight, None, blocks) > 0)
     if every:
         return ActiveNeurons(hidden, None, gate)

@@ -20,11 +20,11 @@ LANES = 16  # columns that are ranked side by side: a vector register of them
 def loop(function: F) -> F:
     """numba.njit, kept on the disk where some folder may be written to."""
     # A sum in another order than written, the same every time: one that fills vector registers.
-    options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract"}}
     try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        return numba.njit(**options)(function)
 
 
 @loop

@@ -114,7 +114,7 @@ def test_blocks_must_divide_the_rows(blocks: int, rows: int) -> None:
 def test_samples_follow_one_another_as_their_networks_do() -> None:
     step = Step(2, 2, 6, [4])
     step.indices = torch.tensor([[0, 2], [3, 1]])
-    with pytest.raises(ValueError, match="indices of network 1 hold 1; they must lie in 3..5"):
+    with pytest.raises(ValueError, match=r"indices of network 1 hold 1; they must lie in 3\.\.5"):
         step.run("torch", torch.float32, blocks=2)
 
 

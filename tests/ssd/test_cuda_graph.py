@@ -174,6 +174,16 @@ def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch
             trainer.graphed.body(form)
 
 
+def on_cuda(variant: str, count: int, epochs: int) -> Trainer:
+    learners = []
+    for each in make_trainer(variant, torch.float32, count, epochs).learners:
+        tasks = [task.to(torch.device("cuda")) for task in each.tasks]
+        learners.append(type(each)(each.config, tasks, each.model.to("cuda")))
+    trainer = Trainer(learners)
+    assert trainer.graphed is not None
+    return trainer
+
+
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("error:no CUDA graph")
 @pytest.mark.parametrize("variant", SERVED)
