@@ -110,6 +110,11 @@ class Shadow:
             self.rows = weight
         elif neurons is None:
             self.rows.copy_(weight)
+        elif _dispatch.NUMBA and self.rows.dtype == torch.bfloat16 and weight.is_contiguous():
+            from ssd_kernels import _loops
+
+            rows = self.rows.view(torch.uint16).numpy()
+            _loops.round_rows(weight.view(torch.uint32).numpy(), neurons.numpy(), rows)
         else:
             self.rows.index_copy_(0, neurons, F.embedding(neurons, weight).to(self.rows.dtype))
         self._seen = weight._version, weight.data_ptr()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssd import cuda_graph, reference
+from ssd import cuda_graph
 from ssd.cuda_graph import DENSE, EXACT, GRADED, GraphedEpochs
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
@@ -105,7 +105,6 @@ def test_no_bit_depends_on_the_companions(variant: str, monkeypatch: pytest.Monk
     """
     one_by_one = lambda a, b: torch.stack([x @ y for x, y in zip(a, b, strict=True)])  # noqa: E731
     monkeypatch.setattr(torch, "bmm", one_by_one)
-    monkeypatch.setattr(reference, "VECTOR", 0)  # a softmax row by row
     ends = []
     for companions in ([0, 1, 2], [1, 0], [2, 1]):
         learners = make_trainer(variant, torch.float32, 3).learners
