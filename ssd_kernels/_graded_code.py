@@ -417,7 +417,7 @@ def _widened(code: TopKOutput, width: int) -> TopKOutput:
     """A code with slots of value 0 at its end."""
     more = width - code.values.shape[1]
     if more == 0:
-        return code
+        return TopKOutput(code.values, code.indices)
     spare = code.indices[:, :1].expand(-1, more)
     return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
 
