@@ -152,7 +152,7 @@ def loops_serve(
 def array(tensor: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> Any:
     """What a loop reads of a tensor; [B, 0] of none."""
     if tensor is None:
-        return torch.empty(rows, 0, dtype=dtype).numpy()
+        return torch.empty(rows, 0, dtype=dtype, device="cpu").numpy()
     return tensor.detach().contiguous().numpy()
 
 

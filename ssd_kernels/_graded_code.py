@@ -398,7 +398,7 @@ def _numba_code(
 ) -> tuple[TopKOutput, Tensor]:
     from ssd_kernels import _loops
 
-    code = TopKOutput(x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64))
+    code = TopKOutput(x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64))
     given = k, inhibition == "mask", code.values.numpy(), code.indices.numpy()
     served = False
     if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // GROUP:
@@ -415,14 +415,14 @@ def _numba_code(
     if not served:
         scores = torch.mm(weight, x.T, out=scratch(0, x, len(weight), len(x)))
         _loops.code(scores.numpy(), *given)
-    return _widened(code, width), torch.zeros(len(x), dtype=torch.bool)
+    return _widened(code, width), x.new_zeros(len(x), dtype=torch.bool)
 
 
 def _widened(code: TopKOutput, width: int) -> TopKOutput:
     """A code with slots of value 0 at its end."""
     more = width - code.values.shape[1]
     if more == 0:
-        return code
+        return TopKOutput(code.values, code.indices)
     spare = code.indices[:, :1].expand(-1, more)
     return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
 
@@ -602,7 +602,7 @@ def _numba_active(
     values = gate = scratch(1, x, size, batch)
     if excited:
         gate = scratch(2, x, size, batch)
-    neurons, nothing = torch.empty(size, dtype=torch.int64), x.new_empty(0)
+    neurons, nothing = x.new_empty(size, dtype=torch.int64), x.new_empty(0)
     found = _loops.inhibit(
         scores.numpy(),
         cut.numpy(),

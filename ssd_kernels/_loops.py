@@ -225,8 +225,10 @@ def _kept(best: Any, who: Any, k: int, mask: bool, values: Any, indices: Any) ->
     for s in range(k):
         activation = zero if best[s] <= 0 else best[s]
         rest = activation - cut
-        value = rest if not mask else activation
-        values[s] = zero if rest <= 0 else value
+        if mask:
+            values[s] = activation if rest > 0 or activation != activation else zero
+        else:
+            values[s] = zero if rest <= 0 else rest
         indices[s] = who[s]
     return cut
 

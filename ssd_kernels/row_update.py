@@ -146,7 +146,7 @@ def _numba(
     squares = 0.0
     for factor, vector, gradient in zip(factors, vectors, gradients, strict=True):
         squares += _loops.row_sums(slots, heads, factor, vector, gradient)
-    norm = torch.tensor(math.sqrt(squares), dtype=weights[0].dtype)
+    norm = weights[0].new_tensor(math.sqrt(squares))
     step = float(lr) * float(reference.clip_scale(norm, max_norm))
     rows = flat[slots[heads[:-1]]]
     torch.autograd.graph.increment_version(weights)
