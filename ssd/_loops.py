@@ -68,7 +68,14 @@ def _sample(
     if taught:
         part = (1 - alpha) * (1 - lam)
         loss += part * _divergence(
-            logits, target_logits, columns, temperature, forward, weight * part, scratch, grad_logits
+            logits,
+            target_logits,
+            columns,
+            temperature,
+            forward,
+            weight * part,
+            scratch,
+            grad_logits,
         )
     if len(target_hidden) > 0:
         part = (1 - alpha) * lam

@@ -133,7 +133,7 @@ def _numba(
     if samples is not None and samples[0] == 0:
         return
     given = [gradient.contiguous().numpy() for gradient in gradients]
-    norm = torch.tensor(sum(map(_loops.squares, given)) ** 0.5, dtype=weights[0].dtype)
+    norm = weights[0].new_tensor(sum(map(_loops.squares, given)) ** 0.5)
     step = float(lr) * float(torch_clip_scale(norm, max_norm))
     rows = np.arange(len(weights[0]))
     torch.autograd.graph.increment_version(weights)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssd_kernels import _dispatch
-
 # Measured on one thread, R = 1,000 to 100,000 and k = 10 and 64: groups of 4, 16 and 32 take up to
 # 1.1, 1.5 and 2 times as long. Fewer keys, and rows of SHARE k GROUP keys or less, gain nothing.
 GROUP = 8
 SHARE = 8
 LEAST = 2**16
-LOOPED = 64  # keys that numba's loop ranks by insertion
 
 
 def largest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -24,8 +21,6 @@ def largest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     batch, neurons = keys.shape
     if not keys.is_cpu:
         return torch.topk(keys + 0.0, k)  # a GPU ranks bits
-    if _dispatch.NUMBA and keys.dtype == torch.float32 and k <= LOOPED and keys.T.is_contiguous():
-        return _looped(keys, k)
     if keys.numel() < LEAST or neurons <= SHARE * k * GROUP:
         return torch.topk(keys.contiguous(), k)
     groups = neurons // GROUP  # group i is i, i + groups, i + 2 groups, ..
@@ -40,12 +35,3 @@ def largest(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
         members = torch.cat([members, rest.expand(batch, -1)], dim=1)
     values, order = torch.topk(keys.gather(1, members), k)
     return values, members.gather(1, order)
-
-
-def _looped(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    from ssd_kernels import _loops
-
-    values = keys.new_empty(len(keys), k)
-    indices = torch.empty(len(keys), k, dtype=torch.int64)
-    _loops.rank(keys.detach().T.numpy(), k, values.numpy(), indices.numpy())
-    return values, indices

@@ -181,6 +181,15 @@ def move_rows(
 
 
 @loop
+def inhibition(scores: Any, k: int, cut: Any) -> None:
+    """The (k+1)-th largest activation [B] of scores [R, B]; k < R."""
+    values = np.empty((scores.shape[1], k + 1), scores.dtype)
+    rank(scores, k + 1, values, np.empty(values.shape, np.int64))
+    for b in range(len(cut)):
+        cut[b] = np.float32(0) if values[b, k] <= 0 else values[b, k]
+
+
+@loop
 def inhibit(
     scores: Any, cut: Any, gaba: Any, mask: bool, every: bool, excited: bool,
     values: Any, gate: Any, neurons: Any, counts: Any,
