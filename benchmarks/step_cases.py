@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -11,17 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.plain import PlainSDMLP, PlainStep, batches
-from benchmarks.step_targets import APART, BACKWARD, PRODUCTS
+from benchmarks.step_targets import APART, BACKWARD
 from benchmarks.timing import Run
 from ssd.activations import evaluating
-from ssd.config import Config
-from ssd.cuda_graph import DENSE
+from ssd.config import Config, resolve
 from ssd.data import Task
 from ssd.learner import Learner, build_model
 from ssd.sdmlp import SDMLP
 from ssd.step import Batch, sparse_step
 from ssd.trainer import Trainer
-from ssd_kernels import TopKOutput
+from ssd_kernels import TopKOutput, _dispatch
 
 CLASSES = 10
 BATCHES = 10  # in a synthetic task, unless the problem says how many samples
@@ -49,14 +49,17 @@ class Problem:
         return {"B": self.B, "d": self.d, "R": self.R, "k": self.k, "C": CLASSES, **samples, **more}
 
 
-def make_task(problem: Problem, device: torch.device, number: int) -> Task:
+def make_task(
+    problem: Problem, device: torch.device, number: int, classes: Sequence[int] = range(CLASSES)
+) -> Task:
     """Rectified clusters, as the features of a network are; other ones for every number."""
     draw = torch.Generator().manual_seed(number)
-    y = torch.arange(problem.N or problem.B * BATCHES) % CLASSES
+    y = torch.tensor(classes)[torch.arange(problem.N or problem.B * BATCHES) % len(classes)]
     centres = 1.5 * torch.randn(CLASSES, problem.d, generator=draw)
     x = (centres[y] + torch.randn(len(y), problem.d, generator=draw)).relu()
     x, y = x.to(device), y.to(device)
-    return Task(tuple(range(CLASSES)), x, y, x[:10], y[:10])
+    tests = len(y) // 5
+    return Task(tuple(classes), x, y, x[:tests], y[:tests])
 
 
 def make_trainer(
@@ -129,21 +132,6 @@ def repeated(trainer: Trainer) -> Run:
     return trainer.graphed.first_step(trainer.task, trainer.epoch)
 
 
-def path_of(trainer: Trainer) -> str:
-    """What the hidden layer mostly is: a "code", the "active" neurons, or "all"."""
-    if trainer.graphed is not None:
-        (form,) = set(trainer.graphed._begin(trainer.task, trainer.epoch))
-        return "all" if form == DENSE else "code"
-    (stack,) = trainer.stacks
-    learner, size = stack.learners[0], trainer.config.batch_size
-    taken = []
-    for first in range(0, BATCHES * size, size):
-        hidden = stack.encoders[0].encode(learner.inputs[first : first + size])
-        coded = isinstance(hidden, TopKOutput)
-        taken.append("code" if coded else "all" if hidden.neurons is None else "active")
-    return max(taken, key=taken.count)
-
-
 def important_rows(trainer: Trainer) -> int:
     """Neurons that a penalty pulls."""
     (learner,) = trainer.learners
@@ -202,42 +190,100 @@ def step_runs(trainer: Trainer, compiled: bool) -> dict[str, Run]:
     if trainer.graphed is not None:
         steps = [repeated(trainer)]
     ours, stream = _cycle(steps), _endless(task.x_train, task.y_train, size)
-    plain = plain_step(trainer)
-    runs: dict[str, Run] = {
-        "ours": lambda: next(ours)(),
-        "plain": lambda: plain(*next(stream)),
-    }
-    if compiled:
-        fast = plain_step(trainer).compiled()
-        runs["compiled"] = lambda: fast(*next(stream))
+    runs: dict[str, Run] = {"ours": lambda: next(ours)()}
+    for name, plain in _plain_steps(trainer, compiled).items():
+        runs[name] = lambda plain=plain: plain(*next(stream))
     return runs
 
 
-def products(trainer: Trainer) -> dict[str, Run]:
-    """All scores in float32, see PRODUCTS."""
-    (learner,) = trainer.learners
-    address = learner.inputs[: trainer.config.batch_size]
-    weight = learner.parameters[0].detach().clone()
-    kept = weight.new_empty(len(weight), len(address))
-    written, fastest = PRODUCTS
-    return {
-        written: lambda: address @ weight.T,
-        fastest: lambda: torch.mm(weight, address.T, out=kept),
-    }
-
-
-def epoch_runs(trainer: Trainer) -> dict[str, Run]:
+def epoch_runs(trainer: Trainer, compiled: bool = False) -> dict[str, Run]:
     """An epoch of every provider: order, gathers, steps and the running sums."""
+    check(trainer, plain_step(trainer))
     (learner,) = trainer.learners
     task, size = learner.tasks[trainer.task], trainer.config.batch_size
-    plain = plain_step(trainer)
     events = (event for event in trainer.run() if event.kind == "epoch")
     loader = batches(task.x_train, task.y_train, size)
 
-    def plain_epoch() -> float:
+    def plain_epoch(plain: PlainStep) -> float:
         return sum(float(plain(x, y)) * len(y) for x, y in loader)
 
-    return {"ours": lambda: next(events), "plain": plain_epoch}
+    runs: dict[str, Run] = {"ours": lambda: next(events)}
+    for name, plain in _plain_steps(trainer, compiled).items():
+        runs[name] = lambda plain=plain: plain_epoch(plain)
+    return runs
+
+
+def _plain_steps(trainer: Trainer, compiled: bool) -> dict[str, PlainStep]:
+    steps = {"plain": plain_step(trainer)}
+    return steps | {"compiled": plain_step(trainer).compiled()} if compiled else steps
+
+
+def without_numba(run: Run) -> Run:
+    """The run with PyTorch in place of numba's loops."""
+
+    def forced() -> object:
+        before = os.environ.get(_dispatch.ENVIRONMENT)
+        os.environ[_dispatch.ENVIRONMENT] = "torch"
+        try:
+            return run()
+        finally:
+            del os.environ[_dispatch.ENVIRONMENT]
+            if before is not None:
+                os.environ[_dispatch.ENVIRONMENT] = before
+
+    return forced
+
+
+def products(trainer: Trainer) -> tuple[Run, str, int]:
+    """The products that the trainer's next step cannot do without, in the fastest order of a CPU.
+
+    Returns:
+        The run; what the hidden layer is: a "code", the "active" neurons or "all"; how many fire.
+    """
+    (learner,) = trainer.learners
+    address = learner.inputs[: trainer.config.batch_size]
+    encoder, decoder = (p.detach().clone() for p in learner.parameters)
+    with evaluating(learner.model):
+        hidden = _sdmlp(learner).encoder.encode(address)
+    scores = encoder.new_empty(len(encoder), len(address))
+    if isinstance(hidden, TopKOutput):
+        fires = hidden.values > 0
+        slots = hidden.indices[fires].argsort(stable=True)
+        neurons, counts = hidden.indices[fires].unique(return_counts=True)
+        # The gradient of a touched address: the sum of its samples, each times a number.
+        samples = fires.nonzero()[:, 0][slots]
+        weights, offsets = hidden.values[fires][slots], counts.cumsum(0) - counts
+
+        def code() -> None:
+            torch.mm(encoder, address.T, out=scores)
+            F.embedding_bag(samples, address, offsets, mode="sum", per_sample_weights=weights)
+
+        return code, "code", len(neurons)
+    rows = decoder if hidden.neurons is None else decoder[hidden.neurons]
+    # Any numbers do for what the gradients of logits and values are multiplied with.
+    values, slopes = hidden.values.T.contiguous(), address[:, :CLASSES].contiguous()
+    back, gradient = torch.empty_like(values), values.new_empty(len(rows), address.shape[1])
+
+    def active() -> None:
+        torch.mm(encoder, address.T, out=scores)
+        rows.T @ values
+        torch.mm(rows, slopes.T, out=back)
+        torch.mm(values, address, out=gradient)
+        slopes.T @ values.T
+
+    return active, "all" if hidden.neurons is None else "active", len(rows)
+
+
+def protocol(neurons: int, device: torch.device) -> Trainer:
+    """SSD on Split CIFAR-10 as in the paper, on synthetic features."""
+    config = resolve({"dataset": "cifar10", "preset": f"paper-{neurons // 1000}k"})
+    problem = Problem(R=neurons, N=10_000)
+    count = CLASSES // config.tasks
+    tasks = [
+        make_task(problem, device, number, range(number * count, (number + 1) * count))
+        for number in range(config.tasks)
+    ]
+    return Trainer([Learner(config, tasks, build_model(config, problem.d, CLASSES).to(device))])
 
 
 def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
