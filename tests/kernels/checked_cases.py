@@ -187,20 +187,30 @@ def linear_code(
     shadow: bool = False,
     blocks: int = 1,
     impl: str = "triton",
+    count: bool = False,
+    crowded: bool = False,
 ) -> None:
-    """By way of the kernels; or the torch path, for what it reads."""
+    """By way of the kernels; or the torch path, for what it reads. Crowded: too many fire."""
     x, weight = torch.rand(4, 9).to(dtype), torch.rand(400 * blocks, 9).to(dtype)
     x[1::blocks] += 1
     response = (1 - torch.rand(400 * blocks) / 64).to(dtype) if gaba else None
+    if crowded and response is not None:
+        response *= 0.5
     copy = Shadow(weight) if shadow else None
+    counts = counter(400 * blocks) if count else None
     got, wider = ops.linear_code(
-        x, weight, 2, 6, response, inhibition=inhibition, shadow=copy, blocks=blocks, impl=impl
-    )
+        x, weight, 2, 6, response, inhibition=inhibition, counts=counts, shadow=copy, blocks=blocks,
+        impl=impl,
+    )  # fmt: skip
     expected, _ = ops.linear_code(
         x, weight, 2, 6, response, inhibition=inhibition, blocks=blocks, impl="reference"
     )
-    assert not wider.any()
-    torch.testing.assert_close(got.values, expected.values, rtol=1e-2, atol=1e-2)
+    assert bool(wider.all()) if crowded else not wider.any()
+    if not crowded:
+        torch.testing.assert_close(got.values, expected.values, rtol=1e-2, atol=1e-2)
+    if counts is not None:
+        fired = torch.bincount(got.indices[got.values > 0], minlength=len(counts))
+        equal(counts, fired + 1)
 
 
 def linear_active(dtype: torch.dtype, gaba: bool, inhibition: str) -> None:
@@ -264,8 +274,10 @@ def row_bias(neurons: int) -> None:
 
 
 def row_update(widths: list[int], neurons: int = 8, blocks: int = 1, **options: Any) -> None:
-    step = Step(5, 3, neurons, widths)
-    if blocks > 1:
+    step = Step(5 if blocks == 1 else 2 * blocks, 3, neurons, widths)
+    if blocks > 1:  # samples follow one another as their networks do
+        own = neurons // blocks
+        step.indices = step.indices % own + own * torch.arange(blocks).repeat_interleave(2)[:, None]
         bounds = torch.full((blocks,), options.pop("max_norm"))
         options |= {"blocks": blocks, "max_norm": bounds, "lr": torch.rand(blocks)}
     got = step.run("triton", torch.float32, **options)
@@ -452,7 +464,12 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_code half": partial(linear_code, HALF, False, "mask"),
     "linear_code half gaba": partial(linear_code, HALF, True, "mask", blocks=2),
     "linear_code graded": partial(linear_code, SINGLE, True, "mask"),
-    "linear_code graded blocks": partial(linear_code, SINGLE, True, "subtract", blocks=2),
+    "linear_code graded blocks": partial(
+        linear_code, SINGLE, True, "subtract", blocks=2, count=True
+    ),
+    "linear_code graded crowded": partial(
+        linear_code, SINGLE, True, "mask", count=True, crowded=True
+    ),
     "linear_code torch": partial(linear_code, SINGLE, True, "subtract", blocks=2, impl="torch"),
     "linear_code torch shadow": partial(
         linear_code, SINGLE, True, "subtract", shadow=True, impl="torch"
