@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +15,6 @@ from ssd_kernels.reference import by_network
 from ssd_kernels.reference import clip_scale as torch_clip_scale
 from ssd_kernels.row_update import global_norm, project_
 
-# Numbers of a weight that one thread updates in less time than several passes of PyTorch's threads.
-MAX_LOOPED = 2**20
 # A network's gradient of a matrix is summed up by at most so many programs.
 _tuning.TABLE["squares"] = {"default": (({}, {"PARTS": 128, "BLOCK": 4096, "num_warps": 8}),)}
 
@@ -54,13 +51,11 @@ def dense_update(
         samples: [S], 0 where a network has no sample: its weights and buffers keep their bits,
             whatever its gradients hold. None: all have some.
         blocks: S, networks whose rows follow one another.
-        impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
     matrices = [*weights, *gradients, *(buffers or ())]
     served = all(m.dtype == torch.float32 and m.numel() and m.stride(1) == 1 for m in matrices)
-    looped = blocks == 1 and buffers is None and weights[0].numel() <= MAX_LOOPED
-    looped = looped and served and all(weight.is_contiguous() for weight in weights)
-    serve = _dispatch.choose("dense_update", impl, weights[0], served=served, looped=looped)
+    serve = _dispatch.choose("dense_update", impl, weights[0], served=served)
     with torch.no_grad():
         serve(
             weights,
@@ -113,33 +108,6 @@ def _torch(
                 direction = own[2][number].mul_(momentum).add_(gradient, alpha=scale)
             weight.add_(direction, alpha=step)
             project_(weight, nonnegative, normalize is not None and normalize[number])
-
-
-def _numba(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    samples: Tensor | None,
-    blocks: int,
-) -> None:
-    from ssd_kernels import _loops
-
-    if samples is not None and samples[0] == 0:
-        return
-    given = [gradient.contiguous().numpy() for gradient in gradients]
-    norm = weights[0].new_tensor(sum(map(_loops.squares, given)) ** 0.5)
-    step = float(lr) * float(torch_clip_scale(norm, max_norm))
-    rows = np.arange(len(weights[0]))
-    torch.autograd.graph.increment_version(weights)
-    for number, (weight, gradient) in enumerate(zip(weights, given, strict=True)):
-        scaled = normalize is not None and normalize[number]
-        _loops.move_rows(weight.detach().numpy(), rows, gradient, step, nonnegative, scaled)
 
 
 @jit(do_not_specialize=["first", "stride", "parts", "size", "next_size"])
@@ -324,6 +292,4 @@ def _launch(
             )
 
 
-_dispatch.register(
-    "dense_update", reference=reference.dense_update, torch=_torch, numba=_numba, triton=_triton
-)
+_dispatch.register("dense_update", reference=reference.dense_update, torch=_torch, triton=_triton)

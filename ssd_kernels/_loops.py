@@ -152,15 +152,6 @@ def row_sums(slots: Any, heads: Any, coefficients: Any, inputs: Any, sums: Any) 
 
 
 @loop
-def squares(matrix: Any) -> float:
-    total = 0.0
-    for row in range(len(matrix)):
-        for column in range(matrix.shape[1]):
-            total += np.float64(matrix[row, column]) * np.float64(matrix[row, column])
-    return total
-
-
-@loop
 def move_rows(
     weight: Any, rows: Any, gradient: Any, step: float, nonnegative: bool, normalize: bool
 ) -> None:
