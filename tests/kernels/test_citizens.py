@@ -355,7 +355,10 @@ def wide(impl: str | None = None) -> list[Tensor]:
     norms = sk.row_update([moved], [two.values], [x[:8]], two.indices, blocks=2, impl=impl, **rest)
     labels = torch.arange(9, device="cpu") % 12
     places = torch.arange(neurons, device="cpu").clamp(max=12)
-    gram, cross = torch.zeros(2, neurons, neurons, device="cpu"), torch.zeros(2, neurons, 12, device="cpu")
+    gram, cross = (
+        torch.zeros(2, neurons, neurons, device="cpu"),
+        torch.zeros(2, neurons, 12, device="cpu"),
+    )
     sk.code_gram(code.values, code.indices, gram[0], cross[0], labels, impl=impl)
     sk.code_gram(code.values, code.indices, gram[1], cross[1], x, impl=impl)
     outputs = [
