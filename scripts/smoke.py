@@ -92,7 +92,11 @@ def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
         for impl in _dispatch.TABLES[case.op]:
             if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
                 continue
+            if impl == "numba" and DEVICE.type != "cpu":
+                continue
             yield case, impl, torch.float32
+            if impl == "numba":
+                continue
             if not quick and case.half and runs_triton:
                 yield case, impl, torch.float16
                 if not _dispatch.interpreted():  # which has no bfloat16
@@ -194,17 +198,21 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
     return hidden, counts, *torch.autograd.grad(hidden.float().square().sum(), leaves)
 
 
-def _linear_code(impl: str, draw: Draw, batch: int = B) -> Results:
-    x, weight = draw(batch, D).abs(), draw(R, D).abs()
-    gaba = _ramp(0.9, x)
-    code, wider = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+def _linear_code(impl: str, draw: Draw, batch: int = B, blocks: int = 1) -> Results:
+    rows, neurons = blocks * batch, blocks * R
+    x, weight, counts = draw(rows, D).abs(), draw(neurons, D).abs(), _counts(neurons)
+    gaba = _ramp(0.9, x).repeat(blocks)
+    code, wider = linear_code(x, weight, K, 4 * K, gaba, counts=counts, blocks=blocks, impl=impl)
     # Slots of value 0 are padding, whatever their index.
-    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), wider
+    dense = code.values.new_zeros(rows, neurons).scatter_add_(1, code.indices, code.values)
+    return dense, wider, counts
 
 
-def _linear_active(impl: str, draw: Draw) -> Results:
-    x, weight = draw(B, D), draw(R, D)
-    return linear_active(x, weight, K, _ramp(0.9, x), impl=impl)
+def _linear_active(impl: str, draw: Draw, least: float = 0.9, blocks: int = 1) -> Results:
+    x, weight, counts = draw(blocks * B, D), draw(blocks * R, D), _counts(blocks * R)
+    given = {"counts": counts, "every": True, "blocks": blocks, "impl": impl}
+    active = linear_active(x, weight, K, _ramp(least, x).repeat(blocks), **given)
+    return active.values, active.gate > 0, counts
 
 
 def _code(draw: Draw) -> tuple[Tensor, Tensor]:
@@ -309,6 +317,21 @@ def _row_update(impl: str, draw: Draw) -> Results:
     return norm, *weights, *buffers
 
 
+def _row_update_plain(impl: str, draw: Draw, blocks: int = 1) -> Results:
+    """Without momentum; the samples of a network follow one another, as its neurons do."""
+    codes = [_code(draw) for _ in range(blocks)]
+    coefficients = torch.cat([values for values, _ in codes])
+    indices = torch.cat([own + number * R for number, (_, own) in enumerate(codes)])
+    weights = [draw(blocks * R, D), draw(blocks * R, C)]
+    rates = 0.1 if blocks == 1 else torch.linspace(0.1, 0.2, blocks).to(coefficients)
+    norm = ours.row_update(
+        weights, [coefficients, 2 * coefficients], [draw(blocks * B, D), draw(blocks * B, C)],
+        indices, lr=rates, max_norm=1.0, nonnegative=True, normalize=[True, False],
+        blocks=blocks, impl=impl,
+    )  # fmt: skip
+    return norm, *weights
+
+
 CASES = [
     Case("topk", "", _topk),
     Case("topk", " in parts", _topk_parts),
@@ -326,7 +349,14 @@ CASES = [
     Case("linear_inhibit", "", _linear_inhibit),
     Case("linear_code", "", _linear_code, half=False),
     Case("linear_code", " large", partial(_linear_code, batch=MANY), half=False),
+    Case("linear_code", " of networks", partial(_linear_code, blocks=S), half=False),
     Case("linear_active", "", _linear_active, half=False),
+    Case(
+        "linear_active",
+        " of networks, excited",
+        partial(_linear_active, least=-1, blocks=S),
+        half=False,
+    ),
     Case("sparse_linear", "", _sparse_linear),
     Case("row_gradient", "", _row_gradient),
     Case("count_active", "", _count_active),
@@ -338,6 +368,8 @@ CASES = [
     Case("tally", "", _tally, half=False),
     Case("distill_code", "", _distill_code, half=False),
     Case("row_update", "", _row_update, half=False),
+    Case("row_update", " plain", _row_update_plain, half=False),
+    Case("row_update", " of networks", partial(_row_update_plain, blocks=S), half=False),
 ]
 
 

@@ -108,8 +108,17 @@ def distill_code(
     values: Any, indices: Any, decoder: Any, labels: Any, target_logits: Any, columns: Any,
     positions: Any, target_hidden: Any, alpha: float, lam: float, temperature: float,
     forward: bool, weight: Any, logits: Any, loss: Any, grad_logits: Any, grad_values: Any,
-) -> None:  # fmt: skip
-    """distill_code: decode, loss and gradients; what is not given is [B, 0], positions [0]."""
+) -> bool:  # fmt: skip
+    """distill_code: decode, loss and gradients; what is not given is [B, 0], positions [0].
+
+    False, before any work: a label or an index is out of range.
+    """
+    for b in range(len(values)):
+        if not 0 <= labels[b] < logits.shape[1]:
+            return False
+        for s in range(values.shape[1]):
+            if not 0 <= indices[b, s] < len(decoder):
+                return False
     size = target_hidden.shape[1]
     most = max(logits.shape[1], size)
     every, scratch = np.ones(most, np.bool_), np.empty((4, most))
@@ -125,7 +134,7 @@ def distill_code(
                 continue
             for column in range(len(row)):
                 row[column] += value * decoder[neuron, column]
-            if size > 0 and positions[neuron] < size:
+            if size > 0 and 0 <= positions[neuron] < size:
                 hidden[positions[neuron]] = value
         chosen = columns[b] if columns.shape[1] > 0 else every
         loss[b] = _sample(
@@ -138,6 +147,7 @@ def distill_code(
             if not values[b, s] <= 0:
                 for column in range(len(row)):
                     slope += grad_logits[b, column] * decoder[neuron, column]
-                if size > 0 and positions[neuron] < size:
+                if size > 0 and 0 <= positions[neuron] < size:
                     slope += grad_hidden[positions[neuron]]
             grad_values[b, s] = slope
+    return True

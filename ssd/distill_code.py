@@ -21,8 +21,7 @@ from ssd.distill import (
     settings,
     settings_of,
 )
-from ssd_kernels import _dispatch, _op, _tuning
-from ssd_kernels._checks import in_range
+from ssd_kernels import _checks, _dispatch, _op, _tuning
 from ssd_kernels._segments import unit_stride
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import accumulation_dtype
@@ -79,7 +78,8 @@ def distill_code(
         Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.
 
     Raises:
-        TypeError, ValueError: what distill raises, where PyTorch serves; kernels look at nothing.
+        TypeError, ValueError: what distill raises, where PyTorch serves, and wrong shapes, labels
+            or indices, where numba does; Triton looks at nothing.
     """
     units = 1 if target_hidden is None else target_hidden.shape[1]
     sizes = *values.shape, decoder.shape[1], units
@@ -167,11 +167,23 @@ def _numba(
 ) -> CodeLoss:
     from ssd import _loops
 
-    rows, classes = len(values), decoder.shape[1]
-    in_range("distill_code", "labels", labels, classes)
+    rows, (neurons, classes) = len(values), decoder.shape
+    units = 0 if target_hidden is None else target_hidden.shape[1]
+    if target_hidden is not None and positions is None:
+        raise ValueError("distill_code: target_hidden and positions must be given together")
+    for name, tensor, shape in (
+        ("indices", indices, tuple(values.shape)),
+        ("labels", labels, (rows,)),
+        ("target_logits", target_logits, (rows, classes)),
+        ("columns", columns, (rows, classes)),
+        ("positions", positions, (neurons,)),
+        ("target_hidden", target_hidden, (rows, units)),
+        ("weight", weight, (rows,)),
+    ):
+        _checks.shape("distill_code", name, tensor, shape)
     logits, grad_logits = (values.new_empty(rows, classes) for _ in range(2))
     loss, grad_values = values.new_empty(rows), values.new_empty(values.shape)
-    _loops.distill_code(
+    served = _loops.distill_code(
         array(values, rows),
         array(indices, rows),
         array(decoder, rows),
@@ -190,6 +202,9 @@ def _numba(
         grad_logits.numpy(),
         grad_values.numpy(),
     )
+    if not served:
+        _checks.in_range("distill_code", "labels", labels, classes)
+        _checks.in_range("distill_code", "indices", indices, neurons)
     return CodeLoss(logits, loss, grad_logits, grad_values)
 
 

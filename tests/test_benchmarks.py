@@ -129,8 +129,8 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
     assert {row.provider for row in rows.rows if row.correct} == set(built.providers)
 
 
-PHASES = ((step_cases.INHIBITED, "sparse"), (step_cases.SWITCHING, "active"),
-          (step_cases.EXCITED, "dense"))  # fmt: skip
+PHASES = ((step_cases.INHIBITED, "code"), (step_cases.SWITCHING, "all"),
+          (step_cases.EXCITED, "all"))  # fmt: skip
 
 
 @pytest.mark.parametrize(("phase", "path"), PHASES)

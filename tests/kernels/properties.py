@@ -6,8 +6,9 @@
 The seed and a case's number determine it; what is wrong is printed with the command that runs it
 alone. Every implementation that this process has serves each case, on CPU and on CUDA: numba, where
 it is installed, float32 on the CPU, for which it is the default. With TRITON_INTERPRET=1 the
-kernels run in Triton's interpreter, on small cases of their own. A share of the cases has a wrong argument, which must be refused by name with nothing changed. The exit status
-is 1 if a case is wrong.
+kernels run in Triton's interpreter, on small cases of their own. A share of the cases has a wrong
+argument, which must be refused by name with nothing changed. The exit status is 1 if a case is
+wrong.
 
 Left open by the contract, so that only shapes, dtypes, untouched inputs and repeats are judged:
 - row_gradient, row_update, code_gram: infinities and NaN. The weight gradient of sparse_linear: an

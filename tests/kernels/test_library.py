@@ -425,7 +425,7 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
         "linear_topk blocks": (*three, None, 3),
         "linear_inhibit": (*layer, SLOTS, boost, "subtract", counts, True, 1),
         "linear_inhibit blocks": (*several, SLOTS, boost.repeat(3), "mask", None, False, 3),
-        "graded_code": (*(t.detach() for t in layer[:2]), SLOTS, 5, boost, "mask", 1),
+        "graded_code": (*(t.detach() for t in layer[:2]), SLOTS, 5, boost, "mask", counts, 1),
         "count_active": (plain, indices, counts, counts.clone(), 0, now),
         "count_active only": (plain, indices, counts, None, 3, None),
         "row_update": (*update, 0.0, bound, None, True, [True, False], 0.9, buffers, 1),

@@ -199,6 +199,28 @@ def test_what_distill_refuses() -> None:
             distill_code(**given | change, **SETTINGS, impl="torch")
 
 
+@pytest.mark.skipif(not _dispatch.NUMBA, reason="numba is not installed")
+def test_what_the_loops_refuse() -> None:
+    """They read whatever lies where an index points."""
+    given = problem(3, 5, 10, 4, "cpu")
+    for change, message in (
+        ({"labels": torch.full((3,), 10)}, r"labels run from 10 to 10, expected 0\.\.9"),
+        ({"labels": torch.full((3,), -1)}, "labels run from -1"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "labels has shape"),
+        ({"indices": torch.full((3, 5), 10**9)}, r"indices run from .*, expected 0\.\.29"),
+        ({"indices": torch.full((3, 5), -1)}, "indices run from -1"),
+        ({"indices": torch.zeros(3, 6, dtype=torch.int64)}, "indices has shape"),
+        ({"target_logits": torch.zeros(3, 9)}, "target_logits has shape"),
+        ({"target_hidden": torch.zeros(2, 4)}, "target_hidden has shape"),
+        ({"positions": torch.zeros(29, dtype=torch.int64)}, "positions has shape"),
+        ({"positions": None}, "together"),
+        ({"columns": torch.ones(3, 9, dtype=torch.bool)}, "columns has shape"),
+        ({"weight": torch.ones(2)}, "weight has shape"),
+    ):
+        with pytest.raises(ValueError, match=f"distill_code: .*{message}"):
+            distill_code(**given | change, **SETTINGS, impl="numba")
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_it_is_distill_of_the_logits(impl: str, device: str) -> None:
     given = problem(5, 6, 4, 0, device)
