@@ -89,6 +89,8 @@ def serve() -> None:
         try:
             if not question:
                 answer = timing.sample(run, device)
+            elif question["phase"] not in vars(step_cases).values():
+                answer = f"has no phase {question['phase']!r}"
             else:
                 problem = step_cases.Problem(**question["problem"])
                 run = None  # frees its memory first

@@ -22,12 +22,15 @@ from ssd.sdmlp import SDMLP
 from ssd.step import Batch, sparse_step
 from ssd.trainer import Trainer
 from ssd_kernels import TopKOutput, _dispatch
+from ssd_kernels._graded_code import ActiveNeurons
 
 CLASSES = 10
 BATCHES = 10  # in a synthetic task, unless the problem says how many samples
 STEPS = 10  # trained on every past task: each of its batches once
-# Where the GABA switch stands: before it, in its middle, after it.
-EXCITED, SWITCHING, INHIBITED = "excited", "mid-switch", "inhibited"
+# Where the GABA switch stands: before it, in its middle, where almost every neuron fires in a
+# batch, when only LATE_ACTIVE k fire for a sample, after it.
+EXCITED, SWITCHING, LATE, INHIBITED = "excited", "mid-switch", "late switch", "inhibited"
+LATE_ACTIVE = 1.3
 # Activations until a neuron is inhibited. A switch of so many takes a million steps: it stands
 # still while a step is timed.
 STILL = 10**9
@@ -71,11 +74,13 @@ def make_trainer(
     phase: str = INHIBITED,
 ) -> Trainer:
     """A trainer at the beginning of a task, with so many past ones: it has a teacher."""
-    tasks = [make_task(problem, device, number) for number in range(past + 1)]
+    # Data that the switch has not seen make many more neurons fire.
+    numbers = [0 if phase == LATE else number for number in range(past + 1)]
+    tasks = [make_task(problem, device, number) for number in numbers]
     config = Config(
         method=method, neurons=problem.R, k=problem.k, batch_size=problem.B, tasks=len(tasks),
         schedule="flat" if phase == INHIBITED else "gaba", epochs=10**6, eval_every=10**6,
-        anneal_samples=QUICK_SWITCH if phase == SWITCHING else STILL,
+        anneal_samples=QUICK_SWITCH if phase in (SWITCHING, LATE) else STILL,
     )  # fmt: skip
     configs = [replace(config, seed=seed) for seed in range(seeds)]
     trainer = Trainer(
@@ -86,8 +91,8 @@ def make_trainer(
             learner.begin_task(trainer.task)
         for step in range(STEPS):
             step_of(trainer, step)()
-        if phase == SWITCHING and trainer.task == 0:
-            _switch_half(trainer)
+        if phase in (SWITCHING, LATE) and trainer.task == 0:
+            _switch(trainer, phase)
         for learner in trainer.learners:
             learner.end_task(trainer.task)
     trainer.task = past
@@ -97,12 +102,16 @@ def make_trainer(
     return trainer
 
 
-def _switch_half(trainer: Trainer) -> None:
-    """Trains until g is 1/2 on average, and stops the switch there."""
+def _switch(trainer: Trainer, phase: str) -> None:
+    """Trains until the switch is at the phase, and stops it there."""
     for learner in trainer.learners:
         encoder = _sdmlp(learner).encoder
         step = 0
-        while encoder.gaba().mean() < 0.5:
+        while (
+            encoder.gaba().mean() < 0.5
+            if phase == SWITCHING
+            else _active(trainer, learner) > LATE_ACTIVE * encoder.k
+        ):
             step_of(trainer, step)()
             step += 1
         encoder.counts *= STILL // QUICK_SWITCH
@@ -111,15 +120,22 @@ def _switch_half(trainer: Trainer) -> None:
         trainer.graphed.anneal_samples.fill_(STILL)
 
 
-def graded_share(trainer: Trainer) -> float:
-    """The share of neurons with 0 < g < 1."""
-    gaba = _sdmlp(trainer.learners[0]).encoder.gaba()
-    return ((gaba > 0) & (gaba < 1)).double().mean().item()
+def _active(trainer: Trainer, learner: Learner) -> float:
+    """How many neurons fire for a sample, on average over a batch."""
+    hidden = _hidden(trainer, learner)
+    return (hidden.values > 0).sum(1).double().mean().item()
+
+
+def _hidden(trainer: Trainer, learner: Learner) -> TopKOutput | ActiveNeurons:
+    """The hidden layer of the first batch, not counted."""
+    with evaluating(learner.model):
+        return _sdmlp(learner).encoder.encode(learner.inputs[: trainer.config.batch_size])
 
 
 def step_of(trainer: Trainer, step: int) -> Run:
     size = trainer.config.batch_size
-    first = step % BATCHES * size
+    whole = len(trainer.learners[0].tasks[trainer.task].y_train) // size
+    first = step % whole * size
     samples = torch.arange(first, first + size, device=trainer.device)
     return lambda: trainer.step([samples] * len(trainer.learners))
 
@@ -238,13 +254,18 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
     """The products that the trainer's next step cannot do without, in the fastest order of a CPU.
 
     Returns:
-        The run; what the hidden layer is: a "code", the "active" neurons or "all"; how many fire.
+        The run; what the hidden layer is: a "code", the "active" neurons or "all", on CUDA the form
+        of the graph; how many neurons fire in the batch.
     """
     (learner,) = trainer.learners
     address = learner.inputs[: trainer.config.batch_size]
     encoder, decoder = (p.detach().clone() for p in learner.parameters)
-    with evaluating(learner.model):
-        hidden = _sdmlp(learner).encoder.encode(address)
+    hidden = _hidden(trainer, learner)
+    path = "code" if isinstance(hidden, TopKOutput) else "all"
+    if isinstance(hidden, ActiveNeurons) and hidden.neurons is not None:
+        path = "active"
+    if trainer.graphed is not None:
+        (path,) = trainer.graphed._forms()
     scores = encoder.new_empty(len(encoder), len(address))
     if isinstance(hidden, TopKOutput):
         fires = hidden.values > 0
@@ -258,7 +279,7 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
             torch.mm(encoder, address.T, out=scores)
             F.embedding_bag(samples, address, offsets, mode="sum", per_sample_weights=weights)
 
-        return code, "code", len(neurons)
+        return code, path, len(neurons)
     rows = decoder if hidden.neurons is None else decoder[hidden.neurons]
     # Any numbers do for what the gradients of logits and values are multiplied with.
     values, slopes = hidden.values.T.contiguous(), address[:, :CLASSES].contiguous()
@@ -271,7 +292,7 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
         torch.mm(values, address, out=gradient)
         slopes.T @ values.T
 
-    return active, "all" if hidden.neurons is None else "active", len(rows)
+    return active, path, len(rows)
 
 
 def protocol(neurons: int, device: torch.device) -> Trainer:

@@ -10,7 +10,7 @@ from benchmarks.record import Row
 Verdict = tuple[str, str, str]
 PRODUCTS = "products"  # that a step cannot do without
 OTHERS = ("plain", "compiled", "without numba", "previous")  # providers beside ours
-PATHS = ("code", "active", "all")
+PATHS = ("code", "active", "all", "exact", "graded", "dense")
 SAME_ROWS = "1 on the rows of"
 # The half of a step that costs nothing for neurons at rest, and the same on B k rows.
 BACKWARD, APART = "backward + update", "backward + update, B k rows"
@@ -18,7 +18,7 @@ BACKWARD, APART = "backward + update", "backward + update, B k rows"
 EPOCH = {("ssd inhibited", 1000): 2.5, ("ssd inhibited", 10_000): 4.0}
 OVER_PRODUCTS, GROWTH = 1.5, 1.3
 # On an H100: microseconds of a step, plain over ours, ten learners over one, seconds of a protocol.
-REPLAY = {(op, neurons): bound for op, bound in (("ssd inhibited", 30), ("ssd mid-switch", 40))
+REPLAY = {(op, neurons): bound for op, bound in (("ssd inhibited", 30), ("ssd late switch", 40))
           for neurons in (1000, 10_000)}  # fmt: skip
 OVER_PLAIN, LEARNERS, PROTOCOL = 25.0, 2.0, 45.0
 EPOCHS = 2000  # of a task in the whole protocol
@@ -42,9 +42,9 @@ class Medians:
 
     def cases(self, mode: str) -> list[tuple[str, int]]:
         """(op, R) of our steps or epochs, in the order of the run."""
-        ours = (row for row in self.rows if (row.provider, row.metric) == ("ours", "time"))
-        found = ((row.op, row.shape["R"]) for row in ours if row.mode == mode)
-        return list(dict.fromkeys(case for case in found if case[0].startswith("ssd")))
+        wanted = mode, "ours", "time"
+        ours = (row for row in self.rows if (row.mode, row.provider, row.metric) == wanted)
+        return list(dict.fromkeys((row.op, row.shape["R"]) for row in ours))
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
@@ -56,7 +56,9 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
 def _steps(found: Medians) -> Iterator[Verdict]:
     for op, neurons in found.cases("step"):
         path = next((p for p in PATHS if found.get(op, "ours", p, R=neurons)), "")
-        firing = found.get(op, PRODUCTS, "neurons that fire", R=neurons) or 0
+        firing = found.get(op, PRODUCTS, "neurons that fire", R=neurons)
+        if firing is None:
+            continue
         name = f"SSD step, {op.removeprefix('ssd ')}, R = {neurons:,}"
         yield from _beside(found, f"{name} ({path}: {firing:,.0f} neurons fire)", op, neurons)
         ours, plain, floor = (

@@ -34,14 +34,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import record, step_cases, step_targets
 from benchmarks.previous import Previous
 from benchmarks.record import Row
-from benchmarks.step_cases import EXCITED, INHIBITED, SWITCHING, Problem, make_trainer, step_of
+from benchmarks.step_cases import (
+    EXCITED,
+    INHIBITED,
+    LATE,
+    SWITCHING,
+    Problem,
+    make_trainer,
+    step_of,
+)
 from benchmarks.timing import Run, SelfTimed, alternate
 from ssd.cli import ArgumentParser, exit_status
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
 
 Shape = dict[str, int]
-PHASES = (INHIBITED, SWITCHING, EXCITED)
+PHASES = (INHIBITED, LATE, SWITCHING, EXCITED)
 LINE = 4  # points that a line takes
 Curves = dict[str, dict[str, dict[int, Row]]]
 
@@ -224,28 +232,33 @@ def exponent(points: dict[int, Row]) -> str:
 
 def draw(grown: Curves, path: Path, title: str) -> None:
     """Medians with p20 to p80; few points get no line."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     for ax, (axis, parts) in zip(axes.flat, grown.items(), strict=True):
         for part, points in parts.items():
-            p20, p50, p80 = (np.array([getattr(row, name) for row in points.values()])
-                             for name in ("p20", "p50", "p80"))  # fmt: skip
+            p20, p50, p80 = (
+                np.array([getattr(row, name) for row in points.values()])
+                for name in ("p20", "p50", "p80")
+            )
+            slope = exponent(points)
             ax.errorbar(
                 list(points), p50, yerr=(p50 - p20, p80 - p50), markersize=4, capsize=3,
                 fmt="o-" if len(points) >= LINE else "o",
-                label=f"{part}{', exponent ' * (len(points) > 1)}{exponent(points)}",
+                label=f"{part}: {slope}" if slope else part,
             )  # fmt: skip
         sizes = sorted({size for points in parts.values() for size in points})
-        ax.set(xscale="log", yscale="log", title=f"growth in {axis}", xlabel=axis, ylabel="ms")
+        ax.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         ax.yaxis.set_major_formatter("{x:g}")
         for each in (ax.xaxis, ax.yaxis):
             each.set_minor_locator(NullLocator())
         low, high = ax.get_ylim()
-        ax.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
-        ax.legend(frameon=False, fontsize="small", loc="upper left")
+        room = max(high / low, 4)
+        ax.set_ylim(low / room**0.2, high * room**0.5)  # the legend is above the points
+        ax.legend(frameon=False, fontsize="small", loc="upper left", title="exponent of growth",
+                  title_fontsize="small", alignment="left")  # fmt: skip
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -283,7 +296,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--previous", type=Path, metavar="CHECKOUT", help="of an earlier release")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--protocol", type=float, metavar="SECONDS",
-                        help="for each whole protocol (default: 60 on CUDA, 0 on a CPU: none)")  # fmt: skip
+                        help="for each protocol (default: 60 on CUDA, none on a CPU)")  # fmt: skip
     return parser.parse_args()
 
 
