@@ -139,17 +139,12 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
     assert {row.provider for row in rows.rows if row.correct} == set(built.providers)
 
 
-<<<<<<< HEAD
-PHASES = ((step_cases.INHIBITED, "code"), (step_cases.SWITCHING, "all"),
-          (step_cases.EXCITED, "all"))  # fmt: skip
-=======
 TINY = step_cases.Problem(B=16, d=20, R=200, k=3)
 # What the hidden layer is in each phase, and the range of the mean of g.
 PHASES = {
     step_cases.INHIBITED: ("code", 1.0, 1.0), step_cases.LATE: ("active", 0.9, 1.0),
     step_cases.SWITCHING: ("all", 0.4, 0.6), step_cases.EXCITED: ("all", -1.0, -0.99),
 }  # fmt: skip
->>>>>>> k4
 
 
 @pytest.mark.parametrize("phase", PHASES)
