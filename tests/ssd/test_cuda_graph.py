@@ -148,6 +148,23 @@ def test_learners_of_one_form_share_the_launches_and_the_others_rest() -> None:
     assert len(graphed._steps) == 3  # graphs that CUDA would have captured
 
 
+def test_ten_learners_cross_the_switch_with_three_graphs() -> None:
+    """Each at its own time: what a graph is captured for is a form, not a set of learners."""
+    configs = [
+        replace(BASE, method="sdmlp", tasks=2, seed=seed, anneal_samples=10 + 40 * seed)
+        for seed in range(10)
+    ]
+    learners = [make_learner(config, torch.float32) for config in configs]
+    trainer = Trainer(learners, graphs=True)
+    mixed = 0
+    for event in trainer.run():
+        if event.kind == "epoch":
+            mixed = max(mixed, len(set(trainer.graphed._forms())))
+    assert mixed == 3
+    assert {form for form, *_ in trainer.graphed._steps} == {DENSE, GRADED, EXACT}
+    assert len(trainer.graphed._steps) == 3
+
+
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
 # linear_code on the CPU, which stands in here, reads the host where neurons are many.
 @pytest.mark.parametrize("variant", [v for v in SERVED if v not in ("before", "ssd+mas, flat")])
