@@ -145,6 +145,12 @@ def repeated(trainer: Trainer) -> Run:
     if trainer.graphed is None:
         return step_of(trainer, 0)
     trainer.load_task()
+    run = trainer.graphed.first_step(trainer.task, trainer.epoch)
+    run()
+    if not trainer.graphed.overflow.any():
+        return run
+    for learner in trainer.learners:  # a code does not hold what fires
+        _sdmlp(learner).encoder.dense_until.fill_(STILL)
     return trainer.graphed.first_step(trainer.task, trainer.epoch)
 
 

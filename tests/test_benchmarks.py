@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,17 @@ def test_timed_steps_are_those_of_the_phase(phase: str) -> None:
     assert (firing == 200) == (path == "all")
     assert firing > 3
     assert torch.equal(trainer.stacks[0].counts, counts)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_replayed_steps_are_those_of_the_phase(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncaptured here: a code that does not hold what fires is no step."""
+    monkeypatch.setattr(step_cases, "Trainer", partial(Trainer, graphs=True))
+    problem = replace(TINY, R=1000)
+    trainer = step_cases.make_trainer(problem, "ssd", CPU, phase=phase)
+    step_cases.repeated(trainer)()
+    form = {step_cases.INHIBITED: "exact", step_cases.LATE: "graded"}.get(phase, "dense")
+    assert step_cases.products(trainer)[1] == form
 
 
 @pytest.mark.skipif(not _dispatch.NUMBA, reason="numba is not installed")
