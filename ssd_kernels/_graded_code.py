@@ -337,10 +337,11 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     least = _cpu_groups.largest(reached.T, k + 1)[0][:, k].float()
     error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
-    sample, group = (best >= least).T.contiguous().nonzero(as_tuple=True)
+    # What is not a number is a candidate, so that it is seen.
+    sample, group = (best < least).logical_not_().T.contiguous().nonzero(as_tuple=True)
     if len(sample) * GROUP_SHARE > best.numel():
         return None
-    near = groups[group, :, sample] >= least[sample].unsqueeze(1)
+    near = (groups[group, :, sample] < least[sample].unsqueeze(1)).logical_not_()
     place, member = near.nonzero(as_tuple=True)
     return Candidates(
         (group * GROUP)[place] + member,

@@ -427,11 +427,12 @@ class LinearActive(Op):
         if not inside.all() or not (neurons.diff() > 0).all():
             yield "neurons out of range or not ascending"
             return
-        hidden, passes = torch.zeros(2, *truth.bounds.lower.shape, dtype=case.dtype)
-        hidden[:, neurons], passes[:, neurons] = values, gate
+        hidden = torch.zeros(truth.bounds.lower.shape, dtype=case.dtype)
+        passes = torch.zeros(hidden.shape, dtype=torch.bool)
+        hidden[:, neurons], passes[:, neurons] = values, gate > 0
         yield from LinearInhibit.dense(case, hidden)
         expected = (hidden > 0) & (truth.bounds.lower > 0)
-        if (((passes > 0) != expected) & truth.sure).any():
+        if ((passes != expected) & truth.sure).any():
             yield "the gradient passes where it must not, or is stopped where it passes"
         if case["counts"] is not None:
             active = (reference.by_network(hidden, truth.blocks) > 0).sum(1).flatten()
