@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 # Two processes of about the same length, so that two cores share them.
-OF_SSD = ("batch", "code_gram", "dense_update", "distill", "distill_code", "gate_gradient")
+OF_SSD = ("batch", "code_gram", "cuda_graph", "dense_update", "distill", "distill_code",
+          "gate_gradient")  # fmt: skip
 FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 
 

@@ -14,6 +14,7 @@ from ssd import cuda_graph
 from ssd.cuda_graph import DENSE, EXACT, GRADED, GraphedEpochs
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
+from tests.kernels.conftest import INTERPRETED
 from tests.ssd.test_together import BASE, OWN, VARIANTS, make_learner, weights
 
 SERVED = [v for v in VARIANTS if v != "topk-mlp"] + ["ewc momentum"]
@@ -188,6 +189,80 @@ def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch
     with FakeTensorMode(allow_non_fake_inputs=True):
         for form in (DENSE, GRADED, EXACT):
             trainer.graphed.body(form)
+
+
+# What the steps that CUDA captures are made of, launched in Triton's interpreter.
+LAUNCHED: list[tuple[str, str, int, int]] = [  # variant, form, task, learners
+    ("sdmlp", DENSE, 0, 1),
+    ("ssd", GRADED, 1, 1),
+    ("ssd", EXACT, 1, 1),
+    ("ssd", EXACT, 1, 3),
+    ("before", DENSE, 1, 3),
+    ("seen, forward, mask", GRADED, 1, 3),
+    ("momentum", GRADED, 0, 3),
+    ("ewc momentum", EXACT, 1, 3),
+    ("lwf+ewc", GRADED, 1, 3),
+    ("lwf+ewc", DENSE, 1, 3),
+]
+
+
+def begun_task(variant: str, form: str, count: int, task: int, graphs: bool) -> Trainer:
+    """A trainer at the start of a task, in batches of 5, its counters where the form is taken."""
+    small = {"batch_size": 5, "neurons": 120, "k": 3, "epochs": 1, "eval_every": 1}
+    given = {"method": "ssd", **SETTINGS[variant]}
+    configs = [replace(BASE, **{**given, **own, **small}) for own in OWN[:count]]
+    trainer = Trainer([make_learner(config, torch.float32) for config in configs], graphs)
+    graphed, trainer.graphed = trainer.graphed, None
+    stream = trainer.run()
+    while trainer.task < task:
+        next(stream)
+    draw = torch.Generator().manual_seed(5)
+    for each in trainer.learners:
+        each.begin_task(task)
+        encoder = each.model.encoder
+        least, most = {DENSE: (0.4, 0.7), GRADED: (0.98, 1.02), EXACT: (1.0, 1.3)}[form]
+        share = least + (most - least) * torch.rand(120, generator=draw)
+        encoder.counts.copy_((share * encoder.anneal_samples).ceil())
+    trainer.graphed = graphed
+    trainer.load_task()
+    return trainer
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
+@pytest.mark.parametrize(("variant", "form", "task", "count"), LAUNCHED)
+def test_triton_steps_equal_the_trainers(
+    variant: str, form: str, task: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 and within rounding, with a batch cut short, a learner done early and one at rest."""
+    sizes = [13, 7, 0][:count]  # samples that the steps take: 5, 5 and 3; 5 and 2; none
+    monkeypatch.setenv(_dispatch.ENVIRONMENT, "reference")
+    plain = begun_task(variant, form, count, task, graphs=False)
+    trainer = begun_task(variant, form, count, task, graphs=True)
+    graphed = trainer.graphed
+    assert graphed is not None
+    assert graphed._forms() == [form] * count
+    before = [weights(each) for each in trainer.learners]
+    graphed._begin(task, 0)
+    graphed.taken.copy_(torch.tensor(sizes))
+    graphed.position.zero_()
+    orders = [each.order(task, 0)[:size] for each, size in zip(plain.learners, sizes, strict=True)]
+    for step in range(3):
+        monkeypatch.setenv(_dispatch.ENVIRONMENT, "triton")
+        graphed.body(form)
+        monkeypatch.setenv(_dispatch.ENVIRONMENT, "reference")
+        plain.step([order[5 * step : 5 * step + 5] for order in orders])
+    assert not graphed.overflow.any()
+    assert graphed.position == 3
+    for number, (ours, theirs) in enumerate(zip(trainer.learners, plain.learners, strict=True)):
+        for one, other, old in zip(weights(ours), weights(theirs), before[number], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+            moved = (other - old).norm()
+            assert (moved > 0) == (sizes[number] > 0)
+            assert (one - other).norm() <= 1e-3 * moved  # which the weights' tolerance might hide
+        assert torch.equal(ours.model.encoder.counts, theirs.model.encoder.counts)
+        assert torch.equal(ours.model.encoder.samples, theirs.model.encoder.samples)
+        assert torch.equal(ours.correct, theirs.correct)
+        torch.testing.assert_close(ours.loss_sum, theirs.loss_sum, rtol=1e-5, atol=1e-6)
 
 
 def on_cuda(variant: str, count: int, epochs: int) -> Trainer:
