@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="CSV file (default benchmarks/results/<device>)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = options.out or record.results_folder(device) / "command_bench.csv"
+    path = record.results_path(options.out, options.quick, device, "command_bench")
     arguments = QUICK if options.quick else ("--dataset", "mnist")
     count = 1 if options.quick else RUNS
     times: dict[int, list[float]] = {1: [], AT_ONCE: []}

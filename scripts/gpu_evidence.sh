@@ -4,7 +4,7 @@
 #   scripts/gpu_evidence.sh first|second|PART...
 #
 #   first    smoke step bench tests       does every kernel run, is it right, are the targets met
-#   second   profile others sanitizer train
+#   second   profile train others sanitizer
 #
 # Run from anywhere; needs python3 with torch, triton, pytest (and its plugins xdist, timeout and
 # benchmark), hypothesis, rich and matplotlib, no installation of this repository, no network. Each
@@ -22,7 +22,7 @@ allowed=${SECONDS_ALLOWED:-280}
 
 case ${1:-} in
 first) call=first parts=(smoke step bench tests) ;;
-second) call=second parts=(profile others sanitizer train) ;;
+second) call=second parts=(profile train others sanitizer) ;;
 "" | -*)
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
@@ -124,7 +124,10 @@ others() {
         --budget $((seconds - 15)) --out "$out/topk_bench_others.csv"
 }
 
-train() { part train 120 "$python" benchmarks/train_bench.py --out "$out/train_bench.csv"; }
+train() {
+    part train 160 "$python" benchmarks/train_bench.py --no-compile --protocol 50 \
+        --out "$out/train_bench.csv"
+}
 
 sanitizer() {
     local checker

@@ -1,4 +1,4 @@
-"""One captured SSD step on the GPU beside the CPU's, in each phase of the GABA switch.
+"""One captured SSD step on the GPU beside the CPU's, in each form that its hidden layer has.
 
     python scripts/step_evidence.py [--profile]
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks.step_cases import EXCITED, INHIBITED, SWITCHING, Problem, make_trainer
+from benchmarks.step_cases import EXCITED, INHIBITED, LATE, Problem, make_trainer
 from benchmarks.timing import alternate
 from ssd.cli import ArgumentParser, exit_status
 from ssd.learner import Learner, build_model
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")
     failed = 0
-    for phase in (INHIBITED, SWITCHING, EXCITED):
+    for phase in (INHIBITED, LATE, EXCITED):
         try:
             path, error, milliseconds = _step(phase, given.profile)
         except Exception:

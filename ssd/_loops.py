@@ -10,45 +10,43 @@ from ssd_kernels._loops import loop
 
 
 @loop
-def _log_softmax(row: Any, chosen: Any, temperature: float, out: Any) -> None:
-    """T log softmax(row / T) over the columns that are chosen."""
+def _softmax(row: Any, chosen: Any, temperature: float, logs: Any, shares: Any) -> None:
+    """T log softmax(row / T) and softmax(row / T) over the columns that are chosen."""
     most = -np.inf
     for column in range(len(row)):
         if chosen[column]:
             most = max(most, np.float64(row[column])) if row[column] == row[column] else np.nan
     total = 0.0
     for column in range(len(row)):
-        if chosen[column]:
-            total += np.exp((np.float64(row[column]) - most) / temperature)
-    shift = most + temperature * np.log(total)
+        logs[column] = np.float64(row[column]) - most
+        shares[column] = np.exp(logs[column] / temperature) if chosen[column] else 0.0
+        total += shares[column]
+    shift = temperature * np.log(total)
     for column in range(len(row)):
-        out[column] = np.float64(row[column]) - shift
+        logs[column] -= shift
+        shares[column] /= total
 
 
 @loop
 def _divergence(
     student: Any, teacher: Any, chosen: Any, temperature: float, forward: bool,
-    scale: float, p: Any, q: Any, gradient: Any,
+    scale: float, scratch: Any, gradient: Any,
 ) -> float:  # fmt: skip
-    """T^2 KL of a row; adds scale times its gradient. p, q are scratch."""
-    _log_softmax(student, chosen, temperature, p)
-    _log_softmax(teacher, chosen, temperature, q)
+    """T^2 KL of a row; adds scale times its gradient."""
+    log_p, p, log_q, q = scratch
+    _softmax(student, chosen, temperature, log_p, p)
+    _softmax(teacher, chosen, temperature, log_q, q)
     loss = 0.0
     for column in range(len(student)):
-        if chosen[column]:
-            weight = np.exp((q[column] if forward else p[column]) / temperature)
-            difference = q[column] - p[column] if forward else p[column] - q[column]
-            # 0 (log 0 - log 0) is 0.
-            loss += weight * difference if weight != 0 else 0.0
+        weight = q[column] if forward else p[column]
+        if weight != 0:  # 0 (log 0 - log 0) is 0
+            difference = log_p[column] - log_q[column]
+            loss += weight * (-difference if forward else difference)
     for column in range(len(student)):
-        if not chosen[column]:
-            continue
-        share = np.exp(p[column] / temperature)
         if forward:
-            slope = temperature * (share - np.exp(q[column] / temperature))
+            slope = temperature * (p[column] - q[column])
         else:
-            difference = p[column] - q[column] if share != 0 else 0.0
-            slope = share * (difference - loss)
+            slope = p[column] * (log_p[column] - log_q[column] - loss) if p[column] != 0 else 0.0
         gradient[column] += np.float32(scale * slope)
     return temperature * loss
 
@@ -57,26 +55,33 @@ def _divergence(
 def _sample(
     logits: Any, label: int, target_logits: Any, columns: Any, hidden: Any, target_hidden: Any,
     every: Any, alpha: float, lam: float, temperature: float, forward: bool, weight: float,
-    p: Any, q: Any, grad_logits: Any, grad_hidden: Any,
+    scratch: Any, grad_logits: Any, grad_hidden: Any,
 ) -> float:  # fmt: skip
     """The loss of a sample; writes its gradients, times weight. No targets: length 0."""
     taught = len(target_logits) > 0
     share = alpha if taught else 1.0
-    _log_softmax(logits, every, 1.0, p)
-    loss = -share * p[label]
+    _softmax(logits, every, 1.0, scratch[0], scratch[1])
+    loss = -share * scratch[0, label]
     for column in range(len(logits)):
-        grad_logits[column] = np.float32(weight * share * np.exp(p[column]))
+        grad_logits[column] = np.float32(weight * share * scratch[1, column])
     grad_logits[label] -= np.float32(weight * share)
     if taught:
         part = (1 - alpha) * (1 - lam)
         loss += part * _divergence(
-            logits, target_logits, columns, temperature, forward, weight * part, p, q, grad_logits
+            logits,
+            target_logits,
+            columns,
+            temperature,
+            forward,
+            weight * part,
+            scratch,
+            grad_logits,
         )
     if len(target_hidden) > 0:
         part = (1 - alpha) * lam
         grad_hidden[:] = 0
         loss += part * _divergence(
-            hidden, target_hidden, every, temperature, forward, weight * part, p, q, grad_hidden
+            hidden, target_hidden, every, temperature, forward, weight * part, scratch, grad_hidden
         )
     return loss
 
@@ -89,12 +94,12 @@ def distill(
 ) -> None:  # fmt: skip
     """distill for rows of logits and hidden; what is not given is [B, 0]."""
     most = max(logits.shape[1], hidden.shape[1])
-    every, p, q = np.ones(most, np.bool_), np.empty(most), np.empty(most)
+    every, scratch = np.ones(most, np.bool_), np.empty((4, most))
     for b in range(len(logits)):
         chosen = columns[b] if columns.shape[1] > 0 else every
         loss[b] = _sample(
             logits[b], labels[b], target_logits[b], chosen, hidden[b], target_hidden[b], every,
-            alpha, lam, temperature, forward, weight[b], p, q, grad_logits[b], grad_hidden[b],
+            alpha, lam, temperature, forward, weight[b], scratch, grad_logits[b], grad_hidden[b],
         )  # fmt: skip
 
 
@@ -116,7 +121,7 @@ def distill_code(
                 return False
     size = target_hidden.shape[1]
     most = max(logits.shape[1], size)
-    every, p, q = np.ones(most, np.bool_), np.empty(most), np.empty(most)
+    every, scratch = np.ones(most, np.bool_), np.empty((4, most))
     hidden = np.empty(size, values.dtype)
     grad_hidden = np.empty(size, values.dtype)
     for b in range(len(values)):
@@ -134,7 +139,7 @@ def distill_code(
         chosen = columns[b] if columns.shape[1] > 0 else every
         loss[b] = _sample(
             row, labels[b], target_logits[b], chosen, hidden, target_hidden[b], every,
-            alpha, lam, temperature, forward, weight[b], p, q, grad_logits[b], grad_hidden,
+            alpha, lam, temperature, forward, weight[b], scratch, grad_logits[b], grad_hidden,
         )  # fmt: skip
         for s in range(values.shape[1]):
             neuron = indices[b, s]

@@ -13,10 +13,6 @@ from torch.nn import functional as F
 from ssd.sdmlp import response_to_inhibition
 from ssd_kernels.reference import accumulation_dtype, sgd_step
 
-# Rows of fewer columns are not vectorised: log_softmax of [128, 10] takes 20 us on one core of an
-# AMD EPYC with AVX-512, 6 us over the first dimension of a transposed copy.
-VECTOR = 16
-
 
 def draw_batch(
     inputs: Tensor,
@@ -218,7 +214,7 @@ def divergence_terms(
     if columns is not None:
         student = student.masked_fill(~columns, -torch.inf)
         teacher = teacher.masked_fill(~columns, -torch.inf)
-    log_w, log_v = log_softmax(student), log_softmax(teacher)
+    log_w, log_v = (F.log_softmax(z, dim=-1) for z in (student, teacher))
     if kl == "forward":
         log_w, log_v = log_v, log_w
     w = log_w.exp()
@@ -226,10 +222,3 @@ def divergence_terms(
     scaled = (log_w - log_v) * temperature
     # 0 (log 0 - log 0) and 0 log 0 are 0.
     return w, w * scaled.masked_fill(w == 0, 0.0), log_v
-
-
-def log_softmax(rows: Tensor) -> Tensor:
-    """F.log_softmax over the last dimension; its strides may differ from those of rows."""
-    if rows.is_cpu and rows.shape[-1] < VECTOR:
-        return F.log_softmax(rows.mT.contiguous(), dim=-2).mT
-    return F.log_softmax(rows, dim=-1)

@@ -29,7 +29,7 @@ WIDTH = 4
 # A layer of which more than this share may be active is not worth a sparse code.
 SPARSE_SHARE = 1 / 8
 # After a code proved too narrow, so many steps pass before the next try.
-RETRY = 8
+RETRY = 64
 # Weights of an encoder from which on estimating its scores pays.
 SHADOW_MIN = 2**20
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssd.learner import ENCODER, Learner
 from ssd.sdmlp import SDMLP
+from ssd_kernels._graded_code import Scratch
 
 
 class Stack:
@@ -35,6 +36,7 @@ class Stack:
         self.samples = self._each([e.samples for e in self.encoders])  # [S]
         self.loss_sum = self._each([each.loss_sum for each in learners])  # [S]
         self.correct = self._each([each.correct for each in learners])  # [S]
+        self.scratch = Scratch()
         self.lr, self.max_norm = self.setting("lr"), self.setting("max_norm")
         self.normalized = self.models[0].normalized
         self.neurons: Tensor | None = None  # [S, n] distilled

@@ -7,7 +7,7 @@ weights, stream and order of samples, and takes its own steps. On CUDA they shar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ssd.config import PENALTIES, Config, option
 from ssd.cuda_graph import GraphedEpochs
 from ssd.errors import Diverged
 from ssd.learner import Learner, part
+from ssd.memory import fitting
 from ssd.metrics import finite
 from ssd.sdmlp import SDMLP
 from ssd.stack import Stack
@@ -63,7 +64,8 @@ class Trainer:
         if graphs is None:
             # On the CPU a step at a time is as fast, and can be interrupted and resumed.
             graphs = self.device.type == "cuda" and GraphedEpochs.serves(self.learners)
-        self.graphed = GraphedEpochs(self.learners) if graphs else None
+        with self._fitting():
+            self.graphed = GraphedEpochs(self.learners) if graphs else None
         sparse = all(isinstance(each.model, SDMLP) for each in self.learners)
         self.stacks = [Stack([each]) for each in self.learners] if sparse else []
 
@@ -73,7 +75,18 @@ class Trainer:
         Raises:
             Diverged: what was trained is not finite. On a CPU every step is looked at, elsewhere
                 every epoch and every state that is to be saved.
+            UserError: the memory of the device is not enough.
         """
+        with self._fitting():
+            yield from self._run()
+
+    def _fitting(self) -> AbstractContextManager[None]:
+        """UserError if what is done does not fit into memory."""
+        count = len(self.learners)
+        runs = f" of {count} runs side by side" if count > 1 else ""
+        return fitting(f"{option('neurons')} {self.config.neurons}{runs}", self.device)
+
+    def _run(self) -> Iterator[Event]:
         config = self.config
         for each in self.learners:
             if not each.model.training:  # else frozen submodules stay as they are

@@ -38,6 +38,7 @@ TINY = 1e-30
 GROUP = 16  # neighbours that share a maximum
 # Opening more groups than one in so many costs more than all scores.
 GROUP_SHARE = 8
+MAX_LOOPED = 64  # the k that numba's loops rank, by insertion
 # More candidates than one in so many neurons cost more than all scores.
 DENSE_SHARE = 32
 
@@ -110,6 +111,11 @@ class Shadow:
             self.rows = weight
         elif neurons is None:
             self.rows.copy_(weight)
+        elif _dispatch.NUMBA and self.rows.dtype == torch.bfloat16 and weight.is_contiguous():
+            from ssd_kernels import _loops
+
+            rows = self.rows.view(torch.uint16).numpy()
+            _loops.round_rows(weight.view(torch.uint32).numpy(), neurons.numpy(), rows)
         else:
             self.rows.index_copy_(0, neurons, F.embedding(neurons, weight).to(self.rows.dtype))
         self._seen = weight._version, weight.data_ptr()
@@ -177,7 +183,13 @@ def linear_code(
     # Without gaba the torch path goes by linear_topk's kernels.
     served = gaba is not None and x.dtype == torch.float32 and k < neurons
     served = served and max(k + 1, width) <= MAX_K
-    looped = gaba is None and blocks == 1 and len(x) > 0 and weight.dtype == torch.float32
+    looped = (
+        gaba is None
+        and blocks == 1
+        and k < MAX_LOOPED
+        and len(x) > 0
+        and weight.dtype == torch.float32
+    )
     serve = _dispatch.choose("linear_code", impl, x, served=served, looped=looped)
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
@@ -593,7 +605,11 @@ def _numba_active(
 
     batch, size = len(x), len(weight)
     scores = torch.mm(weight, x.T, out=scratch(0, x, size, batch))
-    cut = _cut(scores, k)
+    if k < min(size, MAX_LOOPED):
+        cut = x.new_empty(batch)
+        _loops.inhibition(scores.numpy(), k, cut.numpy())
+    else:
+        cut = _cut(scores, k)
     excited = gaba is not None and not gaba.min() > 0
     values = gate = scratch(1, x, size, batch)
     if excited:

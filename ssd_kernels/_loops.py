@@ -15,6 +15,8 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 LANES = 16  # columns that are ranked side by side: a vector register of them
+# Rows that share a maximum, and how many groups for each of the k make it worth while.
+GROUP, LEAST = 8, 2
 
 
 def loop(function: F) -> F:
@@ -29,30 +31,59 @@ def loop(function: F) -> F:
 
 @loop
 def rank(keys: Any, k: int, values: Any, indices: Any) -> None:
-    """The k largest of each column of keys [R, B], NaN first, ties to the lower row: [B, k]."""
+    """The k largest of each column of keys [R, B], NaN first, ties to the lower row: [B, k].
+
+    k groups of rows have a maximum that is no less than the k-th largest maximum. What lies under
+    it is passed by.
+    """
+    neurons, batch = keys.shape
+    under = np.full(batch, np.nan, keys.dtype)
+    groups = neurons // GROUP
+    if groups >= LEAST * k:
+        maxima = keys[:groups].copy()
+        for j in range(groups, groups * GROUP):
+            for b in range(batch):
+                if keys[j, b] > maxima[j % groups, b]:
+                    maxima[j % groups, b] = keys[j, b]
+        insert(maxima, k, under, values, indices)
+        for b in range(batch):
+            if values[b, k - 1] > -np.inf:
+                under[b] = np.nextafter(values[b, k - 1], np.float32(-np.inf))
+    insert(keys, k, under, values, indices)
+
+
+@loop
+def insert(keys: Any, k: int, under: Any, values: Any, indices: Any) -> None:
+    """rank, passing by what is not above `under` [B], of which no column needs one; NaN: none."""
     neurons, batch = keys.shape
     best = np.empty((LANES, k), keys.dtype)
     who = np.empty((LANES, k), np.int64)
-    least = np.empty(LANES, keys.dtype)
+    held = np.empty(LANES, np.int64)
+    low = np.empty(LANES, keys.dtype)
     for first in range(0, batch, LANES):
         lanes = min(LANES, batch - first)
+        for lane in range(lanes):
+            held[lane] = 0
+            low[lane] = under[first + lane]
         for j in range(neurons):
-            if j >= k and lanes == LANES:
+            if lanes == LANES:
                 reached = 0
                 for lane in range(LANES):
-                    reached |= not (keys[j, first + lane] <= least[lane])
+                    reached |= not (keys[j, first + lane] <= low[lane])
                 if not reached:
                     continue
             for lane in range(lanes):
-                key = keys[j, first + lane]
-                at = min(j, k - 1)
-                if j >= k and not _above(key, least[lane]):
+                key, at = keys[j, first + lane], held[lane]
+                if key <= low[lane] or (at == k and not _above(key, best[lane, k - 1])):
                     continue
+                held[lane] = min(at + 1, k)
+                at = min(at, k - 1)
                 while at > 0 and _above(key, best[lane, at - 1]):
                     best[lane, at], who[lane, at] = best[lane, at - 1], who[lane, at - 1]
                     at -= 1
                 best[lane, at], who[lane, at] = key, j
-                least[lane] = best[lane, k - 1]
+                if held[lane] == k:
+                    low[lane] = best[lane, k - 1]
         for lane in range(lanes):
             values[first + lane] = best[lane]
             indices[first + lane] = who[lane]
@@ -138,6 +169,15 @@ def move_rows(
             length = np.sqrt(length)
             for column in range(len(row)):
                 row[column] = np.float32(row[column] / length)
+
+
+@loop
+def inhibition(scores: Any, k: int, cut: Any) -> None:
+    """The (k+1)-th largest activation [B] of scores [R, B]; k < R."""
+    values = np.empty((scores.shape[1], k + 1), scores.dtype)
+    rank(scores, k + 1, values, np.empty(values.shape, np.int64))
+    for b in range(len(cut)):
+        cut[b] = np.float32(0) if values[b, k] <= 0 else values[b, k]
 
 
 @loop
@@ -236,24 +276,21 @@ def code_of_estimates(
     given the relative error, is scored. False: that is more than one group in `share`.
     """
     groups, batch = len(estimates) // group, estimates.shape[1]
-    maxima = np.zeros((groups, batch), estimates.dtype)
+    maxima = np.zeros((groups, batch), np.int32)
     for g in range(groups):
         for j in range(g * group, g * group + group):
             for b in range(batch):
-                maxima[g, b] = max(maxima[g, b], estimates[j, b] & np.uint16(0x7FFF))  # -0.0 is 0
-    reached = np.empty((batch, k + 1), estimates.dtype)
-    who = np.empty((batch, k + 1), np.int64)
-    rank(maxima, k + 1, reached, who)
-    bits = np.empty(batch, np.uint32)
-    for b in range(batch):
-        bits[b] = np.uint32(reached[b, k]) << np.uint32(16)
+                maxima[g, b] = max(maxima[g, b], np.int32(estimates[j, b] & 0x7FFF))  # -0.0 is 0
+    floor = np.full(batch, -1, np.int32)
+    reached, who = np.empty((batch, k + 1), np.int32), np.empty((batch, k + 1), np.int64)
+    insert(maxima, k + 1, floor, reached, who)
+    bits = (reached[:, k].astype(np.uint32) << np.uint32(16)).copy()
     least = bits.view(np.float32)
     for b in range(batch):
         least[b] = max(least[b] * np.float32((1 - error) / (1 + error)), np.float32(tiny))
-    floor = np.empty(batch, estimates.dtype)
     opened = 0
     for b in range(batch):
-        floor[b] = (bits[b] + np.uint32(0xFFFF)) >> np.uint32(16)
+        floor[b] = (np.int64(bits[b]) + 0xFFFF) >> 16
     for g in range(groups):
         for b in range(batch):
             opened += maxima[g, b] >= floor[b]
@@ -270,7 +307,7 @@ def code_of_estimates(
         for b in range(batch):
             if maxima[g, b] >= floor[b]:
                 for j in range(g * group, min(g * group + group, len(weight))):
-                    if (estimates[j, b] & np.uint16(0x7FFF)) >= floor[b]:
+                    if np.int32(estimates[j, b] & 0x7FFF) >= floor[b]:
                         score = _dot(x[b], weight[j])
                         held[b] = _ranked_in(best[b], who[b], held[b], score, j)
     for b in range(batch):
@@ -281,3 +318,14 @@ def code_of_estimates(
                 held[b] = _ranked_in(best[b], who[b], held[b], _dot(x[b], weight[j]), j)
         _kept(best[b], who[b], k, mask, values[b], indices[b])
     return True
+
+
+@loop
+def round_rows(weight: Any, neurons: Any, rows: Any) -> None:
+    """rows = bfloat16 of the float32 weight, bits of both, for some neurons; NaN stays one."""
+    for neuron in neurons:
+        for column in range(weight.shape[1]):
+            bits = np.uint64(weight[neuron, column])
+            rounded = (bits + np.uint64(0x7FFF) + ((bits >> 16) & 1)) >> 16
+            nan = (bits & np.uint64(0x7FFFFFFF)) > np.uint64(0x7F800000)
+            rows[neuron, column] = np.uint16(0x7FC0) if nan else np.uint16(rounded)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ssd import cuda_graph, reference
+from ssd import cuda_graph
 from ssd.cuda_graph import DENSE, EXACT, GRADED, GraphedEpochs
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
@@ -106,7 +106,6 @@ def test_no_bit_depends_on_the_companions(variant: str, monkeypatch: pytest.Monk
     """
     one_by_one = lambda a, b: torch.stack([x @ y for x, y in zip(a, b, strict=True)])  # noqa: E731
     monkeypatch.setattr(torch, "bmm", one_by_one)
-    monkeypatch.setattr(reference, "VECTOR", 0)  # a softmax row by row
     ends = []
     for companions in ([0, 1, 2], [1, 0], [2, 1]):
         learners = make_trainer(variant, torch.float32, 3).learners
@@ -148,6 +147,23 @@ def test_learners_of_one_form_share_the_launches_and_the_others_rest() -> None:
         for form, taken in bodies:
             assert taken == [n if f == form else 0 for n, f in zip(sizes, forms, strict=True)]
     assert len(graphed._steps) == 3  # graphs that CUDA would have captured
+
+
+def test_ten_learners_cross_the_switch_with_three_graphs() -> None:
+    """Each at its own time: what a graph is captured for is a form, not a set of learners."""
+    configs = [
+        replace(BASE, method="sdmlp", tasks=2, seed=seed, anneal_samples=10 + 40 * seed)
+        for seed in range(10)
+    ]
+    learners = [make_learner(config, torch.float32) for config in configs]
+    trainer = Trainer(learners, graphs=True)
+    mixed = 0
+    for event in trainer.run():
+        if event.kind == "epoch":
+            mixed = max(mixed, len(set(trainer.graphed._forms())))
+    assert mixed == 3
+    assert {form for form, *_ in trainer.graphed._steps} == {DENSE, GRADED, EXACT}
+    assert len(trainer.graphed._steps) == 3
 
 
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
