@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 LANES = 16  # columns that are ranked side by side: a vector register of them
 # Rows that share a maximum, and how many groups for each of the k make it worth while.
 GROUP, LEAST = 8, 2
+NORMAL = np.float32(2.0**-126)  # smaller numbers may be flushed to 0
 
 
 def loop(function: F) -> F:
@@ -47,8 +48,9 @@ def rank(keys: Any, k: int, values: Any, indices: Any) -> None:
                     maxima[j % groups, b] = keys[j, b]
         insert(maxima, k, under, values, indices)
         for b in range(batch):
-            if values[b, k - 1] > -np.inf:
-                under[b] = np.nextafter(values[b, k - 1], np.float32(-np.inf))
+            least = values[b, k - 1]
+            if least > -np.inf:
+                under[b] = min(np.nextafter(least, np.float32(-np.inf)), least - NORMAL)
     insert(keys, k, under, values, indices)
 
 

@@ -1,4 +1,4 @@
-"""Which of our modules imports which: no circles, one direction, nothing for type checkers alone."""
+"""Which of our modules imports which: no circles, one direction, nothing for type checkers."""
 
 from __future__ import annotations
 

@@ -204,6 +204,21 @@ def test_loops_against_fp64(
     assert (code.indices.diff(dim=1)[tied] > 0).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_denormal_numbers_that_are_flushed(impl: str) -> None:
+    """Zeros are ranked above what is negative all the same."""
+    weight = torch.full((100, 4), -1.0)
+    weight[60::3] = 0
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU flushes nothing")
+    try:
+        for x in (torch.rand(16, 4), torch.rand(5, 4)):
+            code, _ = linear_code(x, weight, 3, 3, impl=impl)
+            assert (code.indices == torch.tensor([60, 63, 66])).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.skipif(not NUMBA, reason="numba does not serve here")
 @pytest.mark.parametrize(("spread", "served"), [(4.0, True), (0.0, False)])
 def test_too_many_candidates_take_all_scores(spread: float, served: bool) -> None:

@@ -1,4 +1,4 @@
-"""Where numba is not installed PyTorch serves, and a run ends where it does with the loops."""
+"""Where numba is not installed PyTorch serves: a run ends where it would, but for rounding."""
 
 from __future__ import annotations
 
