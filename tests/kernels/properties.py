@@ -18,6 +18,7 @@ Left open by the contract, so that only shapes, dtypes, untouched inputs and rep
   judged.
 - linear_code: the code of a sample that is wider; where the layer's output is not
   finite, only that the code is not either.
+- the gate of linear_active where the layer is not a number.
 - an index or label out of range on CUDA, where nothing may look.
 Never drawn, since the contract excludes it: a sample that names an active neuron twice
 (count_active, code_gram), gaba > 1, gaba <= 0 in linear_code.

@@ -432,7 +432,7 @@ class LinearActive(Op):
         hidden[:, neurons], passes[:, neurons] = values, gate > 0
         yield from LinearInhibit.dense(case, hidden)
         expected = (hidden > 0) & (truth.bounds.lower > 0)
-        if ((passes != expected) & truth.sure).any():
+        if ((passes != expected) & truth.sure & ~hidden.isnan()).any():
             yield "the gradient passes where it must not, or is stopped where it passes"
         if case["counts"] is not None:
             active = (reference.by_network(hidden, truth.blocks) > 0).sum(1).flatten()
