@@ -243,11 +243,21 @@ def linear_inhibit(
 
 
 def linear_code(
-    dtype: torch.dtype, *, B: int, d: int, R: int, k: int, width: int, S: int = 1, **options: Any
+    dtype: torch.dtype,
+    *,
+    B: int,
+    d: int,
+    R: int,
+    k: int,
+    width: int,
+    S: int = 1,
+    counts: bool = False,
+    **options: Any,
 ) -> None:
     shapes = (S * B, d), (S * R, d), (S * R,)
     x, weight, gaba = (_new(*shape, dtype=dtype) for shape in shapes)
-    ours.linear_code(x, weight, k, width, gaba, blocks=S, **options)
+    given = {"counts": _counts(S * R, counts), "blocks": S, **options}
+    ours.linear_code(x, weight, k, width, gaba, **given)
 
 
 def sparse_linear(
@@ -521,9 +531,9 @@ GRID = [
     *_grid(linear_inhibit, BF16, B=128, d=256, R=10000, k=10, gaba=False, grad=False),
     *_grid(linear_inhibit, FP32, B=128, d=64, R=200, k=200),
     *_grid(linear_inhibit, FP32, S=10, B=128, d=256, R=1000, k=10, counts=True),
-    *_grid(linear_code, FP32, B=128, d=256, R=10000, k=10, width=64),
+    *_grid(linear_code, FP32, B=128, d=256, R=10000, k=10, width=64, counts=True),
     *_grid(linear_code, FP32, B=1024, d=256, R=10000, k=10, width=64, inhibition="mask"),
-    *_grid(linear_code, FP32, S=10, B=128, d=512, R=1000, k=10, width=128),
+    *_grid(linear_code, FP32, S=10, B=128, d=512, R=1000, k=10, width=128, counts=True),
     *_grid(linear_code, FP32, B=1024, d=1024, R=65536, k=32, width=128),
     # Widths of every row of the tables "sparse_linear" and "segments".
     *(call for C in (10, 64, 256, 1000) for call in
