@@ -151,3 +151,20 @@ def distill_code(
                     slope += grad_hidden[positions[neuron]]
             grad_values[b, s] = slope
     return True
+
+
+@loop
+def gate(gradient: Any, gates: Any, slopes: Any, positions: Any, gated: bool) -> None:
+    """gate_gradient for [R, B]; without slopes [B, n] positions have length 0."""
+    units = slopes.shape[1]
+    for j in range(len(gradient)):
+        row, own = gradient[j], gates[j]
+        place = positions[j] if len(positions) > 0 else units
+        if place < units and gated:
+            for b in range(len(row)):
+                row[b] += slopes[b, place]
+        for b in range(len(row)):
+            row[b] = np.float32(0) if own[b] <= 0 else row[b]
+        if place < units and not gated:
+            for b in range(len(row)):
+                row[b] += slopes[b, place]

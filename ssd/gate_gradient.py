@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssd import reference
+from ssd.distill import array
 from ssd_kernels import _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
 
@@ -31,10 +32,12 @@ def gate_gradient(
         positions: [S R] int64, where each neuron stands in its subnetwork, n if it does not; goes
             with slopes.
         gated: False: slopes are added behind the gate, open or not.
-        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+        impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
     """
     served = gate.dtype in (torch.bool, torch.float32) and gradient.dtype == torch.float32
-    serve = _dispatch.choose("gate_gradient", impl, gradient, served=served)
+    looped = gate.dtype == torch.float32 and gradient.T.is_contiguous() and gate.T.is_contiguous()
+    looped = looped and (positions is None or len(positions) == gradient.shape[1])
+    serve = _dispatch.choose("gate_gradient", impl, gradient, served=served, looped=looped)
     with torch.no_grad():
         serve(gradient, gate, slopes, positions, gated)
 
@@ -53,6 +56,18 @@ def _torch(
     torch.ops.aten.threshold_backward.grad_input(gradient, gate, 0.0, grad_input=gradient)
     if not gated:
         _add_slopes(gradient, slopes, positions)
+
+
+def _numba(
+    gradient: Tensor, gate: Tensor, slopes: Tensor | None, positions: Tensor | None, gated: bool
+) -> None:
+    from ssd import _loops
+
+    rows = len(gradient)
+    places = positions if positions is not None else torch.empty(0, dtype=torch.int64, device="cpu")
+    _loops.gate(
+        gradient.T.numpy(), gate.T.numpy(), array(slopes, rows), places.contiguous().numpy(), gated
+    )
 
 
 def _add_slopes(gradient: Tensor, slopes: Tensor | None, positions: Tensor | None) -> None:
@@ -124,4 +139,6 @@ def _triton(
         )
 
 
-_dispatch.register("gate_gradient", reference=reference.gate_gradient, torch=_torch, triton=_triton)
+_dispatch.register(
+    "gate_gradient", reference=reference.gate_gradient, torch=_torch, numba=_numba, triton=_triton
+)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ssd.gate_gradient import gate_gradient
-from tests.kernels.conftest import triton_only
+from tests.kernels.conftest import NUMBA, triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
 LEARNERS, BATCH, NEURONS, SUBNETWORK = 2, 3, 11, 4
@@ -66,6 +66,19 @@ def test_every_entry(
     if turned == "both":
         gate = transposed(gate)
     rest = (slopes, positions) if with_slopes else (None, None)
+    gate_gradient(gradient, gate, *rest, gated=gated, impl=impl)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["torch", *NUMBA])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("with_slopes", [True, False])
+def test_one_learner_as_it_lies_on_a_cpu(impl: str, gated: bool, with_slopes: bool) -> None:
+    gradient, gate, slopes, positions = problem("cpu")
+    gradient, gate = (transposed(t[:BATCH]) for t in (gradient, gate))
+    rest = (slopes[:BATCH], positions[:NEURONS]) if with_slopes else (None, None)
+    expected = gradient.clone()
+    gate_gradient(expected, gate, *rest, gated=gated, impl="reference")
     gate_gradient(gradient, gate, *rest, gated=gated, impl=impl)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
 
