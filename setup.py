@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 
 setup(
@@ -27,5 +28,9 @@ setup(
         "mlxtend>=0.23",
         "tomli>=2; python_version < '3.11'",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.9", "mypy>=1.11", "pre-commit>=3"]},
+    extras_require={
+        "cpu": CPU,
+        "test": TEST,
+        "dev": [*TEST, *CPU, "ruff>=0.9", "mypy>=1.11", "pre-commit>=3"],
+    },
 )

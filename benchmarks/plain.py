@@ -62,6 +62,7 @@ class PlainStep:
         self.loss = self._loss
 
     def compiled(self) -> PlainStep:
+        torch.compiler.reset()  # another size would count as one more recompilation
         self.loss = torch.compile(self._loss)
         return self
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,7 @@ import torch
 from ssd.lock import file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("forward", "backward", "full", "step")
+MODES = ("forward", "backward", "full", "step", "epoch", "protocol")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ NUMBERS = ("p20", "p50", "p80", "roofline_fraction")
 class Writer:
     """Writes rows to a CSV file as they come, so that a killed run leaves what it had.
 
-    Each row is stamped with device, torch, triton, commit and date. Use as a context manager.
+    Each row is stamped with device, torch, triton, date and, if it names none, the commit. Use as a
+    context manager.
 
     Raises:
         UserError: another process writes the file. OSError: it cannot be written.
@@ -82,7 +84,7 @@ class Writer:
         self._csv.writerow(COLUMNS)
 
     def write(self, row: Row) -> None:
-        row = replace(row, **self.stamp)
+        row = replace(row, **self.stamp | ({"commit": row.commit} if row.commit else {}))
         self.rows.append(row)
         self._csv.writerow(_cells(row))
         self._file.flush()
@@ -126,6 +128,14 @@ def results_folder(device: torch.device) -> Path:
     return ROOT / "benchmarks" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def results_path(given: Path | None, quick: bool, device: torch.device, name: str) -> Path:
+    """Where a benchmark writes: as asked, for a quick try a temporary file, else the kept file."""
+    if given is not None:
+        return given
+    folder = Path(tempfile.mkdtemp()) if quick else results_folder(device)
+    return folder / f"{name}.csv"
+
+
 def installed(package: str) -> str:
     """The version of an installed package, or an empty string."""
     try:
@@ -134,11 +144,11 @@ def installed(package: str) -> str:
         return ""
 
 
-def commit() -> str:
-    """The commit of the checkout, '-dirty' if changed; GIT_COMMIT where git is not there."""
-    if given := os.environ.get("GIT_COMMIT"):
+def commit(checkout: Path = ROOT) -> str:
+    """The commit of a checkout, '-dirty' if changed; GIT_COMMIT, where that is set, is ours."""
+    if checkout == ROOT and (given := os.environ.get("GIT_COMMIT")):
         return given
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, check=True)
         return done.stdout.decode(errors="replace").strip()

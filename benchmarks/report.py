@@ -122,9 +122,10 @@ def show(console: Console, rows: list[Row], title: str, cuda: bool) -> None:
 def markdown(rows: list[Row]) -> str:
     """The medians, and where and with what they were taken."""
     first = rows[0]
+    others = {row.provider: row.commit for row in rows if row.commit != first.commit}
     lines = [
         f"{first.device}; torch {first.torch}; triton {first.triton or 'not installed'}; "
-        f"commit {first.commit}; {first.date}",
+        f"commit {first.commit}{''.join(f' ({p}: {c})' for p, c in others.items())}; {first.date}",
         "",
         "| op | shape | provider | median | of the roofline |",
         "|---|---|---|---|---|",

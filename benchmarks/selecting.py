@@ -226,18 +226,20 @@ def linear_active(shape: Shape, device: torch.device) -> Case:
         a = F.linear(x, weight).relu()
         hidden = (a - gaba * torch.topk(a, k + 1).values[:, k:]).relu()
         firing = hidden.any(0).nonzero().squeeze(1)
-        return hidden[:, firing], firing
+        return _graded_code.ActiveNeurons(hidden[:, firing], firing, hidden[:, firing])
 
     def call(given: Any, impl: str | None) -> Any:
         x, weight, gaba = given
         return _graded_code.linear_active(x, weight, k, gaba, scratch=scratch, impl=impl)
 
     def check(_: str, given: Any, result: Any) -> str:
-        values, firing = result
+        values, firing, _ = result
         rows = gate.sample_rows(given[0])
         x, weight, gaba = (t.double() for t in given)
         true = reference.linear_inhibit(x[rows], weight, k, gaba)
-        dense = values.new_zeros(true.shape).index_copy_(1, firing, values[rows])
+        dense = values[rows]
+        if firing is not None:
+            dense = values.new_zeros(true.shape).index_copy_(1, firing, dense)
         return gate.close("h", dense, true)
 
     named = "F.linear + torch.topk"

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.plain import PlainSDMLP, PlainStep, batches
-from benchmarks.step_targets import APART, BACKWARD, PRODUCTS
+from benchmarks.step_targets import APART, BACKWARD
 from benchmarks.timing import Run
 from ssd.activations import evaluating
-from ssd.config import Config
+from ssd.config import Config, resolve
 from ssd.data import Task
 from ssd.learner import Learner, build_model
 from ssd.sdmlp import SDMLP
+from ssd.step import Batch, sparse_step
 from ssd.trainer import Trainer
-from ssd_kernels import TopKOutput
+from ssd_kernels import TopKOutput, _dispatch
+from ssd_kernels._graded_code import ActiveNeurons
 
 CLASSES = 10
 BATCHES = 10  # in a synthetic task, unless the problem says how many samples
 STEPS = 10  # trained on every past task: each of its batches once
-# Where the GABA switch stands: before it, in its middle, after it.
-EXCITED, SWITCHING, INHIBITED = "excited", "mid-switch", "inhibited"
+# Where the GABA switch stands: before it, in its middle, where almost every neuron fires in a
+# batch, when only LATE_ACTIVE k fire for a sample, after it.
+EXCITED, SWITCHING, LATE, INHIBITED = "excited", "mid-switch", "late switch", "inhibited"
+LATE_ACTIVE = 1.3
 # Activations until a neuron is inhibited. A switch of so many takes a million steps: it stands
 # still while a step is timed.
 STILL = 10**9
@@ -48,14 +52,17 @@ class Problem:
         return {"B": self.B, "d": self.d, "R": self.R, "k": self.k, "C": CLASSES, **samples, **more}
 
 
-def make_task(problem: Problem, device: torch.device, number: int) -> Task:
+def make_task(
+    problem: Problem, device: torch.device, number: int, classes: Sequence[int] = range(CLASSES)
+) -> Task:
     """Rectified clusters, as the features of a network are; other ones for every number."""
     draw = torch.Generator().manual_seed(number)
-    y = torch.arange(problem.N or problem.B * BATCHES) % CLASSES
+    y = torch.tensor(classes)[torch.arange(problem.N or problem.B * BATCHES) % len(classes)]
     centres = 1.5 * torch.randn(CLASSES, problem.d, generator=draw)
     x = (centres[y] + torch.randn(len(y), problem.d, generator=draw)).relu()
     x, y = x.to(device), y.to(device)
-    return Task(tuple(range(CLASSES)), x, y, x[:10], y[:10])
+    tests = len(y) // 5
+    return Task(tuple(classes), x, y, x[:tests], y[:tests])
 
 
 def make_trainer(
@@ -67,11 +74,13 @@ def make_trainer(
     phase: str = INHIBITED,
 ) -> Trainer:
     """A trainer at the beginning of a task, with so many past ones: it has a teacher."""
-    tasks = [make_task(problem, device, number) for number in range(past + 1)]
+    # Data that the switch has not seen make many more neurons fire.
+    numbers = [0 if phase == LATE else number for number in range(past + 1)]
+    tasks = [make_task(problem, device, number) for number in numbers]
     config = Config(
         method=method, neurons=problem.R, k=problem.k, batch_size=problem.B, tasks=len(tasks),
         schedule="flat" if phase == INHIBITED else "gaba", epochs=10**6, eval_every=10**6,
-        anneal_samples=QUICK_SWITCH if phase == SWITCHING else STILL,
+        anneal_samples=QUICK_SWITCH if phase in (SWITCHING, LATE) else STILL,
     )  # fmt: skip
     configs = [replace(config, seed=seed) for seed in range(seeds)]
     trainer = Trainer(
@@ -82,8 +91,8 @@ def make_trainer(
             learner.begin_task(trainer.task)
         for step in range(STEPS):
             step_of(trainer, step)()
-        if phase == SWITCHING and trainer.task == 0:
-            _switch_half(trainer)
+        if phase in (SWITCHING, LATE) and trainer.task == 0:
+            _switch(trainer, phase)
         for learner in trainer.learners:
             learner.end_task(trainer.task)
     trainer.task = past
@@ -93,52 +102,56 @@ def make_trainer(
     return trainer
 
 
-def _switch_half(trainer: Trainer) -> None:
-    """Trains until g is 1/2 on average, and stops the switch there."""
+def _switch(trainer: Trainer, phase: str) -> None:
+    """Trains until the switch is at the phase, and stops it there."""
     for learner in trainer.learners:
         encoder = _sdmlp(learner).encoder
         step = 0
-        while encoder.gaba().mean() < 0.5:
+        while (
+            encoder.gaba().mean() < 0.5
+            if phase == SWITCHING
+            else _active(trainer, learner) > LATE_ACTIVE * encoder.k
+        ):
             step_of(trainer, step)()
             step += 1
         encoder.counts *= STILL // QUICK_SWITCH
         encoder.anneal_samples = STILL
-    if trainer.resident is not None:  # it took the number when it was made
-        trainer.resident.anneal_samples.fill_(STILL)
+    if trainer.graphed is not None:  # it took the number when it was made
+        trainer.graphed.anneal_samples.fill_(STILL)
 
 
-def graded_share(trainer: Trainer) -> float:
-    """The share of neurons with 0 < g < 1."""
-    gaba = _sdmlp(trainer.learners[0]).encoder.gaba()
-    return ((gaba > 0) & (gaba < 1)).double().mean().item()
+def _active(trainer: Trainer, learner: Learner) -> float:
+    """How many neurons fire for a sample, on average over a batch."""
+    hidden = _hidden(trainer, learner)
+    return (hidden.values > 0).sum(1).double().mean().item()
+
+
+def _hidden(trainer: Trainer, learner: Learner) -> TopKOutput | ActiveNeurons:
+    """The hidden layer of the first batch, not counted."""
+    with evaluating(learner.model):
+        return _sdmlp(learner).encoder.encode(learner.inputs[: trainer.config.batch_size])
 
 
 def step_of(trainer: Trainer, step: int) -> Run:
     size = trainer.config.batch_size
-    first = step % BATCHES * size
+    whole = len(trainer.learners[0].tasks[trainer.task].y_train) // size
+    first = step % whole * size
     samples = torch.arange(first, first + size, device=trainer.device)
     return lambda: trainer.step([samples] * len(trainer.learners))
 
 
 def repeated(trainer: Trainer) -> Run:
     """A step as training takes it: on CUDA a replay of the graph."""
-    if trainer.resident is None:
+    if trainer.graphed is None:
         return step_of(trainer, 0)
     trainer.load_task()
-    return trainer.resident.first_step()
-
-
-def path_of(trainer: Trainer) -> str:
-    """How most steps are taken: "sparse", "active" or "dense"."""
-    taken = []
-    for step in range(BATCHES):
-        with (
-            mock.patch.object(trainer, "_dense_step", wraps=trainer._dense_step) as dense,
-            mock.patch.object(trainer, "_sparse_step", wraps=trainer._sparse_step) as sparse,
-        ):
-            step_of(trainer, step)()
-        taken.append("dense" if dense.called else "sparse" if sparse.called else "active")
-    return max(taken, key=taken.count)
+    run = trainer.graphed.first_step(trainer.task, trainer.epoch)
+    run()
+    if not trainer.graphed.overflow.any():
+        return run
+    for learner in trainer.learners:  # a code does not hold what fires
+        _sdmlp(learner).encoder.dense_until.fill_(STILL)
+    return trainer.graphed.first_step(trainer.task, trainer.epoch)
 
 
 def important_rows(trainer: Trainer) -> int:
@@ -196,45 +209,108 @@ def step_runs(trainer: Trainer, compiled: bool) -> dict[str, Run]:
     (learner,) = trainer.learners
     task, size = learner.tasks[trainer.task], trainer.config.batch_size
     steps = [step_of(trainer, step) for step in range(BATCHES)]
-    if trainer.resident is not None:
+    if trainer.graphed is not None:
         steps = [repeated(trainer)]
     ours, stream = _cycle(steps), _endless(task.x_train, task.y_train, size)
-    plain = plain_step(trainer)
-    runs: dict[str, Run] = {
-        "ours": lambda: next(ours)(),
-        "plain": lambda: plain(*next(stream)),
-    }
-    if compiled:
-        fast = plain_step(trainer).compiled()
-        runs["compiled"] = lambda: fast(*next(stream))
+    runs: dict[str, Run] = {"ours": lambda: next(ours)()}
+    for name, plain in _plain_steps(trainer, compiled).items():
+        runs[name] = lambda plain=plain: plain(*next(stream))
     return runs
 
 
-def products(trainer: Trainer) -> dict[str, Run]:
-    """All scores in float32, see PRODUCTS."""
-    (learner,) = trainer.learners
-    address = learner.inputs[: trainer.config.batch_size]
-    weight = learner.parameters[0].detach().clone()
-    kept = weight.new_empty(len(weight), len(address))
-    written, fastest = PRODUCTS
-    return {
-        written: lambda: address @ weight.T,
-        fastest: lambda: torch.mm(weight, address.T, out=kept),
-    }
-
-
-def epoch_runs(trainer: Trainer) -> dict[str, Run]:
+def epoch_runs(trainer: Trainer, compiled: bool = False) -> dict[str, Run]:
     """An epoch of every provider: order, gathers, steps and the running sums."""
+    check(trainer, plain_step(trainer))
     (learner,) = trainer.learners
     task, size = learner.tasks[trainer.task], trainer.config.batch_size
-    plain = plain_step(trainer)
     events = (event for event in trainer.run() if event.kind == "epoch")
     loader = batches(task.x_train, task.y_train, size)
 
-    def plain_epoch() -> float:
+    def plain_epoch(plain: PlainStep) -> float:
         return sum(float(plain(x, y)) * len(y) for x, y in loader)
 
-    return {"ours": lambda: next(events), "plain": plain_epoch}
+    runs: dict[str, Run] = {"ours": lambda: next(events)}
+    for name, plain in _plain_steps(trainer, compiled).items():
+        runs[name] = lambda plain=plain: plain_epoch(plain)
+    return runs
+
+
+def _plain_steps(trainer: Trainer, compiled: bool) -> dict[str, PlainStep]:
+    steps = {"plain": plain_step(trainer)}
+    return steps | {"compiled": plain_step(trainer).compiled()} if compiled else steps
+
+
+def without_numba(run: Run) -> Run:
+    """The run with PyTorch in place of numba's loops."""
+
+    def forced() -> object:
+        before = os.environ.get(_dispatch.ENVIRONMENT)
+        os.environ[_dispatch.ENVIRONMENT] = "torch"
+        try:
+            return run()
+        finally:
+            del os.environ[_dispatch.ENVIRONMENT]
+            if before is not None:
+                os.environ[_dispatch.ENVIRONMENT] = before
+
+    return forced
+
+
+def products(trainer: Trainer) -> tuple[Run, str, int]:
+    """The products that the trainer's next step cannot do without, in the fastest order of a CPU.
+
+    Returns:
+        The run; what the hidden layer is: a "code", the "active" neurons or "all", on CUDA the form
+        of the graph; how many neurons fire in the batch.
+    """
+    (learner,) = trainer.learners
+    address = learner.inputs[: trainer.config.batch_size]
+    encoder, decoder = (p.detach().clone() for p in learner.parameters)
+    hidden = _hidden(trainer, learner)
+    path = "code" if isinstance(hidden, TopKOutput) else "all"
+    if isinstance(hidden, ActiveNeurons) and hidden.neurons is not None:
+        path = "active"
+    if trainer.graphed is not None:
+        (path,) = trainer.graphed._forms()
+    scores = encoder.new_empty(len(encoder), len(address))
+    if isinstance(hidden, TopKOutput):
+        fires = hidden.values > 0
+        slots = hidden.indices[fires].argsort(stable=True)
+        neurons, counts = hidden.indices[fires].unique(return_counts=True)
+        # The gradient of a touched address: the sum of its samples, each times a number.
+        samples = fires.nonzero()[:, 0][slots]
+        weights, offsets = hidden.values[fires][slots], counts.cumsum(0) - counts
+
+        def code() -> None:
+            torch.mm(encoder, address.T, out=scores)
+            F.embedding_bag(samples, address, offsets, mode="sum", per_sample_weights=weights)
+
+        return code, path, len(neurons)
+    rows = decoder if hidden.neurons is None else decoder[hidden.neurons]
+    # Any numbers do for what the gradients of logits and values are multiplied with.
+    values, slopes = hidden.values.T.contiguous(), address[:, :CLASSES].contiguous()
+    back, gradient = torch.empty_like(values), values.new_empty(len(rows), address.shape[1])
+
+    def active() -> None:
+        torch.mm(encoder, address.T, out=scores)
+        rows.T @ values
+        torch.mm(rows, slopes.T, out=back)
+        torch.mm(values, address, out=gradient)
+        slopes.T @ values.T
+
+    return active, path, len(rows)
+
+
+def protocol(neurons: int, device: torch.device) -> Trainer:
+    """SSD on Split CIFAR-10 as in the paper, on synthetic features."""
+    config = resolve({"dataset": "cifar10", "preset": f"paper-{neurons // 1000}k"})
+    problem = Problem(R=neurons, N=10_000)
+    count = CLASSES // config.tasks
+    tasks = [
+        make_task(problem, device, number, range(number * count, (number + 1) * count))
+        for number in range(config.tasks)
+    ]
+    return Trainer([Learner(config, tasks, build_model(config, problem.d, CLASSES).to(device))])
 
 
 def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
@@ -243,12 +319,17 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
     The second one also for a code in which every slot is another neuron, so that it touches B k
     rows whatever R; and how many rows each touches.
     """
-    (learner,) = trainer.learners
+    (stack,), (learner,) = trainer.stacks, trainer.learners
     encoder = _sdmlp(learner).encoder
     samples = torch.arange(trainer.config.batch_size, device=trainer.device)
     address = learner.inputs[samples]
-    code = encoder.code(address)
-    assert code is not None
+    code = encoder.encode(address)
+    assert isinstance(code, TopKOutput)
+    assert learner.distiller is not None
+    terms = learner.distiller.terms(samples)
+    batch = Batch(
+        address, learner.labels[samples], torch.full_like(address[:, 0], 1 / len(samples)), terms
+    )
     slots, neurons = code.indices.numel(), trainer.config.neurons
     codes = {BACKWARD: code}
     if slots <= neurons:
@@ -257,11 +338,9 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
         codes[APART] = code._replace(indices=spread.view(code.indices.shape[::-1]).T.contiguous())
 
     def backward(code: TopKOutput) -> Run:
-        return lambda: trainer._sparse_step(
-            {0: (address, code._replace(values=code.values.detach()))}, [samples]
-        )
+        return lambda: sparse_step(stack, batch, code)
 
-    runs: dict[str, Run] = {"encode": lambda: encoder.code(address)}
+    runs: dict[str, Run] = {"encode": lambda: encoder.encode(address)}
     runs |= {name: backward(code) for name, code in codes.items()}
     rows = {name: len(code.indices[code.values > 0].unique()) for name, code in codes.items()}
     return runs, rows

@@ -8,78 +8,99 @@ from benchmarks.record import Row
 
 # (what, measured, "met" | "missed" | "" where there is no target)
 Verdict = tuple[str, str, str]
-# Providers of the float32 product alone, and what they compute: as one writes it, and the order
-# that a CPU multiplies fastest.
-PRODUCTS = {
-    "float32 product alone": "x @ W.T",
-    "float32 product alone, fastest order": "torch.mm(W, x.T, out=kept)",
-}
+PRODUCTS = "products"  # that a step cannot do without
+OTHERS = ("plain", "compiled", "without numba", "previous")  # providers beside ours
+PATHS = ("code", "active", "all", "exact", "graded", "dense")
 SAME_ROWS = "1 on the rows of"
 # The half of a step that costs nothing for neurons at rest, and the same on B k rows.
 BACKWARD, APART = "backward + update", "backward + update, B k rows"
+# Targets on a CPU: plain over ours for an epoch, ours over the products, growth of a half step.
+EPOCH = {("ssd inhibited", 1000): 2.5, ("ssd inhibited", 10_000): 4.0}
+OVER_PRODUCTS, GROWTH = 1.5, 1.3
+# On an H100: microseconds of a step, plain over ours, ten learners over one, seconds of a protocol.
+REPLAY = {(op, neurons): bound for op, bound in (("ssd inhibited", 30), ("ssd late switch", 40))
+          for neurons in (1000, 10_000)}  # fmt: skip
+OVER_PLAIN, LEARNERS, PROTOCOL = 25.0, 2.0, 45.0
+EPOCHS = 2000  # of a task in the whole protocol
 
 
 class Medians:
-    """Medians of a run by (op, provider, metric) and the value of one size."""
+    """Medians of a run by what was timed, provider, metric and sizes."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = [row for row in rows if row.correct and row.p50 is not None]
+        self.cuda = bool(rows) and not rows[0].device.startswith("CPU")
 
-    def get(self, op: str, provider: str, metric: str = "time", **sizes: int) -> float | None:
+    def get(
+        self, op: str, provider: str, metric: str = "time", mode: str = "step", **sizes: int
+    ) -> float | None:
         for row in self.rows:
-            here = (row.op, row.provider, row.metric) == (op, provider, metric)
+            here = (row.op, row.provider, row.metric, row.mode) == (op, provider, metric, mode)
             if here and sizes.items() <= row.shape.items():
                 return row.p50
         return None
 
-    def ratio(self, op: str, above: str, below: str, **sizes: int) -> float | None:
-        return _ratio(self.get(op, above, **sizes), self.get(op, below, **sizes))
-
-    def sizes(self, op: str) -> list[int]:
-        return sorted({row.shape["R"] for row in self.rows if row.op == op})
+    def cases(self, mode: str) -> list[tuple[str, int]]:
+        """(op, R) of our steps or epochs, in the order of the run."""
+        wanted = mode, "ours", "time"
+        ours = (row for row in self.rows if (row.mode, row.provider, row.metric) == wanted)
+        return list(dict.fromkeys((row.op, row.shape["R"]) for row in ours))
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """One line for each thing that the rows can answer."""
     found = Medians(rows)
-    return [*_steps(found), *_switch(found), *_epochs(found), *_growth(found)]
+    return [*_steps(found), *_epochs(found), *_protocol(found), *_growth(found)]
 
 
 def _steps(found: Medians) -> Iterator[Verdict]:
-    for neurons in found.sizes("ssd"):
-        size = f"R = {neurons:,}"
-        for op, bound in (("ssd", 5.0), ("sdmlp", 3.0)):
-            name = f"{op.upper()} step, {size}"
-            plain, compiled = (found.ratio(op, p, "ours", R=neurons) for p in ("plain", "compiled"))
-            yield from _line(f"{name}: plain over ours", plain, bound, at_least=True)
-            yield from _line(f"{name}: plain under torch.compile over ours", compiled)
-            for provider, product in PRODUCTS.items():
-                ratio = found.ratio(op, "ours", provider, R=neurons)
-                yield from _line(f"{name}: ours over the float32 product `{product}`", ratio, 1.0)
-    for neurons in found.sizes("ssd and sdmlp"):
-        ratio = found.ratio("ssd and sdmlp", "ssd", "sdmlp", R=neurons)
-        yield from _line(f"SSD step over SDMLP step, R = {neurons:,}", ratio, 1.15)
-
-
-def _switch(found: Medians) -> Iterator[Verdict]:
-    for op in ("ssd mid-switch", "ssd excited"):
-        for neurons in found.sizes(op):
-            path = next(
-                (p for p in ("sparse", "active", "dense") if found.get(op, "ours", p, R=neurons)),
-                "",
-            )
-            graded = found.get(op, "ours", "graded", R=neurons) or 0.0
-            name = f"SSD step, {op.removeprefix('ssd ')}, R = {neurons:,}"
-            name += f" ({graded:.0%} of neurons at 0 < g < 1, {path} path)"
-            yield from _line(
-                f"{name}: plain over ours", found.ratio(op, "plain", "ours", R=neurons)
-            )
+    for op, neurons in found.cases("step"):
+        path = next((p for p in PATHS if found.get(op, "ours", p, R=neurons)), "")
+        firing = found.get(op, PRODUCTS, "neurons that fire", R=neurons)
+        if firing is None:
+            continue
+        name = f"SSD step, {op.removeprefix('ssd ')}, R = {neurons:,}"
+        yield from _beside(found, f"{name} ({path}: {firing:,.0f} neurons fire)", op, neurons)
+        ours, plain, floor = (
+            found.get(op, provider, R=neurons) for provider in ("ours", "plain", PRODUCTS)
+        )
+        if not found.cuda:
+            yield from _line(f"{name}: ours over its products", _ratio(ours, floor), OVER_PRODUCTS)
+        elif ours is not None and (op, neurons) in REPLAY:
+            yield from _line(f"{name}: us", 1e3 * ours, REPLAY[op, neurons])
+            yield from _line(f"{name}: plain over ours", _ratio(plain, ours), least=OVER_PLAIN)
 
 
 def _epochs(found: Medians) -> Iterator[Verdict]:
-    for neurons in found.sizes("ssd epoch"):
-        ratio = found.ratio("ssd epoch", "plain", "ours", R=neurons)
-        yield from _line(f"SSD epoch, R = {neurons:,}: plain over ours", ratio)
+    for op, neurons in found.cases("epoch"):
+        name = f"SSD epoch, {op.removeprefix('ssd ')}, R = {neurons:,}"
+        yield from _beside(found, name, op, neurons, "epoch")
+        bound = None if found.cuda else EPOCH.get((op, neurons))
+        if bound is not None:
+            plain, ours = (found.get(op, p, mode="epoch", R=neurons) for p in ("plain", "ours"))
+            yield from _line(f"{name}: plain over ours", _ratio(plain, ours), least=bound)
+
+
+def _beside(
+    found: Medians, name: str, op: str, neurons: int, mode: str = "step"
+) -> Iterator[Verdict]:
+    """How many times as long as ours each other provider takes."""
+    ours = found.get(op, "ours", mode=mode, R=neurons)
+    ratios = {p: _ratio(found.get(op, p, mode=mode, R=neurons), ours) for p in OTHERS}
+    said = ", ".join(f"{provider} {r:.2f}" for provider, r in ratios.items() if r is not None)
+    if said:
+        yield f"{name}: others over ours", said, ""
+
+
+def _protocol(found: Medians) -> Iterator[Verdict]:
+    for op, neurons in found.cases("protocol"):
+        taken = found.get(op, "ours", mode="protocol", R=neurons)
+        epochs = found.get(op, "ours", "epochs", mode="protocol", R=neurons)
+        if taken is None or epochs is None:
+            continue
+        name = f"whole protocol, R = {neurons:,}, 5 x {epochs:,.0f} of {EPOCHS:,} epochs: s"
+        bound = PROTOCOL if found.cuda and epochs == EPOCHS else None
+        yield from _line(name, taken / 1e3, bound)
 
 
 def _growth(found: Medians) -> Iterator[Verdict]:
@@ -92,35 +113,32 @@ def _growth(found: Medians) -> Iterator[Verdict]:
         touched = " over ".join(f"{count:,.0f}" for count in rows if count is not None)
         name = f"{BACKWARD}, R = {large:,} over R = {small:,}"
         name += f" (touched rows: {touched})" if touched else ""
-        yield from _line(name, _ratio(*times), 1.3)
-    many, few = (_important(found, tasks) for tasks in ("50", "1"))
-    if many and few:
-        name = f"step with 50 EWC tasks ({many} rows with importance) over 1 task"
-        ratio = found.ratio("growth tasks", "50", "1")
-        yield from _line(f"{name} ({few} rows)", ratio, 1.05)
-        ratio = found.ratio("growth tasks", "50", f"{SAME_ROWS} 50")
-        yield from _line(f"{name} on the same rows", ratio, 1.05)
-    ratio = found.ratio("growth S", "10", "1")
-    yield from _line("step of 10 learners at once over 1", ratio)
-
-
-def _important(found: Medians, tasks: str) -> str:
-    """How many rows carry importance, empty where that was not counted."""
-    rows = found.get("growth tasks", tasks, "important rows")
-    return "" if rows is None else f"{rows:,.0f}"
+        yield from _line(name, _ratio(*times), None if found.cuda else GROWTH)
+    important = [found.get("growth tasks", tasks, "important rows") for tasks in ("50", "1")]
+    if None not in important:
+        ours, one, same = (
+            found.get("growth tasks", tasks) for tasks in ("50", "1", f"{SAME_ROWS} 50")
+        )
+        many, few = (f"{count:,.0f} rows" for count in important)
+        name = f"step with 50 EWC tasks ({many} with importance) over 1 task"
+        yield from _line(f"{name} ({few})", _ratio(ours, one))
+        yield from _line(f"{name} on the same rows", _ratio(ours, same))
+    ratio = _ratio(*(found.get("growth S", learners) for learners in ("10", "1")))
+    name = "step of 10 learners at once over 1"
+    yield from _line(name, ratio, LEARNERS if found.cuda else None)
 
 
 def _line(
-    what: str, ratio: float | None, bound: float | None = None, at_least: bool = False
+    what: str, figure: float | None, most: float | None = None, least: float | None = None
 ) -> Iterator[Verdict]:
-    if ratio is None:
+    if figure is None:
         return
-    if bound is None:
-        yield what, f"{ratio:.2f}", ""
-        return
-    met = ratio >= bound if at_least else ratio <= bound
-    wanted = f"{'>=' if at_least else '<='} {bound:g}"
-    yield what, f"{ratio:.2f} of {wanted}", "met" if met else "missed"
+    if most is not None:
+        yield what, f"{figure:.2f} of <= {most:g}", "met" if figure <= most else "missed"
+    elif least is not None:
+        yield what, f"{figure:.2f} of >= {least:g}", "met" if figure >= least else "missed"
+    else:
+        yield what, f"{figure:.2f}", ""
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

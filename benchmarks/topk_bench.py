@@ -38,7 +38,7 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     console = Console(width=None if sys.stdout.isatty() else 170)
-    path = options.out or record.results_folder(device) / "topk_bench.csv"
+    path = record.results_path(options.out, options.quick, device, "topk_bench")
     name = record.device_name(device)
     title = name if cuda else f"CPU FIGURES, no GPU was used ({name})"
     console.print(f"[bold]{title}[/bold]; torch {torch.__version__}; commit {record.commit()}")

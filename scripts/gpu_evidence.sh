@@ -4,7 +4,7 @@
 #   scripts/gpu_evidence.sh first|second|PART...
 #
 #   first    smoke step bench tests       does every kernel run, is it right, are the targets met
-#   second   profile others sanitizer train
+#   second   profile train others sanitizer
 #
 # Run from anywhere; needs python3 with torch, triton, pytest (and its plugins xdist, timeout and
 # benchmark), hypothesis, rich and matplotlib, no installation of this repository, no network. Each
@@ -22,7 +22,7 @@ allowed=${SECONDS_ALLOWED:-280}
 
 case ${1:-} in
 first) call=first parts=(smoke step bench tests) ;;
-second) call=second parts=(profile others sanitizer train) ;;
+second) call=second parts=(profile train others sanitizer) ;;
 "" | -*)
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
@@ -106,7 +106,7 @@ step() { part step 45 "$python" scripts/step_evidence.py; }
 profile() { part profile 45 "$python" scripts/step_evidence.py --profile; }
 
 tests() {
-    part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_{resident,code_gram,distill}.py -q -m cuda -n 12 \
+    part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_{cuda_graph,batch,dense_update,gate_gradient,code_gram,distill,distill_code}.py -q -m cuda -n 12 \
         --maxprocesses 12 --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
 }
 
@@ -124,7 +124,10 @@ others() {
         --budget $((seconds - 15)) --out "$out/topk_bench_others.csv"
 }
 
-train() { part train 120 "$python" benchmarks/train_bench.py --out "$out/train_bench.csv"; }
+train() {
+    part train 160 "$python" benchmarks/train_bench.py --no-compile --protocol 50 \
+        --out "$out/train_bench.csv"
+}
 
 sanitizer() {
     local checker

@@ -26,9 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import ssd_kernels as ours
 from benchmarks.common import CUDA_ONLY
+from ssd.batch import draw_batch, tally
 from ssd.cli import ArgumentParser, exit_status
 from ssd.code_gram import code_gram
+from ssd.dense_update import dense_update
 from ssd.distill import distill
+from ssd.distill_code import distill_code
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
@@ -88,7 +92,11 @@ def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
         for impl in _dispatch.TABLES[case.op]:
             if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
                 continue
+            if impl == "numba" and DEVICE.type != "cpu":
+                continue
             yield case, impl, torch.float32
+            if impl == "numba":
+                continue
             if not quick and case.half and runs_triton:
                 yield case, impl, torch.float16
                 if not _dispatch.interpreted():  # which has no bfloat16
@@ -190,17 +198,21 @@ def _linear_inhibit(impl: str, draw: Draw) -> Results:
     return hidden, counts, *torch.autograd.grad(hidden.float().square().sum(), leaves)
 
 
-def _linear_code(impl: str, draw: Draw, batch: int = B) -> Results:
-    x, weight = draw(batch, D).abs(), draw(R, D).abs()
-    gaba = _ramp(0.9, x)
-    code, overflow = linear_code(x, weight, K, 4 * K, gaba, impl=impl)
+def _linear_code(impl: str, draw: Draw, batch: int = B, blocks: int = 1) -> Results:
+    rows, neurons = blocks * batch, blocks * R
+    x, weight, counts = draw(rows, D).abs(), draw(neurons, D).abs(), _counts(neurons)
+    gaba = _ramp(0.9, x).repeat(blocks)
+    code, wider = linear_code(x, weight, K, 4 * K, gaba, counts=counts, blocks=blocks, impl=impl)
     # Slots of value 0 are padding, whatever their index.
-    return code.values.new_zeros(batch, R).scatter_add_(1, code.indices, code.values), overflow
+    dense = code.values.new_zeros(rows, neurons).scatter_add_(1, code.indices, code.values)
+    return dense, wider, counts
 
 
-def _linear_active(impl: str, draw: Draw) -> Results:
-    x, weight = draw(B, D), draw(R, D)
-    return linear_active(x, weight, K, _ramp(0.9, x), impl=impl)
+def _linear_active(impl: str, draw: Draw, least: float = 0.9, blocks: int = 1) -> Results:
+    x, weight, counts = draw(blocks * B, D), draw(blocks * R, D), _counts(blocks * R)
+    given = {"counts": counts, "every": True, "blocks": blocks, "impl": impl}
+    active = linear_active(x, weight, K, _ramp(least, x).repeat(blocks), **given)
+    return active.values, active.gate > 0, counts
 
 
 def _code(draw: Draw) -> tuple[Tensor, Tensor]:
@@ -243,7 +255,54 @@ def _distill(impl: str, draw: Draw) -> Results:
     labels = torch.arange(B, device=DEVICE) % C
     return distill(
         draw(B, C), labels, draw(B, C), draw(B, K).relu(), draw(B, K).relu(),
-        alpha=0.6, lam=0.3, temperature=2.0, impl=impl,
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), impl=impl,
+    )  # fmt: skip
+
+
+def _draw_batch(impl: str, draw: Draw) -> Results:
+    stored, order = S * B, torch.arange(S * B, device=DEVICE).flip(0).view(S, B) % B
+    samples, position = torch.tensor([B, 4], device=DEVICE), torch.tensor(1, device=DEVICE)
+    anneal = torch.tensor([R, 2 * R], device=DEVICE)
+    labels, counts = torch.arange(stored, device=DEVICE), torch.arange(S * R, device=DEVICE)
+    return draw_batch(
+        draw(stored, D), labels, order, samples, position, 3, draw(stored, C), draw(stored, K),
+        counts, anneal, impl=impl,
+    )  # fmt: skip
+
+
+def _dense_update(impl: str, draw: Draw) -> Results:
+    weights, gradients, buffers = ([draw(S * R, D), draw(S * R, C)] for _ in range(3))
+    samples, rates = torch.tensor([0, 3], device=DEVICE), torch.tensor([0.1, 0.2], device=DEVICE)
+    dense_update(
+        weights, gradients, lr=rates, max_norm=1.0, nonnegative=True, normalize=[True, False],
+        momentum=0.9, buffers=buffers, samples=samples, blocks=S, impl=impl,
+    )  # fmt: skip
+    return *weights, *buffers
+
+
+def _gate_gradient(impl: str, draw: Draw) -> Results:
+    gradients, gate, slopes = [draw(S * B, R) for _ in range(2)], draw(S * B, R), draw(S * B, K)
+    positions = (torch.arange(S * R, device=DEVICE) % R).clamp(max=K)
+    gate_gradient(gradients[0], gate, slopes, positions, impl=impl)
+    gate_gradient(gradients[1], gate > 0, slopes, positions, gated=False, impl=impl)
+    return tuple(gradients)
+
+
+def _tally(impl: str, draw: Draw) -> Results:
+    logits, weight = draw(S * MANY, C), draw(S * MANY)
+    labels = torch.arange(S * MANY, device=DEVICE) % C
+    sums = torch.zeros(S, dtype=torch.float64, device=DEVICE), _counts(S), _counts(S), _counts(1)[0]
+    crowded = weight > 1, torch.zeros(S, dtype=torch.bool, device=DEVICE)
+    tally(weight, logits, labels, weight, *sums, *crowded, impl=impl)
+    return sums[0].float(), *sums[1:], crowded[1]
+
+
+def _distill_code(impl: str, draw: Draw) -> Results:
+    values, indices = _code(draw)
+    return distill_code(
+        values, indices, draw(R, C), torch.arange(B, device=DEVICE) % C, draw(B, C),
+        draw(B, K).relu(), positions=torch.arange(R, device=DEVICE).clamp(max=K),
+        alpha=0.6, lam=0.3, temperature=2.0, weight=draw(B).abs(), impl=impl,
     )  # fmt: skip
 
 
@@ -256,6 +315,21 @@ def _row_update(impl: str, draw: Draw) -> Results:
         normalize=[True, False], momentum=0.9, buffers=buffers, **options,
     )  # fmt: skip
     return norm, *weights, *buffers
+
+
+def _row_update_plain(impl: str, draw: Draw, blocks: int = 1) -> Results:
+    """Without momentum; the samples of a network follow one another, as its neurons do."""
+    codes = [_code(draw) for _ in range(blocks)]
+    coefficients = torch.cat([values for values, _ in codes])
+    indices = torch.cat([own + number * R for number, (_, own) in enumerate(codes)])
+    weights = [draw(blocks * R, D), draw(blocks * R, C)]
+    rates = 0.1 if blocks == 1 else torch.linspace(0.1, 0.2, blocks).to(coefficients)
+    norm = ours.row_update(
+        weights, [coefficients, 2 * coefficients], [draw(blocks * B, D), draw(blocks * B, C)],
+        indices, lr=rates, max_norm=1.0, nonnegative=True, normalize=[True, False],
+        blocks=blocks, impl=impl,
+    )  # fmt: skip
+    return norm, *weights
 
 
 CASES = [
@@ -275,13 +349,27 @@ CASES = [
     Case("linear_inhibit", "", _linear_inhibit),
     Case("linear_code", "", _linear_code, half=False),
     Case("linear_code", " large", partial(_linear_code, batch=MANY), half=False),
+    Case("linear_code", " of networks", partial(_linear_code, blocks=S), half=False),
     Case("linear_active", "", _linear_active, half=False),
+    Case(
+        "linear_active",
+        " of networks, excited",
+        partial(_linear_active, least=-1, blocks=S),
+        half=False,
+    ),
     Case("sparse_linear", "", _sparse_linear),
     Case("row_gradient", "", _row_gradient),
     Case("count_active", "", _count_active),
     Case("code_gram", "", _code_gram, half=False),
     Case("distill", "", _distill, half=False),
+    Case("dense_update", "", _dense_update, half=False),
+    Case("draw_batch", "", _draw_batch, half=False),
+    Case("gate_gradient", "", _gate_gradient, half=False),
+    Case("tally", "", _tally, half=False),
+    Case("distill_code", "", _distill_code, half=False),
     Case("row_update", "", _row_update, half=False),
+    Case("row_update", " plain", _row_update_plain, half=False),
+    Case("row_update", " of networks", partial(_row_update_plain, blocks=S), half=False),
 ]
 
 

@@ -1,4 +1,4 @@
-"""One captured SSD step on the GPU beside the CPU's, in each phase of the GABA switch.
+"""One captured SSD step on the GPU beside the CPU's, in each form that its hidden layer has.
 
     python scripts/step_evidence.py [--profile]
 
@@ -19,11 +19,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks.step_cases import EXCITED, INHIBITED, SWITCHING, Problem, make_trainer
+from benchmarks.step_cases import EXCITED, INHIBITED, LATE, Problem, make_trainer
 from benchmarks.timing import alternate
 from ssd.cli import ArgumentParser, exit_status
 from ssd.learner import Learner, build_model
-from ssd.resident import ResidentEpochs
 from ssd.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")
     failed = 0
-    for phase in (INHIBITED, SWITCHING, EXCITED):
+    for phase in (INHIBITED, LATE, EXCITED):
         try:
             path, error, milliseconds = _step(phase, given.profile)
         except Exception:
@@ -61,13 +60,13 @@ def _step(phase: str, profile: bool) -> tuple[str, float, float]:
     cpu = make_trainer(problem, "ssd", torch.device("cpu"), phase=phase)
     (learner,) = cpu.learners
     learner.config = replace(learner.config, lr=LONGER * learner.config.lr)
-    cpu.lr *= LONGER
+    cpu.stacks[0].lr *= LONGER
     gpu = _copy(cpu, problem)
     before = [p.detach().clone() for p in cpu.learners[0].parameters]
     order = cpu.learners[0].order(cpu.task, cpu.epoch)
-    assert gpu.resident is not None
-    (path,) = gpu.resident._paths()
-    run = gpu.resident.first_step()
+    assert gpu.graphed is not None
+    (path,) = gpu.graphed._forms()
+    run = gpu.graphed.first_step(gpu.task, gpu.epoch)
     run()
     cpu.step([order[: problem.B]])
     error = error_of([p.cpu() for p in gpu.learners[0].parameters], learner.parameters, before)
@@ -92,14 +91,15 @@ def _copy(trainer: Trainer, problem: Problem) -> Trainer:
     """The same trainer on the device, with its steps as whole epochs there."""
     (learner,) = trainer.learners
     tasks = [task.to(DEVICE) for task in learner.tasks]
-    model = build_model(learner.config, problem.d, trainer.weights[1].shape[1]).to(DEVICE)
-    copy = Trainer([Learner(learner.config, tasks, model)])
+    model = build_model(learner.config, problem.d, trainer.stacks[0].weights[1].shape[1]).to(DEVICE)
+    copy = Trainer([Learner(learner.config, tasks, model)], graphs=True)
     tensors, numbers = trainer.state()
     copy.load_state({name: t.to(DEVICE) for name, t in tensors.items()}, numbers)
+    assert copy.graphed is not None
     model.encoder.anneal_samples = learner.model.encoder.anneal_samples
+    copy.graphed.anneal_samples.fill_(model.encoder.anneal_samples)
     copy.learners[0].begin_task(copy.task)
     copy.load_task()
-    copy.resident = ResidentEpochs(copy)
     return copy
 
 

@@ -43,6 +43,7 @@ from ssd.activations import (
     single,
 )
 from ssd.activations import count_activations as count_activations
+from ssd.reference import distill, divergence
 from ssd_kernels.nn import TopK, TopKLinear
 
 
@@ -69,20 +70,7 @@ def distillation_loss(
         )
     if not (_real(temperature) and 0 < temperature < math.inf):
         raise ValueError(f"temperature={temperature!r} must be a finite number above 0")
-    p, q = (_scaled_log_softmax(z, temperature) for z in (student, teacher))
-    if kl == "forward":
-        p, q = q, p
-    weight = (p / temperature).exp()
-    # 0 (log 0 - log 0) is 0.
-    difference = (p - q).masked_fill(weight == 0, 0)
-    return temperature * (weight * difference).sum(-1).mean()
-
-
-def _scaled_log_softmax(z: Tensor, temperature: float) -> Tensor:
-    """T log softmax(z / T), which is finite for any T where z is."""
-    z = _wide(z)
-    z = z - z.detach().amax(-1, keepdim=True)
-    return z - temperature * (z / temperature).logsumexp(-1, keepdim=True)
+    return divergence(_wide(student), _wide(teacher), temperature, kl).mean()
 
 
 def _real(value: object) -> bool:
@@ -205,11 +193,6 @@ class Distiller:
         """Whether there is a teacher: a task has begun after another had ended."""
         return self.teacher_logits is not None
 
-    def taught(self, samples: Tensor) -> Tensor:
-        """The teacher's logits [B, C] for samples [B] of the task; only while there is one."""
-        assert self.teacher_logits is not None
-        return self.teacher_logits[samples]
-
     @torch.inference_mode(False)  # inference tensors could not be saved for backward
     def begin_task(self, x: Tensor) -> None:
         """Keeps the outputs of the teacher, the model as it stands, on a task's inputs [N, ..].
@@ -285,29 +268,66 @@ class Distiller:
             return F.cross_entropy(_wide(logits), labels)
         known = len(self.teacher_logits)
         samples = _positions("samples", samples, len(logits), known, "inputs of begin_task")
-        target = self.teacher_logits[samples]
-        if target.shape != logits.shape:
+        terms = self._logit_terms(samples)
+        classes = terms["target_logits"].shape[1]
+        if classes != logits.shape[1]:
             raise ValueError(
-                f"logits {list(logits.shape)} are not of the teacher's {target.shape[1]} classes"
+                f"logits {list(logits.shape)} are not of the teacher's {classes} classes"
             )
-        terms = []
+        layers = []
         if self.lam > 0:
             hidden = self.activations(logits) if hidden is None else hidden
             if hidden.keys() != self.neurons.keys():
                 raise ValueError(
                     f"hidden is of layers {sorted(hidden)}, the Distiller of {sorted(self.neurons)}"
                 )
-            terms = [
+            layers = [
                 distillation_loss(z, self.teacher_hidden[name][samples], self.temperature, self.kl)
                 for name, z in hidden.items()
             ]
-        cross_entropy = F.cross_entropy(_wide(logits), labels)
+        loss = distill(_wide(logits), labels, **terms).mean()
+        if layers:
+            loss = loss + (1 - self.alpha) * self.lam * torch.stack(layers).mean()
+        return loss
+
+    def terms(self, samples: Tensor) -> dict[str, Any]:
+        """Arguments of ssd.distill.distill beside the student's, for a Distiller of one layer.
+
+        Args:
+            samples: [B] int64, positions in the inputs of begin_task.
+
+        Returns:
+            {} while there is no teacher; else alpha, lam, temperature, kl, target_logits [B, C],
+            columns [B, C] for logits="seen" alone, and target_hidden [B, n] if lam > 0.
+
+        Raises:
+            ValueError: there are several layers.
+        """
+        if len(self.layers) != 1:
+            raise ValueError(f"terms() serves one layer, not {sorted(self.layers)}")
+        if self.teacher_logits is None:
+            return {}
+        terms = self._logit_terms(samples)
+        if self.lam > 0:
+            (hidden,) = self.teacher_hidden.values()
+            terms["target_hidden"] = hidden[samples]
+        return terms
+
+    def _logit_terms(self, samples: Tensor) -> dict[str, Any]:
+        """The settings of the loss, and the teacher's part of it on the logits."""
+        assert self.teacher_logits is not None
+        terms: dict[str, Any] = {
+            "target_logits": self.teacher_logits[samples],
+            "alpha": self.alpha,
+            "lam": self.lam,
+            "temperature": self.temperature,
+            "kl": self.kl,
+        }
         if self.logits == "seen" and self.classes_seen is not None:
-            logits, target = logits[:, self.classes_seen], target[:, self.classes_seen]
-        distilled = (1 - self.lam) * distillation_loss(logits, target, self.temperature, self.kl)
-        if terms:
-            distilled = distilled + self.lam * torch.stack(terms).mean()
-        return self.alpha * cross_entropy + (1 - self.alpha) * distilled
+            shape = terms["target_logits"].shape
+            seen = torch.zeros(shape[1], dtype=torch.bool, device=self.classes_seen.device)
+            terms["columns"] = seen.index_fill_(0, self.classes_seen, True).expand(shape)
+        return terms
 
     def activations(self, logits: Tensor) -> dict[str, Tensor]:
         """z of the selected neurons in the forward pass that returned logits, {layer: [B, .., n]}.

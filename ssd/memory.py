@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,6 +30,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator" in str(error)
     )
+
+
+@contextmanager
+def fitting(what: str, device: torch.device) -> Iterator[None]:
+    """UserError where an allocation fails for want of memory; `what` wanted it, in the message."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} does not fit into the memory of {device}; use fewer") from error
 
 
 def _memory(device: torch.device) -> float:

@@ -19,6 +19,7 @@ from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
 from ssd_kernels._checks import in_range
 
 Map = Callable[[Tensor], Tensor]
+Gradient = Callable[[Map], Sequence[Tensor]]  # of a function of the logits [B, C]
 
 
 class Regularizer(Protocol):
@@ -45,12 +46,20 @@ class Regularizer(Protocol):
         """As add_gradient, for some rows [n] alone: gradients [n, ..], one for each parameter."""
         ...
 
-    def before_step(self, x: Tensor, y: Tensor) -> None:
-        """Called before every step, active or not, with its inputs [B, d] and labels [B]."""
+    def before_step(self, gradient: Gradient, labels: Tensor) -> None:
+        """Called before every step writes, active or not.
+
+        gradient(f) is that of f(logits [B, C]) on the step's batch, for each parameter, as in
+        evaluation; labels are [B].
+        """
         ...
 
     def after_step(self) -> None:
         """Called when the step has written the parameters."""
+        ...
+
+    def followed(self) -> Sequence[Tensor]:
+        """Tensors that a step writes to."""
         ...
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
@@ -110,9 +119,12 @@ class Quadratic:
             p, curvature, anchor = (tensor.index_select(0, rows) for tensor in term)
             gradient.addcmul_(curvature, p.sub_(anchor))
 
-    def before_step(self, x: Tensor, y: Tensor) -> None: ...
+    def before_step(self, gradient: Gradient, labels: Tensor) -> None: ...
 
     def after_step(self) -> None: ...
+
+    def followed(self) -> Sequence[Tensor]:
+        return ()
 
     def state_dict(self) -> dict[str, Tensor]:
         numbers = {"constant": self.constant, "tasks": torch.tensor(self.tasks, device="cpu")}
@@ -240,12 +252,15 @@ class SI(Quadratic):
         self.beta = beta
         self.path = [torch.zeros_like(p) for p in self.parameters]  # w
         self.before = [torch.zeros_like(p) for p in self.parameters]
-        self.gradient: tuple[Tensor, ...] = ()
+        self.gradient: Sequence[Tensor] = ()
 
-    def before_step(self, x: Tensor, y: Tensor) -> None:
-        self.gradient = self._gradient(x, lambda logits: beta_loss(logits, y, self.beta))
+    def before_step(self, gradient: Gradient, labels: Tensor) -> None:
+        self.gradient = gradient(lambda logits: beta_loss(logits, labels, self.beta))
         for before, p in zip(self.before, self.parameters, strict=True):
             before.copy_(p.detach())
+
+    def followed(self) -> Sequence[Tensor]:
+        return self.path
 
     @torch.no_grad()
     def after_step(self) -> None:

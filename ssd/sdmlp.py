@@ -29,7 +29,7 @@ WIDTH = 4
 # A layer of which more than this share may be active is not worth a sparse code.
 SPARSE_SHARE = 1 / 8
 # After a code proved too narrow, so many steps pass before the next try.
-RETRY = 8
+RETRY = 64
 # Weights of an encoder from which on estimating its scores pays.
 SHADOW_MIN = 2**20
 
@@ -175,56 +175,49 @@ class AnnealedTopKLinear(TopKLinear):
         return self._response, self._excited
 
     @torch.no_grad()
-    def code(self, x: Tensor) -> TopKOutput | None:
-        """What forward(x) returns, as an exact sparse code without gradient; None if too dense.
-
-        None, too, where values cannot be looked at.
+    def encode(self, x: Tensor, every: bool = False) -> TopKOutput | ActiveNeurons:
+        """What forward(x) returns, as sparse as it is: an exact code, or the neurons that fire.
 
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
         k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
-        Advances the schedule as forward does, unless it returns None.
-        """
-        if symbolic(x) or symbolic(self.counts):
-            return None
-        gaba, excited = self.response()
-        k = self.current_k()
-        # One width for the whole schedule, so that the steps of all learners have one shape.
-        width = WIDTH * k if self.schedule == "gaba" else k
-        if excited or width > self.neurons * SPARSE_SHARE or self.samples < self.dense_until:
-            return None
-        if gaba is not None and self._computes_all():
-            return None  # active() is as cheap, and never too narrow
-        shadow = self._estimator()
-        code, overflow = linear_code(
-            x, self.weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow
-        )
-        if overflow:
-            if self.training:
-                self.dense_until = self.samples + RETRY * len(x)
-            return None
-        if self.training:
-            count_active(code.values, code.indices, self.counts)
-            self.samples += len(x)
-        return code
 
-    @torch.no_grad()
-    def active(self, x: Tensor) -> ActiveNeurons:
-        """The columns of forward(x) that are not all 0, without gradient; no neuron is excited.
+        Args:
+            x: [B, d], not negative. every: give all neurons, whether they fire or not.
 
-        Advances the schedule as forward does.
+        Returns:
+            Without gradient. Advances the schedule as forward does.
 
         Raises:
             TypeError: values cannot be looked at.
         """
         if symbolic(x) or symbolic(self.counts):
             raise TypeError(
-                "AnnealedTopKLinear.active: how many neurons fire depends on values, which cannot "
+                "AnnealedTopKLinear.encode: how many neurons fire depends on values, which cannot "
                 "be looked at here; forward gives all"
             )
+        gaba, excited = self.response()
+        k, weight = self.current_k(), self.weight.detach()
+        counts = self.counts if self.training else None
+        width = k if gaba is None else WIDTH * k
+        wide = every or excited or width > self.neurons * SPARSE_SHARE
+        if gaba is not None and self._computes_all():
+            wide = True  # the active neurons are as cheap, and never too many
+        if not wide and self.samples >= self.dense_until:
+            shadow = self._estimator()
+            code, wider = linear_code(
+                x, weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow,
+                scratch=self._scratch,
+            )  # fmt: skip
+            if not wider.any():
+                if counts is not None:
+                    count_active(code.values, code.indices, counts)
+                    self.samples += len(x)
+                return code
+            if self.training:
+                self.dense_until.copy_(self.samples + RETRY * len(x))
         active = linear_active(
-            x, self.weight.detach(), self.current_k(), self.response()[0],
-            inhibition=self.inhibition, counts=self.counts if self.training else None,
-            scratch=self._scratch,
+            x, weight, k, gaba, inhibition=self.inhibition, counts=counts,
+            scratch=self._scratch, every=every,
         )  # fmt: skip
         if self.training:
             self.samples += len(x)

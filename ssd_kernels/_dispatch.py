@@ -2,8 +2,8 @@
 
 Every op registers its implementations by name. `reference` is always there and is the
 specification; `torch` is the fast path in plain PyTorch; `triton` serves CUDA tensors of at most 32
-bits. SSD_KERNELS_IMPL names the implementation for every op that has it; `impl=` on the
-call wins over it.
+bits, `numba`, where it is installed, float32 on a CPU. SSD_KERNELS_IMPL names the implementation
+for every op that has it; `impl=` on the call wins over it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 ENVIRONMENT = "SSD_KERNELS_IMPL"
-TRITON = find_spec("triton") is not None
+TRITON, NUMBA = (find_spec(name) is not None for name in ("triton", "numba"))
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modes in which torch operators on real tensors give tensors without data.
 TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
@@ -74,8 +74,9 @@ def symbolic(tensor: Tensor) -> bool:
 
 
 def register(op: str, **implementations: Callable[..., Any]) -> None:
-    """What serves `op`, by name; without Triton only what launches no kernels."""
-    TABLES[op] = {name: f for name, f in implementations.items() if TRITON or name in PLAIN}
+    """What serves `op`, by name, as far as it is installed."""
+    there = {"triton": TRITON, "numba": NUMBA}
+    TABLES[op] = {name: f for name, f in implementations.items() if there.get(name, True)}
 
 
 def choose(
@@ -84,12 +85,14 @@ def choose(
     tensor: Tensor,
     traced: str = "reference",
     served: bool = True,
+    looped: bool = True,
 ) -> Callable[..., Any]:
     """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name.
 
     `traced` serves what `symbolic` describes: it never looks at a value, and every torch operator
     in it has its derivatives, batching rule and shape function. Kernels are operators while torch
-    is tracing, see _op. Where they cannot serve the inputs, by dtype or `served`, PyTorch does.
+    is tracing, see _op. Where they cannot serve the inputs, by dtype or `served`, PyTorch does, and
+    where numba cannot, by dtype, device or `looped`.
     """
     implementations = TABLES[op]
     if impl is None:
@@ -100,9 +103,11 @@ def choose(
     if impl not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op}: impl={impl!r} is not one of {known}")
-    if impl not in PLAIN and not (served and tensor.dtype in TRITON_DTYPES):
+    if impl == "triton" and not (served and tensor.dtype in TRITON_DTYPES):
         impl = "torch"
-    if tracing() and impl not in PLAIN and not transformed():
+    if impl == "numba" and not (looped and tensor.is_cpu and tensor.dtype == torch.float32):
+        impl = "torch"
+    if tracing() and impl == "triton" and not transformed():
         return implementations[impl]
     return implementations[traced if symbolic(tensor) else impl]
 
@@ -110,6 +115,8 @@ def choose(
 def _default(implementations: Mapping[str, Callable[..., Any]], tensor: Tensor) -> str:
     if "triton" in implementations and tensor.is_cuda and tensor.dtype in TRITON_DTYPES:
         return "triton"
+    if "numba" in implementations and tensor.is_cpu and tensor.dtype == torch.float32:
+        return "numba"
     return "torch" if "torch" in implementations else "reference"
 
 

@@ -160,9 +160,16 @@ def _graded_like(
     return x.new_empty(rows, width), indices, x.new_empty(rows, dtype=torch.bool)
 
 
-@_op.operator("ssd_kernels::graded_code", _graded_like)
+@_op.operator("ssd_kernels::graded_code", _graded_like, mutates=("counts",))
 def graded_code(
-    x: Tensor, weight: Tensor, k: int, width: int, gaba: Tensor, inhibition: str, blocks: int
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    width: int,
+    gaba: Tensor,
+    inhibition: str,
+    counts: Tensor | None,
+    blocks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices [B, width] of fp32 x; bool [B]: whether more fire. k < R, gaba in (0, 1]."""
     values, indices, overflow = code = _graded_like(x, weight, k, width)
@@ -181,13 +188,16 @@ def graded_code(
                 values,
                 indices,
                 overflow,
+                indices if counts is None else counts,
                 start,
                 size,
                 *product.sizes,
                 k,
                 width,
                 *product.strides,
+                1 if counts is None else counts.stride(0),
                 SUBTRACT=inhibition == "subtract",
+                COUNT=counts is not None,
                 **product.constants,
             )
     return code
@@ -434,28 +444,32 @@ def _slabs(
     batch, neurons = len(x) // blocks, len(weight) // blocks
     if batch == 0:
         return
-    direct = hidden.dtype == torch.float32
-    height = batch if direct else min(batch, slab_rows(neurons))
-    slab = hidden if direct else hidden.new_empty(height, neurons, dtype=torch.float32)
-    # A product for each network, the one that it would have alone.
+    if hidden.dtype == torch.float32:
+        scores = hidden.view(blocks, batch, neurons)
+        factors = x.view(blocks, batch, -1), weight.view(blocks, neurons, -1).mT
+        if blocks == 1:
+            torch.mm(*(factor[0] for factor in factors), out=hidden)
+        else:
+            torch.bmm(*factors, out=scores)
+        if bias is not None:
+            scores += bias.detach().view(blocks, 1, neurons)
+        yield slice(0, len(x)), 0, blocks, hidden
+        return
+    height = min(batch, slab_rows(neurons))
+    slab = hidden.new_empty(height, neurons, dtype=torch.float32)
     for network in range(blocks):
         own = slice(network * neurons, (network + 1) * neurons)
         for start in range(network * batch, (network + 1) * batch, height):
             rows = slice(start, min(start + height, (network + 1) * batch))
-            scores = slab[rows] if direct else slab[: rows.stop - rows.start]
+            scores = slab[: rows.stop - rows.start]
             _multiply(x[rows], weight[own].T, scores)
             if bias is not None:
                 scores += bias.detach()[own]
-            if not direct:
-                yield rows, network, 1, scores
-    if direct:
-        yield slice(0, len(x)), 0, blocks, slab
+            yield rows, network, 1, scores
 
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if x.dtype == torch.float32:
-        torch.mm(x, weight, out=out)
-    elif x.is_cuda and MIXED_MM:
+    if x.is_cuda and MIXED_MM:
         torch.mm(x, weight, out_dtype=torch.float32, out=out)
     else:  # Triton's interpreter, and torch before 2.8
         torch.mm(x.float(), weight.float(), out=out)

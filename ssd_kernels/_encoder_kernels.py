@@ -460,6 +460,7 @@ def _graded_kernel(
     values,  # [S B, width]
     indices,  # [S B, width] int64, through all networks
     overflow,  # [S B] bool: whether more than `width` neurons fire
+    counts,  # [S R]
     start,
     size,
     batch,
@@ -471,7 +472,9 @@ def _graded_kernel(
     width,
     x_stride,
     weight_stride,
+    counts_stride,
     SUBTRACT: tl.constexpr,
+    COUNT: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     CAPACITY: tl.constexpr,  # of the buffer, at least N more than k + 1 and than width
@@ -551,6 +554,10 @@ def _graded_kernel(
     tl.store(values + sample * width + rank, value, mask=rank < width)
     tl.store(indices + sample * width + rank, own + index, mask=rank < width)
     tl.store(overflow + sample, fires > width)
+    if COUNT:
+        one = tl.full([CAPACITY], 1, counts.dtype.element_ty)
+        place = (own + index).to(tl.int64) * counts_stride
+        tl.atomic_add(counts + place, one, mask=there & (value > 0), sem="relaxed")
 
 
 @jit

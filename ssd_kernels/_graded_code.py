@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _checks, _cpu_groups, _dispatch, _encoder, reference
+from ssd_kernels.count_active import count_active
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
@@ -37,6 +38,7 @@ TINY = 1e-30
 GROUP = 16  # neighbours that share a maximum
 # Opening more groups than one in so many costs more than all scores.
 GROUP_SHARE = 8
+MAX_LOOPED = 64  # the k that numba's loops rank, by insertion
 # More candidates than one in so many neurons cost more than all scores.
 DENSE_SHARE = 32
 
@@ -109,6 +111,11 @@ class Shadow:
             self.rows = weight
         elif neurons is None:
             self.rows.copy_(weight)
+        elif _dispatch.NUMBA and self.rows.dtype == torch.bfloat16 and weight.is_contiguous():
+            from ssd_kernels import _loops
+
+            rows = self.rows.view(torch.uint16).numpy()
+            _loops.round_rows(weight.view(torch.uint32).numpy(), neurons.numpy(), rows)
         else:
             self.rows.index_copy_(0, neurons, F.embedding(neurons, weight).to(self.rows.dtype))
         self._seen = weight._version, weight.data_ptr()
@@ -137,7 +144,9 @@ def linear_code(
     gaba: Tensor | None = None,
     *,
     inhibition: str = "subtract",
+    counts: Tensor | None = None,
     shadow: Shadow | None = None,
+    scratch: Scratch | None = None,
     blocks: int = 1,
     impl: str | None = None,
 ) -> tuple[TopKOutput, Tensor]:
@@ -147,21 +156,24 @@ def linear_code(
         x: [B, d] floating, float32 and not negative if there is a shadow; weight: [R, d].
         width: slots of the code, k..R.
         gaba: [R] in (0, 1].
-        shadow: an up-to-date Shadow of weight; the result is the same without it.
+        counts: as in linear_topk, of what the code holds.
+        shadow: an up-to-date Shadow of weight; the result is the same without it, but for rounding
+            where numba serves.
+        scratch: memory of an earlier call, used again on a CPU.
         blocks: networks whose rows follow one another; with several there is no shadow.
-        impl: "torch" or "reference".
+        impl: "triton", "numba", "torch" or "reference".
 
     Returns:
         The code, values [B, width] >= 0 descending and indices [B, width] int64, without gradient;
         slots of value 0 are padding, whatever their index; where the layer's output is not
-        finite, neither is the code's. And a 0-d bool, or one of each network
-        [S] if there are several: whether some sample has more than `width` active neurons, in which
-        case the code is not the layer's.
+        finite, neither is the code's. And bool [B]: whether more than `width` neurons fire, in
+        which case the code is not the layer's.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_code", x, weight, k, gaba, inhibition, blocks)
+    _check("linear_code", x, weight, k, gaba, inhibition, blocks, positive=True)
+    _checks.counter("linear_code", "counts", counts, x, weight.shape[0])
     neurons = weight.shape[0] // blocks
     _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
@@ -171,12 +183,29 @@ def linear_code(
     # Without gaba the torch path goes by linear_topk's kernels.
     served = gaba is not None and x.dtype == torch.float32 and k < neurons
     served = served and max(k + 1, width) <= MAX_K
-    serve = _dispatch.choose("linear_code", impl, x, served=served)
+    looped = (
+        gaba is None
+        and blocks == 1
+        and k < MAX_LOOPED
+        and len(x) > 0
+        and weight.dtype == torch.float32
+    )
+    serve = _dispatch.choose("linear_code", impl, x, served=served, looped=looped)
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
-        return serve(x, weight, k, width, gaba, inhibition=inhibition, shadow=shadow, blocks=blocks)
+        if serve is _triton_code and gaba is not None:
+            return _triton_code(x, weight, k, width, gaba, inhibition, counts, blocks)
+        if serve is _numba_code:
+            own = scratch or Scratch()
+            code, wider = _numba_code(x, weight, k, width, inhibition, shadow, own)
+        else:
+            options = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
+            code, wider = serve(x, weight, k, width, gaba, **options)
+        if counts is not None:
+            count_active(code.values, code.indices, counts)
+    return code, wider
 
 
 def _check(
@@ -186,12 +215,13 @@ def _check(
     k: int,
     gaba: Tensor | None,
     inhibition: str,
-    blocks: int = 1,
+    blocks: int,
+    positive: bool,
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [B, d]")
     _checks.linear(op, x, weight, None, k, blocks)
-    _checks.response(op, gaba, x, weight.shape[0], positive=True)
+    _checks.response(op, gaba, x, weight.shape[0], positive=positive)
     _checks.inhibition(op, inhibition)
 
 
@@ -232,8 +262,8 @@ def _torch_code(
                 # linear_topk keeps the k-th of those that tie with the threshold.
                 tied = code.values <= code.threshold.unsqueeze(1)
                 code = code._replace(values=code.values.masked_fill(tied, 0.0))
-            overflow = torch.zeros(blocks, dtype=torch.bool, device=x.device)
-            return _widened(code, width), overflow if blocks > 1 else overflow[0]
+            wider = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            return _widened(code, width), wider
         hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
         return _compress(hidden, width, blocks)
     if blocks > 1:
@@ -259,7 +289,7 @@ def _torch_code(
         if doubtful.any():
             again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
             code.values[doubtful], code.indices[doubtful] = again.values, again.indices
-    return code, (fires > width).any()
+    return code, fires > width
 
 
 def _one_by_one(
@@ -272,7 +302,7 @@ def _one_by_one(
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
     responses = [None] * blocks if gaba is None else gaba.chunk(blocks)
-    codes, overflows = zip(
+    codes, wider = zip(
         *(
             _torch_code(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
             for own, rows, response in zip(
@@ -284,7 +314,7 @@ def _one_by_one(
     indices = torch.cat([code.indices for code in codes])
     indices = reference.numbered_through(indices, weight.shape[0] // blocks, blocks)
     values = torch.cat([code.values for code in codes])
-    return TopKOutput(values, indices), torch.stack(overflows)
+    return TopKOutput(values, indices), torch.cat(wider)
 
 
 class Candidates(NamedTuple):
@@ -307,10 +337,11 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     least = _cpu_groups.largest(reached.T, k + 1)[0][:, k].float()
     error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
-    sample, group = (best >= least).T.contiguous().nonzero(as_tuple=True)
+    # What is not a number is a candidate, so that it is seen.
+    sample, group = (best < least).logical_not_().T.contiguous().nonzero(as_tuple=True)
     if len(sample) * GROUP_SHARE > best.numel():
         return None
-    near = groups[group, :, sample] >= least[sample].unsqueeze(1)
+    near = (groups[group, :, sample] < least[sample].unsqueeze(1)).logical_not_()
     place, member = near.nonzero(as_tuple=True)
     return Candidates(
         (group * GROUP)[place] + member,
@@ -364,9 +395,42 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
         )
 
 
+def _numba_code(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    width: int,
+    inhibition: str,
+    shadow: Shadow | None,
+    scratch: Scratch,
+) -> tuple[TopKOutput, Tensor]:
+    from ssd_kernels import _loops
+
+    code = TopKOutput(x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64))
+    given = k, inhibition == "mask", code.values.numpy(), code.indices.numpy()
+    served = False
+    if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // GROUP:
+        served = _loops.code_of_estimates(
+            shadow.estimates(x).view(torch.uint16).numpy(),
+            GROUP,
+            GROUP_SHARE,
+            shadow.relative_error(),
+            TINY,
+            x.contiguous().numpy(),
+            weight.detach().contiguous().numpy(),
+            *given,
+        )
+    if not served:
+        scores = torch.mm(weight, x.T, out=scratch(0, x, len(weight), len(x)))
+        _loops.code(scores.numpy(), *given)
+    return _widened(code, width), x.new_zeros(len(x), dtype=torch.bool)
+
+
 def _widened(code: TopKOutput, width: int) -> TopKOutput:
     """A code with slots of value 0 at its end."""
     more = width - code.values.shape[1]
+    if more == 0:
+        return TopKOutput(code.values, code.indices)
     spare = code.indices[:, :1].expand(-1, more)
     return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
 
@@ -375,8 +439,7 @@ def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tens
     code = topk(hidden, width)
     indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
     # What is not a number fires, so that it is seen.
-    overflow = ((~(hidden <= 0)).sum(-1) > width).view(blocks, -1).any(1)
-    return code._replace(indices=indices), overflow if blocks > 1 else overflow[0]
+    return code._replace(indices=indices), (~(hidden <= 0)).sum(-1) > width
 
 
 def _triton_code(
@@ -384,23 +447,24 @@ def _triton_code(
     weight: Tensor,
     k: int,
     width: int,
-    gaba: Tensor | None,
-    *,
+    gaba: Tensor,
     inhibition: str,
-    shadow: Shadow | None,
+    counts: Tensor | None,
     blocks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    assert gaba is not None  # else the torch path serves, by way of linear_topk
-    values, indices, wider = _encoder.graded_code(x, weight, k, width, gaba, inhibition, blocks)
-    overflow = wider.view(blocks, -1).any(1)
-    return TopKOutput(values, indices), overflow if blocks > 1 else overflow[0]
+    given = x, weight, k, width, gaba, inhibition, counts, blocks
+    values, indices, wider = _encoder.graded_code(*given)
+    return TopKOutput(values, indices), wider
 
 
 class ActiveNeurons(NamedTuple):
     """What fires in a batch."""
 
-    values: Tensor  # [B, n] >= 0
-    neurons: Tensor  # [n] int64, ascending: those with a value > 0 for some sample
+    values: Tensor  # [S B, n] >= 0
+    neurons: (
+        Tensor | None
+    )  # [n] int64, ascending: those with a value > 0 for some sample; None: all
+    gate: Tensor  # [S B, n]: the gradient passes where it is > 0
 
 
 def linear_active(
@@ -412,79 +476,194 @@ def linear_active(
     inhibition: str = "subtract",
     counts: Tensor | None = None,
     scratch: Scratch | None = None,
+    every: bool = False,
+    blocks: int = 1,
     impl: str | None = None,
 ) -> ActiveNeurons:
     """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
 
-    Scores stay in the order [R, B], in which the product is fastest and a neuron's maximum over the
-    batch is a contiguous pass; what follows touches the firing rows alone.
+    On a CPU scores stay in the order [R, B], in which the product is fastest and a neuron's maximum
+    over the batch is a contiguous pass; what follows touches the firing rows alone.
 
     Args:
-        x: [B, d] floating; weight: [R, d]; gaba: [R] in (0, 1].
+        x: [S B, d] floating; weight: [S R, d]; gaba: [S R].
         counts: as in linear_inhibit.
         scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
-        impl: "torch" or "reference".
+        every: return all columns. Several blocks and Triton, which read no value back, always do.
+        blocks: S, networks side by side, as in linear_inhibit.
+        impl: "triton", "numba", "torch" or "reference".
 
     Returns:
-        Values [B, n] and neurons [n] int64. n depends on the data: reads it back from a GPU.
+        Values [S B, n], neurons [n] int64 and the gate [S B, n].
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_active", x, weight, k, gaba, inhibition)
+    _check("linear_active", x, weight, k, gaba, inhibition, blocks, positive=False)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
-    if _dispatch.symbolic(x):
+    if _dispatch.symbolic(x) and not every:
         raise TypeError(
             "linear_active: how many neurons fire depends on values, and x has none here; "
-            "linear_inhibit gives all R"
+            "every=True gives all"
         )
-    serve = _dispatch.choose("linear_active", impl, x)
+    looped = blocks == 1 and len(x) > 0 and weight.dtype == torch.float32
+    serve = _dispatch.choose("linear_active", impl, x, looped=looped)
+    every = every or blocks > 1
     with torch.no_grad():
-        active = serve(x, weight, k, gaba, inhibition, scratch or Scratch())
-        if counts is not None:
-            # Faster than to sum booleans, in a dtype that holds every count.
-            exact = torch.float32 if len(x) <= 2**24 else torch.float64
-            fired = active.values.sign().sum(0, dtype=exact)
-            counts.index_add_(0, active.neurons, fired.to(counts.dtype))
-    return active
+        return serve(x, weight, k, gaba, inhibition, counts, scratch or Scratch(), every, blocks)
 
 
 def _reference_active(
-    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
 ) -> ActiveNeurons:
-    return _firing(reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    hidden = reference.linear_inhibit(
+        x, weight, k, gaba, inhibition=inhibition, counts=counts, blocks=blocks
+    )
+    gate = hidden * (reference.scores_of(x, weight, None, blocks) > 0)
+    if every:
+        return ActiveNeurons(hidden, None, gate)
+    neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
+    if len(neurons) == len(weight):
+        return ActiveNeurons(hidden, None, gate)
+    return ActiveNeurons(hidden.index_select(1, neurons), neurons, gate.index_select(1, neurons))
 
 
 def _torch_active(
-    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, inhibition: str, scratch: Scratch
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
 ) -> ActiveNeurons:
     batch, neurons = len(x), len(weight)
-    if not x.is_cpu or reference.accumulation_dtype(x.dtype) != x.dtype or batch == 0:
-        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
+    wide = reference.accumulation_dtype(x.dtype) == x.dtype
+    if not x.is_cpu or not wide or batch == 0 or blocks > 1:
+        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
+        return _reference_active(*given)
     scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
-    cut = x.new_zeros(batch)
-    if k < neurons:
-        cut = _cpu_groups.largest(scores.T, k + 1)[0][:, k].relu()
+    cut = _cut(scores, k)
     surplus = scratch(1, x, neurons, batch)
+    excited = gaba is not None and not gaba.min() > 0
+    if excited:
+        scores.relu_()  # an excited neuron fires where its activation is 0
     if gaba is None:
         torch.sub(scores, cut, out=surplus)
     else:
         torch.addr(scores, gaba, cut, alpha=-1, out=surplus)
+    chosen = None
     highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
-        return _firing(linear_inhibit(x, weight, k, gaba, inhibition=inhibition))
-    chosen = (~(highest <= 0)).nonzero().squeeze(1)
-    own = surplus if len(chosen) == neurons else surplus.index_select(0, chosen)
+        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
+        return _reference_active(*given)
+    if not (every or excited):
+        chosen = (~(highest <= 0)).nonzero().squeeze(1)
+        if len(chosen) == neurons:
+            chosen = None
+        else:
+            surplus = surplus.index_select(0, chosen)
+            scores = scores.index_select(0, chosen) if inhibition == "mask" else scores
     if inhibition == "mask":
-        own = torch.where(own <= 0, 0.0, scores.index_select(0, chosen))
-    return ActiveNeurons(own.relu_().T, chosen)
+        surplus = torch.where(surplus <= 0, 0.0, scores)
+    values = gate = surplus.relu_()
+    if excited:
+        gate = torch.ops.aten.threshold_backward(values, scores, 0.0)
+    if counts is not None:
+        # Faster than to sum booleans, in a dtype that holds every count.
+        fired = values.sign().sum(1, dtype=torch.float32 if batch <= 2**24 else torch.float64)
+        fired = fired.to(counts.dtype)
+        counts += (
+            fired if chosen is None else counts.new_zeros(neurons).index_copy_(0, chosen, fired)
+        )
+    return ActiveNeurons(values.T, chosen, gate.T)
 
 
-def _firing(hidden: Tensor) -> ActiveNeurons:
-    neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
-    return ActiveNeurons(hidden.index_select(1, neurons), neurons)
+def _numba_active(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
+) -> ActiveNeurons:
+    from ssd_kernels import _loops
+
+    batch, size = len(x), len(weight)
+    scores = torch.mm(weight, x.T, out=scratch(0, x, size, batch))
+    if k < min(size, MAX_LOOPED):
+        cut = x.new_empty(batch)
+        _loops.inhibition(scores.numpy(), k, cut.numpy())
+    else:
+        cut = _cut(scores, k)
+    excited = gaba is not None and not gaba.min() > 0
+    values = gate = scratch(1, x, size, batch)
+    if excited:
+        gate = scratch(2, x, size, batch)
+    neurons, nothing = x.new_empty(size, dtype=torch.int64), x.new_empty(0)
+    found = _loops.inhibit(
+        scores.numpy(),
+        cut.numpy(),
+        (nothing if gaba is None else gaba.contiguous()).numpy(),
+        inhibition == "mask",
+        every,
+        excited,
+        values.numpy(),
+        gate.numpy(),
+        neurons.numpy(),
+        (neurons[:0] if counts is None else counts).numpy(),
+    )
+    chosen = None if found == size else neurons[:found]
+    return ActiveNeurons(values[:found].T, chosen, gate[:found].T)
 
 
-_dispatch.register("linear_code", reference=_reference_code, torch=_torch_code, triton=_triton_code)
-_dispatch.register("linear_active", reference=_reference_active, torch=_torch_active)
+def _cut(scores: Tensor, k: int) -> Tensor:
+    """The inhibition [B] of scores [R, B]: the (k+1)-th largest activation."""
+    if k == len(scores):
+        return scores.new_zeros(scores.shape[1])
+    return _cpu_groups.largest(scores.T, k + 1)[0][:, k].relu()
+
+
+def _triton_active(
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    inhibition: str,
+    counts: Tensor | None,
+    scratch: Scratch,
+    every: bool,
+    blocks: int,
+) -> ActiveNeurons:
+    hidden, passes = _encoder.inhibit(x, weight, None, k, gaba, inhibition, counts, True, blocks)
+    return ActiveNeurons(hidden, None, passes)
+
+
+_dispatch.register(
+    "linear_code",
+    reference=_reference_code,
+    torch=_torch_code,
+    numba=_numba_code,
+    triton=_triton_code,
+)
+_dispatch.register(
+    "linear_active",
+    reference=_reference_active,
+    torch=_torch_active,
+    numba=_numba_active,
+    triton=_triton_active,
+)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _dispatch, reference
-from ssd_kernels._segments import Segments, row_gradients, segments
+from ssd_kernels import _dispatch, _segments, reference
+from ssd_kernels._segments import Segments, segments
 
 
 def row_gradient(
@@ -32,6 +34,28 @@ def row_gradient(
     return serve(coefficients, inputs, indices, neurons)
 
 
+def row_gradients(
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    neurons: int,
+    blocks: int = 1,
+) -> list[Tensor]:
+    """row_gradient of several matrices of one code, without autograd; its slots are sorted once.
+
+    Args:
+        blocks: networks whose neurons and whose samples follow one another.
+    """
+    serve = _dispatch.choose("row_gradient", None, inputs[0])
+    pairs = list(zip(coefficients, inputs, strict=True))
+    if serve is not _triton or _dispatch.tracing():
+        return [serve(c, i, indices, neurons) for c, i in pairs]
+    order = _segments.with_offsets(_segments.sorted_slots(indices, neurons, True, blocks))
+    return [
+        _segments.row_gradients(c, i, indices, neurons, False, None, order)[0] for c, i in pairs
+    ]
+
+
 def _torch(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
     gradient = inputs.new_zeros(neurons, inputs.shape[-1])
     group = segments(indices, coefficients != 0)
@@ -53,7 +77,7 @@ def segment_sum(coefficients: Tensor, inputs: Tensor, group: Segments) -> Tensor
 
 
 def _triton(coefficients: Tensor, inputs: Tensor, indices: Tensor, neurons: int) -> Tensor:
-    return row_gradients(coefficients, inputs, indices, neurons, False, None, ())[0]
+    return _segments.row_gradients(coefficients, inputs, indices, neurons, False, None, ())[0]
 
 
 _dispatch.register("row_gradient", reference=reference.row_gradient, torch=_torch, triton=_triton)

@@ -53,11 +53,15 @@ def segments(indices: Tensor, kept: Tensor) -> Segments:
     return Segments(neurons, lengths.cumsum(0) - lengths, positions[order])
 
 
-def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True) -> Order:
-    """The slots of a code [B, K] in order; `by_neuron`: with the offsets of all R neurons."""
+def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: int = 1) -> Order:
+    """The slots of a code [B, K] in order; `by_neuron`: with the offsets of all R neurons.
+
+    blocks: networks whose samples and neurons follow one another; each is ranked by itself.
+    """
     flat = indices.reshape(-1)
     count, heads = len(flat), neurons + 1 if by_neuron else 0
-    if count > MAX_RANKED or neurons > 2**31:
+    own = max(1, count // blocks)
+    if own > MAX_RANKED or neurons > 2**31:
         narrowest = next(dtype for dtype in KEYS if neurons <= torch.iinfo(dtype).max + 1)
         ranked, slots = flat.to(narrowest).sort(stable=True)
         offsets = torch.empty(heads, dtype=torch.int64, device=flat.device)
@@ -66,12 +70,20 @@ def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True) -> Order
         sizes = [count, count, heads]
         room = torch.empty(sum(sizes), dtype=torch.int64, device=flat.device)
         ranked, slots, offsets = room.split(sizes)
-        missing = heads if count * (count + heads) > MAX_RANKED**2 else 0
+        missing = heads if own * (count + heads) > MAX_RANKED**2 else 0
         chosen = _tuning.config("rank_slots", flat.device)
         programs = -(-(count + heads - missing) // chosen["BLOCK"])
         with torch.cuda.device_of(flat):
             _rank_kernel[(programs,)](
-                flat.contiguous(), ranked, slots, offsets, count, heads - missing, **chosen
+                flat.contiguous(),
+                ranked,
+                slots,
+                offsets,
+                count,
+                heads - missing,
+                own,
+                neurons // blocks,
+                **chosen,
             )
     if missing:
         chosen = _tuning.config("offsets", flat.device)
@@ -105,18 +117,18 @@ def shared_order(indices: Tensor, neurons: int) -> Sequence[Tensor]:
         return ()
     task = torch._C._current_graph_task_id()
     if task < 0:
-        return _with_offsets(sorted_slots(indices, neurons))
+        return with_offsets(sorted_slots(indices, neurons))
     stream = torch.cuda.current_stream(indices.device) if indices.is_cuda else None
     place = indices.data_ptr(), indices.shape, indices.stride(), indices._version
     key = (task, stream, indices.device, place, neurons)
     kept = _kept
     if kept is None or kept.key != key:
         torch.autograd.Variable._execution_engine.queue_callback(_forget)
-        kept = _kept = _Kept(key, indices, _with_offsets(sorted_slots(indices, neurons)))
+        kept = _kept = _Kept(key, indices, with_offsets(sorted_slots(indices, neurons)))
     return kept.order
 
 
-def _with_offsets(order: Order) -> Sequence[Tensor]:
+def with_offsets(order: Order) -> Sequence[Tensor]:
     assert order.offsets is not None
     return order.neurons, order.slots, order.offsets
 
@@ -126,7 +138,7 @@ def _forget() -> None:
     _kept = None
 
 
-@jit(do_not_specialize=["count", "heads"])
+@jit(do_not_specialize=["count", "heads", "own", "block_rows"])
 def _rank_kernel(
     indices,  # [count] int64
     neurons,  # [count]
@@ -134,6 +146,8 @@ def _rank_kernel(
     offsets,  # [heads]
     count,
     heads,
+    own,  # slots of a network
+    block_rows,  # its neurons
     BLOCK: tl.constexpr,
     RIVALS: tl.constexpr,
 ):
@@ -143,11 +157,15 @@ def _rank_kernel(
     neuron = tl.load(indices + number, mask=is_slot, other=0)
     neuron = tl.where(is_slot, neuron, number - count)
     key = (neuron << 32) | tl.where(is_slot, number, 0)
-    rank = tl.zeros([BLOCK], tl.int32)
-    start = 0
-    while start < count:
+    # Slots of earlier networks come before, those of later ones do not: neither is compared.
+    last = tl.maximum(count // own - 1, 0)
+    network = tl.where(is_slot, number // own, tl.minimum((number - count) // block_rows, last))
+    start = tl.min(network) * own
+    stop = tl.minimum((tl.max(network) + 1) * own, count)
+    rank = tl.zeros([BLOCK], tl.int32) + start
+    while start < stop:
         other = start + tl.arange(0, RIVALS)
-        rival = tl.load(indices + other, mask=other < count, other=0x7FFFFFFF)
+        rival = tl.load(indices + other, mask=other < stop, other=0x7FFFFFFF)
         before = ((rival << 32) | other)[None, :] < key[:, None]
         rank += tl.sum(before.to(tl.int32), axis=1)
         start += RIVALS

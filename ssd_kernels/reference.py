@@ -192,8 +192,31 @@ def row_update(
         row_gradient(c.to(wide), i.to(wide), indices, neurons)
         for c, i in zip(coefficients, inputs, strict=True)
     ]
+    return sgd_step(
+        weights, gradients, touched, lr=lr, max_norm=max_norm, nonnegative=nonnegative,
+        normalize=normalize, momentum=momentum, buffers=buffers, blocks=blocks,
+    )  # fmt: skip
+
+
+def sgd_step(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    moves: Tensor,
+    *,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    nonnegative: bool,
+    normalize: Sequence[bool] | None,
+    momentum: float,
+    buffers: Sequence[Tensor] | None,
+    blocks: int,
+) -> Tensor:
+    """One clipped, projected step on the rows that move [R]; the others keep their bits.
+
+    Gradients are in the dtype of sums. Returns the norms before clipping, as row_update does.
+    """
     norm = length(torch.cat([g.reshape(blocks, -1) for g in gradients], dim=1)).squeeze(1)
-    block = torch.arange(neurons, device=norm.device) // (neurons // blocks)
+    block = torch.arange(len(moves), device=norm.device) // (len(moves) // blocks)
     scale = clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
@@ -201,12 +224,13 @@ def row_update(
         if buffers is not None:
             buffer = buffers[number]
             direction = torch.where(
-                touched[:, None], momentum * buffer.to(wide) + direction, buffer
+                moves[:, None], momentum * buffer.to(gradient.dtype) + direction, buffer
             )
             buffer.copy_(direction)
         row_norm = normalize is not None and normalize[number]
-        updated = project(weight.to(wide) - rate * direction, nonnegative, row_norm)
-        weight.copy_(torch.where(touched[:, None], updated, weight))
+        updated = project(weight.to(gradient.dtype) - rate * direction, nonnegative, row_norm)
+        weight.copy_(torch.where(moves[:, None], updated, weight))
+    dtype = reduce(torch.promote_types, (w.dtype for w in weights))
     return (norm if blocks > 1 else norm[0]).to(dtype)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from functools import cache, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
 from ssd_kernels._row_gradient import segment_sum
+from ssd_kernels._row_step import clip_scale, step_row
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
 
@@ -51,9 +53,9 @@ def row_update(
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
             Lazy: the buffer of an untouched row rests and does not move it.
-        blocks: number of networks whose rows follow one another, R / blocks each; every one is
-            clipped by itself.
-        impl: "triton", "torch" or "reference"; by default the fastest for the device.
+        blocks: number of networks whose rows follow one another, R / blocks each, and whose samples
+            do, B / blocks each; every one is clipped by itself.
+        impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         The global gradient norm before clipping: 0-d, or [blocks] if there are several.
@@ -62,12 +64,14 @@ def row_update(
         TypeError, ValueError: a dtype, shape, device or value that does not fit, before any work.
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
-    _check_blocks(weights, lr, max_norm, blocks)
+    _check_blocks(weights, lr, max_norm, indices, blocks)
     in_place = [*weights, *(buffers or ())]
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
     )
-    serve = _dispatch.choose("row_update", impl, weights[0], served=served)
+    looped = blocks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
+    looped = looped and all(t.dtype == torch.float32 for t in (*weights, *coefficients, *inputs))
+    serve = _dispatch.choose("row_update", impl, weights[0], served=served, looped=looped)
     with torch.no_grad():
         return serve(
             weights,
@@ -115,6 +119,41 @@ def _torch(
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return _norms(norm, weights)
+
+
+def _numba(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    *,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    nonnegative: bool,
+    normalize: Sequence[bool] | None,
+    momentum: float,
+    buffers: Sequence[Tensor] | None,
+    blocks: int,
+) -> Tensor:
+    from ssd_kernels import _loops
+
+    factors = [c.contiguous().numpy() for c in coefficients]
+    vectors = [i.contiguous().numpy() for i in inputs]
+    flat = indices.contiguous().view(-1).numpy()
+    touched = reduce(np.logical_or, [f != 0 for f in factors]).ravel()
+    slots, heads = _loops.sorted_slots(flat, touched, len(weights[0]))
+    gradients = [np.empty((len(heads) - 1, w.shape[1]), np.float32) for w in weights]
+    squares = 0.0
+    for factor, vector, gradient in zip(factors, vectors, gradients, strict=True):
+        squares += _loops.row_sums(slots, heads, factor, vector, gradient)
+    norm = weights[0].new_tensor(math.sqrt(squares))
+    step = float(lr) * float(reference.clip_scale(norm, max_norm))
+    rows = flat[slots[heads[:-1]]]
+    torch.autograd.graph.increment_version(weights)
+    for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        scaled = normalize is not None and normalize[number]
+        _loops.move_rows(weight.detach().numpy(), rows, gradient, step, nonnegative, scaled)
+    return norm
 
 
 def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
@@ -187,29 +226,6 @@ def _least(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny ** 0.5 / torch.finfo(dtype).eps
 
 
-@jit
-def _moved(
-    weight,
-    buffer,
-    gradient,
-    scale,
-    lr,
-    momentum,
-    MOMENTUM: tl.constexpr,
-    CLAMP: tl.constexpr,
-    inside,
-):
-    """The row after the step, before it is normalised; updates the buffer."""
-    direction = tl.load(gradient, mask=inside, other=0.0) * scale
-    if MOMENTUM:
-        direction += momentum * tl.load(buffer, mask=inside, other=0.0).to(tl.float32)
-        tl.store(buffer, direction, mask=inside)
-    moved = tl.load(weight, mask=inside, other=0.0).to(tl.float32) - lr * direction
-    if CLAMP:
-        moved = tl.maximum(moved, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return moved
-
-
 @jit(do_not_specialize=["blocks", "block_rows"])
 def _apply_kernel(
     neurons,  # [programs], sorted; not read if BY_NEURON
@@ -254,47 +270,22 @@ def _apply_kernel(
         scale = 1.0
         if CLIP:
             bound = tl.load(max_norm + block).to(tl.float32) if BOUNDS else max_norm
-            bound = tl.minimum(bound, 3.4028234663852886e38)
-            below = tl.sqrt(tl.load(squares + block)).to(tl.float32) + 1e-6 * bound
-            below = tl.maximum(below, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
-            scale = tl.minimum(bound / below, 1.0, propagate_nan=tl.PropagateNan.ALL)
-        weight += neuron * weight_stride
-        buffer += neuron * buffer_stride
-        gradient += program * WIDTH
-        length = tl.full([], 0.0, tl.float64)  # in whose range squares of float32 are
-        for start in range(0, WIDTH, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < WIDTH
-            moved = _moved(
-                weight + column,
-                buffer + column,
-                gradient + column,
-                scale,
-                rate,
-                momentum,
-                MOMENTUM,
-                CLAMP,
-                inside,
-            )
-            if NORMALIZE:
-                moved = tl.where(inside, moved, 0.0)
-                wide = moved.to(tl.float64)
-                length += tl.sum(wide * wide)
-                if WIDTH <= BLOCK:
-                    moved /= tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
-                    tl.store(weight + column, moved, mask=inside)
-                else:
-                    tl.store(gradient + column, moved, mask=inside)
-            else:
-                tl.store(weight + column, moved, mask=inside)
-        if NORMALIZE and WIDTH > BLOCK:
-            tl.debug_barrier()  # a thread may read what another wrote
-            size = tl.where(length > 0, tl.sqrt(length), 1.0).to(tl.float32)
-            for start in range(0, WIDTH, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                inside = column < WIDTH
-                moved = tl.load(gradient + column, mask=inside, other=0.0)
-                tl.store(weight + column, moved / size, mask=inside)
+            scale = clip_scale(tl.load(squares + block), bound)
+        own = gradient + program * WIDTH
+        step_row(
+            weight + neuron * weight_stride,
+            buffer + neuron * buffer_stride,
+            own,
+            own,
+            scale,
+            rate,
+            momentum,
+            WIDTH,
+            CLAMP,
+            NORMALIZE,
+            MOMENTUM,
+            BLOCK,
+        )
 
 
 def _triton(
@@ -367,7 +358,8 @@ def _launch(
 ) -> Tensor:
     """rates, bounds: [blocks], or None where one number serves; no bound: no clip."""
     neurons = weights[0].shape[0]
-    order = _segments.sorted_slots(indices, neurons, by_neuron=neurons <= indices.numel())
+    by_neuron = neurons <= indices.numel()
+    order = _segments.sorted_slots(indices, neurons, by_neuron, blocks)
     gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, blocks)
     dtype = reduce(torch.promote_types, (w.dtype for w in weights))
     norm = torch.empty(blocks, dtype=dtype, device=indices.device)
@@ -440,9 +432,24 @@ def _gradients(
 
 
 def _check_blocks(
-    weights: Sequence[Tensor], lr: float | Tensor, max_norm: float | Tensor | None, blocks: int
+    weights: Sequence[Tensor],
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    indices: Tensor,
+    blocks: int,
 ) -> None:
-    _checks.blocks("row_update", blocks, weights=weights[0].shape[0])
+    neurons = weights[0].shape[0]
+    _checks.blocks("row_update", blocks, weights=neurons, indices=len(indices))
+    if blocks > 1 and indices.is_cpu and indices.numel() and not _dispatch.symbolic(indices):
+        least, most = indices.view(blocks, -1).aminmax(dim=1)
+        for network, low, high in zip(range(blocks), least.tolist(), most.tolist(), strict=True):
+            first, last = network * neurons // blocks, (network + 1) * neurons // blocks - 1
+            wrong = low if low < first else high
+            if not first <= wrong <= last:
+                raise ValueError(
+                    f"row_update: indices of network {network} hold {wrong}; they must lie in "
+                    f"{first}..{last}"
+                )
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
             _checks.shape("row_update", name, value, (blocks,))
@@ -493,4 +500,6 @@ def _check(
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-_dispatch.register("row_update", reference=reference.row_update, torch=_torch, triton=_triton)
+_dispatch.register(
+    "row_update", reference=reference.row_update, torch=_torch, numba=_numba, triton=_triton
+)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 
 # Two processes of about the same length, so that two cores share them.
-OF_SSD = ("tests/ssd/test_code_gram.py", "tests/ssd/test_distill.py")
+OF_SSD = ("batch", "code_gram", "cuda_graph", "dense_update", "distill", "distill_code",
+          "gate_gradient")  # fmt: skip
 FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 
 
@@ -25,7 +26,10 @@ FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
 @pytest.mark.skipif(_dispatch.interpreted(), reason="this process is the interpreter's already")
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_triton_kernels_in_the_interpreter(half: str) -> None:
-    every = [*sorted((ROOT / "tests/kernels").glob("test_*.py")), *(ROOT / name for name in OF_SSD)]
+    every = [
+        *sorted((ROOT / "tests/kernels").glob("test_*.py")),
+        *(ROOT / f"tests/ssd/test_{op}.py" for op in OF_SSD),
+    ]
     assert {path.name for path in every} >= {*FIRST}
     assert all(path.exists() for path in every)
     files = [str(path) for path in every if (path.name in FIRST) == (half == "first")]

@@ -33,7 +33,12 @@ TILES: dict[str, _tuning.Config] = {
     "segments": {"SLOTS": 2, "BLOCK": 8, "num_warps": 1},
     "sparse_linear": {"SLOTS": 4, "BLOCK": 16, "num_warps": 1},
     "distill": {"num_warps": 1},
+    "draw_batch": {"BLOCK": 4, "num_warps": 1},
+    "gate_gradient": {"BLOCK": 4, "num_warps": 1},
+    "tally": {"SAMPLES": 4, "BLOCK": 4, "num_warps": 1},
+    "distill_code": {"TILE": 32, "num_warps": 1},
     "row_update": {"BLOCK": 8, "num_warps": 1},
+    "squares": {"PARTS": 3, "BLOCK": 4, "num_warps": 1},
 }
 # fp32 inputs take descriptors and the walk over tiles, 16-bit ones of odd strides neither.
 TILE = {"TOGETHER": 2, "BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages": 1}
@@ -182,20 +187,30 @@ def linear_code(
     shadow: bool = False,
     blocks: int = 1,
     impl: str = "triton",
+    count: bool = False,
+    crowded: bool = False,
 ) -> None:
-    """By way of the kernels; or the torch path, for what it reads."""
+    """By way of the kernels; or the torch path, for what it reads. Crowded: too many fire."""
     x, weight = torch.rand(4, 9).to(dtype), torch.rand(400 * blocks, 9).to(dtype)
     x[1::blocks] += 1
     response = (1 - torch.rand(400 * blocks) / 64).to(dtype) if gaba else None
+    if crowded and response is not None:
+        response *= 0.5
     copy = Shadow(weight) if shadow else None
-    got, overflow = ops.linear_code(
-        x, weight, 2, 6, response, inhibition=inhibition, shadow=copy, blocks=blocks, impl=impl
-    )
+    counts = counter(400 * blocks) if count else None
+    got, wider = ops.linear_code(
+        x, weight, 2, 6, response, inhibition=inhibition, counts=counts, shadow=copy, blocks=blocks,
+        impl=impl,
+    )  # fmt: skip
     expected, _ = ops.linear_code(
         x, weight, 2, 6, response, inhibition=inhibition, blocks=blocks, impl="reference"
     )
-    assert not overflow.any()
-    torch.testing.assert_close(got.values, expected.values, rtol=1e-2, atol=1e-2)
+    assert bool(wider.all()) if crowded else not wider.any()
+    if not crowded:
+        torch.testing.assert_close(got.values, expected.values, rtol=1e-2, atol=1e-2)
+    if counts is not None:
+        fired = torch.bincount(got.indices[got.values > 0], minlength=len(counts))
+        equal(counts, fired + 1)
 
 
 def linear_active(dtype: torch.dtype, gaba: bool, inhibition: str) -> None:
@@ -259,8 +274,10 @@ def row_bias(neurons: int) -> None:
 
 
 def row_update(widths: list[int], neurons: int = 8, blocks: int = 1, **options: Any) -> None:
-    step = Step(5, 3, neurons, widths)
-    if blocks > 1:
+    step = Step(5 if blocks == 1 else 2 * blocks, 3, neurons, widths)
+    if blocks > 1:  # samples follow one another as their networks do
+        own = neurons // blocks
+        step.indices = step.indices % own + own * torch.arange(blocks).repeat_interleave(2)[:, None]
         bounds = torch.full((blocks,), options.pop("max_norm"))
         options |= {"blocks": blocks, "max_norm": bounds, "lr": torch.rand(blocks)}
     got = step.run("triton", torch.float32, **options)
@@ -301,9 +318,13 @@ def code_gram(
     equal(*results)
 
 
-def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -> None:
+def distill(
+    classes: int, teacher: bool, hidden: bool, columns: bool, kl: str, each: bool = False
+) -> None:
     logits, labels = torch.randn(3, classes), torch.randint(classes, (3,))
-    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": torch.rand(3), "temperature": 2.0}
+    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": 0.4, "temperature": 2.0}
+    if each:
+        options |= {"lam": torch.rand(3), "weight": torch.rand(3)}
     if columns:
         options["columns"] = torch.rand(3, classes) < 0.5
         options["columns"][:, 0] = True
@@ -315,6 +336,98 @@ def distill(classes: int, teacher: bool, hidden: bool, columns: bool, kl: str) -
     )
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def dense_update(widths: list[int], blocks: int, nonnegative: bool = True, **options: Any) -> None:
+    given = [[torch.randn(5 * blocks, width) for width in widths] for _ in range(3)]
+    if blocks > 1:
+        bounds, samples = torch.rand(blocks), torch.arange(blocks) % 2
+        options |= {"max_norm": bounds, "lr": bounds.flip(0), "samples": samples}
+    results = []
+    for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        weights, gradients, buffers = ([t.to(dtype, copy=True) for t in ts] for ts in given)
+        kept = buffers if "momentum" in options else None
+        ops.dense_update(
+            weights, gradients, nonnegative=nonnegative, normalize=[True, False], buffers=kept,
+            blocks=blocks, impl=impl, **options,
+        )  # fmt: skip
+        results.append([t.double() for t in weights + buffers])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def draw_batch(features: int, teacher: bool, gaba: bool) -> None:
+    learners, stored, size = 2, 7, 3
+    rows = learners * stored
+    order = torch.stack([torch.randperm(stored) for _ in range(learners)])
+    given: dict[str, Any] = {"order": order, "samples": torch.tensor([7, 5])}
+    given |= {"inputs": torch.randn(rows, features), "labels": torch.randint(1, 4, (rows,))}
+    if teacher:
+        given |= {"target_logits": torch.randn(rows, 4), "target_hidden": torch.randn(rows, 9)}
+    if gaba:
+        given |= {"counts": torch.arange(10), "anneal_samples": torch.tensor([9.0, 4.0])}
+    for position in range(3):
+        now = torch.tensor(position)
+        got, expected = (
+            ops.draw_batch(**given, position=now, size=size, impl=impl)
+            for impl in ("triton", "reference")
+        )
+        equal(got, expected)
+
+
+def gate_gradient(neurons: int, subnetwork: int, gated: bool, transposed: bool = False) -> None:
+    gate, positions = integers(6, neurons), torch.stack([torch.randperm(neurons) for _ in range(2)])
+    slopes = torch.randn(6, subnetwork) if subnetwork else None
+    places = positions.clamp(max=subnetwork).flatten() if subnetwork else None
+    results = []
+    for impl in ("triton", "reference"):
+        wide = torch.arange(6.0 * (neurons + TAIL)).view(6, -1)
+        wide = wide.T.contiguous().T if transposed else wide
+        mask = gate > 0 if transposed else gate
+        ops.gate_gradient(wide[:, :neurons], mask, slopes, places, gated=gated, impl=impl)
+        results.append(wide)
+    equal(*results)
+
+
+def tally(learners: int, size: int, classes: int, wider: bool) -> None:
+    rows = learners * size
+    weight = (torch.arange(rows) % 3 != 1).float()
+    given = [integers(rows), integers(rows, classes), torch.randint(classes, (rows,)), weight]
+    results = []
+    for impl in ("triton", "reference"):
+        sums = [counter(learners).double(), counter(learners), counter(learners), torch.tensor(4)]
+        crowded = [torch.arange(rows) == 2, counter(learners) > 1] if wider else []
+        ops.tally(*given, *sums, *crowded, impl=impl)
+        results.append(sums + crowded)
+    equal(*results)
+
+
+def distill_code(
+    slots: int,
+    classes: int,
+    teacher: bool = True,
+    units: int = 0,
+    columns: bool = False,
+    kl: str = "reverse",
+    each: bool = False,
+) -> None:
+    values, indices = code(3, slots, 20)
+    decoder, labels = integers(20, classes), torch.randint(classes, (3,))
+    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": 0.4, "temperature": 2.0}
+    if each:
+        options |= {"lam": torch.rand(3), "weight": torch.rand(3)}
+    if columns:
+        options["columns"] = torch.rand(3, classes) < 0.5
+        options["columns"][:, 0] = True
+    targets = [torch.randn(3, classes) if teacher else None]
+    targets += [torch.rand(3, units) if units else None]
+    if units:
+        options["positions"] = torch.randperm(20).clamp(max=units)
+    results = []
+    for impl in ("triton", "reference"):
+        out = ops.distill_code(values, indices, decoder, labels, *targets, impl=impl, **options)
+        results.append(tuple(out))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
@@ -351,7 +464,12 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_code half": partial(linear_code, HALF, False, "mask"),
     "linear_code half gaba": partial(linear_code, HALF, True, "mask", blocks=2),
     "linear_code graded": partial(linear_code, SINGLE, True, "mask"),
-    "linear_code graded blocks": partial(linear_code, SINGLE, True, "subtract", blocks=2),
+    "linear_code graded blocks": partial(
+        linear_code, SINGLE, True, "subtract", blocks=2, count=True
+    ),
+    "linear_code graded crowded": partial(
+        linear_code, SINGLE, True, "mask", count=True, crowded=True
+    ),
     "linear_code torch": partial(linear_code, SINGLE, True, "subtract", blocks=2, impl="torch"),
     "linear_code torch shadow": partial(
         linear_code, SINGLE, True, "subtract", shadow=True, impl="torch"
@@ -380,8 +498,24 @@ CASES: dict[str, Callable[[], None]] = {
     "code_gram dense": partial(code_gram, 4, 3, 5, "dense"),
     "code_gram one": partial(code_gram, 3, 1, 2, "labels"),
     "distill": partial(distill, 10, True, True, True, "reverse"),
+    "distill each": partial(distill, 10, True, True, False, "reverse", each=True),
+    "distill hidden alone": partial(distill, 3, False, True, False, "reverse", each=True),
     "distill forward": partial(distill, 18, True, False, False, "forward"),
     "distill labels": partial(distill, 3, False, False, False, "reverse"),
+    "dense_update": partial(dense_update, [5, 3], 1, False, lr=0.1),
+    "dense_update clipped": partial(dense_update, [11, 8], 1, lr=0.1, max_norm=0.5, momentum=0.9),
+    "dense_update blocks": partial(dense_update, [9, 2], 3),
+    "draw_batch": partial(draw_batch, 5, True, True),
+    "draw_batch only": partial(draw_batch, 1, False, False),
+    "gate_gradient": partial(gate_gradient, 9, 3, True),
+    "gate_gradient behind": partial(gate_gradient, 7, 2, False, transposed=True),
+    "gate_gradient alone": partial(gate_gradient, 1, 0, True),
+    "tally": partial(tally, 3, 6, 9, True),
+    "tally one": partial(tally, 1, 1, 1, False),
+    "distill_code": partial(distill_code, 5, 10, units=6, each=True),
+    "distill_code columns": partial(distill_code, 3, 18, columns=True, kl="forward"),
+    "distill_code labels": partial(distill_code, 1, 3, teacher=False),
+    "distill_code one": partial(distill_code, 4, 1, units=1),
 }
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssd_kernels import _dispatch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -18,6 +20,9 @@ def triton_only(*values: object) -> object:
     usable = INTERPRETED or torch.cuda.is_available()
     reason = "Triton needs CUDA or TRITON_INTERPRET=1"
     return pytest.param(*values, marks=pytest.mark.skipif(not usable, reason=reason))
+
+
+NUMBA = ["numba"] if _dispatch.NUMBA and not (INTERPRETED or torch.cuda.is_available()) else []
 
 
 def same(got: Tensor, expected: Tensor) -> None:

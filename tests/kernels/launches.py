@@ -243,11 +243,21 @@ def linear_inhibit(
 
 
 def linear_code(
-    dtype: torch.dtype, *, B: int, d: int, R: int, k: int, width: int, S: int = 1, **options: Any
+    dtype: torch.dtype,
+    *,
+    B: int,
+    d: int,
+    R: int,
+    k: int,
+    width: int,
+    S: int = 1,
+    counts: bool = False,
+    **options: Any,
 ) -> None:
     shapes = (S * B, d), (S * R, d), (S * R,)
     x, weight, gaba = (_new(*shape, dtype=dtype) for shape in shapes)
-    ours.linear_code(x, weight, k, width, gaba, blocks=S, **options)
+    given = {"counts": _counts(S * R, counts), "blocks": S, **options}
+    ours.linear_code(x, weight, k, width, gaba, **given)
 
 
 def sparse_linear(
@@ -342,7 +352,9 @@ def distill(
     teacher: bool = True,
     columns: bool = False,
     kl: str = "reverse",
+    each: bool = False,
 ) -> None:
+    """each: settings, and a weight, of each sample."""
     hidden = _new(B, n, dtype=dtype) if n else None
     ours.distill(
         _new(B, C, dtype=dtype),
@@ -350,12 +362,133 @@ def distill(
         _new(B, C, dtype=dtype) if teacher else None,
         hidden,
         hidden,
-        alpha=0.5,
-        lam=0.5,
-        temperature=2.0,
+        **_settings(B, each),
         kl=kl,
         columns=_new(B, C, dtype=torch.bool) if columns else None,
     )
+
+
+def dense_update(
+    dtype: torch.dtype,
+    *,
+    R: int,
+    d: int,
+    C: int = 10,
+    S: int = 1,
+    project: bool = True,
+    momentum: float = 0.0,
+    max_norm: float | None = 1.0,
+) -> None:
+    weights = [_new(S * R, width, dtype=dtype) for width in (d, C)]
+    several = S > 1  # each with its rate and bound
+    ours.dense_update(
+        weights,
+        [torch.empty_like(weight) for weight in weights],
+        lr=_new(S, dtype=FP32) if several else 0.1,
+        max_norm=_new(S, dtype=FP32) if several and max_norm is not None else max_norm,
+        nonnegative=project,
+        normalize=[project, False],
+        momentum=momentum,
+        buffers=[torch.empty_like(weight) for weight in weights] if momentum else None,
+        samples=_new(S, dtype=torch.int64) if several else None,
+        blocks=S,
+    )
+
+
+def draw_batch(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    d: int,
+    S: int = 1,
+    C: int = 10,
+    n: int = 0,
+    R: int = 0,
+    teacher: bool = True,
+) -> None:
+    rows, stored = S * 6000, S * 6000
+    ours.draw_batch(
+        _new(stored, d, dtype=dtype),
+        _new(stored, dtype=torch.int64),
+        _new(S, 6000, dtype=torch.int64),
+        _new(S, dtype=torch.int64),
+        _new(dtype=torch.int64),
+        B,
+        _new(rows, C, dtype=dtype) if teacher else None,
+        _new(rows, n, dtype=dtype) if n else None,
+        _new(S * R, dtype=torch.int64) if R else None,
+        _new(S, dtype=dtype) if R else None,
+    )
+
+
+def gate_gradient(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    R: int,
+    n: int = 0,
+    S: int = 1,
+    gate: torch.dtype = FP32,
+    gated: bool = True,
+    transposed: bool = False,
+) -> None:
+    shape = (R, S * B) if transposed else (S * B, R)
+    pair = [_new(*shape, dtype=kind) for kind in (dtype, gate)]
+    ours.gate_gradient(
+        *(t.T if transposed else t for t in pair),
+        _new(S * B, n, dtype=dtype) if n else None,
+        _new(S * R, dtype=torch.int64) if n else None,
+        gated=gated,
+    )
+
+
+def tally(dtype: torch.dtype, *, B: int, C: int, S: int = 1, wider: bool = False) -> None:
+    rows = S * B
+    ours.tally(
+        _new(rows, dtype=dtype),
+        _new(rows, C, dtype=dtype),
+        _new(rows, dtype=torch.int64),
+        _new(rows, dtype=dtype),
+        _new(S, dtype=FP64),
+        _new(S, dtype=torch.int64),
+        _new(S, dtype=torch.int64),
+        _new(dtype=torch.int64),
+        _new(rows, dtype=torch.bool) if wider else None,
+        _new(S, dtype=torch.bool) if wider else None,
+    )
+
+
+def distill_code(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    R: int,
+    K: int,
+    C: int,
+    n: int = 0,
+    teacher: bool = True,
+    columns: bool = False,
+    kl: str = "reverse",
+    each: bool = False,
+) -> None:
+    """each: settings, and a weight, of each sample."""
+    ours.distill_code(
+        *_code(dtype, B, K),
+        _new(R, C, dtype=dtype),
+        _new(B, dtype=torch.int64),
+        _new(B, C, dtype=dtype) if teacher else None,
+        _new(B, n, dtype=dtype) if n else None,
+        positions=_new(R, dtype=torch.int64) if n else None,
+        **_settings(B, each),
+        kl=kl,
+        columns=_new(B, C, dtype=torch.bool) if columns else None,
+    )
+
+
+def _settings(B: int, each: bool) -> dict[str, Any]:
+    if not each:
+        return {"alpha": 0.5, "lam": 0.5, "temperature": 2.0}
+    return {name: _new(B, dtype=FP32) for name in ("alpha", "lam", "temperature", "weight")}
 
 
 def _benchmarked(shape: cases.Shape) -> Call:
@@ -398,9 +531,9 @@ GRID = [
     *_grid(linear_inhibit, BF16, B=128, d=256, R=10000, k=10, gaba=False, grad=False),
     *_grid(linear_inhibit, FP32, B=128, d=64, R=200, k=200),
     *_grid(linear_inhibit, FP32, S=10, B=128, d=256, R=1000, k=10, counts=True),
-    *_grid(linear_code, FP32, B=128, d=256, R=10000, k=10, width=64),
+    *_grid(linear_code, FP32, B=128, d=256, R=10000, k=10, width=64, counts=True),
     *_grid(linear_code, FP32, B=1024, d=256, R=10000, k=10, width=64, inhibition="mask"),
-    *_grid(linear_code, FP32, S=10, B=128, d=512, R=1000, k=10, width=128),
+    *_grid(linear_code, FP32, S=10, B=128, d=512, R=1000, k=10, width=128, counts=True),
     *_grid(linear_code, FP32, B=1024, d=1024, R=65536, k=32, width=128),
     # Widths of every row of the tables "sparse_linear" and "segments".
     *(call for C in (10, 64, 256, 1000) for call in
@@ -422,6 +555,27 @@ GRID = [
     *_grid(code_gram, FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
     *_grid(distill, FP32, B=128, C=10, teacher=False),
     *_grid(distill, FP32, BF16, B=128, C=10),
+    *_grid(distill, FP32, B=128, C=10, n=10, each=True),
     *_grid(distill, FP32, B=128, C=100, n=200, columns=True, kl="forward"),
     *_grid(distill, FP32, BF16, B=128, C=4096, n=4096, columns=True),
+    *_grid(dense_update, FP32, R=1000, d=256, project=False, max_norm=None),
+    *_grid(dense_update, FP32, R=10000, d=4096, momentum=0.9),
+    *_grid(dense_update, FP32, S=10, R=10000, d=256, C=100),
+    *_grid(draw_batch, FP32, B=128, d=256, teacher=False),
+    *_grid(draw_batch, FP32, S=10, B=128, d=256, n=200, R=10000),
+    *_grid(draw_batch, FP32, B=1024, d=3072, C=100, n=20, R=1000),
+    *_grid(gate_gradient, FP32, B=128, R=10000),
+    *_grid(gate_gradient, FP32, S=10, B=128, R=1000, n=20),
+    *_grid(gate_gradient, FP32, B=128, R=10000, n=200, gate=torch.bool, gated=False),
+    *_grid(gate_gradient, FP32, B=128, R=1000, n=20, transposed=True),
+    *_grid(tally, FP32, B=128, C=10),
+    *_grid(tally, FP32, S=10, B=1024, C=100, wider=True),
+    # The step of the SDMLP: flat and graded, one network and ten, the first task and the next.
+    *_grid(distill_code, FP32, B=128, R=10000, K=10, C=10, teacher=False),
+    *_grid(distill_code, FP32, B=128, R=10000, K=10, C=10, n=10, each=True),
+    *_grid(distill_code, FP32, B=1280, R=100000, K=40, C=10, n=20, columns=True, each=True),
+    *_grid(distill_code, FP32, B=128, R=10000, K=40, C=10),
+    *_grid(distill_code, FP32, B=128, R=10000, K=300, C=100, n=200, kl="forward"),
+    *_grid(distill_code, FP32, B=128, R=10000, K=128, C=128, n=4096, each=True),
+    *_grid(distill_code, FP32, B=128, R=10000, K=300, C=4096, n=4096, columns=True),
 ]  # fmt: skip

@@ -5,8 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ssd.batch import draw_batch, tally
 from ssd.code_gram import code_gram
+from ssd.dense_update import dense_update
 from ssd.distill import distill
+from ssd.distill_code import distill_code
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import (
     count_active,
     linear_inhibit,
@@ -21,7 +25,11 @@ from ssd_kernels._row_gradient import row_gradient
 __all__ = [
     "code_gram",
     "count_active",
+    "dense_update",
     "distill",
+    "distill_code",
+    "draw_batch",
+    "gate_gradient",
     "linear_active",
     "linear_code",
     "linear_inhibit",
@@ -30,6 +38,7 @@ __all__ = [
     "row_gradient",
     "row_update",
     "sparse_linear",
+    "tally",
     "topk",
 ]
 ROOT = Path(__file__).resolve().parents[2]

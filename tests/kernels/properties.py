@@ -4,10 +4,11 @@
     python tests/kernels/properties.py --seed 0 --case 17
 
 The seed and a case's number determine it; what is wrong is printed with the command that runs it
-alone. Every implementation that this process has serves each case, on CPU and on CUDA. With
-TRITON_INTERPRET=1 the kernels run in Triton's interpreter, on small cases of their own. A share of
-the cases has a wrong argument, which must be refused by name with nothing changed. The exit status
-is 1 if a case is wrong.
+alone. Every implementation that this process has serves each case, on CPU and on CUDA: numba, where
+it is installed, float32 on the CPU, for which it is the default. With TRITON_INTERPRET=1 the
+kernels run in Triton's interpreter, on small cases of their own. A share of the cases has a wrong
+argument, which must be refused by name with nothing changed. The exit status is 1 if a case is
+wrong.
 
 Left open by the contract, so that only shapes, dtypes, untouched inputs and repeats are judged:
 - row_gradient, row_update, code_gram: infinities and NaN. The weight gradient of sparse_linear: an
@@ -15,11 +16,12 @@ Left open by the contract, so that only shapes, dtypes, untouched inputs and rep
 - distill with a teacher: infinite logits. Their divergence is inf - inf.
 - gradients where an input is not finite or a score may not be. Infinite upstream gradients are
   judged.
-- linear_code: the code of a network whose overflow flag is set; where the layer's output is not
+- linear_code: the code of a sample that is wider; where the layer's output is not
   finite, only that the code is not either.
+- the gate of linear_active where the layer is not a number.
 - an index or label out of range on CUDA, where nothing may look.
 Never drawn, since the contract excludes it: a sample that names an active neuron twice
-(count_active, code_gram), gaba > 1, gaba <= 0 in linear_active and linear_code.
+(count_active, code_gram), gaba > 1, gaba <= 0 in linear_code.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ OPS: list[Op] = [
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLAIN = ("reference", "torch")
+KERNELS = {"cpu": "triton" if INTERPRETED else "numba", "cuda": "triton"}
 INVALID = 0.12  # of all cases
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -85,7 +88,7 @@ def ways(op: Op, impl: str | None) -> list[Way]:
         Way(name, device)
         for device in ["cpu", *["cuda"] * cuda]
         for name in op.implementations()
-        if name in PLAIN or INTERPRETED or device == "cuda"
+        if name in PLAIN or name == KERNELS[device]
         if impl in (None, name, "plain" if name in PLAIN else "kernels")
     ]
 

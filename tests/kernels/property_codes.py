@@ -282,7 +282,12 @@ class RowUpdate(Op):
         case, neurons = code(d, [*usual, *STRANGE], flat=True, distinct=0.5)
         del case.arguments["values"]
         indices = case["indices"]
-        blocks = d.pick([n for n in (1, 1, 1, 2, 3) if neurons % n == 0])
+        shared = [n for n in (1, 1, 1, 2, 3) if neurons % n == 0 == len(indices) % n]
+        blocks = d.pick(shared)
+        if blocks > 1 and len(indices):  # samples follow one another as their networks do
+            network = torch.arange(len(indices)).unsqueeze(1) // (len(indices) // blocks)
+            own = neurons // blocks
+            indices = case.arguments["indices"] = indices % own + own * network
         lists: dict[str, list[Tensor]] = {"weights": [], "coefficients": [], "inputs": []}
         momentum = d.pick([0.0, 0.5, 0.9])
         if momentum:

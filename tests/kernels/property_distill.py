@@ -46,6 +46,8 @@ class Distill(Op):
             elif kind == "each":
                 each = torch.from_numpy(d.rng.uniform(low, high, batch)).to(case.dtype)
                 case.add(name, each)
+        if d.chance(0.4):
+            case.add("weight", torch.from_numpy(d.rng.uniform(0.1, 2, batch)).to(case.dtype))
         case.arguments["kl"] = d.pick(["reverse", "forward"])
         if d.chance(0.4):
             columns = torch.from_numpy(d.rng.random((batch, classes)) < 0.5)
@@ -105,8 +107,10 @@ class Distill(Op):
             errors[student] = errors[student] + share.abs() * slope_error + 4 * unit * slope.abs()
         bounds = Bounds.around(loss, loss_error + 2 * unit * loss.abs())
         yield from off("loss", got["loss"], bounds.reshape(len(logits)))
-        for name, slope in slopes.items():
-            error = errors[name] + unit * slope.abs()
+        weight = 1.0 if case["weight"] is None else case["weight"].double().unsqueeze(1)
+        for name, gradient in slopes.items():
+            slope = weight * gradient
+            error = weight * (errors[name] + 2 * unit * gradient.abs())
             yield from off(f"grad_{name}", got[f"grad_{name}"], Bounds.around(slope, error))
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:

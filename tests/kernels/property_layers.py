@@ -393,12 +393,13 @@ class LinearActive(Op):
     name = "linear_active"
 
     def draw(self, d: Draw) -> Case:
-        case = layer(d, networks=False, flat=True)
-        del case.arguments["blocks"]
+        case = layer(d, flat=True)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
+        case.arguments["every"] = d.chance(0.4)
         neurons = len(case["weight"])
         if d.chance(0.75):
-            case.add("gaba", d.positive((neurons,), case.dtype, 0.125))
+            low = d.pick([-1.0, 0.0, 0.125, 0.125])
+            case.add("gaba", d.positive((neurons,), case.dtype, low))
         if d.chance(0.4):
             case.counters(neurons, "counts")
         case.truth = Scores(case)
@@ -409,23 +410,33 @@ class LinearActive(Op):
         return {}  # known to `judge`, as n is
 
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
-        truth, values, neurons = case.truth, got["values"], got["neurons"]
+        truth, values, gate = case.truth, got["values"], got["gate"]
+        neurons = got.get("neurons")
+        if neurons is None:
+            neurons = torch.arange(truth.neurons)
+        elif case["every"] or case["blocks"] > 1:
+            yield "not every neuron"
+        elif not (~(values <= 0)).any(0).all():
+            yield "a neuron that does not fire"
         if neurons.dtype != torch.int64 or values.dtype != case.dtype:
             yield f"dtypes {values.dtype}, {neurons.dtype}"
-        if neurons.dim() != 1 or values.shape != (len(case["x"]), len(neurons)):
+        if neurons.dim() != 1 or not values.shape == gate.shape == (len(case["x"]), len(neurons)):
             yield f"values {list(values.shape)} for neurons {list(neurons.shape)}"
             return
         inside = (neurons >= 0) & (neurons < truth.neurons)
         if not inside.all() or not (neurons.diff() > 0).all():
             yield "neurons out of range or not ascending"
             return
-        if not (~(values <= 0)).any(0).all():
-            yield "a neuron that does not fire"
         hidden = torch.zeros(truth.bounds.lower.shape, dtype=case.dtype)
-        hidden[:, neurons] = values
+        passes = torch.zeros(hidden.shape, dtype=torch.bool)
+        hidden[:, neurons], passes[:, neurons] = values, gate > 0
         yield from LinearInhibit.dense(case, hidden)
+        expected = (hidden > 0) & (truth.bounds.lower > 0)
+        if ((passes != expected) & truth.sure & ~hidden.isnan()).any():
+            yield "the gradient passes where it must not, or is stopped where it passes"
         if case["counts"] is not None:
-            yield from same("counts", after["counts"], case["counts"] + (hidden > 0).sum(0))
+            active = (reference.by_network(hidden, truth.blocks) > 0).sum(1).flatten()
+            yield from same("counts", after["counts"], case["counts"] + active)
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
         yield from layer_faults(case)
@@ -450,31 +461,33 @@ class LinearCode(Op):
         return case
 
     def call(self, arguments: Arguments, impl: str) -> Outputs:
-        """With a shadow also the result without, which has the same bits."""
+        """With a shadow also the result without, which has the same bits but where numba serves."""
         arguments = dict(arguments)
         dtype = arguments.pop("shadow", None)
         shadow = None if dtype is None else Shadow(arguments["weight"], dtype)
-        code, overflow = sk.linear_code(**arguments, shadow=shadow, impl=impl)
-        outputs = {**named(code), "overflow": overflow}
+        code, wider = sk.linear_code(**arguments, shadow=shadow, impl=impl)
+        outputs = {**named(code), "wider": wider}
         if shadow is not None:
-            plain, overflow = sk.linear_code(**arguments, impl=impl)
+            plain = code
+            if impl != "numba":
+                plain, wider = sk.linear_code(**arguments, impl=impl)
             outputs |= {f"plain {name}": t for name, t in named(plain).items()}
-            outputs["plain overflow"] = overflow
+            outputs["plain wider"] = wider
         return outputs
 
     def shapes(self, case: Case) -> Shapes:
-        shape, blocks = (len(case["x"]), case["width"]), case["blocks"]
+        shape = len(case["x"]), case["width"]
         shapes: Shapes = {
             "values": (shape, case.dtype),
             "indices": (shape, torch.int64),
-            "overflow": ((blocks,) if blocks > 1 else (), torch.bool),
+            "wider": (shape[:1], torch.bool),
         }
         if case["shadow"] is not None:
             shapes |= {f"plain {name}": of for name, of in shapes.items()}
         return shapes
 
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
-        truth, blocks, width = case.truth, case["blocks"], case["width"]
+        truth, width, wider = case.truth, case["width"], got["wider"]
         values, indices = got["values"], got["indices"] - truth.first
         if not ((indices >= 0) & (indices < truth.neurons)).all():
             yield "indices out of range"
@@ -490,15 +503,11 @@ class LinearCode(Op):
         if (strange.any(1) & values.isfinite().all(1)).any():
             yield "the code is finite, the layer's output is not"
         finite_rows = ~(strange | truth.excess.free).any(1)
-        each = len(values) // blocks
-        overflow = got["overflow"].reshape(blocks)
         surely = (truth.fires & (truth.least > torch.finfo(case.dtype).tiny)).sum(1) > width
         perhaps = (~truth.silent).sum(1) > width
-        surely, perhaps = (t.view(blocks, each).any(1) for t in (surely, perhaps))
-        wrong = (surely & ~overflow) | (overflow & ~perhaps)
-        if (wrong & finite_rows.view(blocks, each).all(1)).any():
-            yield f"overflow is {overflow.tolist()}, expected {surely.tolist()}"
-        kept = ~overflow.repeat_interleave(each) & finite_rows
+        if (((surely & ~wider) | (wider & ~perhaps)) & finite_rows).any():
+            yield f"wider is {wider.tolist()}, expected {surely.tolist()}"
+        kept = ~wider & finite_rows
         yield from LinearInhibit.dense(case, hidden, kept)
         if case["shadow"] is not None:
             yield from same("values", values, got["plain values"])

@@ -141,9 +141,15 @@ GABA: list[tuple[Arguments, type[Exception], str]] = [
     ({"gaba": torch.ones(9).long()}, TypeError, "gaba has dtype torch.int64"),
     ({"gaba": torch.ones(9, device=META)}, ValueError, "gaba is on meta"),
 ]
-GRADED: list[tuple[Arguments, type[Exception], str]] = [
+ACTIVE: list[tuple[Arguments, type[Exception], str]] = [
     *SETTINGS,
     *GABA,
+    ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
+    ({"x": torch.ones(2, 4, 5)}, ValueError, r"x has shape \[2, 4, 5\], expected \[B, d\]"),
+    ({"blocks": 3}, ValueError, "blocks=3 must divide the 4 rows of x"),
+]
+GRADED: list[tuple[Arguments, type[Exception], str]] = [
+    *ACTIVE,
     ({"gaba": torch.zeros(9)}, ValueError, r"gaba runs from 0 to 0, expected in \(0, 1\]"),
     ({"gaba": torch.full((9,), 1.5)}, ValueError, "gaba runs from 1.5 to 1.5"),
     ({"gaba": torch.full((9,), torch.nan)}, ValueError, "gaba runs from nan to nan"),
@@ -178,7 +184,7 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
     ],
     "linear_topk": LAYER,
     "linear_inhibit": [*LAYER, *GABA],
-    "linear_active": GRADED,
+    "linear_active": ACTIVE,
     "linear_code": [
         *GRADED,
         ({"width": 2.5}, TypeError, r"width=2\.5 must be an integer"),
@@ -195,6 +201,8 @@ BAD: dict[str, list[tuple[Arguments, type[Exception], str]]] = {
         ({"target_hidden": torch.ones(4, 1)}, ValueError, r"target_hidden has shape \[4, 1\]"),
         ({"target_logits": torch.ones(4, 1)}, ValueError, r"target_logits has shape \[4, 1\]"),
         ({"columns": torch.ones(4, 3, device=META).bool()}, ValueError, "columns is on meta"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight has shape \[3\], expected \[4\]"),
+        ({"weight": torch.ones(4, device=META)}, ValueError, "weight is on meta"),
         ({"alpha": torch.ones(3)}, ValueError, r"alpha has shape \[3\], expected \[4\]"),
         ({"lam": torch.ones(4, 1)}, ValueError, r"lam has shape \[4, 1\], expected \[4\]"),
         ({"temperature": torch.ones(4, device=META)}, ValueError, "temperature is on meta"),

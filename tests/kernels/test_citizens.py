@@ -21,6 +21,7 @@ from tests.kernels.conftest import triton_only
 
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 6, 3, 17, 8, 5
 IMPLS = ["reference", "torch", triton_only("triton")]
+WITH_DEFAULT = [*IMPLS, None]  # None: numba, where it is and has the op
 META = torch.device("meta")
 
 Op = Callable[..., Tensor]
@@ -327,6 +328,8 @@ def test_shapes_of_the_other_ops_without_data() -> None:
     assert sk.row_update([weight], [values], [x], chosen, **options).shape == ()
     loss = sk.distill(logits, labels, logits, values, values, alpha=0.5)
     assert loss.loss.shape == (BATCH,)
+    coded = sk.distill_code(values, chosen, cross, labels, logits, alpha=0.5)
+    assert [t.shape for t in coded] == [logits.shape, labels.shape, logits.shape, values.shape]
     assert sk.linear_code(x, weight, 3, 5)[0].values.shape == (BATCH, 5)
     with pytest.raises(TypeError, match="linear_active: how many neurons fire depends on values"):
         sk.linear_active(x, weight, 3)
@@ -336,9 +339,10 @@ def wide(impl: str | None = None) -> list[Tensor]:
     """Every op at a size at which the CPU's shortcuts are taken."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     cpu: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    x, weight = torch.rand(9, 12, **cpu), torch.rand(4100, 12, **cpu)
-    gaba = torch.rand(4100, **cpu) * 0.02 + 0.98
-    counts = torch.zeros(4100, dtype=torch.int64, device="cpu")
+    neurons = 300 if impl == "triton" else 4100
+    x, weight = torch.rand(9, 12, **cpu), torch.rand(neurons, 12, **cpu)
+    gaba = torch.rand(neurons, **cpu) * 0.02 + 0.98
+    counts = torch.zeros(neurons, dtype=torch.int64, device="cpu")
     code = sk.linear_topk(x, weight, 4, counts=counts, impl=impl)
     step = torch.ones((), dtype=torch.int64, device="cpu")
     last = torch.zeros_like(counts)
@@ -347,9 +351,14 @@ def wide(impl: str | None = None) -> list[Tensor]:
     moved = weight.clone()
     rest: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "normalize": [True]}
     norm = sk.row_update([moved], [code.values], [x], code.indices, impl=impl, **rest)
-    norms = sk.row_update([moved], [code.values], [x], code.indices, blocks=2, impl=impl, **rest)
+    two = sk.linear_topk(x[:8], weight, 4, blocks=2, impl=impl)
+    norms = sk.row_update([moved], [two.values], [x[:8]], two.indices, blocks=2, impl=impl, **rest)
     labels = torch.arange(9, device="cpu") % 12
-    gram, cross = torch.zeros(2, 4100, 4100, device="cpu"), torch.zeros(2, 4100, 12, device="cpu")
+    places = torch.arange(neurons, device="cpu").clamp(max=12)
+    gram, cross = (
+        torch.zeros(2, neurons, neurons, device="cpu"),
+        torch.zeros(2, neurons, 12, device="cpu"),
+    )
     sk.code_gram(code.values, code.indices, gram[0], cross[0], labels, impl=impl)
     sk.code_gram(code.values, code.indices, gram[1], cross[1], x, impl=impl)
     outputs = [
@@ -365,22 +374,37 @@ def wide(impl: str | None = None) -> list[Tensor]:
         sk.topk(x @ weight.T, 4, boost=gaba, mask=gaba > 0.99, impl=impl).indices,
         sk.linear_inhibit(x, weight, 4, gaba, impl=impl),
         sk.linear_inhibit(x[:8], weight, 4, gaba, blocks=2, impl=impl),
-        sk.linear_topk(x[:8], weight, 4, blocks=2, impl=impl).indices,
+        two.indices,
         sk.sparse_linear(code.values, code.indices, weight, impl=impl),
-        sk.row_gradient(code.values, x, code.indices, 4100, impl=impl),
+        sk.row_gradient(code.values, x, code.indices, neurons, impl=impl),
         sk.distill(x, labels, x.flip(0), x, x.flip(0), alpha=0.5, lam=0.5, impl=impl).loss,
+        *sk.distill_code(
+            *code[:2],
+            weight,
+            labels,
+            x.flip(0),
+            x,
+            positions=places,
+            alpha=0.5,
+            lam=0.5,
+            impl=impl,
+        ),
     ]
-    if impl != "triton":
-        shadow = Shadow(weight)
-        outputs += sk.linear_code(x, weight, 4, 8, gaba, impl=impl)[0][:2]
-        outputs += sk.linear_code(x, weight, 4, 8, gaba, shadow=shadow, impl=impl)[0][:2]
-        outputs += sk.linear_code(x[:8], weight, 4, 8, gaba, blocks=2, impl=impl)[0][:2]
-        outputs += sk.linear_active(x, weight, 4, gaba, impl=impl)
+    for shadow in (None, Shadow(weight, torch.float32), Shadow(weight, torch.bfloat16)):
+        if impl == "triton" and shadow is not None:
+            continue  # it needs none
+        for response in (gaba, None):
+            given: dict[str, Any] = {"counts": counts, "shadow": shadow, "impl": impl}
+            graded, wider = sk.linear_code(x, weight, 4, 8, response, **given)
+            outputs += [graded.values, graded.indices * (graded.values > 0), wider]
+    outputs += sk.linear_code(x[:8], weight, 4, 8, gaba, blocks=2, impl=impl)[0][:2]
+    outputs += sk.linear_active(x, weight, 4, gaba, counts=counts, every=True, impl=impl)[::2]
+    outputs.append(sk.linear_active(x[:8], weight, 4, gaba, blocks=2, impl=impl).values)
     return outputs
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_default_device_is_nobodys_business(impl: str, device: str) -> None:
+@pytest.mark.parametrize("impl", WITH_DEFAULT)
+def test_the_default_device_is_nobodys_business(impl: str | None, device: str) -> None:
     if device != "cpu" and impl == "triton":
         pytest.skip("tensors on the CPU; Triton serves CUDA here")
     want = wide(impl)
@@ -560,25 +584,25 @@ def test_what_is_not_a_number_passes_a_gradient(impl: str, device: str) -> None:
     assert torch.autograd.grad(total, bias)[0].tolist() == [1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WITH_DEFAULT)
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
 @pytest.mark.parametrize("large", [3e38, -3e38])
-def test_scores_that_overflow(inhibition: str, large: float, impl: str, device: str) -> None:
+def test_scores_that_overflow(inhibition: str, large: float, impl: str | None, device: str) -> None:
     check_scores([[large, 0], [large, 0], [1.0, 0], [0.5, 0]], inhibition, impl, device)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", WITH_DEFAULT)
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
 @pytest.mark.parametrize("first", [torch.nan, torch.inf, 1.0])
 @pytest.mark.parametrize("second", [torch.nan, torch.inf, 1.0, -torch.inf])
 def test_scores_that_are_no_numbers_or_tie(
-    first: float, second: float, inhibition: str, impl: str, device: str
+    first: float, second: float, inhibition: str, impl: str | None, device: str
 ) -> None:
     rows = [[first, 0], [second, 0], [0.5, 0], [1.0, 0], [-1.0, 0]]
     check_scores(rows, inhibition, impl, device)
 
 
-def check_scores(rows: list[list[float]], inhibition: str, impl: str, device: str) -> None:
+def check_scores(rows: list[list[float]], inhibition: str, impl: str | None, device: str) -> None:
     x = torch.tensor([[3.0, 1e-30]], device=device)
     weight = torch.tensor(rows, device=device)
     options: dict[str, Any] = {"inhibition": inhibition}
@@ -590,22 +614,22 @@ def check_scores(rows: list[list[float]], inhibition: str, impl: str, device: st
         specified = sk.linear_topk(x, weight, k, threshold=True, impl="reference", **options)
         for have, expected in zip(code[:3], specified[:3], strict=True):
             torch.testing.assert_close(have, expected, equal_nan=True)
-        if impl == "triton":
-            continue
         # A layer of many neurons takes the CPU's shortcuts.
-        for layer in (weight, torch.cat([weight, torch.zeros(2000, 2, device=device)])):
+        more = torch.zeros(9 if impl == "triton" else 2000, 2, device=device)
+        for layer in (weight, torch.cat([weight, more])):
             for gaba in (None, torch.full((len(layer),), 0.5, device=device)):
                 dense = sk.linear_inhibit(x, layer, k, gaba, impl="reference", **options)
                 active = sk.linear_active(x, layer, k, gaba, impl=impl, **options)
-                spread = torch.zeros_like(dense).index_copy(1, active.neurons, active.values)
+                spread, fires = active.values, int((~(dense <= 0)).sum())
+                if active.neurons is not None:
+                    spread = torch.zeros_like(dense).index_copy(1, active.neurons, spread)
+                    assert len(active.neurons) == fires
                 torch.testing.assert_close(spread, dense, equal_nan=True)
-                fires = int((~(dense <= 0)).sum())
-                assert len(active.neurons) == fires
-                short, overflow = sk.linear_code(x, layer, k, 4, gaba, impl=impl, **options)
+                short, wider = sk.linear_code(x, layer, k, 4, gaba, impl=impl, **options)
                 if not bool(dense.isfinite().all()):
-                    assert bool(overflow) or not bool(short.values.isfinite().all())
+                    assert bool(wider) or not bool(short.values.isfinite().all())
                     continue
-                assert bool(overflow) == (fires > 4)
+                assert wider.tolist() == [fires > 4]
                 spread = torch.zeros_like(dense).scatter_add(1, short.indices, short.values)
                 torch.testing.assert_close(spread, dense)
 

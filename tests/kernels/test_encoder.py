@@ -291,7 +291,7 @@ def test_graded_codes(
     for least, positive in ((0.05, False), (0.6, True), (1.0, True)):
         gaba = least + (1 - least) * torch.rand(blocks * neurons, device=device)
         given = (x.abs(), weight.abs()) if positive else (x, weight)
-        values, indices, overflow = _encoder.graded_code(*given, k, width, gaba, how, blocks)
+        values, indices, overflow = _encoder.graded_code(*given, k, width, gaba, how, None, blocks)
         dense = graded(*given, k, gaba, how, blocks)
         assert torch.equal(overflow, (dense > 0).sum(1) > width)
         expected, order = dense.sort(dim=1, descending=True, stable=True)
@@ -309,7 +309,7 @@ def test_graded_codes(
 def test_graded_codes_of_adverse_weights(device: str, impl: str, kind: str) -> None:
     x, weight = adverse(kind, device)
     gaba = 0.9 + 0.1 * torch.rand(len(weight), device=device)
-    values, _, overflow = _encoder.graded_code(x, weight, 5, 40, gaba, "subtract", 1)
+    values, _, overflow = _encoder.graded_code(x, weight, 5, 40, gaba, "subtract", None, 1)
     dense = graded(x, weight, 5, gaba, "subtract", 1)
     size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1).max()
     error = 8 * torch.finfo(torch.float32).eps * size + 2.0**-140
@@ -323,12 +323,12 @@ def test_graded_codes_of_zeros(device: str, impl: str) -> None:
     x, weight, _ = layer(3, 300, 24, torch.float32, device)
     x[1] = 0
     gaba = 0.8 + 0.2 * torch.rand(300, device=device)
-    values, _, overflow = _encoder.graded_code(x, weight, 5, 40, gaba, "mask", 1)
+    values, _, overflow = _encoder.graded_code(x, weight, 5, 40, gaba, "mask", None, 1)
     assert not values[1].any()
     assert values[0].any()
     assert not overflow[1]
     weight[7, 3] = float("nan")
-    values, indices, _ = _encoder.graded_code(x, weight, 5, 40, gaba, "mask", 1)
+    values, indices, _ = _encoder.graded_code(x, weight, 5, 40, gaba, "mask", None, 1)
     assert values[1, 0].isnan()
     assert indices[1, 0] == 7
 
@@ -337,7 +337,7 @@ def test_graded_codes_of_zeros(device: str, impl: str) -> None:
 def test_graded_codes_repeat(device: str, impl: str) -> None:
     x, weight, _ = layer(4, 300, 24, torch.float32, device)
     gaba = 0.8 + 0.2 * torch.rand(300, device=device)
-    runs = [_encoder.graded_code(x, weight, 5, 40, gaba, "mask", 1) for _ in range(3)]
+    runs = [_encoder.graded_code(x, weight, 5, 40, gaba, "mask", None, 1) for _ in range(3)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
@@ -346,6 +346,8 @@ def test_graded_codes_repeat(device: str, impl: str) -> None:
 def test_a_graded_code_of_no_rows(device: str, impl: str) -> None:
     weight = torch.rand(60, 8, device=device)
     gaba = torch.ones(60, device=device)
-    values, indices, overflow = _encoder.graded_code(weight[:0], weight, 5, 20, gaba, "mask", 2)
+    values, indices, overflow = _encoder.graded_code(
+        weight[:0], weight, 5, 20, gaba, "mask", None, 2
+    )
     assert values.shape == indices.shape == (0, 20)
     assert overflow.shape == (0,)

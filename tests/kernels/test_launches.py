@@ -18,6 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
+from ssd.batch import draw_batch, tally
+from ssd.dense_update import dense_update
+from ssd.distill import distill
+from ssd.distill_code import distill_code
+from ssd.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 
@@ -180,8 +185,53 @@ def update(*widths: int, S: int = 1, **shape: int) -> Prepare:
     )
 
 
+def distilled(teacher: bool = True, each: bool = False) -> Prepare:
+    """distill of [128, 10]; each: settings, and a weight, of each sample."""
+    logits, labels = new(128, 10), new(128, dtype=torch.int64)
+    terms = [new(128, 10) for _ in range(3)] if teacher else [None, logits, logits]
+    names = ("alpha", "lam", "temperature", "weight")
+    options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
+    return of(distill, logits, labels, *terms, **options)
+
+
+def decoded(teacher: bool = True, each: bool = False) -> Prepare:
+    """distill_code of [128, 10]; each: settings, and a weight, of each sample."""
+    positions = new(10_000, dtype=torch.int64)
+    names = ("alpha", "lam", "temperature", "weight")
+    options = {name: new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
+    targets = [new(128, 10), new(128, 10)] if teacher else []
+    return of(
+        distill_code, *code(**SMALL), new(10_000, 10), new(128, dtype=torch.int64), *targets,
+        positions=positions, **options,
+    )  # fmt: skip
+
+
 def count(**options: Any) -> Prepare:
     return of(ours.count_active, *code(**SMALL), new(10_000, dtype=torch.int64), **options)
+
+
+def batch(S: int = 10, B: int = 128) -> Prepare:
+    """draw_batch with all that it draws."""
+    stored, longs = S * 6000, {"dtype": torch.int64}
+    targets = new(stored, 10), new(stored, 200), new(S * 10_000, **longs), new(S)
+    order, samples, position = new(S, 6000, **longs), new(S, **longs), new(**longs)
+    return of(draw_batch, new(stored, 256), new(stored, **longs), order, samples, position, B,
+              *targets)  # fmt: skip
+
+
+def dense(S: int = 10) -> Prepare:
+    weights, gradients = ([new(S * 10_000, width) for width in (256, 10)] for _ in range(2))
+    samples = new(S, dtype=torch.int64)
+    return of(dense_update, weights, gradients, lr=new(S), max_norm=new(S), samples=samples,
+              normalize=[True, False], blocks=S)  # fmt: skip
+
+
+def tallied(S: int = 10, B: int = 128) -> Prepare:
+    rows, longs = S * B, {"dtype": torch.int64}
+    sums = new(S, dtype=torch.float64), new(S, **longs), new(S, **longs), new(**longs)
+    crowded = new(rows, dtype=torch.bool), new(S, dtype=torch.bool)
+    given = new(rows), new(rows, 10), new(rows, **longs), new(rows)
+    return of(tally, *given, *sums, *crowded)
 
 
 BF16 = torch.bfloat16
@@ -197,6 +247,12 @@ PINS = {
     "count_active stamp": Pin(
         count(last_active=new(10_000, dtype=torch.int64), step=3), "_count_kernel", 0
     ),
+    "distill": Pin(distilled(), "_distill_kernel", 0),
+    "distill each": Pin(distilled(each=True), "_distill_kernel", 0),
+    "distill labels": Pin(distilled(teacher=False), "_distill_kernel", 0),
+    "distill_code": Pin(decoded(), "_distill_code_kernel", 0),
+    "distill_code each": Pin(decoded(each=True), "_distill_code_kernel", 0),
+    "distill_code labels": Pin(decoded(teacher=False, each=True), "_distill_code_kernel", 0),
     "sparse_linear": Pin(
         of(ours.sparse_linear, *code(**SMALL), new(10_000, 256), new(256)), "_gather_kernel", 0
     ),
@@ -233,8 +289,8 @@ PINS = {
     ),
     "linear_code": Pin(
         of(linear_code, new(128, 256), new(10_000, 256), 10, 40, new(10_000)),
-        "_halve_kernel _keys_kernel _graded_kernel any",
-        2,
+        "_halve_kernel _keys_kernel _graded_kernel",
+        1,
     ),
     "linear_topk backward": Pin(encoder(**SMALL), f"_gather_kernel {RANKED} segment_kernel", 1),
     "linear_topk backward to x": Pin(encoder("x", **SMALL), "_gather_kernel", 0),
@@ -264,10 +320,20 @@ PINS = {
         6,
     ),
     "row_update of ten networks": Pin(
-        update(256, 10, S=10, **SMALL),
+        update(256, 10, S=10, B=1280, R=10_000, k=10),
         f"{RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel",
         6,
     ),
+    "gate_gradient": Pin(
+        of(gate_gradient, new(1280, 1000), new(1280, 1000), new(1280, 20),
+           new(10_000, dtype=torch.int64)),
+        "_gate_kernel", 0,
+    ),
+    "dense_update": Pin(
+        dense(), "_squares_kernel _dense_apply_kernel _dense_apply_kernel", 1
+    ),
+    "draw_batch": Pin(batch(), "_draw_kernel", 0),
+    "tally": Pin(tallied(), "_tally_kernel", 0),
     "row_update large": Pin(
         update(1024, **LARGE), f"{SORTED} segment_kernel sum _apply_kernel", 8
     ),

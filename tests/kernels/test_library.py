@@ -183,15 +183,35 @@ def _row_update(device: str) -> Run:
 def _distill(device: str) -> Run:
     logits, target = (torch.randn(BATCH, OUTPUTS, device=device) for _ in range(2))
     hidden, taught = (torch.randn(BATCH, SLOTS, device=device) for _ in range(2))
+    weight = torch.rand(BATCH, device=device)
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
 
     def run(impl: str | None) -> list[Tensor]:
         options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
         outputs = [
             *sk.distill(logits, labels, target, hidden, taught, **options),
-            *sk.distill(logits, labels, impl=impl),
+            *sk.distill(logits, labels, weight=weight, impl=impl),
         ]
         return [output for output in outputs if output is not None]
+
+    return run
+
+
+def _distill_code(device: str) -> Run:
+    values, indices = _code(device)
+    values = values.detach()
+    decoder, target = (torch.randn(n, OUTPUTS, device=device) for n in (NEURONS, BATCH))
+    taught, weight = torch.rand(BATCH, 4, device=device), torch.rand(BATCH, device=device)
+    positions = torch.randperm(NEURONS, device=device).clamp(max=4)
+    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
+
+    def run(impl: str | None) -> list[Tensor]:
+        code, terms = (values, indices, decoder, labels), (target, taught)
+        options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
+        return [
+            *sk.distill_code(*code, *terms, positions=positions, **options),
+            *sk.distill_code(*code, weight=weight, impl=impl),
+        ]
 
     return run
 
@@ -207,6 +227,7 @@ CASES = {
     "code_gram": _code_gram,
     "count_active": _count_active,
     "distill": _distill,
+    "distill_code": _distill_code,
     "row_update": _row_update,
 }
 
@@ -373,8 +394,12 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
     update = (weights, [plain, plain], inputs, indices, rate)
     logits, hidden = grad.clone(), plain.clone()
     labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-    settings = torch.tensor([[0.6], [0.3], [2.0]], device=device).repeat(1, BATCH)
+    numbers, share = [0.6, 0.3, 2.0], torch.rand(BATCH, device=device)
+    tensors = [torch.full((BATCH,), number, device=device) for number in numbers]
     backward = (grad, plain, indices, weight.detach())
+    stored = (logits, labels, indices[:2] % 3, torch.tensor([3, 2], device=device), now)
+    sums = [torch.zeros(2, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64)]
+    tallied = (grad[:, 0], grad, labels, plain[:, 0], *sums, sums[1].clone(), now)
     one, three = (*layer, SLOTS, "mask"), (*several, SLOTS, "mask")
     return {
         "topk": (scores, SLOTS, None, None),
@@ -400,13 +425,92 @@ def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
         "linear_topk blocks": (*three, None, 3),
         "linear_inhibit": (*layer, SLOTS, boost, "subtract", counts, True, 1),
         "linear_inhibit blocks": (*several, SLOTS, boost.repeat(3), "mask", None, False, 3),
-        "graded_code": (*(t.detach() for t in layer[:2]), SLOTS, 5, boost, "mask", 1),
+        "graded_code": (*(t.detach() for t in layer[:2]), SLOTS, 5, boost, "mask", counts, 1),
         "count_active": (plain, indices, counts, counts.clone(), 0, now),
         "count_active only": (plain, indices, counts, None, 3, None),
         "row_update": (*update, 0.0, bound, None, True, [True, False], 0.9, buffers, 1),
         "row_update plain": (*update[:4], None, 0.1, None, None, False, [False] * 2, 0.0, [], 1),
-        "distill": (logits, labels, grad, hidden, plain, settings, "forward", logits > 0),
-        "distill plain": (logits, labels, None, None, None, None, "reverse", None),
+        "draw_batch": (*stored, 2, grad, plain, counts[:16], bound.expand(2)),
+        "draw_batch only": (*stored, 2, None, None, None, None),
+        "dense_update": (
+            weights,
+            buffers,
+            rate,
+            0.0,
+            bound,
+            None,
+            True,
+            [True, False],
+            0.9,
+            [w.clone() for w in weights],
+            counts[:1],
+            1,
+        ),
+        "dense_update plain": (
+            weights,
+            buffers,
+            None,
+            0.1,
+            None,
+            None,
+            False,
+            [False] * 2,
+            0.0,
+            [],
+            None,
+            1,
+        ),
+        "gate_gradient": (
+            scores.detach().clone(),
+            mask.expand(BATCH, -1),
+            plain,
+            counts.clone(),
+            False,
+        ),
+        "gate_gradient alone": (scores.detach().clone(), boost.expand(BATCH, -1), None, None, True),
+        "tally": (*tallied, plain[:, 0] > 0.5, torch.zeros(2, dtype=torch.bool, device=device)),
+        "tally only": (*tallied, None, None),
+        "distill": (
+            logits,
+            labels,
+            grad,
+            hidden,
+            plain,
+            [],
+            tensors,
+            share,
+            "forward",
+            logits > 0,
+        ),
+        "distill_code": (
+            plain,
+            indices,
+            weight.detach(),
+            labels,
+            grad,
+            plain,
+            indices[0].new_full((NEURONS,), 1),
+            [],
+            tensors,
+            share,
+            "forward",
+            logits > 0,
+        ),
+        "distill_code plain": (
+            plain,
+            indices,
+            weight.detach(),
+            labels,
+            None,
+            None,
+            None,
+            numbers,
+            [],
+            None,
+            "reverse",
+            None,
+        ),
+        "distill plain": (logits, labels, None, None, None, numbers, [], None, "reverse", None),
     }
 
 

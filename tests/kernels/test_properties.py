@@ -130,6 +130,16 @@ def dropping_bias(x: Tensor, weight: Tensor, k: int, bias: Tensor | None) -> tup
     return x, weight, k, None if bias is None else bias.detach()
 
 
+def a_neuron_less(out: ActiveNeurons) -> ActiveNeurons:
+    if out.neurons is None:
+        return out
+    return ActiveNeurons(out.values[:, 1:], out.neurons[1:], out.gate[:, 1:])
+
+
+def always_open(out: ActiveNeurons) -> ActiveNeurons:
+    return out._replace(gate=torch.ones_like(out.gate))
+
+
 MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
     "ties": ("topk", last_of_equals, "indices: "),
     "last column": ("topk", without_the_last_column, "indices: "),
@@ -155,13 +165,14 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
     ),
     "a neuron less": (
         "linear_active",
-        with_output(lambda out: ActiveNeurons(out.values[:, 1:], out.neurons[1:])),
+        with_output(a_neuron_less),
         "h: ",
     ),
-    "no overflow": (
+    "a gate that is open": ("linear_active", with_output(always_open), "the gradient passes"),
+    "never wider": (
         "linear_code",
         with_output(lambda out: (out[0], torch.zeros_like(out[1]))),
-        "overflow is ",
+        "wider is ",
     ),
     "a slot less": (
         "sparse_linear",

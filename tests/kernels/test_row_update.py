@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _tuning, row_update
-from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.conftest import INTERPRETED, NUMBA, triton_only
 
-IMPLS = ["reference", "torch", triton_only("triton")]
-FAST = ["torch", triton_only("triton")]
+FAST = ["torch", *NUMBA, triton_only("triton")]
+IMPLS = ["reference", *FAST]
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -81,7 +81,7 @@ def test_close_to_fp64(impl: str, dtype: torch.dtype, options: dict[str, Any], d
 def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
     """Three networks in one call, each with its rate and clip, equal three calls."""
     step, rates, bounds = Step(9, 4, 5, [20, 3], device), [0.1, 0.2, 0.05], [0.5, 1e6, 0.01]
-    network = torch.tensor([0, 1, 1, 2, 0, 2, 2, 2, 1], device=device)  # of each sample
+    network = torch.arange(3, device=device).repeat_interleave(3)  # of each sample
     weights = [torch.rand(15, w, device=device) for w in (20, 3)]
     expected = [w.double() for w in weights]
     options = {"nonnegative": True, "normalize": [True, False]}
@@ -104,11 +104,18 @@ def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("blocks", [0, 4])
-def test_blocks_must_divide_the_rows(blocks: int) -> None:
+@pytest.mark.parametrize(("blocks", "rows"), [(0, 15), (4, 15), (5, 2)])
+def test_blocks_must_divide_the_rows(blocks: int, rows: int) -> None:
     step = Step(2, 2, 15, [4])
-    with pytest.raises(ValueError, match="must divide the 15 rows"):
+    with pytest.raises(ValueError, match=f"must divide the {rows} rows"):
         step.run("torch", torch.float32, blocks=blocks)
+
+
+def test_samples_follow_one_another_as_their_networks_do() -> None:
+    step = Step(2, 2, 6, [4])
+    step.indices = torch.tensor([[0, 2], [3, 1]])
+    with pytest.raises(ValueError, match=r"indices of network 1 hold 1; they must lie in 3\.\.5"):
+        step.run("torch", torch.float32, blocks=2)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -234,6 +241,9 @@ def test_clip_is_free_of_scale(
 ) -> None:
     """Gradients, weights and clip in other units give the same step in these units."""
     step = Step(6, 4, 15, [20, 3], device)
+    if blocks > 1:
+        network = torch.arange(blocks, device=device).repeat_interleave(6 // blocks)
+        step.indices = step.indices % (15 // blocks) + 15 // blocks * network.unsqueeze(1)
     for coefficients, inputs in ((0, exponent), (exponent, 0)):
         got, expected = [], []
         for unit, results in ((exponent, got), (0, expected)):

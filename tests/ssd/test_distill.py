@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ssd import reference
 from ssd.distill import distill
-from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.conftest import INTERPRETED, NUMBA, triton_only
 
-FAST = ["torch", triton_only("triton")]
+FAST = ["torch", *NUMBA, triton_only("triton")]
 IMPLS = ["reference", *FAST]
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 
@@ -106,6 +106,21 @@ def test_settings_of_each_sample(impl: str, device: str) -> None:
     together = distill(**inputs, impl=impl, **options)
     for one, all_ in zip(alone, together, strict=True):
         torch.testing.assert_close(one, all_[2:3])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("each", [True, False])
+def test_a_weight_multiplies_gradients_alone(impl: str, each: bool, device: str) -> None:
+    inputs = problem(6, 5, 4, device)
+    weight = torch.tensor([0.0, 0.5, 1.0, 2.0, 0.25, 0.0], device=device)
+    alpha = torch.rand(6, device=device) if each else 0.5
+    options: dict[str, Any] = {"alpha": alpha, "lam": 0.5, "temperature": 2.0, "impl": impl}
+    for given in (inputs, inputs | {"target_logits": None}):
+        plain = distill(**given, **options)
+        loss, *gradients = distill(**given, **options, weight=weight)
+        assert torch.equal(loss, plain.loss)
+        for ours, unweighted in zip(gradients, plain[1:], strict=True):
+            torch.testing.assert_close(ours, unweighted * weight.unsqueeze(1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

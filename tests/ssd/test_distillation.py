@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from ssd.activations import count_activations, evaluating
+from ssd.distill import distill
 from ssd.distillation import Distiller, distillation_loss, select_subnetwork
 from ssd_kernels.nn import KSparseMLP, TopK, TopKLinear
 
@@ -165,6 +166,37 @@ def test_the_teacher_is_frozen_and_run_once_a_task() -> None:
     assert len(calls) == 3
     assert torch.equal(before, distiller.teacher_logits)
     assert not distiller.teacher_logits.requires_grad
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+@pytest.mark.parametrize("logits", ["all", "seen"])
+@pytest.mark.parametrize("lam", [0.0, 0.4])
+def test_terms_are_what_the_loss_is_made_of(lam: float, logits: str, kl: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 40), TopK(6), nn.Linear(40, 5))
+    task = second_task(model, classes=4, lam=lam, logits=logits, kl=kl)
+    samples = torch.tensor([7, 3, 50])
+    terms = task.distiller.terms(samples)
+    assert terms.keys() == {
+        "target_logits", "alpha", "lam", "temperature", "kl",
+        *(["columns"] if logits == "seen" else []), *(["target_hidden"] if lam > 0 else []),
+    }  # fmt: skip
+    if logits == "seen":
+        assert terms["columns"].tolist() == [[True] * 4 + [False]] * 3
+    output = model(task.x[samples])
+    if lam > 0:
+        terms["hidden"] = task.distiller.activations(output)["1"]
+    got = distill(output, task.y[samples], **terms)
+    loss = task.distiller.loss(output, task.y[samples], samples)
+    torch.testing.assert_close(got.loss.mean(), loss.detach())
+    (slope,) = torch.autograd.grad(loss, output)
+    torch.testing.assert_close(got.grad_logits / 3, slope)
+
+
+def test_terms_without_a_teacher_or_of_several_layers() -> None:
+    model = nn.Sequential(nn.Linear(12, 40), TopK(6), nn.Linear(40, 5))
+    assert Distiller(model).terms(torch.arange(3)) == {}
+    with pytest.raises(ValueError, match=r"one layer, not \['winners1', 'winners2'\]"):
+        second_task().distiller.terms(torch.arange(3))
 
 
 @pytest.mark.parametrize("logits", ["all", "seen"])

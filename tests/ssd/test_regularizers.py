@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssd.activations import evaluating
 from ssd.config import IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
-from ssd.regularizers import EWC, L2, MAS, SI, Quadratic, beta_loss
+from ssd.regularizers import EWC, L2, MAS, SI, Gradient, Quadratic, beta_loss
 from ssd.sdmlp import SDMLP
 
 FEATURES, CLASSES, SAMPLES, BATCH = 6, 4, 600, 100  # importance: a batch of 512 and one of 88
@@ -54,9 +55,19 @@ def gradient_of(regularizer: Quadratic) -> list[Tensor]:
     return gradients
 
 
+def gradient_on(model: nn.Module, x: Tensor) -> Gradient:
+    """In evaluation, as the trainer gives it to a regulariser."""
+
+    def gradient(loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        with evaluating(model), torch.enable_grad():
+            return torch.autograd.grad(loss(model(x)), list(model.parameters()))
+
+    return gradient
+
+
 def step(model: nn.Module, regularizer: Quadratic, x: Tensor, y: Tensor) -> None:
     """SGD on cross entropy and penalty with the gradient clipped, as the trainer does it."""
-    regularizer.before_step(x, y)
+    regularizer.before_step(gradient_on(model, x), y)
     parameters = list(model.parameters())
     gradients = list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters))
     regularizer.add_gradient(gradients)
@@ -261,7 +272,7 @@ def test_measuring_changes_nothing_in_the_model(name: str) -> None:
     regularizer = REGULARIZERS[name](model)
     x, y, order = task(0)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    regularizer.before_step(x, y)
+    regularizer.before_step(gradient_on(model, x), y)
     regularizer.after_step()
     regularizer.end_task(x, order)
     assert model.training

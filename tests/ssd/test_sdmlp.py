@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
 
 from ssd.networks import ReLUMLP, TopKMLP
-from ssd.sdmlp import SDMLP, AnnealedTopKLinear
+from ssd.sdmlp import RETRY, SDMLP, AnnealedTopKLinear
 from ssd_kernels import TopKOutput
-from ssd_kernels._graded_code import Shadow
+from ssd_kernels._graded_code import ActiveNeurons, Shadow
 
 
 def test_constraints_hold_from_the_start() -> None:
@@ -94,8 +94,8 @@ def test_code_of_stragglers_equals_the_dense_layer() -> None:
     layer._computes_all = lambda: False  # as with more neurons
     twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
     twin.load_state_dict(layer.state_dict())
-    code, hidden = layer.code(x), twin(x)
-    assert code is not None
+    code, hidden = layer.encode(x), twin(x)
+    assert isinstance(code, TopKOutput)
     assert 3 < (code.values > 0).sum(1).max() <= 12
     dense = torch.zeros_like(hidden).scatter(1, code.indices, code.values)
     assert torch.equal(dense, hidden)
@@ -103,27 +103,29 @@ def test_code_of_stragglers_equals_the_dense_layer() -> None:
         assert torch.equal(tensor, twin.state_dict()[name])
 
 
-def test_a_code_too_narrow_is_refused_counts_nothing_and_is_not_tried_at_once_again() -> None:
+def test_a_code_too_narrow_is_refused_and_not_tried_at_once_again() -> None:
     layer = almost_sparse_layer()
     layer._computes_all = lambda: False
     layer.counts.fill_(60)
+    twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
+    twin.load_state_dict(layer.state_dict())
     x = torch.rand(12, 16)
-    before = layer.counts.clone()
-    assert layer.code(x) is None
-    assert torch.equal(layer.counts, before)
-    assert layer.dense_until == 8 * 12
+    active, expected = layer.encode(x), twin(x)
+    assert isinstance(active, ActiveNeurons)
+    assert (active.values > 0).sum() == (expected > 0).sum()
+    assert torch.equal(layer.counts, twin.counts)
+    assert layer.dense_until == RETRY * 12
     layer.counts.fill_(100)
-    assert layer.code(x) is None
-    layer.samples += 8 * 12
-    assert layer.code(x) is not None
+    assert isinstance(layer.encode(x), ActiveNeurons)
+    layer.samples += RETRY * 12
+    assert isinstance(layer.encode(x), TopKOutput)
 
 
 def test_active_equals_forward_and_stands_in_for_a_code_that_would_cost_as_much() -> None:
     layer, x = almost_sparse_layer(), torch.nn.functional.normalize(torch.rand(12, 16), dim=1)
     twin = AnnealedTopKLinear(16, 400, 3, anneal_samples=100)
     twin.load_state_dict(layer.state_dict())
-    assert layer.code(x) is None
-    values, neurons = layer.active(x)
+    values, neurons, _ = layer.encode(x)
     assert not values.requires_grad
     expected = twin(x)
     torch.testing.assert_close(values, expected[:, neurons])
@@ -133,9 +135,19 @@ def test_active_equals_forward_and_stands_in_for_a_code_that_would_cost_as_much(
 
 
 def test_an_excited_layer_has_no_code() -> None:
+    """All its neurons may fire, also where the gradient does not pass."""
     layer = almost_sparse_layer()
     layer.counts[7] = 49
-    assert layer.code(torch.rand(4, 16)) is None
+    x = torch.rand(4, 16)
+    x[:, :8] = 0
+    with torch.no_grad():
+        layer.weight[7] = 0
+        layer.weight[7, 0] = 1
+    active = layer.encode(x)
+    assert isinstance(active, ActiveNeurons)
+    own = 7 if active.neurons is None else active.neurons.tolist().index(7)
+    assert (active.values[:, own] > 0).all()
+    assert (active.gate[:, own] <= 0).all()
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -241,9 +253,8 @@ def test_shapes_need_no_values(schedule: str, inhibition: str, training: bool) -
         with without_values:
             model, x = SDMLP(16, 64, 5, 4, inhibition, schedule).train(training), torch.rand(3, 16)
             assert model(x).shape == (3, 5)
-            assert model.encoder.code(x) is None
             with pytest.raises(TypeError, match="depends on values"):
-                model.encoder.active(x)
+                model.encoder.encode(x)
 
 
 @pytest.mark.parametrize("reached", [0, 400, 998, 1000])

@@ -7,18 +7,22 @@ run at every step, a sum over the terms of every penalty, and projection of ever
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ssd import step as step_module
 from ssd import trainer as trainer_module
 from ssd.config import PENALTIES, Config
 from ssd.data import Task
 from ssd.learner import Learner, build_model
 from ssd.order import shuffled
 from ssd.sdmlp import SDMLP, AnnealedTopKLinear
+from ssd.stack import Stack
 from ssd.trainer import Trainer
+from ssd_kernels import TopKOutput
 
 FEATURES, CLASSES = 20, 6
 BASE = Config(
@@ -240,55 +244,55 @@ VARIANTS = {
     "ssd+ewc+mas, flat": {"method": "ssd+ewc+mas", **FLAT, "neurons": 2000},
 }
 LONG = ("ssd", "flat", "ssd+ewc", "ssd+ewc, flat")
-# The code under graded inhibition is not computed as a sparse one where neurons are few, as here;
-# "sparse" has it by force.
+# The code under graded inhibition is not computed as a code where neurons are few, as here; "code"
+# has it by force, and "plain" is the step of any network.
 CASES = [
-    (variant, graded)
+    (variant, path)
     for variant, settings in VARIANTS.items()
-    for graded in ("active", "sparse")
-    if graded == "active" or settings.get("schedule") != "flat"
+    for path in ("active", "code", "plain")
+    if path == "code" or settings.get("schedule") != "flat" or variant == "flat"
 ]
 # The path that takes most steps, where it is not the one that the case names.
 MOSTLY = {
-    ("linear", "active"): "sparse",
-    ("before inhibition", "active"): "dense",  # from the second task on: the loss reads all
-    ("before inhibition", "sparse"): "dense",
-    ("before inhibition, flat", "active"): "dense",
-    ("momentum", "active"): "dense",  # it moves every row
+    ("linear", "active"): "code",
+    ("flat", "active"): "code",
+    ("before inhibition", "code"): "active",  # from the second task on: the loss reads all
+    ("before inhibition, flat", "code"): "active",
 }
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts the steps by the path they take, and those under a penalty by the rows they move."""
     taken: Counter[str] = Counter()
+    encode, plain_step, update = (
+        AnnealedTopKLinear.encode,
+        step_module.plain_step,
+        step_module._update,
+    )
 
-    def counted(name: str, original: Callable[..., None]) -> Callable[..., None]:
-        def step(*arguments: object) -> None:
-            taken[name] += 1
-            original(*arguments)
+    def encoded(layer: AnnealedTopKLinear, *given: Any, **options: Any) -> Any:
+        hidden = encode(layer, *given, **options)
+        taken["code" if isinstance(hidden, TopKOutput) else "active"] += 1
+        return hidden
 
-        return step
+    def plain(*given: Any) -> None:
+        taken["plain"] += 1
+        plain_step(*given)
 
-    update = Trainer.update
-
-    def updated(
-        trainer: Trainer, each: Learner, gradients: list[Tensor], rows: Tensor | None = None
-    ) -> None:
-        if any(r.active for r in each.regularizers):
+    def updated(stack: Stack, batch: Any, gradients: Any, rows: Tensor | None) -> None:
+        if stack.penalized:
             taken["penalty on all" if rows is None else "penalty on some"] += 1
-        update(trainer, each, gradients, rows)
+        update(stack, batch, gradients, rows)
 
-    monkeypatch.setattr(Trainer, "update", updated)
-    monkeypatch.setattr(Trainer, "_dense_step", counted("dense", Trainer._dense_step))
-    monkeypatch.setattr(Trainer, "_sparse_step", counted("sparse", Trainer._sparse_step))
-    active_step = trainer_module.active_step
-    monkeypatch.setattr(trainer_module, "active_step", counted("active", active_step))
+    monkeypatch.setattr(AnnealedTopKLinear, "encode", encoded)
+    monkeypatch.setattr(trainer_module, "plain_step", plain)
+    monkeypatch.setattr(step_module, "_update", updated)
     return taken
 
 
-@pytest.mark.parametrize(("variant", "graded"), CASES)
+@pytest.mark.parametrize(("variant", "path"), CASES)
 def test_step_equals_naive_dense_autograd(
-    variant: str, graded: str, monkeypatch: pytest.MonkeyPatch
+    variant: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tasks, from all neurons excited to (almost) k-sparse."""
     epochs = 24 if variant in LONG else 10
@@ -302,8 +306,10 @@ def test_step_equals_naive_dense_autograd(
     trainer = Trainer([Learner(config, tasks, model)])
     (learner,) = trainer.learners
     taken = watch(monkeypatch)
-    if graded == "sparse":
+    if path == "code":
         monkeypatch.setattr(AnnealedTopKLinear, "_computes_all", lambda *_: False)
+    elif path == "plain":
+        trainer.stacks = []
     steps, pull = 0, 0.0
     moved = model.encoder.weight.detach().clone()
     for event in trainer.run():
@@ -329,10 +335,9 @@ def test_step_equals_naive_dense_autograd(
     assert steps == 21 * epochs
     assert variant not in LONG or steps >= 500
     # The comparison must have covered the paths, the penalties and real learning.
-    usual = "sparse" if config.schedule == "flat" else graded
-    assert taken[MOSTLY.get((variant, graded), usual)] > steps / 2
-    assert taken["dense"] + taken["active"] + taken["sparse"] == steps
-    if config.parts & set(PENALTIES):
+    assert taken[MOSTLY.get((variant, path), path)] > steps / 2
+    assert taken["plain"] + taken["active"] + taken["code"] == steps
+    if config.parts & set(PENALTIES) and path != "plain":
         some = "few" in variant or ("flat" in variant and "l2" not in variant)
         assert taken["penalty on some" if some else "penalty on all"] == steps * 2 // 3
         assert pull > 1e-8  # some hundred times the tolerance, in one step

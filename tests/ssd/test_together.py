@@ -58,7 +58,9 @@ def make_data(dtype: torch.dtype) -> Dataset:
 def make_learner(config: Config, dtype: torch.dtype) -> Learner:
     data = make_data(dtype)
     tasks = split(data, config.tasks, class_order(6, config.seed))
-    return Learner(config, tasks, build_model(config, 20, 6).to(dtype))
+    model = build_model(config, 20, 6).to(dtype)
+    model.constrain()  # in the dtype of the steps, so that a row that rests need not be scaled
+    return Learner(config, tasks, model)
 
 
 def weights(learner: Learner) -> list[torch.Tensor]:

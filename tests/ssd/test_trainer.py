@@ -8,6 +8,7 @@ import torch
 
 from ssd.config import Config
 from ssd.data import Task
+from ssd.errors import UserError
 from ssd.learner import Learner, build_model
 from ssd.trainer import Trainer
 
@@ -111,3 +112,18 @@ def test_the_dense_steps_loss_is_of_its_own_pass(hidden: str) -> None:
     expected = twin.loss(twin.model(x), y, samples)
     trainer.step([samples])
     torch.testing.assert_close(learner.loss_sum.item() / 16, expected.item())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_want_of_memory_is_one_line(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA reports it, in the middle of training."""
+    trainer = make_trainer()
+    trainer.learners *= count
+
+    def starved(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee ..")
+
+    monkeypatch.setattr(trainer, "step", starved)
+    runs = " of 2 runs side by side" if count > 1 else ""
+    with pytest.raises(UserError, match=f"--neurons [0-9]+{runs} does not fit into the memory"):
+        next(trainer.run())

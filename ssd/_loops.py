@@ -1,0 +1,170 @@
+"""The loss of a batch in one pass over its samples, compiled by numba: see ssd_kernels._loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ssd_kernels._loops import loop
+
+
+@loop
+def _softmax(row: Any, chosen: Any, temperature: float, logs: Any, shares: Any) -> None:
+    """T log softmax(row / T) and softmax(row / T) over the columns that are chosen."""
+    most = -np.inf
+    for column in range(len(row)):
+        if chosen[column]:
+            most = max(most, np.float64(row[column])) if row[column] == row[column] else np.nan
+    total = 0.0
+    for column in range(len(row)):
+        logs[column] = np.float64(row[column]) - most
+        shares[column] = np.exp(logs[column] / temperature) if chosen[column] else 0.0
+        total += shares[column]
+    shift = temperature * np.log(total)
+    for column in range(len(row)):
+        logs[column] -= shift
+        shares[column] /= total
+
+
+@loop
+def _divergence(
+    student: Any, teacher: Any, chosen: Any, temperature: float, forward: bool,
+    scale: float, scratch: Any, gradient: Any,
+) -> float:  # fmt: skip
+    """T^2 KL of a row; adds scale times its gradient."""
+    log_p, p, log_q, q = scratch
+    _softmax(student, chosen, temperature, log_p, p)
+    _softmax(teacher, chosen, temperature, log_q, q)
+    loss = 0.0
+    for column in range(len(student)):
+        weight = q[column] if forward else p[column]
+        if weight != 0:  # 0 (log 0 - log 0) is 0
+            difference = log_p[column] - log_q[column]
+            loss += weight * (-difference if forward else difference)
+    for column in range(len(student)):
+        if forward:
+            slope = temperature * (p[column] - q[column])
+        else:
+            slope = p[column] * (log_p[column] - log_q[column] - loss) if p[column] != 0 else 0.0
+        gradient[column] += np.float32(scale * slope)
+    return temperature * loss
+
+
+@loop
+def _sample(
+    logits: Any, label: int, target_logits: Any, columns: Any, hidden: Any, target_hidden: Any,
+    every: Any, alpha: float, lam: float, temperature: float, forward: bool, weight: float,
+    scratch: Any, grad_logits: Any, grad_hidden: Any,
+) -> float:  # fmt: skip
+    """The loss of a sample; writes its gradients, times weight. No targets: length 0."""
+    taught = len(target_logits) > 0
+    share = alpha if taught else 1.0
+    _softmax(logits, every, 1.0, scratch[0], scratch[1])
+    loss = -share * scratch[0, label]
+    for column in range(len(logits)):
+        grad_logits[column] = np.float32(weight * share * scratch[1, column])
+    grad_logits[label] -= np.float32(weight * share)
+    if taught:
+        part = (1 - alpha) * (1 - lam)
+        loss += part * _divergence(
+            logits,
+            target_logits,
+            columns,
+            temperature,
+            forward,
+            weight * part,
+            scratch,
+            grad_logits,
+        )
+    if len(target_hidden) > 0:
+        part = (1 - alpha) * lam
+        grad_hidden[:] = 0
+        loss += part * _divergence(
+            hidden, target_hidden, every, temperature, forward, weight * part, scratch, grad_hidden
+        )
+    return loss
+
+
+@loop
+def distill(
+    logits: Any, labels: Any, target_logits: Any, columns: Any, hidden: Any, target_hidden: Any,
+    alpha: float, lam: float, temperature: float, forward: bool, weight: Any,
+    loss: Any, grad_logits: Any, grad_hidden: Any,
+) -> None:  # fmt: skip
+    """distill for rows of logits and hidden; what is not given is [B, 0]."""
+    most = max(logits.shape[1], hidden.shape[1])
+    every, scratch = np.ones(most, np.bool_), np.empty((4, most))
+    for b in range(len(logits)):
+        chosen = columns[b] if columns.shape[1] > 0 else every
+        loss[b] = _sample(
+            logits[b], labels[b], target_logits[b], chosen, hidden[b], target_hidden[b], every,
+            alpha, lam, temperature, forward, weight[b], scratch, grad_logits[b], grad_hidden[b],
+        )  # fmt: skip
+
+
+@loop
+def distill_code(
+    values: Any, indices: Any, decoder: Any, labels: Any, target_logits: Any, columns: Any,
+    positions: Any, target_hidden: Any, alpha: float, lam: float, temperature: float,
+    forward: bool, weight: Any, logits: Any, loss: Any, grad_logits: Any, grad_values: Any,
+) -> bool:  # fmt: skip
+    """distill_code: decode, loss and gradients; what is not given is [B, 0], positions [0].
+
+    False, before any work: a label or an index is out of range.
+    """
+    for b in range(len(values)):
+        if not 0 <= labels[b] < logits.shape[1]:
+            return False
+        for s in range(values.shape[1]):
+            if not 0 <= indices[b, s] < len(decoder):
+                return False
+    size = target_hidden.shape[1]
+    most = max(logits.shape[1], size)
+    every, scratch = np.ones(most, np.bool_), np.empty((4, most))
+    hidden = np.empty(size, values.dtype)
+    grad_hidden = np.empty(size, values.dtype)
+    for b in range(len(values)):
+        row = logits[b]
+        row[:] = 0
+        hidden[:] = 0
+        for s in range(values.shape[1]):
+            value, neuron = values[b, s], indices[b, s]
+            if value == 0:
+                continue
+            for column in range(len(row)):
+                row[column] += value * decoder[neuron, column]
+            if size > 0 and 0 <= positions[neuron] < size:
+                hidden[positions[neuron]] = value
+        chosen = columns[b] if columns.shape[1] > 0 else every
+        loss[b] = _sample(
+            row, labels[b], target_logits[b], chosen, hidden, target_hidden[b], every,
+            alpha, lam, temperature, forward, weight[b], scratch, grad_logits[b], grad_hidden,
+        )  # fmt: skip
+        for s in range(values.shape[1]):
+            neuron = indices[b, s]
+            slope = np.float32(0)
+            if not values[b, s] <= 0:
+                for column in range(len(row)):
+                    slope += grad_logits[b, column] * decoder[neuron, column]
+                if size > 0 and 0 <= positions[neuron] < size:
+                    slope += grad_hidden[positions[neuron]]
+            grad_values[b, s] = slope
+    return True
+
+
+@loop
+def gate(gradient: Any, gates: Any, slopes: Any, positions: Any, gated: bool) -> None:
+    """gate_gradient for [R, B]; without slopes [B, n] positions have length 0."""
+    units = slopes.shape[1]
+    for j in range(len(gradient)):
+        row, own = gradient[j], gates[j]
+        place = positions[j] if len(positions) > 0 else units
+        if place < units and gated:
+            for b in range(len(row)):
+                row[b] += slopes[b, place]
+        for b in range(len(row)):
+            row[b] = np.float32(0) if own[b] <= 0 else row[b]
+        if place < units and not gated:
+            for b in range(len(row)):
+                row[b] += slopes[b, place]

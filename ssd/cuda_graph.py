@@ -1,0 +1,263 @@
+"""Whole epochs on the device: data, order and counters live there, and the host reads nothing.
+
+On CUDA a step of all learners is captured as a CUDA graph and replayed for the epoch. Which form
+its hidden layer has is settled once an epoch, learner by learner; the step of a form is replayed
+for the learners that take it, while the others rest. Should a sample of an almost k-sparse layer
+activate more neurons than the code has slots, a flag is raised; the epoch is then taken back and
+trained densely, so the result is exact all the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd.batch import draw_batch, tally
+from ssd.learner import ENCODER, Learner
+from ssd.sdmlp import SDMLP, SPARSE_SHARE, WIDTH
+from ssd.stack import Stack
+from ssd.step import Batch, sparse_step
+from ssd_kernels import TopKOutput, linear_topk
+from ssd_kernels._graded_code import ActiveNeurons, linear_active, linear_code
+
+# What a learner's hidden layer is for an epoch: dense, a code wider than k, a code of k slots.
+DENSE, GRADED, EXACT = "dense", "graded", "exact"
+# Steps run before a capture, so that kernels are compiled and libraries initialised.
+WARM_UP = 3
+
+
+class GraphedEpochs:
+    """Trains whole epochs of learners side by side.
+
+    Args:
+        learners: SDMLPs whose steps need no host, see `serves`.
+    """
+
+    def __init__(self, learners: Sequence[Learner]) -> None:
+        self.stack = stack = Stack(learners)
+        self.device, dtype = stack.weights[0].device, stack.weights[0].dtype
+        first, count = learners[0], len(learners)
+        features = stack.weights[0].shape[1]
+        self.longest = max(len(task.y_train) for each in learners for task in each.tasks)
+        self.batch = min(first.config.batch_size, self.longest)
+        self.encoder = stack.encoders[0]
+        self.width = self.encoder.k * (WIDTH if self.encoder.schedule == "gaba" else 1)
+
+        def store(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=self.device)
+
+        self.inputs = store(count * self.longest, features)
+        self.labels = store(count * self.longest, kind=torch.int64)
+        self.order = store(count, self.longest, kind=torch.int64)
+        self.taken = store(count, kind=torch.int64)  # samples of the learners that take the step
+        self.position = store(kind=torch.int64)
+        self.overflow = store(count, kind=torch.bool)
+        self.anneal_samples = torch.tensor(
+            [encoder.anneal_samples for encoder in stack.encoders], device=self.device
+        )
+        self.teacher: dict[str, Tensor] = {}  # target_logits, target_hidden of all samples
+        self.terms: dict[str, Any] = {}  # of the loss, besides those
+        self._steps: dict[tuple[Any, ...], Callable[[], None]] = {}
+
+    @staticmethod
+    def serves(learners: Sequence[Learner]) -> bool:
+        """Whether no part of the method needs the host: the linear schedule does."""
+        sparse = all(isinstance(each.model, SDMLP) for each in learners)
+        return sparse and learners[0].config.schedule != "linear"
+
+    def load_task(self) -> None:
+        """Copies the task's data and the teacher's outputs into their places."""
+        self.stack.load_task()
+        own_terms: list[dict[str, Any]] = []
+        for number, each in enumerate(self.stack.learners):
+            count = len(each.labels)
+            own = slice(number * self.longest, number * self.longest + count)
+            self.inputs[own], self.labels[own] = each.inputs, each.labels
+            if each.distiller is None:
+                continue
+            everything = torch.arange(count, device=self.device)
+            own_terms.append(terms := each.distiller.terms(everything))
+            if self.stack.distils_hidden:  # of companions, whose own share may be 0
+                terms["target_hidden"] = each.distiller.teacher_hidden[ENCODER]
+            for name in ("target_logits", "target_hidden"):
+                if name in terms:
+                    values = terms.pop(name)
+                    shape = (len(self.stack) * self.longest, values.shape[1])
+                    if name not in self.teacher:
+                        self.teacher[name] = values.new_zeros(shape)
+                    self.teacher[name][own] = values
+        if not self.stack.teaches:
+            return
+        for name, value in own_terms[0].items():
+            if isinstance(value, str):
+                self.terms[name] = value
+                continue
+            rows = [
+                value[:1].expand(self.batch, -1) if isinstance(value, Tensor)
+                else self.inputs.new_full((self.batch,), value)
+                for value in (terms[name] for terms in own_terms)
+            ]  # fmt: skip
+            joined = torch.cat(rows)
+            if name in self.terms:  # a graph reads it where it is
+                self.terms[name].copy_(joined)
+            else:
+                self.terms[name] = joined
+
+    def train_epoch(self, task: int, epoch: int) -> None:
+        """One epoch of the task that is loaded."""
+        forms = self._begin(task, epoch)
+        before = self._written() if GRADED in forms else []
+        kept = [tensor.clone() for tensor in before]
+        self._train(forms)
+        crowded = self.overflow.tolist() if GRADED in forms else []
+        if any(crowded):
+            for tensor, copy in zip(before, kept, strict=True):
+                tensor.copy_(copy)
+            self._train([DENSE if bad else f for bad, f in zip(crowded, forms, strict=True)])
+            for bad, encoder in zip(crowded, self.stack.encoders, strict=True):
+                if bad:  # the next epoch is dense without a try
+                    encoder.dense_until.copy_(encoder.samples + 1)
+
+    def first_step(self, task: int, epoch: int) -> Callable[[], None]:
+        """The first step of an epoch, to be run again and again by a benchmark."""
+        form, *others = set(self._begin(task, epoch))
+        assert not others, "a benchmark's learners take one form"
+        self.taken.copy_(torch.tensor(self._sizes()))
+        step = self._step(form)
+
+        def run() -> None:
+            self.position.zero_()
+            step()
+
+        return run
+
+    def _begin(self, task: int, epoch: int) -> list[str]:
+        """Readies the epoch's order; the form of each learner's hidden layer."""
+        for row, each in zip(self.order, self.stack.learners, strict=True):
+            order = each.order(task, epoch)
+            row[: len(order)] = order
+        return self._forms()
+
+    def _sizes(self) -> list[int]:
+        return [len(each.labels) for each in self.stack.learners]
+
+    def _train(self, forms: Sequence[str]) -> None:
+        self.overflow.zero_()
+        for form in sorted(set(forms)):
+            sizes = [n if f == form else 0 for n, f in zip(self._sizes(), forms, strict=True)]
+            self.taken.copy_(torch.tensor(sizes))
+            self.position.zero_()
+            step = self._step(form)
+            for _ in range(-(-max(sizes) // self.batch)):
+                step()
+
+    def _step(self, form: str) -> Callable[[], None]:
+        """The step as a graph on CUDA, captured once for each of its forms."""
+        penalized = tuple(r.active for each in self.stack.learners for r in each.regularizers)
+        key = (form, self.stack.teaches, penalized)
+        if key not in self._steps:
+            on_cuda = self.device.type == "cuda"
+            self._steps[key] = self._captured(form) if on_cuda else lambda: self.body(form)
+        return self._steps[key]
+
+    def _captured(self, form: str) -> Callable[[], None]:
+        """torch.cuda.graph of body(form); the steps that warm it up are taken back."""
+        before = [*self._written(), self.position, self.overflow]
+        kept = [tensor.clone() for tensor in before]
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.body(form)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        for tensor, copy in zip(before, kept, strict=True):
+            tensor.copy_(copy)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.body(form)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            line = " ".join(str(error).split())[:200]
+            warnings.warn(f"no CUDA graph ({line}): steps run one by one", stacklevel=2)
+            return lambda: self.body(form)
+        return graph.replay
+
+    def body(self, form: str) -> None:
+        """One step at self.position; reads and writes tensors of fixed place."""
+        stack = self.stack
+        gaba = self.encoder.schedule == "gaba" and form != EXACT
+        drawn = draw_batch(
+            self.inputs,
+            self.labels,
+            self.order,
+            self.taken,
+            self.position,
+            self.batch,
+            self.teacher.get("target_logits"),
+            self.teacher.get("target_hidden"),
+            stack.counts if gaba else None,
+            self.anneal_samples if gaba else None,
+        )
+        terms = dict(self.terms)
+        for name in self.teacher:
+            terms[name] = getattr(drawn, name)
+        batch = Batch(drawn.address, drawn.labels, drawn.weight, terms)
+        hidden, wider = self._encode(form, drawn.address, drawn.gaba)
+        loss = sparse_step(stack, batch, hidden)
+        tally(
+            loss.loss,
+            loss.logits,
+            batch.labels,
+            batch.weight,
+            stack.loss_sum,
+            stack.correct,
+            stack.samples,
+            self.position,
+            wider=wider,
+            overflow=self.overflow,
+        )
+
+    def _encode(
+        self, form: str, x: Tensor, gaba: Tensor | None
+    ) -> tuple[TopKOutput | ActiveNeurons, Tensor | None]:
+        """The hidden layer in its form, and whether a sample's code lacks some of it."""
+        stack, k = self.stack, self.encoder.k
+        given: dict[str, Any] = {
+            "inhibition": self.encoder.inhibition, "counts": stack.counts, "blocks": len(stack)
+        }  # fmt: skip
+        if form == EXACT:
+            return linear_topk(x, stack.weights[0], k, **given), None
+        if form == GRADED:
+            return linear_code(x, stack.weights[0], k, self.width, gaba, **given)
+        return linear_active(x, stack.weights[0], k, gaba, every=True, **given), None
+
+    def _forms(self) -> list[str]:
+        """The form of each learner's hidden layer; reads the device."""
+        stack, count = self.stack, len(self.stack)
+        if stack.reads_scores or self.width > stack.config.neurons * SPARSE_SHARE:
+            return [DENSE] * count
+        least = [1.0] * count
+        if self.encoder.schedule == "gaba":
+            least = [encoder.gaba().amin().item() for encoder in stack.encoders]
+        forms = [EXACT if g >= 1 else GRADED if g > 0 else DENSE for g in least]
+        return [
+            DENSE if encoder.samples < encoder.dense_until else form
+            for encoder, form in zip(stack.encoders, forms, strict=True)
+        ]
+
+    def _written(self) -> list[Tensor]:
+        """Every tensor that a step writes to and the next one reads."""
+        stack = self.stack
+        followed = (r.followed() for each in stack.learners for r in each.regularizers)
+        return [
+            *stack.weights,
+            *(stack.momentum or []),
+            *(stack.counts, stack.samples, stack.loss_sum, stack.correct),
+            *(tensor for tensors in followed for tensor in tensors),
+        ]
