@@ -243,7 +243,8 @@ VARIANTS = {
     "ssd+l2, flat": {"method": "ssd+l2", **FLAT},
     "ssd+ewc+mas, flat": {"method": "ssd+ewc+mas", **FLAT, "neurons": 2000},
 }
-LONG = ("ssd", "flat", "ssd+ewc", "ssd+ewc, flat")
+LONG = ("ssd", "flat", "mask", "linear", "momentum", "before inhibition", "ssd+ewc",
+        "ssd+ewc, flat", "mas, few")  # fmt: skip
 # The code under graded inhibition is not computed as a code where neurons are few, as here; "code"
 # has it by force, and "plain" is the step of any network.
 CASES = [
