@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[1]
 # Two processes of about the same length, so that two cores share them.
 OF_SSD = ("batch", "code_gram", "cuda_graph", "dense_update", "distill", "distill_code",
           "gate_gradient")  # fmt: skip
-FIRST = ("test_linear_topk.py", "test_linear_inhibit.py", "test_library.py")
+FIRST = (
+    "test_linear_topk.py", "test_linear_inhibit.py", "test_library.py", "test_citizens.py",
+    "test_cuda_graph.py",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")
