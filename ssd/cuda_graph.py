@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd import reference
 from ssd.batch import draw_batch, tally
 from ssd.learner import ENCODER, Learner
 from ssd.sdmlp import SDMLP, SPARSE_SHARE, WIDTH
@@ -126,7 +127,7 @@ class GraphedEpochs:
         """The first step of an epoch, to be run again and again by a benchmark."""
         form, *others = set(self._begin(task, epoch))
         assert not others, "a benchmark's learners take one form"
-        self.taken.copy_(torch.tensor(self._sizes()))
+        self.taken.copy_(torch.tensor(self._sizes(), device=self.device))
         step = self._step(form)
 
         def run() -> None:
@@ -149,7 +150,7 @@ class GraphedEpochs:
         self.overflow.zero_()
         for form in sorted(set(forms)):
             sizes = [n if f == form else 0 for n, f in zip(self._sizes(), forms, strict=True)]
-            self.taken.copy_(torch.tensor(sizes))
+            self.taken.copy_(torch.tensor(sizes, device=self.device))
             self.position.zero_()
             step = self._step(form)
             for _ in range(-(-max(sizes) // self.batch)):
@@ -244,12 +245,12 @@ class GraphedEpochs:
             return [DENSE] * count
         least = [1.0] * count
         if self.encoder.schedule == "gaba":
-            least = [encoder.gaba().amin().item() for encoder in stack.encoders]
+            gaba = reference.gaba(stack.counts, self.anneal_samples, stack.weights[0].dtype)
+            assert gaba is not None
+            least = gaba.view(count, -1).amin(1).tolist()
         forms = [EXACT if g >= 1 else GRADED if g > 0 else DENSE for g in least]
-        return [
-            DENSE if encoder.samples < encoder.dense_until else form
-            for encoder, form in zip(stack.encoders, forms, strict=True)
-        ]
+        crowded = (stack.samples < stack.dense_until).tolist()
+        return [DENSE if late else form for late, form in zip(crowded, forms, strict=True)]
 
     def _written(self) -> list[Tensor]:
         """Every tensor that a step writes to and the next one reads."""

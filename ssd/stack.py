@@ -34,6 +34,7 @@ class Stack:
         self.momentum = [_joined(own, own) for own in zip(*momentum, strict=True)] or None
         self.counts = self._each([e.counts for e in self.encoders])  # [S R]
         self.samples = self._each([e.samples for e in self.encoders])  # [S]
+        self.dense_until = self._each([e.dense_until for e in self.encoders])  # [S]
         self.loss_sum = self._each([each.loss_sum for each in learners])  # [S]
         self.correct = self._each([each.correct for each in learners])  # [S]
         self.scratch = Scratch()
