@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["ssd", "ssd_kernels"],
+    packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels"]),
     package_data={"ssd": ["py.typed"], "ssd_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.6",

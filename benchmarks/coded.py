@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import ssd.code_gram
-import ssd.reference
+import ssd.ops.code_gram
+import ssd.ops.reference
 import ssd_kernels as ours
 from benchmarks import gate, peers
 from benchmarks.cases import Case, Provider, Shape
@@ -133,7 +133,7 @@ def code_gram(shape: Shape, device: torch.device) -> Case:
         )
 
     def call(given: Any, impl: str | None) -> None:
-        ssd.code_gram.code_gram(*given, impl=impl)
+        ssd.ops.code_gram.code_gram(*given, impl=impl)
 
     def dense(given: Any) -> None:
         values, indices, gram, cross, labels = given
@@ -146,7 +146,7 @@ def code_gram(shape: Shape, device: torch.device) -> Case:
         mine = gram.zero_().clone(), cross.zero_().clone()
         case.providers[name]((values, indices, *mine, labels))
         exact = gram.double(), cross.double()
-        ssd.reference.code_gram(values.double(), indices, *exact, labels)
+        ssd.ops.reference.code_gram(values.double(), indices, *exact, labels)
         return gate.close("gram", mine[0], exact[0]) or gate.close("cross", mine[1], exact[1])
 
     each = shape.dtype.itemsize

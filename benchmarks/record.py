@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ssd.lock import file_lock
+from ssd.storage.lock import file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("forward", "backward", "full", "step", "epoch", "protocol")

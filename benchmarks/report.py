@@ -20,9 +20,9 @@ from rich.table import Table
 from benchmarks import step_targets
 from benchmarks.record import Row, read
 from benchmarks.targets import targets
-from ssd.checkpoint import read_text, write_atomically
 from ssd.cli import ArgumentParser, exit_status
 from ssd.errors import UserError
+from ssd.storage.files import read_text, write_atomically
 
 Case = tuple[str, str, str, str]
 COLOURS = {"met": "green", "missed": "red", "not measured": "dim"}

@@ -18,7 +18,7 @@ from ssd.activations import evaluating
 from ssd.config import Config, resolve
 from ssd.data import Task
 from ssd.learner import Learner, build_model
-from ssd.sdmlp import SDMLP
+from ssd.models import SDMLP
 from ssd.step import Batch, sparse_step
 from ssd.trainer import Trainer
 from ssd_kernels import TopKOutput, _dispatch

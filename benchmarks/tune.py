@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import gate, record, timing
 from ssd.cli import ArgumentParser, exit_status
 from ssd.errors import UserError
-from ssd.lock import file_lock
+from ssd.storage.lock import file_lock
 from ssd_kernels import _encoder as encoder
 from ssd_kernels import _tuning, reference
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton

@@ -106,7 +106,7 @@ step() { part step 45 "$python" scripts/step_evidence.py; }
 profile() { part profile 45 "$python" scripts/step_evidence.py --profile; }
 
 tests() {
-    part tests 150 "$python" -m pytest tests/kernels tests/ssd/test_{cuda_graph,batch,dense_update,gate_gradient,code_gram,distill,distill_code}.py -q -m cuda -n 12 \
+    part tests 150 "$python" -m pytest tests/kernels tests/ssd/ops tests/ssd/test_cuda_graph.py -q -m cuda -n 12 \
         --maxprocesses 12 --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
 }
 

@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 import ssd_kernels as ours
 from benchmarks.common import CUDA_ONLY
-from ssd.batch import draw_batch, tally
 from ssd.cli import ArgumentParser, exit_status
-from ssd.code_gram import code_gram
-from ssd.dense_update import dense_update
-from ssd.distill import distill
-from ssd.distill_code import distill_code
-from ssd.gate_gradient import gate_gradient
+from ssd.ops.batch import draw_batch, tally
+from ssd.ops.code_gram import code_gram
+from ssd.ops.dense_update import dense_update
+from ssd.ops.distill import distill
+from ssd.ops.distill_code import distill_code
+from ssd.ops.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient

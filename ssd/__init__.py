@@ -1,13 +1,40 @@
 """Selective Subnetwork Distillation: continual learning with k-sparse networks."""
 
-import os
+from __future__ import annotations
 
-from ssd.interrupt import guard_imports
+import os
+import signal
+import sys
+from types import FrameType
 
 # How long an OpenMP thread spins for work before it sleeps; by default for milliseconds, in which
 # it holds a core that another busy process needs (docs/performance.md has what that costs). OpenMP
 # reads it when torch is imported; what the user set stands.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+BEGINS_AGAIN = "interrupted; the same command begins again"
+
+
+def guard_imports() -> None:
+    """In `python -m ssd.NAME`, ends the process in one line if Ctrl-C comes during imports."""
+    given = sys.orig_argv
+    module = given[given.index("-m") + 1] if "-m" in given else ""
+    # sys.argv[0] is -m until the module itself is run; what the system set stands.
+    importing = sys.argv[:1] == ["-m"] and module.startswith("ssd.")
+    if importing and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def end_guard() -> None:
+    """From here on Ctrl-C is KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{BEGINS_AGAIN}\n".encode())
+    os._exit(130)
+
 
 guard_imports()

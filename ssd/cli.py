@@ -19,10 +19,10 @@ from typing import Any, NoReturn, TextIO, cast
 import torch
 from rich.console import Console
 
+from ssd import BEGINS_AGAIN, end_guard
 from ssd.config import Config, option
 from ssd.errors import Interrupted, UserError
-from ssd.folder import CONFIG
-from ssd.interrupt import BEGINS_AGAIN, end_guard
+from ssd.storage.run_folder import CONFIG
 
 # Settings as files of settings name them; library code says them as ssd.train's options.
 SETTINGS = {option(field.name): field.name for field in fields(Config)} | {

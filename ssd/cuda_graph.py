@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd import reference
-from ssd.batch import draw_batch, tally
-from ssd.learner import ENCODER, Learner
-from ssd.sdmlp import SDMLP, SPARSE_SHARE, WIDTH
-from ssd.stack import Stack
+from ssd.learner import ENCODER, Learner, Stack
+from ssd.models import SDMLP, SPARSE_SHARE, WIDTH
+from ssd.ops import reference
+from ssd.ops.batch import draw_batch, tally
 from ssd.step import Batch, sparse_step
 from ssd_kernels import TopKOutput, linear_topk
 from ssd_kernels._graded_code import ActiveNeurons, linear_active, linear_code

@@ -43,7 +43,7 @@ from ssd.activations import (
     single,
 )
 from ssd.activations import count_activations as count_activations
-from ssd.reference import distill, divergence
+from ssd.ops.reference import distill, divergence
 from ssd_kernels.nn import TopK, TopKLinear
 
 

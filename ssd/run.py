@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import platform
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,14 @@ import torch
 from torch import Tensor
 
 from ssd import metrics
-from ssd.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ssd.config import JOINT, Config
 from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
-from ssd.errors import Diverged, Interrupted, UserError
-from ssd.folder import (
+from ssd.errors import Diverged, Interrupted, UserError, require_memory
+from ssd.learner import Learner, build_model
+from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssd.storage.files import damaged, difference, dumps, write_atomically
+from ssd.storage.provenance import commit, device_name, versions
+from ssd.storage.run_folder import (
     CHECKPOINT,
     FREQUENCY,
     MATRIX,
@@ -30,17 +32,10 @@ from ssd.folder import (
     STRUCTURE,
     SUMMARY,
     claimed,
-    commit,
-    damaged,
     describe,
-    difference,
     identity,
     read_summary,
-    versions,
 )
-from ssd.learner import Learner, build_model
-from ssd.memory import require_memory
-from ssd.strict_json import dumps
 from ssd.trainer import Event, Trainer
 
 
@@ -290,12 +285,6 @@ def leave_out(checkpoint: Path, number: int, target: Path) -> None:
     for listed in (state["runs"], state["logs"]):
         del listed[number]
     save_checkpoint(target, kept, state)
-
-
-def device_name(device: torch.device) -> str:
-    """A device with the name of its hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device.type} ({name})"
 
 
 def summarize(

@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd.activations import evaluating
-from ssd.dense_update import dense_update
-from ssd.distill import distill
-from ssd.distill_code import CodeLoss, distill_code
-from ssd.gate_gradient import gate_gradient
-from ssd.learner import Learner
+from ssd.learner import Learner, Stack
+from ssd.ops.dense_update import dense_update
+from ssd.ops.distill import distill
+from ssd.ops.distill_code import CodeLoss, distill_code
+from ssd.ops.gate_gradient import gate_gradient
 from ssd.regularizers import Gradient, Map
-from ssd.stack import Stack
 from ssd_kernels import TopKOutput, row_update
 from ssd_kernels._graded_code import ActiveNeurons, Scratch
 from ssd_kernels._row_gradient import row_gradients

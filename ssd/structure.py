@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ssd import metrics
 from ssd.activations import activations_of, count_activations, evaluating
-from ssd.checkpoint import write_atomically
 from ssd.distillation import select_subnetwork
 from ssd.errors import UserError
-from ssd.sdmlp import SDMLP
+from ssd.models import SDMLP
+from ssd.storage.files import write_atomically
 
 # Inputs that the effective rank is computed on, drawn without replacement with seed 0.
 RANK_SAMPLES = 500

@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ssd.checkpoint import read_text, write_atomically
 from ssd.cli import (
     SETTINGS,
     ArgumentParser,
@@ -48,17 +47,16 @@ from ssd.cli import (
     reword,
     stop_on_interrupt,
 )
-from ssd.config import Config, resolve
+from ssd.config import Config, hints, resolve
 from ssd.data import Dataset, default_root, load
-from ssd.errors import UserError
-from ssd.folder import doubts, ended, read_json, versions_of
-from ssd.hints import hints
-from ssd.jobs import job_folder, run_jobs
-from ssd.lock import folder_lock
-from ssd.memory import MOST_RUNS
+from ssd.errors import MOST_RUNS, UserError
 from ssd.metrics import estimate
 from ssd.run import RunOptions, make_tasks
-from ssd.strict_json import dumps
+from ssd.storage.files import dumps, read_json, read_text, write_atomically
+from ssd.storage.lock import folder_lock
+from ssd.storage.provenance import doubts, versions_of
+from ssd.storage.run_folder import ended
+from ssd.study import job_folder, run_jobs
 from ssd.trainer import Event, Trainer
 
 if sys.version_info >= (3, 11):

@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ssd.checkpoint import write_atomically
 from ssd.cli import (
     ArgumentParser,
     choose_device,
@@ -22,27 +21,17 @@ from ssd.cli import (
     resumable,
     stop_on_interrupt,
 )
-from ssd.config import DATASETS, PRESETS, Config, option, resolve
+from ssd.config import DATASETS, PRESETS, Config, hints, option, resolve
 from ssd.data import Dataset, default_root, load
-from ssd.display import Display
-from ssd.errors import Interrupted, UserError
-from ssd.folder import (
-    CHECKPOINT,
-    CONFIG,
-    STRUCTURE,
-    SUMMARY,
-    claimed,
-    describe,
-    read_json,
-    versions,
-)
-from ssd.hints import hints
-from ssd.lock import folder_lock
-from ssd.memory import MOST_RUNS
-from ssd.report import accuracy_table, seeds_table, write_figures
+from ssd.errors import MOST_RUNS, Interrupted, UserError
+from ssd.figures import write_figures, write_structure_figures
+from ssd.progress import Display
 from ssd.run import RunOptions, make_tasks, require_fit, run, run_together
-from ssd.strict_json import dumps
-from ssd.structure_report import write_structure_figures
+from ssd.storage.files import dumps, read_json, write_atomically
+from ssd.storage.lock import folder_lock
+from ssd.storage.provenance import versions
+from ssd.storage.run_folder import CHECKPOINT, CONFIG, STRUCTURE, SUMMARY, claimed, describe
+from ssd.tables import accuracy_table, seeds_table
 
 # The settings that have an option of their own, by the group of --help that shows them.
 GROUPS = {

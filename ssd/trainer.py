@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ssd.config import PENALTIES, Config, option
 from ssd.cuda_graph import GraphedEpochs
-from ssd.errors import Diverged
-from ssd.learner import Learner, part
-from ssd.memory import fitting
+from ssd.errors import Diverged, fitting
+from ssd.learner import Learner, Stack, part
 from ssd.metrics import finite
-from ssd.sdmlp import SDMLP
-from ssd.stack import Stack
+from ssd.models import SDMLP
 from ssd.step import plain_step, step
 
 # Settings in which learners that are trained together may differ.

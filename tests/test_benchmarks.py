@@ -39,7 +39,7 @@ from ssd.errors import UserError
 from ssd.learner import Learner, build_model
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
-from tests.ssd.test_lock import held
+from tests.ssd.storage.test_lock import held
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

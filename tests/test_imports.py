@@ -66,7 +66,7 @@ def type_checking(tree: ast.AST) -> Iterator[ast.If]:
 
 
 def test_imports_are_seen() -> None:
-    assert {"ssd.stack", "ssd_kernels", "ssd_kernels._graded_code"} <= imports()["ssd.step"]
+    assert {"ssd.learner", "ssd_kernels", "ssd_kernels._graded_code"} <= imports()["ssd.step"]
     inside = "def f():\n  from ssd import step\n  import ssd.run\n  import os, ssd_other"
     known = {"ssd", "ssd.step", "ssd.run"}
     assert set(imported(ast.parse(inside), known)) == {"ssd.step", "ssd.run"}

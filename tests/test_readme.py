@@ -42,8 +42,9 @@ def test_commands_and_links_name_what_exists(document: Path) -> None:
         spec = find_spec(module)
         assert spec is not None, module
         assert spec.origin is not None, module
-        # pytest is a package, which python -m runs by its __main__.
-        if module != "pytest":
+        if spec.submodule_search_locations:  # a package, which python -m runs by its __main__
+            assert find_spec(f"{module}.__main__") is not None, module
+        else:
             assert '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8"), module
     for file in files:
         assert (ROOT / file).is_file(), file

@@ -19,8 +19,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
 
 from benchmarks.record import device_name, installed
-from ssd import distill_code as coded
-from ssd.dense_update import dense_update
+from ssd.ops import distill_code as coded
+from ssd.ops.dense_update import dense_update
 from ssd_kernels import row_update
 from ssd_kernels.reference import clip_scale
 

@@ -5,12 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ssd.batch import draw_batch, tally
-from ssd.code_gram import code_gram
-from ssd.dense_update import dense_update
-from ssd.distill import distill
-from ssd.distill_code import distill_code
-from ssd.gate_gradient import gate_gradient
+from ssd.ops.batch import draw_batch, tally
+from ssd.ops.code_gram import code_gram
+from ssd.ops.dense_update import dense_update
+from ssd.ops.distill import distill
+from ssd.ops.distill_code import distill_code
+from ssd.ops.gate_gradient import gate_gradient
 from ssd_kernels import (
     count_active,
     linear_inhibit,
@@ -47,9 +47,9 @@ PACKAGES = ("ssd_kernels", "ssd")
 
 def modules() -> list[Any]:
     """Those of the packages that define or launch kernels."""
-    files = [file for package in PACKAGES for file in sorted((ROOT / package).glob("*.py"))]
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
     return [
-        importlib.import_module(f"{file.parent.name}.{file.stem}")
+        importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
         for file in files
         if re.search(r"@jit|_kernel\[", file.read_text(encoding="utf-8"))
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd.reference import code_gram
+from ssd.ops.reference import code_gram
 from ssd_kernels import reference
 from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ssd_kernels as ours
-from ssd.batch import draw_batch, tally
-from ssd.dense_update import dense_update
-from ssd.distill import distill
-from ssd.distill_code import distill_code
-from ssd.gate_gradient import gate_gradient
+from ssd.ops.batch import draw_batch, tally
+from ssd.ops.dense_update import dense_update
+from ssd.ops.distill import distill
+from ssd.ops.distill_code import distill_code
+from ssd.ops.gate_gradient import gate_gradient
 from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_code
 

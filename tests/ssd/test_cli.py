@@ -13,10 +13,15 @@ import pytest
 from kill_resume import write_features
 from rich.console import Console
 
-from ssd import cli, embed, experiments, peers, reproduce, sweep, train
+from ssd import cli, sweep, train
 from ssd.cli import exit_status, in_words, reword
 from ssd.config import PROTOCOLS, Protocol
+from ssd.embed import __main__ as embed
 from ssd.errors import Interrupted, UserError
+from ssd.peers import __main__ as peers
+from ssd.peers import learners
+from ssd.reproduce import __main__ as reproduce
+from ssd.reproduce import experiments
 
 Main = Callable[[list[str]], int]
 TOML = (
@@ -60,7 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     tiny = {"epochs": 1, "k": 2, "batch_size": 16, "anneal_samples": 40}
     monkeypatch.setitem(PROTOCOLS, "features", Protocol(2, {}, {}, tiny))
-    few = peers.entries(16, 10)[:2]
+    few = learners.entries(16, 10)[:2]
     monkeypatch.setattr(peers, "entries", lambda *sizes: few)
     return tmp_path
 

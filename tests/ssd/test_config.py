@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from ssd.config import DATASETS, PRESETS, Config, option, preset, resolve
+from ssd.config import DATASETS, PRESETS, Config, hints, option, preset, resolve
 from ssd.errors import UserError
-from ssd.hints import hints
 
 # Training samples of the first task in class order, at least.
 SAMPLES = {

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ssd import data as datasets
-from ssd import peers
 from ssd.config import Config
-from ssd.convmixer import Pretrainer, Settings, load_weights
 from ssd.data import Dataset, class_order, hold_out, split
-from ssd.images import Images
+from ssd.embed.convmixer import Pretrainer, Settings, load_weights
+from ssd.embed.images import Images
 from ssd.learner import Learner, build_model
+from ssd.peers import learners
 from ssd.run import RunOptions, run
 from ssd.trainer import Trainer
 
@@ -45,10 +45,10 @@ def trained(**settings: object) -> Iterable[Tensor]:
 
 def evaluated(name: str) -> Iterable[Tensor]:
     data = make_data()
-    (entry,) = (e for e in peers.entries(9, 40) if e.name == name)
+    (entry,) = (e for e in learners.entries(9, 40) if e.name == name)
     settings = {k: v for part in entry.early[:1] for k, v in part.items()}
     learner = entry.build(9, 4, 40, torch.Generator().manual_seed(0), **settings)
-    return [peers.evaluate_stream(learner, split(data, 2, class_order(4, 1)))]
+    return [learners.evaluate_stream(learner, split(data, 2, class_order(4, 1)))]
 
 
 def pretrained(folder: Path) -> Iterable[Tensor]:
@@ -85,7 +85,7 @@ def test_training(settings: dict[str, object]) -> None:
     equal_elsewhere(lambda: trained(**settings))
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in peers.entries(9, 40)])
+@pytest.mark.parametrize("name", [entry.name for entry in learners.entries(9, 40)])
 def test_peers(name: str) -> None:
     equal_elsewhere(lambda: evaluated(name))
 

@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from ssd.activations import count_activations, evaluating
-from ssd.distill import distill
 from ssd.distillation import Distiller, distillation_loss, select_subnetwork
+from ssd.ops.distill import distill
 from ssd_kernels.nn import KSparseMLP, TopK, TopKLinear
 
 

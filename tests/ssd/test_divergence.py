@@ -14,16 +14,16 @@ import torch
 from kill_resume import write_features
 
 from ssd import sweep, train
-from ssd.checkpoint import load_checkpoint
 from ssd.config import Config
 from ssd.data import load
 from ssd.errors import Diverged, UserError
-from ssd.folder import CHECKPOINT, DIVERGED, METRICS, SUMMARY
-from ssd.jobs import job_folder, run_jobs
 from ssd.learner import Learner
 from ssd.metrics import finite
 from ssd.run import RunOptions, make_learner, make_tasks, run
-from ssd.strict_json import dumps
+from ssd.storage.checkpoint import load_checkpoint
+from ssd.storage.files import dumps
+from ssd.storage.run_folder import CHECKPOINT, DIVERGED, METRICS, SUMMARY
+from ssd.study import job_folder, run_jobs
 from ssd.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -264,7 +264,7 @@ def test_json_has_no_nan() -> None:
 def test_no_other_writer_of_json() -> None:
     root = Path(train.__file__).parent
     found = [p.name for p in root.rglob("*.py") if "json.dump" in p.read_text(encoding="utf-8")]
-    assert found == ["strict_json.py"]
+    assert found == ["files.py"]
 
 
 def test_a_worker_can_raise_it() -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from kill_resume import write_features
 
-from ssd import folder, peers
 from ssd.config import Config
 from ssd.data import class_order, load, split
-from ssd.folder import FREQUENCY, METRICS
-from ssd.peers import entries, evaluate_stream
+from ssd.peers import __main__ as peers
+from ssd.peers import learners
+from ssd.peers.learners import entries, evaluate_stream
 from ssd.run import RunOptions, run
+from ssd.storage import run_folder as folder
+from ssd.storage.run_folder import FREQUENCY, METRICS
 
 SMALL = Config(
     dataset="features", tasks=2, epochs=4, batch_size=32, neurons=48, k=4, anneal_samples=200,
@@ -62,5 +64,5 @@ def test_numbers_of_peers(tmp_path: Path) -> None:
         peers._set(learner, entry.late[0])
         evaluate_stream(learner, stream)
         found[entry.name] = float(torch.softmax(learner.predict(data.x_test), 1).double().norm())
-    assert peers.ALGORITHM == 1
+    assert learners.ALGORITHM == 1
     assert found == pytest.approx(PEERS, rel=5e-4), RAISE.format("peers")

@@ -2,7 +2,7 @@
 
 import torch
 
-from ssd.order import _mix, shuffled
+from ssd.data import _mix, shuffled
 
 
 def test_it_is_splitmix64() -> None:
@@ -28,7 +28,7 @@ def test_orders_are_fair() -> None:
 
 
 def test_the_tensor_and_the_integer_arithmetic_agree() -> None:
-    from ssd.order import INCREMENT, _mix_tensor, _signed
+    from ssd.data import INCREMENT, _mix_tensor, _signed
 
     counters = [0, 1, 2, 12345, 2**40]
     ours = _mix_tensor(torch.tensor(counters) * _signed(INCREMENT))

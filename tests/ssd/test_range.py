@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd import data, peers, train
-from ssd.config import Config
+from ssd import data, train
+from ssd.config import Config, hints
 from ssd.data import Dataset, class_order, split
 from ssd.errors import Diverged, UserError
-from ssd.hints import hints
 from ssd.metrics import address_cosine, predicted
-from ssd.peers import entries, evaluate_stream
-from ssd.readout import RandomCode, discriminant, ridge_solution
-from ssd.sdmlp import SDMLP
-from ssd.trained_readout import TrainedReadout
+from ssd.models import SDMLP
+from ssd.peers import __main__ as peers
+from ssd.peers import learners
+from ssd.peers.learners import entries, evaluate_stream
+from ssd.peers.readout import RandomCode, discriminant, ridge_solution
+from ssd.peers.trained_readout import TrainedReadout
 
 # Powers of two near 1e30 and 1e300: to scale by them is exact.
 SCALES = [(torch.float32, 100), (torch.float32, -96), (torch.float64, 990), (torch.float64, -990)]
@@ -124,7 +125,7 @@ def test_a_score_that_is_not_finite_is_no_answer(bad: float) -> None:
     with pytest.raises(Diverged, match="1 of 2 samples have scores"):
         predicted(scores)
 
-    class Silent(peers.NearestClassMean):
+    class Silent(learners.NearestClassMean):
         def predict(self, x: Tensor) -> Tensor:
             return super().predict(x) * bad
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from summaries import summary_of
 
 from ssd.errors import UserError
-from ssd.folder import FREQUENCY, METRICS, SUMMARY, read_summary
-from ssd.report import accuracy_table, seeds_table, write_figures
+from ssd.figures import write_figures
+from ssd.storage.run_folder import FREQUENCY, METRICS, SUMMARY, read_summary
+from ssd.tables import accuracy_table, seeds_table
 
 FIGURES = ("accuracy_over_time", "accuracy_matrix", "activation_heatmap", "entropy_histogram")
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from kill_resume import write_features
 
-from ssd import folder as run_folder
 from ssd.config import Config
 from ssd.data import Dataset, load
 from ssd.errors import UserError
-from ssd.folder import (
+from ssd.run import Interrupted, RunOptions, run
+from ssd.storage import provenance, run_folder
+from ssd.storage.lock import LOCK
+from ssd.storage.run_folder import (
     CHECKPOINT,
     CONFIG,
     FREQUENCY,
@@ -23,9 +25,7 @@ from ssd.folder import (
     SUMMARY,
     claimed,
     describe,
-)  # fmt: skip
-from ssd.lock import LOCK
-from ssd.run import Interrupted, RunOptions, run
+)
 
 CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
 AGAIN = replace(CPU, resume=True)
@@ -178,11 +178,11 @@ def test_model_that_does_not_fit_leaves_no_folder(
 
 
 def test_commit_is_of_this_package_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run_folder._git("init", str(tmp_path))
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "folder.py"))
-    assert run_folder.commit() == "unknown"  # a checkout, of something else
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "absent" / "folder.py"))
-    assert run_folder.commit() == "unknown"
+    provenance._git("init", str(tmp_path))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "folder.py"))
+    assert provenance.commit() == "unknown"  # a checkout, of something else
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "absent" / "folder.py"))
+    assert provenance.commit() == "unknown"
 
 
 def test_a_run_of_another_algorithm_is_not_gone_on_with(

@@ -10,8 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
 
-from ssd.networks import ReLUMLP, TopKMLP
-from ssd.sdmlp import RETRY, SDMLP, AnnealedTopKLinear
+from ssd.models import RETRY, SDMLP, AnnealedTopKLinear, ReLUMLP, TopKMLP
 from ssd_kernels import TopKOutput
 from ssd_kernels._graded_code import ActiveNeurons, Shadow
 
@@ -156,7 +155,7 @@ def test_estimating_scores_changes_no_bit(
     method: str, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training with and without it, through the switch: the same codes, counts and weights."""
-    from ssd import sdmlp
+    from ssd import models as sdmlp
     from ssd.config import Config
     from ssd.data import Task
     from ssd.learner import Learner, build_model

@@ -13,15 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd import sdmlp as sdmlp_module
+from ssd import models as sdmlp_module
 from ssd import step as step_module
 from ssd import trainer as trainer_module
 from ssd.config import PENALTIES, Config
-from ssd.data import Task
-from ssd.learner import Learner, build_model
-from ssd.order import shuffled
-from ssd.sdmlp import SDMLP, AnnealedTopKLinear
-from ssd.stack import Stack
+from ssd.data import Task, shuffled
+from ssd.learner import Learner, Stack, build_model
+from ssd.models import SDMLP, AnnealedTopKLinear
 from ssd.trainer import Trainer
 from ssd_kernels import TopKOutput
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ssd import metrics
-from ssd.checkpoint import load_checkpoint, save_checkpoint
 from ssd.errors import UserError
-from ssd.sdmlp import SDMLP
+from ssd.models import SDMLP
+from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.structure import RANK_SAMPLES, StructureRecorder, compare, load_structure, measure
 
 

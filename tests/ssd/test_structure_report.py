@@ -11,14 +11,9 @@ from summaries import summary_of
 
 from ssd import metrics
 from ssd.errors import UserError
-from ssd.folder import STRUCTURE, SUMMARY
+from ssd.figures import draw_coverage, draw_transfer, pairwise, write_structure_figures
+from ssd.storage.run_folder import STRUCTURE, SUMMARY
 from ssd.structure import Snapshot, StructureRecorder
-from ssd.structure_report import (
-    draw_coverage,
-    draw_transfer,
-    pairwise,
-    write_structure_figures,
-)
 
 
 def snapshots(tasks: int, seed: int = 0) -> list[Snapshot]:

@@ -15,8 +15,8 @@ from kill_resume import write_features
 
 from ssd import sweep
 from ssd.config import Config
-from ssd.folder import DIVERGED, METRICS, SUMMARY
 from ssd.run import run
+from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
 from ssd.sweep import cells, csv_text, markdown_text, rank, read_sweep
 
 BASE = """
@@ -362,7 +362,7 @@ def test_runs_of_another_algorithm_or_of_other_data_are_trained_anew(
     for number, change in enumerate(
         (
             lambda: None,
-            lambda: monkeypatch.setattr("ssd.folder.ALGORITHM", 0),
+            lambda: monkeypatch.setattr("ssd.storage.run_folder.ALGORITHM", 0),
             lambda: write_features(Path("f.npz"), 260),  # under the same name
         ),
         1,

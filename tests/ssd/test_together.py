@@ -13,9 +13,9 @@ import torch
 
 from ssd.config import Config
 from ssd.data import Dataset, class_order, load, split
-from ssd.jobs import run_jobs
 from ssd.learner import Learner, build_model
 from ssd.run import Interrupted, RunOptions, run
+from ssd.study import run_jobs
 from ssd.trainer import Trainer
 from tests.ssd.test_step import watch
 

@@ -17,11 +17,11 @@ from kill_resume import write_features
 from rich.console import Console
 
 from ssd import train
-from ssd.checkpoint import load_checkpoint, save_checkpoint
 from ssd.config import Config, preset, resolve
-from ssd.display import Display
-from ssd.folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
+from ssd.progress import Display
 from ssd.run import RunOptions, run
+from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssd.storage.run_folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
 
 SMALL = [
     *("--tasks", "2", "--neurons", "32", "-k", "3", "--epochs", "2", "--batch-size", "64"),

@@ -29,7 +29,7 @@ for _ in Trainer([learner]).run():
     pass
 counts = learner.model.encoder.counts
 torch.save([learner.accuracy, counts, *(p.detach() for p in learner.model.parameters())], out)
-loops = [name for name in ("ssd_kernels._loops", "ssd._loops") if name in sys.modules]
+loops = [name for name in ("ssd_kernels._loops", "ssd.ops._loops") if name in sys.modules]
 print(*loops, sep=",")
 try:
     from ssd_kernels._graded_code import linear_active
@@ -53,7 +53,7 @@ def trained(out: Path, hidden: str) -> tuple[list[torch.Tensor], str]:
 def test_the_torch_path_ends_where_the_loops_do(tmp_path: Path) -> None:
     """All 10 epochs, through the GABA switch, where a rounding rarely changes what fires."""
     looped, said = trained(tmp_path / "looped", "installed")
-    assert said.splitlines() == ["ssd_kernels._loops,ssd._loops"]
+    assert said.splitlines() == ["ssd_kernels._loops,ssd.ops._loops"]
     plain, said = trained(tmp_path / "plain", "hidden")
     assert said.splitlines()[0] == ""
     assert "linear_active: impl='numba' is not one of reference, torch" in said

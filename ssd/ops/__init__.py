@@ -1,0 +1,1 @@
+"""The operators of the training step: each a file with its PyTorch and Triton implementations."""

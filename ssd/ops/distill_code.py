@@ -1,0 +1,388 @@
+"""The decoder of a sparse code, the loss of `distill` and its gradients, in one launch on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd.ops import reference
+from ssd.ops.distill import (
+    MAX_COLUMNS,
+    array,
+    distill,
+    hidden_loss,
+    logits_loss,
+    loops_serve,
+    power,
+    settings,
+    settings_of,
+)
+from ssd_kernels import _checks, _dispatch, _op, _tuning
+from ssd_kernels._segments import unit_stride
+from ssd_kernels._triton import jit, tl
+from ssd_kernels.reference import accumulation_dtype
+
+# TILE: entries, slots by columns, that a program holds at a time.
+_tuning.TABLE["distill_code"] = {
+    "default": (
+        ({"columns": 256}, {"TILE": 2048, "num_warps": 4}),
+        ({}, {"TILE": 4096, "num_warps": 8}),
+    ),
+}
+
+
+class CodeLoss(NamedTuple):
+    """What `distill_code` returns."""
+
+    logits: Tensor  # [B, C]
+    loss: Tensor  # [B]
+    grad_logits: Tensor  # [B, C], of loss[b] weight[b]
+    grad_values: Tensor  # [B, K], of the same, through the logits and the hidden; 0 if inactive
+
+
+def distill_code(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    alpha: float | Tensor = 1.0,
+    lam: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    kl: str = "reverse",
+    columns: Tensor | None = None,
+    weight: Tensor | None = None,
+    impl: str | None = None,
+) -> CodeLoss:
+    """`distill` of the logits that a code decodes to and of its neurons in a subnetwork.
+
+    Args:
+        values: [B, K] floating; indices: [B, K] int64 in 0..R-1, distinct within a sample but for
+            slots of value 0.
+        decoder: [R, C]. labels: [B] int64 in 0..C-1.
+        target_logits: [B, C]. target_hidden: [B, n], given together with positions.
+        positions: [R] int64, where each neuron stands in the subnetwork: 0..n-1, or n for none.
+        alpha, lam, temperature, kl, columns: as in distill.
+        weight: [B] floating, multiplies each sample's gradients, not its loss.
+        impl: "triton" or "numba" (of float32 alone), "torch" or "reference"; by default the
+            fastest.
+
+    Returns:
+        Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.
+
+    Raises:
+        TypeError, ValueError: what distill raises, where PyTorch serves, and wrong shapes, labels
+            or indices, where numba does; Triton looks at nothing.
+    """
+    units = 1 if target_hidden is None else target_hidden.shape[1]
+    sizes = *values.shape, decoder.shape[1], units
+    served = min(sizes) > 0 and max(sizes[2:]) <= MAX_COLUMNS and values.dtype == torch.float32
+    given = values, decoder, target_logits, target_hidden, weight
+    looped = loops_serve(max(sizes[2:]), given, (alpha, lam, temperature))
+    serve = _dispatch.choose("distill_code", impl, values, "torch", served, looped)
+    with torch.no_grad():
+        return serve(
+            values,
+            indices,
+            decoder,
+            labels,
+            target_logits,
+            target_hidden,
+            positions=positions,
+            alpha=alpha,
+            lam=lam,
+            temperature=temperature,
+            kl=kl,
+            columns=columns,
+            weight=weight,
+        )
+
+
+def _reference(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    *targets: Tensor | None,
+    weight: Tensor | None,
+    **options: Any,
+) -> CodeLoss:
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        logits, loss = reference.distill_code(leaf, indices, decoder, labels, *targets, **options)
+        total = loss.sum() if weight is None else loss @ weight.to(loss.dtype)
+        slopes = torch.autograd.grad(total, [logits, leaf])
+    return CodeLoss(logits.detach(), loss.detach(), slopes[0], slopes[1].where(values > 0, 0.0))
+
+
+def _torch(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    positions: Tensor | None,
+    **options: Any,
+) -> CodeLoss:
+    dtype, wide = values.dtype, accumulation_dtype(values.dtype)
+    values, rows = values.to(wide), F.embedding(indices, decoder).to(wide)
+    logits = (rows * values.unsqueeze(2)).sum(1)
+    hidden, places = None, indices
+    if target_hidden is not None and positions is not None:
+        places = positions.take(indices)
+        hidden = reference.at_places(values, places, target_hidden.shape[1])
+    targets = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
+    output = distill(logits, labels, *targets, impl="torch", **options)
+    grad_values = (rows * output.grad_logits.unsqueeze(1)).sum(2)
+    if output.grad_hidden is not None:
+        grad_values += F.pad(output.grad_hidden, (0, 1)).gather(1, places)
+    results = (logits, output.loss, output.grad_logits, grad_values.where(values > 0, 0.0))
+    return CodeLoss(*(result.to(dtype) for result in results))
+
+
+def _numba(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    positions: Tensor | None,
+    alpha: float,
+    lam: float,
+    temperature: float,
+    kl: str,
+    columns: Tensor | None,
+    weight: Tensor | None,
+) -> CodeLoss:
+    from ssd.ops import _loops
+
+    rows, (neurons, classes) = len(values), decoder.shape
+    units = 0 if target_hidden is None else target_hidden.shape[1]
+    if target_hidden is not None and positions is None:
+        raise ValueError("distill_code: target_hidden and positions must be given together")
+    for name, tensor, shape in (
+        ("indices", indices, tuple(values.shape)),
+        ("labels", labels, (rows,)),
+        ("target_logits", target_logits, (rows, classes)),
+        ("columns", columns, (rows, classes)),
+        ("positions", positions, (neurons,)),
+        ("target_hidden", target_hidden, (rows, units)),
+        ("weight", weight, (rows,)),
+    ):
+        _checks.shape("distill_code", name, tensor, shape)
+    logits, grad_logits = (values.new_empty(rows, classes) for _ in range(2))
+    loss, grad_values = values.new_empty(rows), values.new_empty(values.shape)
+    served = _loops.distill_code(
+        array(values, rows),
+        array(indices, rows),
+        array(decoder, rows),
+        array(labels, rows),
+        array(target_logits, rows),
+        array(columns, rows, torch.bool),
+        array(labels if positions is None else positions, rows),
+        array(target_hidden if target_logits is not None else None, rows),
+        float(alpha),
+        float(lam),
+        float(temperature),
+        kl == "forward",
+        array(values.new_ones(rows) if weight is None else weight, rows),
+        logits.numpy(),
+        loss.numpy(),
+        grad_logits.numpy(),
+        grad_values.numpy(),
+    )
+    if not served:
+        _checks.in_range("distill_code", "labels", labels, classes)
+        _checks.in_range("distill_code", "indices", indices, neurons)
+    return CodeLoss(logits, loss, grad_logits, grad_values)
+
+
+@jit
+def _distill_code_kernel(
+    values,  # [B, K]
+    indices,  # [B, K] int64
+    decoder,  # [R, C]
+    labels,  # [B]
+    target_logits,  # [B, C]
+    target_hidden,  # [B, n]
+    positions,  # [R] int64
+    columns,  # [B, C] bool
+    alpha,  # [B] if EACH, else a number; so are the next two
+    lam,
+    temperature,
+    weight,  # [B]
+    logits,  # [B, C]
+    loss,  # [B]
+    grad_logits,  # [B, C]
+    grad_values,  # [B, K]
+    decoder_stride,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    EACH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    TEACHER: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FORWARD: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program a sample; `slots` are walked twice, forth and back."""
+    row = tl.program_id(0).to(tl.int64)
+    a, share, t = settings_of(row, alpha, lam, temperature, EACH)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < C
+    unit = tl.arange(0, BLOCK_N)
+    student = tl.zeros([BLOCK_C], tl.float32)
+    z = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, K, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        value = tl.load(values + row * K + slot, mask=slot < K, other=0.0)
+        used = value != 0
+        neuron = tl.load(indices + row * K + slot, mask=used, other=0)
+        part = tl.load(
+            decoder + neuron[:, None] * decoder_stride + column[None, :],
+            mask=used[:, None] & inside[None, :],
+            other=0.0,
+        )
+        student += tl.sum(value[:, None] * part, axis=0)
+        if HIDDEN:
+            place = tl.load(positions + neuron, mask=used, other=N)
+            z += tl.sum(tl.where(place[:, None] == unit[None, :], value[:, None], 0.0), axis=0)
+    at = row * C + column
+    total, gradient = logits_loss(
+        student, tl.load(labels + row), target_logits, columns, at, column, inside, a, share, t,
+        TEACHER, COLUMNS, FORWARD,
+    )  # fmt: skip
+    slope = tl.zeros([BLOCK_N], tl.float32)
+    if HIDDEN:
+        term, slope = hidden_loss(z, target_hidden, row * N + unit, unit < N, a, share, t, FORWARD)
+        total += term
+    if WEIGHT:
+        scale = tl.load(weight + row)
+        gradient *= scale
+        slope *= scale
+    tl.store(logits + at, student, mask=inside)
+    tl.store(loss + row, total)
+    tl.store(grad_logits + at, gradient, mask=inside)
+    for start in range(0, K, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        value = tl.load(values + row * K + slot, mask=slot < K, other=0.0)
+        active = value > 0
+        neuron = tl.load(indices + row * K + slot, mask=active, other=0)
+        part = tl.load(
+            decoder + neuron[:, None] * decoder_stride + column[None, :],
+            mask=active[:, None] & inside[None, :],
+            other=0.0,
+        )
+        back = tl.sum(part * gradient[None, :], axis=1)
+        if HIDDEN:
+            place = tl.load(positions + neuron, mask=active, other=N)
+            here = (place[:, None] == unit[None, :]) & (unit < N)[None, :]
+            back += tl.sum(tl.where(here, slope[None, :], 0.0), axis=1)
+        tl.store(grad_values + row * K + slot, tl.where(active, back, 0.0), mask=slot < K)
+
+
+def _triton(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    *,
+    positions: Tensor | None,
+    alpha: float | Tensor,
+    lam: float | Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None,
+    weight: Tensor | None,
+) -> CodeLoss:
+    numbers, tensors = settings(values, alpha, lam, temperature)
+    weight = None if weight is None else weight.to(torch.float32)
+    results = _launch(
+        values.detach(), indices, decoder.detach(), labels, target_logits, target_hidden, positions,
+        numbers, tensors, weight, kl, columns,
+    )  # fmt: skip
+    return CodeLoss(*results)
+
+
+def _like(
+    values: Tensor, indices: Tensor, decoder: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = len(values), decoder.shape[1]
+    empty = values.new_empty
+    return empty(shape), empty(len(values)), empty(shape), empty(values.shape)
+
+
+@_op.operator("ssd::distill_code", _like)
+def _launch(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    positions: Tensor | None,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor],
+    weight: Tensor | None,
+    kl: str,
+    columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """numbers or tensors: alpha, lam and temperature, as `settings` gives them."""
+    results = _like(values, indices, decoder)
+    (batch, slots), classes = values.shape, decoder.shape[1]
+    # Without target_logits a hidden term counts for nothing.
+    hidden = target_logits is not None and target_hidden is not None and positions is not None
+    units = target_hidden.shape[1] if hidden and target_hidden is not None else 1
+    widest = max(power(classes), power(units))
+    chosen = dict(_tuning.config("distill_code", values.device, columns=widest))
+    decoder = unit_stride(decoder)
+    optional = [
+        values if t is None else t.contiguous() for t in (target_logits, target_hidden, positions)
+    ]
+    with torch.cuda.device_of(values):
+        _distill_code_kernel[(batch,)](
+            values.contiguous(),
+            indices.contiguous(),
+            decoder,
+            labels.contiguous(),
+            *optional,
+            values if columns is None else columns.contiguous().view(torch.uint8),
+            *(tensors or numbers),
+            values if weight is None else weight.contiguous(),
+            *results,
+            decoder.stride(0),
+            K=slots,
+            C=classes,
+            N=units,
+            EACH=len(tensors) > 0,
+            WEIGHT=weight is not None,
+            TEACHER=target_logits is not None,
+            HIDDEN=hidden,
+            COLUMNS=columns is not None,
+            FORWARD=kl == "forward",
+            SLOTS=max(1, min(power(slots), chosen.pop("TILE") // widest)),
+            BLOCK_C=power(classes),
+            BLOCK_N=power(units),
+            **chosen,
+        )
+    return results
+
+
+_dispatch.register("distill_code", reference=_reference, torch=_torch, numba=_numba, triton=_triton)

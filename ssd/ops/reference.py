@@ -1,0 +1,224 @@
+"""The specification of the ops of ssd in plain PyTorch, as ssd_kernels.reference is of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssd.models import response_to_inhibition
+from ssd_kernels.reference import accumulation_dtype, sgd_step
+
+
+def draw_batch(
+    inputs: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    samples: Tensor,
+    position: Tensor,
+    size: int,
+    target_logits: Tensor | None,
+    target_hidden: Tensor | None,
+    counts: Tensor | None,
+    anneal_samples: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Rows [S B, ..] at order[s, position B ..] of each learner s, zeros past samples[s]."""
+    learners, longest = order.shape
+    place = position * size + torch.arange(size, device=order.device)
+    real = place < samples.unsqueeze(1)  # [S, B]
+    first = torch.arange(learners, device=order.device).unsqueeze(1) * (len(inputs) // learners)
+    row = (order[:, place.clamp(max=longest - 1)] + first).flatten()
+
+    def drawn(stored: Tensor) -> Tensor:
+        there = real.view(-1, *[1] * (stored.dim() - 1))
+        return stored.index_select(0, row).masked_fill_(~there, 0)
+
+    targets = [None if t is None else drawn(t) for t in (target_logits, target_hidden)]
+    weight = real.to(accumulation_dtype(inputs.dtype)) / real.sum(1, keepdim=True).clamp(min=1)
+    inhibited = gaba(counts, anneal_samples, inputs.dtype)
+    if inhibited is not None:
+        inhibited.view(learners, -1).masked_fill_(samples.unsqueeze(1) == 0, 1.0)
+    return drawn(inputs), drawn(labels), weight.flatten(), *targets, inhibited
+
+
+def gaba(counts: Tensor | None, anneal_samples: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """response_to_inhibition [S R] of counts [S R] under anneal_samples [S]; None without."""
+    if counts is None or anneal_samples is None:
+        return None
+    each, anneal = counts.view(len(anneal_samples), -1), anneal_samples.unsqueeze(1)
+    return response_to_inhibition(each, anneal, dtype).flatten()
+
+
+def dense_update(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    max_norm: float | Tensor | None,
+    nonnegative: bool,
+    normalize: Sequence[bool] | None,
+    momentum: float,
+    buffers: Sequence[Tensor] | None,
+    samples: Tensor | None,
+    blocks: int,
+) -> None:
+    """One clipped, projected SGD step on all rows of the networks that have samples."""
+    rows = weights[0].shape[0]
+    moves = torch.ones(blocks, dtype=torch.bool, device=weights[0].device)
+    if samples is not None:
+        moves = samples > 0
+    wide = accumulation_dtype(reduce(torch.promote_types, (w.dtype for w in weights)))
+    sgd_step(
+        weights, [g.to(wide) for g in gradients], moves.repeat_interleave(rows // blocks), lr=lr,
+        max_norm=max_norm, nonnegative=nonnegative, normalize=normalize, momentum=momentum,
+        buffers=buffers, blocks=blocks,
+    )  # fmt: skip
+
+
+def gate_gradient(
+    gradient: Tensor, gate: Tensor, slopes: Tensor | None, positions: Tensor | None, gated: bool
+) -> None:
+    """Zeros where gate [S B, R] <= 0; the neurons at positions [S R] add slopes [S B, n] first."""
+    slope = torch.zeros_like(gradient)
+    if slopes is not None and positions is not None:
+        places = positions.view(-1, gradient.shape[1])  # [S, R]
+        place = places.repeat_interleave(len(gradient) // len(places), dim=0)
+        slope = F.pad(slopes, (0, 1)).gather(1, place)
+    closed = gate <= 0
+    if gated:
+        gradient.copy_((gradient + slope).masked_fill(closed, 0.0))
+    else:
+        gradient.copy_(gradient.masked_fill(closed, 0.0) + slope)
+
+
+def tally(
+    loss: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    loss_sum: Tensor,
+    correct: Tensor,
+    seen: Tensor,
+    position: Tensor,
+    wider: Tensor | None,
+    overflow: Tensor | None,
+) -> None:
+    """Sums over each learner's samples of weight > 0, in place; position += 1."""
+    learners, real = len(loss_sum), weight > 0
+    loss_sum += torch.where(real, loss, 0.0).view(learners, -1).sum(1, dtype=loss_sum.dtype)
+    correct += ((logits.argmax(-1) == labels) & real).view(learners, -1).sum(1)
+    seen += real.view(learners, -1).sum(1)
+    if wider is not None and overflow is not None:
+        overflow |= (wider & real).view(learners, -1).any(1)
+    position += 1
+
+
+def code_gram(
+    values: Tensor, indices: Tensor, gram: Tensor, cross: Tensor | None, targets: Tensor | None
+) -> None:
+    """gram += H^T H, cross += H^T Y for the dense form H [B, R] of a code; Y [B, C] or labels."""
+    neurons = gram.shape[0]
+    dense = gram.new_zeros(values.shape[0], neurons)
+    dense.scatter_add_(1, indices, values.detach().to(gram.dtype))
+    gram += dense.T @ dense
+    if cross is not None and targets is not None:
+        if targets.dim() == 1:
+            targets = F.one_hot(targets, cross.shape[1])
+        cross += dense.T @ targets.detach().to(cross.dtype)
+
+
+def distill(
+    logits: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None = None,
+    hidden: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 1.0,
+    lam: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    kl: str = "reverse",
+    columns: Tensor | None = None,
+) -> Tensor:
+    """alpha CE + (1 - alpha) ((1 - lam) KL of the logits + lam KL of the hidden), per sample."""
+    wide = accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
+    loss = F.cross_entropy(logits.to(wide), labels, reduction="none")
+    if target_logits is not None:
+        student, teacher = logits.to(wide), target_logits.to(wide)
+        distilled = (1 - lam) * divergence(student, teacher, temperature, kl, columns)
+        if hidden is not None and target_hidden is not None:
+            student, teacher = hidden.to(wide), target_hidden.to(wide)
+            distilled = distilled + lam * divergence(student, teacher, temperature, kl)
+        loss = alpha * loss + (1 - alpha) * distilled
+    return loss.to(logits.dtype)
+
+
+def distill_code(
+    values: Tensor,
+    indices: Tensor,
+    decoder: Tensor,
+    labels: Tensor,
+    target_logits: Tensor | None = None,
+    target_hidden: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The logits H decoder of a code, H [B, R] being its dense form, and `distill` of each sample.
+
+    The hidden activations are those of H at the neurons that have a position in 0..n-1.
+    """
+    wide = accumulation_dtype(values.dtype)
+    logits = (values.unsqueeze(2).to(wide) * decoder[indices].to(wide)).sum(1).to(values.dtype)
+    hidden = None
+    if target_hidden is not None and positions is not None:
+        hidden = at_places(values, positions[indices], target_hidden.shape[1])
+    return logits, distill(logits, labels, target_logits, hidden, target_hidden, **options)
+
+
+def at_places(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """values [B, K] at their places in rows [B, n], zeros elsewhere; a place of n is none."""
+    return values.new_zeros(len(values), size + 1).scatter_add(1, places, values)[:, :size]
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """T^2 KL between softmax(student / T) and softmax(teacher / T), over the columns that count."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    _, terms, _ = divergence_terms(student, teacher, scale, kl, columns)
+    return terms.sum(-1) * temperature
+
+
+def divergence_terms(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float | Tensor,
+    kl: str,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w, the terms w T log(w / v) whose row sums are T KL, and log v, each [.., n].
+
+    w is the softmax that weighs the logarithms: the student's if kl is "reverse", else the
+    teacher's. v is the other one. The temperature is a number or [.., 1].
+    """
+    student, teacher = student / temperature, teacher / temperature
+    if columns is not None:
+        student = student.masked_fill(~columns, -torch.inf)
+        teacher = teacher.masked_fill(~columns, -torch.inf)
+    log_w, log_v = (F.log_softmax(z, dim=-1) for z in (student, teacher))
+    if kl == "forward":
+        log_w, log_v = log_v, log_w
+    w = log_w.exp()
+    # T now, not T^2 later: T^2 may leave the range of the dtype where T^2 KL does not.
+    scaled = (log_w - log_v) * temperature
+    # 0 (log 0 - log 0) and 0 log 0 are 0.
+    return w, w * scaled.masked_fill(w == 0, 0.0), log_v

@@ -1,0 +1,1 @@
+"""Learners without gradients that see each task once, in order."""

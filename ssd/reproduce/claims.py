@@ -1,0 +1,102 @@
+"""The claims of the paper and of this project, and whether the runs bear them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import mean
+
+from ssd.metrics import estimate
+from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE
+from ssd.reproduce.lines import NOT_RUN, Line, shown
+
+GAIN = 0.05  # of accuracy, from each method to the next
+FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD
+BEST = {"mnist": 0.86}  # accuracy of SSD+EWC, at either size
+
+
+def verdicts(lines: Sequence[Line]) -> Iterator[str]:
+    """The claims on each benchmark and size of the lines, and whether the figures bear them out.
+
+    Differences are paired, of the runs with the same class order. Standard errors that are apart
+    are those of the methods' own means, as the claim was made.
+    """
+    by_key = {
+        (line.row.benchmark, line.row.neurons, line.row.method): line
+        for line in lines
+        if line.row.factor in ("", DEFAULT) and line.row.peer is None
+    }
+    for benchmark, neurons in dict.fromkeys((b, n) for b, n, _ in by_key):
+        where = f"{benchmark.title}, R = {neurons:,}"
+        found = [by_key.get((benchmark, neurons, m)) for m in SHORT_LARGE]
+        group = [line for line in found if line is not None]
+        if len(group) < len(found):
+            continue
+        sdmlp, ssd, best = group
+        for measure, name in (("mean_accuracy", "accuracy"), ("bwt", "BWT")):
+            order = f"SDMLP < SSD < SSD+EWC in {name}, standard errors apart"
+            yield f"{where}: {order}: {_ordered(group, measure)}"
+        yield f"{where}: SSD - SDMLP >= {GAIN} in accuracy: {_gained(sdmlp, ssd)}"
+        yield f"{where}: SSD+EWC - SSD >= {GAIN} in accuracy: {_gained(ssd, best)}"
+        yield f"{where}: SSD forgets at least {-FORGOTTEN:.0%} less than SDMLP: {_kept(sdmlp, ssd)}"
+        if benchmark.name in BEST:
+            bound = BEST[benchmark.name]
+            yield f"{where}: SSD+EWC reaches {bound} in accuracy: {_reached(best, bound)}"
+
+
+def _ordered(group: Sequence[Line], measure: str) -> str:
+    values = [line.values(measure) for line in group]
+    if not all(values):
+        return NOT_RUN
+    figures = " / ".join(shown(measure, each) for each in values)
+    figures += "; " + " and ".join(_difference(a, b, measure) for a, b in pairwise(group))
+    if any(len(each) == 1 for each in values):
+        return f"undecided, one seed has no standard error ({figures})"
+    bounds = [(m - e, m + e) for m, e in map(estimate, values) if e is not None]
+    apart = all(low[1] < high[0] for low, high in pairwise(bounds))
+    return f"{'yes' if apart else 'no'} ({figures})"
+
+
+def _gained(before: Line, after: Line) -> str:
+    gains = paired(before, after, "mean_accuracy")
+    if not gains:
+        return NOT_RUN
+    # Accuracies are sums of fractions: a gain of exactly GAIN must not fall to rounding.
+    verdict = "yes" if round(mean(gains), 9) >= GAIN else "no"
+    return f"{verdict} ({_difference(before, after, 'mean_accuracy')})"
+
+
+def _kept(before: Line, after: Line) -> str:
+    first, second = before.values("forgetting"), after.values("forgetting")
+    if not (first and second):
+        return NOT_RUN
+    was, now = mean(first), mean(second)
+    if was <= 0:
+        return f"undecided, SDMLP does not forget ({was:.4f})"
+    change = now / was - 1
+    difference = _difference(before, after, "forgetting")
+    verdict = "yes" if round(change, 9) <= FORGOTTEN else "no"
+    return f"{verdict} ({was:.4f} to {now:.4f}, {change:+.0%}; {difference})"
+
+
+def _reached(line: Line, bound: float) -> str:
+    values = line.values("mean_accuracy")
+    if not values:
+        return NOT_RUN
+    return f"{'yes' if mean(values) >= bound else 'no'} ({shown('mean_accuracy', values)})"
+
+
+def paired(before: Line, after: Line, measure: str) -> list[float]:
+    """`after` less `before` for each seed that both have: its class order is the same for both."""
+    first, second = before.by_seed(measure), after.by_seed(measure)
+    return [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
+
+
+def _difference(before: Line, after: Line, measure: str) -> str:
+    differences = paired(before, after, measure)
+    if not differences:
+        return "no class order in common"
+    center, error = estimate(differences)
+    spread = "" if error is None else f" ± {error:.4f}"
+    orders = f"{len(differences)} class order{'s' * (len(differences) > 1)}"
+    return f"paired {center:+.4f}{spread} over {orders}"

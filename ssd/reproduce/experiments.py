@@ -1,0 +1,381 @@
+"""What is reproduced: benchmarks, tables, ablations, peers, and the figures that were published.
+
+Everything here is data: ssd.reproduce runs it, ssd.tables and ssd.figures show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd.config import JOINT, Config, resolve
+from ssd.data import Task
+from ssd.peers.learners import entries, evaluate_stream
+from ssd.peers.trained_readout import TrainedReadout
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A stream of tasks that figures were published for."""
+
+    name: str
+    title: str
+    dataset: str
+    protocol: str  # the data set of ssd.config whose presets hold
+    features: str | None = None  # file in the features folder
+
+
+BENCHMARKS = (
+    Benchmark("mnist", "Split MNIST", "mnist", "mnist"),
+    Benchmark("cifar10", "Split CIFAR-10 features", "features", "features", "cifar10.npz"),
+    # The 50 tasks are short, so their switch to inhibition is too.
+    Benchmark(
+        "cifar100", "Split CIFAR-100 features (50 tasks)", "features", "cifar100", "cifar100.npz"
+    ),
+)
+
+# In the order of the tables.
+TABLE1 = (
+    "naive", "topk-mlp", "sdmlp", "l2", "si", "mas", "ewc", "lwf", "ssd", "ssd+ewc", "joint",
+)  # fmt: skip
+# The rows of the paper's claims: with --short too over all SEEDS, and at R = 10,000, where a run
+# takes a minute or two, over all with --large.
+SHORT_LARGE = ("sdmlp", "ssd", "ssd+ewc")
+SHORT_LARGE_ON = ("mnist", "cifar10")
+SIZES = (1_000, 10_000)
+SEEDS = (0, 1, 2, 3, 4)  # class orders; 0 is the ordinal one
+SHORT_SEEDS = (0, 1)  # of --short, for all else
+
+# --short: (benchmark, R, method) -> settings that its validation sweeps (results/sweeps) chose
+# where they differ from the preset's. Epochs may be among them: every method its own length.
+SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
+    ("mnist", 1_000, "ssd+ewc"): {"alpha": 0.7},
+    ("mnist", 10_000, "sdmlp"): {"epochs": 3, "anneal_samples": 24_000},
+    ("mnist", 10_000, "ssd"): {"epochs": 3, "anneal_samples": 24_000, "alpha": 0.25},
+    ("mnist", 10_000, "ssd+ewc"): {
+        "epochs": 3, "anneal_samples": 24_000, "alpha": 0.7, "ewc_coefficient": 600.0,
+    },
+    ("cifar10", 1_000, "ssd"): {"alpha": 0.3},
+    ("cifar10", 10_000, "ssd"): {"alpha": 0.3},
+    # A single long task: the switch takes as large a part of it as of the stream's first task.
+    ("mnist", 1_000, JOINT): {"anneal_samples": 400_000},
+    ("cifar10", 1_000, JOINT): {"anneal_samples": 250_000},
+    ("cifar100", 1_000, JOINT): {"anneal_samples": 100_000, "lr": 2.0},
+}  # fmt: skip
+# SDMLP's own best learning rate in the sweeps; the preset's suits SSD + EWC.
+SHORT_SLOWER = 0.5
+# --short: its learning rate is SDMLP's; plain networks keep the papers'.
+PLAIN = ("naive", "topk-mlp")
+
+# Each factor's values; the one that is the method's default makes no row of its own, and of the
+# others --short takes the last two.
+# "R/k" distils all neurons, lambda 0 none.
+ABLATED = "cifar10"
+ABLATIONS: Mapping[str, Sequence[Any]] = {
+    "subnetwork": (1.0, 2.0, 5.0, 10.0, "R/k"),
+    "lam": (0.1, 0.5, 0.0, 1.0),
+    "alpha": (0.3, 0.5, 0.7, 0.9),
+    "temperature": (1.0, 2.0, 4.0, 8.0),
+    "kl": ("reverse", "forward"),
+    "hidden": ("after", "before"),
+    "logits": ("all", "seen"),
+    "frequency": ("last", "accumulated"),
+    "schedule": ("gaba", "linear", "flat"),
+    "inhibition": ("subtract", "mask"),
+}
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """A learner of another kind, measured on the same streams.
+
+    Args:
+        evaluate: (tasks, classes C, neurons R, config, **settings) -> accuracy matrix [T, T]; of
+            the config a peer without gradients takes the seed alone.
+        sizes: R of its rows; a peer without neurons has none, and is given R = 0.
+        settings: by the benchmark's name; chosen on a validation split, never here.
+        method: of the network that it trains, by the preset `short`; empty if it trains none.
+    """
+
+    evaluate: Callable[..., Tensor]
+    sizes: tuple[int, ...] = ()
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    method: str = ""
+
+
+def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> Peer:
+    """A learner of ssd.peers by its name there."""
+
+    def evaluate(
+        tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
+    ) -> Tensor:
+        features = tasks[0].x_train.shape[1]
+        entry = next(e for e in entries(features, neurons) if e.name == name)
+        early = {k: v for k, v in chosen.items() if any(k in tried for tried in entry.early)}
+        draw = torch.Generator().manual_seed(config.seed)
+        learner = entry.build(features, classes, neurons, draw, **early)
+        for attribute in chosen.keys() - early.keys():
+            setattr(learner, attribute, chosen[attribute])
+        return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
+
+    return Peer(evaluate, sizes, settings)
+
+
+def _read_out(method: str, **settings: Mapping[str, Any]) -> Peer:
+    """The code of a method's network with a closed-form decoder."""
+
+    def evaluate(
+        tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
+    ) -> Tensor:
+        return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
+
+    return Peer(evaluate, SIZES[:1], settings, method)
+
+
+def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
+    return {"share": share, "readout": "lda", "strength": strength, **more}
+
+
+_FLY_SETTINGS = {"share": 0.05, "lr": 0.005}
+# By name, in the order of the table. Settings were chosen on a validation split at R = 1,000:
+# results/peers/*.csv; a peer is measured where it has some.
+PEERS: dict[str, Peer] = {
+    name: _peer(name, sizes, **settings)
+    for name, sizes, settings in (
+        ("nearest class mean", (), {"mnist": {}, "cifar10": {}, "cifar100": {}}),
+        ("streaming LDA", (), {
+            "mnist": {"shrinkage": 0.1}, "cifar10": {"shrinkage": 1e-3},
+            "cifar100": {"shrinkage": 1e-3},
+        }),
+        ("FlyModel", SIZES, {
+            "mnist": _FLY_SETTINGS, "cifar10": _FLY_SETTINGS,
+            "cifar100": {"share": 0.05, "lr": 0.02},
+        }),
+        ("random ReLU + ridge", SIZES, {
+            "mnist": {"ridge": 1e-3}, "cifar10": {"ridge": 1e-4}, "cifar100": {"ridge": 1e-4},
+        }),
+        ("sparse code, Gaussian addresses", SIZES, {
+            "mnist": _code(0.4, 1e-4, power=0.5), "cifar10": _code(0.4, 1e-2, power=0.5),
+            "cifar100": _code(0.4, 1e-4, power=0.5),
+        }),
+        ("sparse code, local addresses", SIZES, {"mnist": _code(0.3, 1e-4, width=6.0)}),
+        ("sparse code beside the input", SIZES, {
+            "cifar10": _code(0.4, 1e-4, power=0.5), "cifar100": _code(0.4, 1e-3, power=0.5),
+        }),
+        ("control: ReLU beside the input", SIZES, {
+            "cifar10": _code(1.0, 1e-4, power=0.5), "cifar100": _code(1.0, 1e-3, power=1.0),
+        }),
+    )
+}  # fmt: skip
+# Nothing was chosen for these: readout, strength and, if frozen, share are those of Gaussian
+# addresses. A code that keeps training is read at the network's own k.
+_LDA = {"readout": "lda"}
+PEERS |= {
+    f"{method} code, closed-form readout": _read_out(method, cifar10={**_LDA, "strength": 1e-2})
+    for method in ("sdmlp", "ssd")
+}
+PEERS["sdmlp code of the first task, closed-form readout"] = _read_out(
+    "sdmlp",
+    mnist=_code(0.4, 1e-4, freeze=True),
+    cifar10=_code(0.4, 1e-2, freeze=True),
+    cifar100=_code(0.4, 1e-4, freeze=True),
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of a publication."""
+
+    value: float
+    source: str
+    inferred: bool = False  # which row of the publication it belongs to is our reading
+
+
+_SSD = "Xue et al., AAAI 2026"
+_LISTED = "secondary listing of the tables of Xue et al., AAAI 2026"
+_FLY = "result files of TrentBrick/SDMContinualLearner"
+
+# (benchmark, R, method, measure); R of a peer without neurons is 0.
+PAPER: Mapping[tuple[str, int, str, str], Published] = {
+    ("cifar10", 10_000, "sdmlp", "mean_accuracy"): Published(0.71, _SSD),
+    ("cifar10", 10_000, "ssd", "mean_accuracy"): Published(0.81, _SSD),
+    ("cifar10", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.87, _SSD),
+    ("cifar10", 10_000, "sdmlp", "bwt"): Published(-0.1828, _SSD),
+    ("cifar10", 10_000, "ssd", "bwt"): Published(-0.1234, _SSD),
+    ("cifar10", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.80, _LISTED, True),
+    ("cifar100", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.40, _LISTED, True),
+    ("cifar100", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.52, _LISTED, True),
+    ("mnist", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.86, _LISTED, True),
+    ("mnist", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.86, _LISTED, True),
+    ("mnist", 10_000, "FlyModel", "mean_accuracy"): Published(0.906, _FLY, True),
+    ("cifar10", 10_000, "FlyModel", "mean_accuracy"): Published(0.822, _FLY),
+    ("cifar100", 10_000, "FlyModel", "mean_accuracy"): Published(0.528, _FLY, True),
+}
+# Data set, size and moments of these two are not named.
+PAPER_ENTROPY = "the paper's mean activation entropy falls from 0.99 to 0.003 bits with SSD"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: one setting of one method or peer, run once a seed."""
+
+    benchmark: Benchmark
+    method: str
+    config: Config  # of seed 0
+    seeds: tuple[int, ...]
+    factor: str = ""  # what an ablation changes, and to what
+    value: str = ""
+    peer: Peer | None = None
+    note: str = ""  # what a reader of the table has to know of it
+
+    @property
+    def neurons(self) -> int:
+        """R; 0 for a peer without neurons."""
+        return self.config.neurons if self.peer is None or self.peer.sizes else 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a peer's figures depend on beside its stream."""
+        return {} if self.peer is None else dict(self.peer.settings.get(self.benchmark.name, {}))
+
+    def published(self, measure: str) -> Published | None:
+        """The publication's figure for this line; ablations have none but the default's."""
+        if self.factor not in ("", DEFAULT):
+            return None
+        return PAPER.get((self.benchmark.name, self.neurons, self.method, measure))
+
+
+def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """The paper's methods on every benchmark at both sizes.
+
+    Args:
+        short: the preset `short`; fewer seeds and R = 1,000 alone for all but SHORT_LARGE.
+        features: path of each benchmark's feature file.
+    """
+    rows = []
+    for benchmark in BENCHMARKS:
+        for neurons in SIZES:
+            large = short and neurons > SIZES[0]
+            if large and benchmark.name not in SHORT_LARGE_ON:
+                continue
+            config = _config(benchmark, short, neurons, features)
+            for method in SHORT_LARGE if large else TABLE1:
+                # One task of all classes: what the method joint would train on in the end, without
+                # the tasks on the way to it, which cost 25 times as much for 50 tasks.
+                tasks = 1 if method == JOINT else config.tasks
+                own = replace(_of(config, benchmark, method, short), tasks=tasks)
+                few = large or (short and method not in SHORT_LARGE)
+                rows.append(Row(benchmark, method, own, SHORT_SEEDS if few else SEEDS))
+    return rows
+
+
+def over_all_orders(rows: Sequence[Row]) -> list[Row]:
+    """The rows with those at R = 10,000 over all class orders: what --large adds to --short."""
+    return [row if row.neurons <= SIZES[0] else replace(row, seeds=SEEDS) for row in rows]
+
+
+def streams(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """The rows of table1 that learn task by task."""
+    return [row for row in table1(short, features) if row.config.tasks > 1]
+
+
+def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """Peers beside SDMLP and the paper's methods at R = 1,000; --short: peers of that size too."""
+    rows = []
+    for benchmark in BENCHMARKS:
+        config = _config(benchmark, short, SIZES[0], features)
+        rows += [Row(benchmark, m, _of(config, benchmark, m, short), SEEDS) for m in SHORT_LARGE]
+        seeds = SHORT_SEEDS if short else SEEDS
+        for name, peer in PEERS.items():
+            if peer.settings and benchmark.name not in peer.settings:
+                continue
+            sizes = [r for r in peer.sizes if r <= SIZES[0] or not short]
+            for neurons in sizes if peer.sizes else (SIZES[0],):
+                sized, note = replace(config, neurons=neurons), ""
+                if peer.method:
+                    trained = _config(benchmark, True, neurons, features)
+                    sized = _of(trained, benchmark, peer.method, short=True)
+                    note = "" if short else "its network is trained as with --short"
+                rows.append(Row(benchmark, name, sized, seeds, peer=peer, note=note))
+    return rows
+
+
+def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
+    """SSD with one factor changed at a time, on one benchmark at R = 1,000."""
+    benchmark = next(b for b in BENCHMARKS if b.name == ABLATED)
+    config = _of(_config(benchmark, short, SIZES[0], features), benchmark, "ssd", short)
+    seeds = SHORT_SEEDS if short else SEEDS
+    rows = [Row(benchmark, "ssd", config, seeds, DEFAULT)]
+    for factor, values in ABLATIONS.items():
+        settings = {v: config.neurons / config.k if v == "R/k" else v for v in values}
+        others = [v for v in values if settings[v] != getattr(config, factor)]
+        for value in others[-2:] if short else others:
+            changed = Config(**{**config.to_dict(), factor: settings[value]})
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
+    if short:  # what of SSD's gain is owed to its learning rate
+        for method in ("sdmlp", "ssd"):
+            own = _of(_config(benchmark, short, SIZES[0], features), benchmark, method, short)
+            slower = replace(own, lr=SHORT_SLOWER)
+            rows.append(Row(benchmark, method, slower, seeds, "lr", f"{SHORT_SLOWER:g}"))
+    return rows
+
+
+@dataclass(frozen=True)
+class Result:
+    """A table with its figure: the rows it shows, and the measures it shows of them.
+
+    The first measure is compared with the publications. Measures are names in summary.json; of a
+    list over tasks the mean is shown.
+    """
+
+    title: str
+    rows: Callable[[bool, Mapping[str, str]], list[Row]]
+    measures: tuple[str, ...]
+    claims: bool = False  # whether the paper's claims are judged on its rows
+    per_task: bool = False  # whether a table over tasks and a figure over tasks belong to it
+
+
+RESULTS: Mapping[str, Result] = {
+    "table1": Result("Accuracy after the last task", table1, ("mean_accuracy",), claims=True),
+    "bwt": Result("Backward transfer and forgetting", streams, ("bwt", "forgetting"), claims=True),
+    "structure": Result(
+        "Structure of the code, mean over tasks",
+        streams,
+        ("mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits",
+         "address_cosine", "effective_rank", "used_fraction"),
+        per_task=True,
+    ),
+    "table2": Result(
+        "Peers on the same streams", table2, ("mean_accuracy", "forgetting", "seconds")
+    ),
+    "ablations": Result("Ablations of SSD, one factor at a time", ablations,
+                        ("mean_accuracy", "bwt")),
+}  # fmt: skip
+
+
+def _of(config: Config, benchmark: Benchmark, method: str, short: bool) -> Config:
+    """The settings of a method: the benchmark's, but for what --short tunes to each."""
+    config = replace(config, method=method)
+    if not short:
+        return config
+    if method in PLAIN:
+        config = replace(config, lr=Config().lr)
+    config = replace(config, **SHORT_OWN.get((benchmark.name, config.neurons, method), {}))
+    return replace(config, eval_every=config.epochs)  # after tasks only, as the preset
+
+
+def _config(benchmark: Benchmark, short: bool, neurons: int, features: Mapping[str, str]) -> Config:
+    name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
+    config = resolve({"preset": name, "dataset": benchmark.protocol})
+    return replace(
+        config,
+        dataset=benchmark.dataset,
+        features=features.get(benchmark.name),
+        neurons=neurons,
+    )

@@ -1,0 +1,246 @@
+"""Figures of a reproduction: filled marks are ours, with standard errors; open ones published.
+
+Heat maps neuron x task show one class order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ssd.figures import NAMED, busiest_first, draw_heat_map
+from ssd.metrics import estimate
+from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE, Result
+from ssd.reproduce.lines import Line
+from ssd.storage.run_folder import read_frequency
+
+# Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+HEAT_MAP_NEURONS = 200
+# A dense network beside k-sparse ones needs a logarithmic axis: from this ratio of values on.
+LOGARITHMIC, WIDE = ("mean_entropy_bits", "mean_active"), 20
+AXIS = {
+    "mean_accuracy": "accuracy after the last task",
+    "bwt": "backward transfer (BWT)",
+    "forgetting": "forgetting",
+    "mean_entropy_bits": "mean activation entropy (bits)",
+    "dead_fraction": "share of dead neurons",
+    "mean_active": "active neurons for an input",
+    "jaccard": "Jaccard overlap with the task before",
+    "kl_bits": "KL from the task before (bits)",
+    "address_cosine": "address cosine with the task before",
+    "effective_rank": "effective rank of the code",
+    "used_fraction": "share of neurons in use",
+    "seconds": "seconds of training",
+}
+
+
+def draw(name: str, result: Result, lines: Sequence[Line]) -> list[tuple[str, Figure]]:
+    """The figures of a result by the stem of their files; none where nothing was run."""
+    run = [line for line in lines if line.summaries]
+    if not run:
+        return []
+    if result.per_task:
+        figures = []
+        for stream in dict.fromkeys((line.row.benchmark, line.row.neurons) for line in run):
+            group = [line for line in run if (line.row.benchmark, line.row.neurons) == stream]
+            stem = f"{stream[0].name}_{stream[1]}"
+            figures.append((f"{name}_{stem}", _over_tasks(result, group)))
+            if (maps := _heat_maps(group)) is not None:
+                figures.append((f"{name}_heat_maps_{stem}", maps))
+        return figures
+    if any(line.row.factor for line in run):
+        return [(name, _ablations(result, run))]
+    return [(name, _methods(result, run))]
+
+
+def _methods(result: Result, lines: Sequence[Line]) -> Figure:
+    """A panel for each benchmark and measure; a line of marks for each method."""
+    benchmarks = list(dict.fromkeys(line.row.benchmark for line in lines))
+    methods = list(dict.fromkeys(line.row.method for line in lines))[::-1]
+    measures = [m for m in result.measures if m != "seconds"]
+    sizes = sorted({line.row.neurons for line in lines})
+    figure, grid = plt.subplots(
+        len(measures),
+        len(benchmarks),
+        figsize=(1.6 + 3.1 * len(benchmarks), 1.1 + 0.3 * len(methods) * len(measures)),
+        sharey=True,
+        sharex="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    shift = 0.36 / max(1, len(sizes) - 1)
+    for row, measure in zip(grid, measures, strict=True):
+        for axes, benchmark in zip(row, benchmarks, strict=True):
+            for line in (x for x in lines if x.row.benchmark == benchmark):
+                number = sizes.index(line.row.neurons)
+                height = methods.index(line.row.method) - (number - (len(sizes) - 1) / 2) * shift
+                _mark(axes, line, measure, height, number)
+            axes.set(xlabel=AXIS[measure], yticks=range(len(methods)), yticklabels=methods)
+            axes.set_ylim(-0.6, len(methods) - 0.4)
+            axes.grid(axis="y", color="0.92")
+            axes.set_axisbelow(True)
+            if measure == measures[0]:
+                axes.set_title(benchmark.title, fontsize="medium")
+        if measure == "mean_accuracy":
+            row[0].set_xlim(-0.02, 1.02)  # for the whole row
+    named = any(line.row.published(result.measures[0]) for line in lines)
+    figure.legend(handles=_legend(sizes, named), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _mark(axes: Axes, line: Line, measure: str, height: float, number: int) -> None:
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    values, paper = line.values(measure), line.row.published(measure)
+    if values:
+        center, error = estimate(values)
+        axes.errorbar(center, height, xerr=error, color=color, marker=marker, capsize=2, ms=5)
+    if paper is not None:
+        axes.plot(paper.value, height, marker=marker, ms=8, mfc="none", mec=color, ls="none")
+
+
+def _legend(sizes: Sequence[int], named: bool) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=COLORS[n % len(COLORS)], marker=MARKERS[n % len(MARKERS)], ms=5,
+               ls="none", label=f"R = {size:,}" if size else "no neurons")
+        for n, size in enumerate(sizes)
+    ]  # fmt: skip
+    if named:
+        handles.append(
+            Line2D([], [], marker="o", ms=8, mfc="none", mec="0.3", ls="none", label="published")
+        )
+    return handles
+
+
+def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
+    """A panel a measure, a mark for each value of each factor, the default as a band."""
+    default = next((line for line in lines if line.row.factor == DEFAULT), None)
+    varied = [line for line in lines if line is not default][::-1]
+    base = (default or lines[0]).row
+    names = [
+        f"{line.row.method}, " * (line.row.method != base.method)
+        + f"{line.row.factor} = {line.row.value}"
+        for line in varied
+    ]
+    figure, row = plt.subplots(
+        1,
+        len(result.measures),
+        figsize=(2.0 + 3.4 * len(result.measures), 1.2 + 0.24 * max(4, len(varied))),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, measure in zip(row[0], result.measures, strict=True):
+        values = default.values(measure) if default else []
+        if values:
+            center, error = estimate(values)
+            axes.axvline(center, color="0.3", lw=1, label="default")
+            if error is not None:
+                axes.axvspan(center - error, center + error, color="0.85", lw=0)
+        for height, line in enumerate(varied):
+            _mark(axes, line, measure, height, 0)
+        for height, (below, above) in enumerate(pairwise(varied)):
+            if below.row.factor != above.row.factor:
+                axes.axhline(height + 0.5, color="0.92", lw=1)
+        axes.set(xlabel=AXIS[measure], yticks=range(len(names)), yticklabels=names)
+    if default is not None:
+        handles, labels = row[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    title = f"{base.method.upper()} on {base.benchmark.title}, R = {base.neurons:,}"
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
+def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
+    """A panel a measure that was recorded, a line a method, a band of one standard error."""
+    recorded = [m for m in result.measures if any(line.per_task(m) for line in lines)]
+    columns = min(3, len(recorded))
+    rows = -(-len(recorded) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.4 + 3.2 * columns, 0.4 + 2.9 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, measure in zip(grid.flat, recorded, strict=False):
+        for number, line in enumerate(lines):
+            _curve(axes, line, measure, number)
+        axes.set(xlabel="after training task", ylabel=AXIS[measure])
+        low, high = axes.dataLim.intervaly
+        if measure in LOGARITHMIC and low > 0 and high > WIDE * low:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid.flat[len(recorded) :]:
+        axes.set_axis_off()
+    row = lines[0].row
+    figure.suptitle(f"{row.benchmark.title}, R = {row.neurons:,}", fontsize="medium")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
+    return figure
+
+
+def _curve(axes: Axes, line: Line, measure: str, number: int) -> None:
+    runs = line.per_task(measure)
+    if not runs:
+        return
+    values = np.array(runs)
+    tasks = np.arange(line.row.config.tasks - values.shape[1], line.row.config.tasks)
+    center, color = values.mean(0), COLORS[number % len(COLORS)]
+    axes.plot(
+        tasks,
+        center,
+        color=color,
+        linestyle=DASHES[number // len(COLORS) % len(DASHES)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=4,
+        markevery=max(1, len(tasks) // NAMED),
+        linewidth=1.2,
+        label=line.row.method,
+    )
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / np.sqrt(len(values))
+        axes.fill_between(tasks, center - error, center + error, color=color, alpha=0.15, lw=0)
+
+
+def _heat_maps(lines: Sequence[Line]) -> Figure | None:
+    """Neuron x task, a panel for each method of the claims; None where no run has its frequencies.
+
+    Of the first class order that all of these methods have. The networks of one seed begin with the
+    same weights, so a neuron is the same one in every panel: the same neurons are shown, those
+    that are active most often over all panels and tasks, in the same order and on the same scale.
+    """
+    files = {line.row.method: line.frequencies() for line in lines}
+    files = {method: files[method] for method in SHORT_LARGE if files.get(method)}
+    seeds = set.intersection(*map(set, files.values())) if files else set()
+    if not seeds:
+        return None
+    found = {method: read_frequency(*paths[min(seeds)]) for method, paths in files.items()}
+    together = np.mean(list(found.values()), axis=0)
+    most = np.argsort(-together.mean(0), kind="stable")[:HEAT_MAP_NEURONS]
+    order = most[busiest_first(together[:, most])]
+    figure, column = plt.subplots(
+        len(found), 1, figsize=(7.2, 0.8 + 1.9 * len(found)), sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axes, (method, frequency) in zip(column[:, 0], found.items(), strict=True):
+        image = draw_heat_map(axes, frequency[:, order])
+        axes.set_title(method, fontsize="medium")
+    axes.set(xlabel=f"the {len(order)} most active neurons, sorted by their busiest task")
+    figure.colorbar(image, ax=list(column[:, 0]), label="activation frequency", extend="min")
+    row = lines[0].row
+    figure.suptitle(
+        f"{row.benchmark.title}, R = {row.neurons:,}, seed {min(seeds)}", fontsize="medium"
+    )
+    return figure

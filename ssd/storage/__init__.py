@@ -1,0 +1,1 @@
+"""Files of runs: written whole, read with care, locked, and where their numbers come from."""

@@ -1,0 +1,206 @@
+"""The folder of a run: the names of its files, and whose it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssd.config import Config
+from ssd.data import Dataset
+from ssd.errors import UserError
+from ssd.storage.files import (
+    are_numbers,
+    damaged,
+    difference,
+    dumps,
+    read_json,
+    read_text,
+    temporary,
+    write_atomically,
+)
+from ssd.storage.lock import LOCK, folder_lock
+from ssd.storage.provenance import commit, versions
+
+# Raise it when a change moves the numbers of runs: those of another are neither gone on with nor
+# shown. Commits are recorded too, but most of them move no number.
+ALGORITHM = 1
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+MATRIX = "accuracy_matrix.csv"
+FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its training set
+STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
+SUMMARY = "summary.json"
+DIVERGED = "diverged.json"  # in the place of a summary: why there is none
+
+
+def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:
+    """The summary of a run that has come to its end.
+
+    Args:
+        folder: of the run. trained: whether it is of a network; a peer's summary says less.
+
+    Raises:
+        UserError: the summary is damaged.
+    """
+    path = folder / SUMMARY
+    summary = read_json(path)
+    matrix, structure = summary.get("accuracy_matrix"), summary.get("structure", {})
+    tasks = len(matrix) if isinstance(matrix, list) else 0
+    sound = {name: isinstance(summary.get(name), str) for name in _TEXTS}
+    sound |= {name: are_numbers(summary.get(name)) for name in _NUMBERS}
+    sound["accuracy_matrix"] = tasks > 0 and are_numbers(matrix, tasks, tasks)
+    sound["versions"] = isinstance(summary.get("versions"), dict)
+    sound["structure"] = isinstance(structure, dict) and all(
+        are_numbers(values) or _compared(values, tasks) for values in structure.values()
+    )
+    if trained:
+        sound |= {name: are_numbers(summary.get(name), tasks) for name in _A_TASK}
+        sound["trained_together"] = are_numbers(summary.get("trained_together"))
+        sound["config"] = _is_config(summary.get("config"), tasks)
+    for name, holds in sound.items():
+        if not holds:
+            raise damaged(path, f"{name} is missing or wrong")
+    return summary
+
+
+def read_diverged(folder: Path) -> dict[str, Any]:
+    """What write_diverged wrote; UserError if it is damaged."""
+    content = read_json(folder / DIVERGED)
+    kinds = {"diverged": str, "versions": dict, "commit": str}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise damaged(folder / DIVERGED, f"{name} is missing or wrong")
+    return content
+
+
+_TEXTS = ("dataset", "method", "evaluated_on", "device", "commit")
+_NUMBERS = ("seed", "mean_accuracy", "bwt", "forgetting", "seconds")
+_A_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
+
+
+def _compared(values: Any, tasks: int) -> bool:
+    """Whether there is a number for each task, or None where it had nothing to compare with."""
+    if not isinstance(values, list) or len(values) != tasks:
+        return False
+    return all(value is None or are_numbers(value) for value in values)
+
+
+def _is_config(content: Any, tasks: int) -> bool:
+    try:
+        config = Config(**content)
+        config.validate()
+    except (TypeError, UserError):
+        return False
+    return config.tasks == tasks
+
+
+def write_diverged(folder: Path, reason: str) -> None:
+    """Records that a run came to no summary, because its numbers were not finite."""
+    content = {"diverged": reason, "versions": versions(), "commit": commit()}
+    write_atomically(folder / DIVERGED, dumps(content, indent=2) + "\n")
+
+
+def ended(folder: Path) -> bool:
+    """Whether a run has come to an end, good or bad: the same command does not train it again."""
+    return (folder / SUMMARY).is_file() or (folder / DIVERGED).is_file()
+
+
+def read_frequency(folder: Path, config: Config) -> np.ndarray:
+    """The activation frequency [T, R] of a run; UserError if the file is damaged."""
+    path, shape = folder / FREQUENCY, (config.tasks, config.neurons)
+    try:
+        found = np.load(path, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise damaged(path, error) from error
+    if not isinstance(found, np.ndarray) or not are_numbers(found, *shape):
+        raise damaged(path, f"no numbers {list(shape)}")
+    return found
+
+
+def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
+    """The log of a finished run, a record an epoch; UserError if the file is damaged."""
+    path, tasks, records = folder / METRICS, config.tasks, []
+    try:
+        for line in read_text(path).splitlines():
+            record = json.loads(line)
+            records.append((record["task"], record["epoch"], record))
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise damaged(path, error) from error
+    if [each[:2] for each in records] != list(product(range(tasks), range(config.epochs))):
+        raise damaged(path, f"not a line for each of {tasks} x {config.epochs} epochs")
+    for task, epoch, record in records:
+        if epoch + 1 < config.epochs and "test_accuracy" not in record:
+            continue
+        if not are_numbers(record.get("test_accuracy"), tasks):
+            raise damaged(path, f"no test_accuracy in task {task}, epoch {epoch}")
+    return [record for *_, record in records]
+
+
+def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
+    """What makes a run this run; JSON-able."""
+    return {
+        "config": config.to_dict(),
+        "data": data.name,
+        "data_crc32": data.checksum(),
+        "seeds": seeds,
+        "algorithm": ALGORITHM,
+    }
+
+
+def identity(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What describe() said, less the feature file's name: its checksum tells its content."""
+    config = described.get("config")
+    known = {**config, "features": None} if isinstance(config, dict) else config
+    return {**described, "config": known}
+
+
+@contextmanager
+def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """Makes the folder of a run, or checks that it is this very run's, and keeps others from it.
+
+    Raises:
+        UserError: it holds something else, or another process has it. OSError: it cannot be made.
+    """
+    _holds(folder, described, resume)  # what is something else's is not touched
+    with folder_lock(folder):
+        if not _holds(folder, described, resume):
+            content = {**described, "versions": versions(), "commit": commit()}
+            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
+        elif (before := read_json(folder / CONFIG))["config"] != described["config"]:
+            # The feature file has been moved: --resume alone is to find it.
+            content = {**before, "config": described["config"]}
+            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
+        yield
+
+
+def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
+    """Whether a folder holds this run already; UserError if it holds something else."""
+    path = folder / CONFIG
+    if path.is_file():
+        if not resume:
+            raise UserError(f"{folder} already holds a run; add --resume or use another --out")
+        changed = difference(identity(read_json(path)), identity(described))
+        if changed:
+            raise UserError(
+                f"{folder} belongs to another configuration ({changed}); use another --out"
+            )
+        return True
+    if folder.exists() and not _is_empty(folder):
+        raise UserError(f"{folder} exists and is not the folder of a run; use another --out")
+    return False
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run killed at its very start leaves."""
+    leftovers = (temporary(folder / CONFIG), folder / LOCK)
+    return folder.is_dir() and all(file in leftovers for file in folder.iterdir())

@@ -1,0 +1,325 @@
+"""The peers against scikit-learn and by hand; the study that measures them."""
+
+import copy
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ssd.data import Task
+from ssd.peers import __main__ as peers
+from ssd.peers import learners
+from ssd.peers.learners import FlyModel, NearestClassMean, RandomReLU, StreamingLDA, evaluate_stream
+
+D, C = 6, 4
+
+
+def data(per_class: int = 30) -> tuple[Tensor, Tensor]:
+    """Overlapping classes with correlated inputs, labels in order."""
+    y = torch.arange(C).repeat_interleave(per_class)
+    mixing = torch.randn(D, D)
+    return 1.5 * torch.randn(C, D)[y] + torch.randn(len(y), D) @ mixing, y
+
+
+def stream(x: Tensor, y: Tensor, order: list[list[int]]) -> list[Task]:
+    parts = [torch.isin(y, torch.tensor(classes)) for classes in order]
+    return [
+        Task(tuple(c), x[p], y[p], x[p][::2], y[p][::2]) for c, p in zip(order, parts, strict=True)
+    ]
+
+
+def fit(
+    learner: learners.Learner, x: Tensor, y: Tensor, order: list[list[int]]
+) -> learners.Learner:
+    for task in stream(x, y, order):
+        learner.fit_task(task.x_train, task.y_train)
+    return learner
+
+
+def test_nearest_class_mean_is_nearest_centroid() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
+    x, y = data()
+    learner = fit(NearestClassMean(D, C), x, y, [[2], [0, 3], [1]])
+    expected = neighbors.NearestCentroid().fit(x.double().numpy(), y.numpy())
+    probe = 3 * torch.randn(200, D)
+    found = learner.predict(probe).argmax(1)
+    assert np.array_equal(found.numpy(), expected.predict(probe.double().numpy()))
+    assert len(found.unique()) == C
+
+
+@pytest.mark.parametrize("shrinkage", [0.01, 0.3])
+def test_streaming_lda_is_lda(shrinkage: float) -> None:
+    discriminant = pytest.importorskip(
+        "sklearn.discriminant_analysis", reason="scikit-learn is not installed"
+    )
+    x, y = data()
+    learner = fit(StreamingLDA(D, C, shrinkage), x, y, [[2], [0, 3], [1]])
+    expected = discriminant.LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+    expected.fit(x.double().numpy(), y.numpy())
+    probe = 3 * torch.randn(50, D)
+    ours = learner.predict(probe)
+    # Classes are equally many here, so sklearn's priors shift every score alike.
+    theirs = torch.from_numpy(expected.decision_function(probe.double().numpy()))
+    torch.testing.assert_close(
+        ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True)
+    )
+
+
+def test_random_relu_task_by_task_is_ridge() -> None:
+    linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    x, y = data()
+    learner = RandomReLU(D, C, 40, ridge=1e-2, generator=torch.Generator().manual_seed(1))
+    fit(learner, x, y, [[3], [1], [0, 2]])
+    hidden = (x @ learner.projection.T).relu().double()
+    ridge = 1e-2 * hidden.square().sum(0).mean().item()
+    expected = linear.Ridge(alpha=ridge, fit_intercept=False)
+    expected.fit(hidden.numpy(), np.eye(C)[y])
+    torch.testing.assert_close(
+        learner.predict(x).double(),
+        torch.from_numpy(expected.predict(hidden.numpy())),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_fly_model_is_its_one_pass_rule() -> None:
+    """Sample by sample, clipped after each."""
+    y = torch.arange(C).repeat_interleave(30)
+    x = 2 * torch.randn(C, 20)[y] + torch.randn(len(y), 20)
+    learner = FlyModel(20, C, 50, 0.1, 0.5, 0.2, generator=torch.Generator().manual_seed(2))
+    fit(learner, x, y, [[0, 1], [2, 3]])
+    assert learner.projection.sum(1).tolist() == [10.0] * 50
+    weight = torch.zeros(50, C, dtype=torch.float64)
+    for sample, label in zip(x, y, strict=True):
+        response = learner.projection @ (sample - sample.mean())
+        kept = response.topk(5)
+        code = kept.values.relu() / kept.values.max().clamp(min=1e-12)
+        weight[kept.indices, label] += 0.2 * code.double()
+        weight.clamp_(max=1.0)
+    torch.testing.assert_close(learner.weight, weight, rtol=1e-5, atol=1e-5)
+    assert (weight == 1).any()
+    assert (learner.predict(x).argmax(1) == y).double().mean() > 0.5
+
+
+LEARNERS = [
+    NearestClassMean(D, C),
+    StreamingLDA(D, C),
+    FlyModel(D, C, 50, 0.1),
+    RandomReLU(D, C, 40),
+]
+
+
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: type(learner).__name__)
+def test_classes_not_seen_are_never_predicted(learner: learners.Learner) -> None:
+    x, y = data()
+    learner.fit_task(x[y == 2], y[y == 2])
+    scores = learner.predict(x)
+    assert scores.shape == (len(x), C)
+    assert torch.isneginf(scores[:, [0, 1, 3]]).all()
+    assert (scores.argmax(1) == 2).all()
+
+
+class Lookup:
+    """Knows the labels of the samples it was shown, and says 0 to any other."""
+
+    def __init__(self) -> None:
+        self.known: dict[float, int] = {}
+
+    def fit_task(self, x: Tensor, y: Tensor) -> None:
+        # Of the second task it forgets the first one's class 0.
+        self.known = {key: label for key, label in self.known.items() if label}
+        self.known |= dict(zip(x[:, 0].tolist(), y.tolist(), strict=True))
+
+    def predict(self, x: Tensor) -> Tensor:
+        labels = [self.known.get(key, 1) for key in x[:, 0].tolist()]
+        return torch.nn.functional.one_hot(torch.tensor(labels), C).double()
+
+
+def test_evaluate_stream_fills_the_lower_triangle() -> None:
+    x, y = data()
+    accuracy = evaluate_stream(Lookup(), stream(x, y, [[0, 1], [2, 3]]))
+    assert accuracy.dtype == torch.float64
+    assert accuracy.tolist() == [[1.0, 0.0], [0.5, 1.0]]
+
+
+def archive(path: Path) -> Path:
+    x, y = data(40)
+    with path.open("wb") as file:
+        np.savez(file, x_train=x, y_train=y, x_test=x[::4], y_test=y[::4])
+    return path
+
+
+def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = [replace(e, early=e.early[:2], late=e.late[:2]) for e in learners.entries(D, 20)]
+    monkeypatch.setattr(peers, "entries", lambda *_: some)
+    out = tmp_path / "sub" / "tiny.csv"
+    arguments = ["--features", str(archive(tmp_path / "tiny.npz")), "--tasks", "2"]
+    arguments += ["--neurons", "20", "--seeds", "2", "--out", str(out)]
+    assert peers.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "tiny, 2 tasks, R = 20, 2 seeds" in printed
+    assert "mean ± standard deviation over seeds" in printed
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for entry in some:
+        mine = [row for row in rows if row["learner"] == entry.name]
+        tried = [row for row in mine if row["split"] == "validation"]
+        tested = [row for row in mine if row["split"] == "test"]
+        assert len(tried) == len(entry.early) * len(entry.late)
+        assert [row["seed"] for row in tested] == ["0", "1"]
+        best = max(float(row["mean_accuracy"]) for row in tried)
+        chosen = [row for row in tried if row["settings"] == tested[0]["settings"]]
+        assert float(chosen[0]["mean_accuracy"]) == best
+        assert json.loads(tested[0]["settings"]) is not None
+    # A row that is missing is measured again, to the same figure; the others are kept.
+    lost = next(row for row in rows if row["split"] == "test")
+    text = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(text[: rows.index(lost) + 1] + text[rows.index(lost) + 2 :]))
+    assert peers.main(arguments) == 0
+    with out.open(newline="") as file:
+        again = list(csv.DictReader(file))
+    assert len(again) == len(rows)
+    assert again[-1]["mean_accuracy"] == lost["mean_accuracy"]
+
+
+def test_mistakes_end_with_2_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = ["--features", str(archive(tmp_path / "tiny.npz"))]
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n1,2\n")
+    for arguments, message in (
+        ([*features, "--tasks", "3"], "--tasks 3 does not divide"),
+        ([*features, "--neurons", "5"], "--neurons 5 must be at least 10"),
+        ([*features, "--tasks", "2", "--seeds", "0"], "--seeds 0 must be in 1..10000"),
+        ([*features, "--tasks", "2", "--seeds", "10001"], "--seeds 10001 must be in 1..10000"),
+        ([*features, "--tasks", "2", "--neurons", str(10**12)], f"--neurons {10**12} does not fit"),
+        ([*features, "--tasks", "2", "--out", "/dev/full"], "--out /dev/full is no ordinary file"),
+        ([*features, "--tasks", "2", "--out", str(other)], "is not a table of peers"),
+        (["--magic"], "--magic"),
+    ):
+        assert peers.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert other.read_text() == "a,b\n1,2\n"
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A short command, and its features, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    few = [replace(e, early=e.early[:2], late=e.late[:2]) for e in learners.entries(D, 20)[:2]]
+    monkeypatch.setattr(peers, "entries", lambda *_: few)
+    archive(Path("f.npz"))
+    return ["--features", "f.npz", "--tasks", "2", "--neurons", "20", "--out", "t.csv"]
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    return "".join(line for line in capsys.readouterr().out.splitlines(True) if "│" in line)
+
+
+@pytest.mark.parametrize("change", ["data", "tasks", "algorithm"])
+def test_rows_of_another_study_are_refused(
+    study: list[str], change: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert peers.main(study) == 0
+    before = Path("t.csv").read_bytes()
+    if change == "data":  # of the same name
+        arrays = dict(np.load("f.npz"))
+        arrays["y_train"] = arrays["y_train"][::-1]
+        np.savez("f.npz", **arrays)
+    elif change == "tasks":
+        study[study.index("--tasks") + 1] = "4"
+    else:
+        monkeypatch.setattr(peers, "ALGORITHM", 0)
+    capsys.readouterr()
+    assert peers.main(study) == 2
+    printed, said = capsys.readouterr()
+    key = "data_crc32" if change == "data" else change
+    assert said.startswith(f"error: --out t.csv is of another study ({key} ")
+    assert (printed, said.count("\n")) == ("", 1)
+    assert Path("t.csv").read_bytes() == before
+    assert [path.name for path in Path().glob(".*")] == []
+
+
+def test_the_same_data_by_another_name_are_not_measured_again(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main(study) == 0
+    table, before = shown(capsys), Path("t.csv").read_bytes()
+    Path("f.npz").rename("g.npz")
+    assert peers.main([*study, "--features", "g.npz"]) == 0
+    assert shown(capsys) == table
+    assert Path("t.csv").read_bytes() == before
+
+
+def test_a_table_shows_what_was_asked_for_whatever_else_the_file_holds(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the seeds of another command, nor settings that are not tried any more."""
+    assert peers.main([*study, "--seeds", "1"]) == 0
+    table = shown(capsys)
+    assert peers.main([*study, "--seeds", "3"]) == 0
+    rows = Path("t.csv").read_text()
+    tried = [line for line in rows.splitlines() if ",validation,streaming LDA," in line]
+    cells = next(csv.reader([tried[0]]))
+    cells[4], cells[7] = '{"shrinkage": 0.77}', "1.0"
+    stranger = ",".join('"' + cell.replace('"', '""') + '"' for cell in cells)
+    head, *rest = rows.splitlines()
+    Path("t.csv").write_text("\n".join([head, stranger, *rest[::-1]]) + "\n")
+    capsys.readouterr()
+    assert peers.main([*study, "--seeds", "1"]) == 0
+    assert shown(capsys) == table
+
+
+def test_a_table_that_was_saved_by_another_program(
+    study: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert peers.main(study) == 0
+    table, text = shown(capsys), Path("t.csv").read_text()
+    Path("t.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert peers.main(study) == 0
+    assert shown(capsys) == table
+    for content in (
+        text.encode("utf-16"), text.replace(",", ";").encode(), text[:-30].encode(), b"\x00", b"",
+        text.replace("algorithm", "version", 1).encode(), text.encode() + b"1,2\n",
+        (text + text.splitlines()[-1] + "\n").encode(),  # a run twice
+        *(",".join([*(cells := text.rsplit(",", 6))[:1], bad, *cells[2:]]).encode()
+          for bad in ("7.0", "nan", "-1")),
+    ):  # fmt: skip
+        Path("t.csv").write_bytes(content)
+        assert peers.main(study) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert Path("t.csv").read_bytes() == content
+
+
+def test_rows_of_several_commits_say_so(
+    study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seeds, made in (("1", "c0ffee"), ("2", "decaf")):
+        monkeypatch.setattr(peers, "commit", lambda made=made: made)
+        assert peers.main([*study, "--seeds", seeds]) == 0
+    assert capsys.readouterr().err.endswith("note: the table shows runs of 2 commits\n")
+
+
+@pytest.mark.parametrize("label", [-100, -1, C])
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: type(learner).__name__)
+def test_a_label_out_of_range_is_named_and_changes_nothing(
+    learner: learners.Learner, label: int
+) -> None:
+    x, y = data()
+    fresh = copy.deepcopy(learner)
+    fresh.fit_task(x, y)
+    y[3], before = label, copy.deepcopy(fresh)
+    with pytest.raises(ValueError, match=f"{type(learner).__name__}: labels run .*{label}"):
+        fresh.fit_task(x, y)
+    assert torch.equal(fresh.predict(x), before.predict(x))

@@ -1,0 +1,77 @@
+"""A trained network's code with a closed-form decoder: that it trains, then reads."""
+
+import pytest
+import torch
+
+from ssd.config import Config
+from ssd.data import Task
+from ssd.errors import UserError
+from ssd.learner import Learner, build_model
+from ssd.peers.learners import evaluate_stream
+from ssd.peers.readout import CodeReadout, LearnedCode
+from ssd.peers.trained_readout import TrainedReadout
+from ssd.trainer import Trainer
+
+D, C = 12, 4
+CONFIG = Config(method="ssd", tasks=2, neurons=40, k=4, epochs=3, batch_size=16, lr=0.5,
+                anneal_samples=200, subnetwork=2.0)  # fmt: skip
+
+
+def stream() -> list[Task]:
+    torch.manual_seed(0)
+    centres = 3 * torch.randn(C, D)
+    y = torch.arange(240) % 2
+    tasks = []
+    for first in (0, 2):
+        x = (centres[first + y] + torch.randn(240, D)).relu()
+        train, test = slice(0, 160), slice(160, 240)
+        labels = first + y
+        tasks.append(Task((first, first + 1), x[train], labels[train], x[test], labels[test]))
+    return tasks
+
+
+def test_reads_the_code_as_it_is_after_each_task() -> None:
+    tasks = stream()
+    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, strength=1e-2)
+    accuracy = evaluate_stream(learner, tasks)
+    assert accuracy[1].mean() > 0.6
+    assert accuracy[0, 1] == 0
+
+    model = build_model(CONFIG, D, C)
+    expected = CodeReadout(LearnedCode(model, 10), C, "lda", 1e-2)
+    for event in Trainer([Learner(CONFIG, tasks, model)]).run():
+        if event.kind == "task":
+            expected.fit_task(tasks[event.task].x_train, tasks[event.task].y_train)
+    x = tasks[0].x_test
+    assert torch.equal(learner.predict(x), expected.predict(x))
+    assert not torch.equal(model.encoder.weight, build_model(CONFIG, D, C).encoder.weight)
+
+
+def test_frozen_after_the_first_task() -> None:
+    tasks = stream()
+    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, strength=1e-2, freeze=True)
+    for task in tasks:
+        learner.fit_task(task.x_train, task.y_train)
+
+    model = build_model(CONFIG, D, C)
+    events = Trainer([Learner(CONFIG, tasks, model)]).run()
+    next(event for event in events if event.kind == "task")
+    expected = CodeReadout(LearnedCode(model, 10), C, "lda", 1e-2)
+    for task in tasks:
+        expected.fit_task(task.x_train, task.y_train)
+    x = torch.cat([task.x_test for task in tasks])
+    assert torch.equal(learner.predict(x), expected.predict(x))
+
+
+def test_the_network_s_own_k() -> None:
+    tasks = stream()
+    own, same = (TrainedReadout(CONFIG, tasks, C, share) for share in (None, 0.1))
+    for learner in (own, same):
+        learner.fit_task(tasks[0].x_train, tasks[0].y_train)
+    x = tasks[0].x_test
+    assert torch.equal(own.predict(x), same.predict(x))
+
+
+def test_a_network_without_a_code_is_refused() -> None:
+    with pytest.raises(UserError, match="relu-mlp"):
+        TrainedReadout(Config(method="naive", tasks=2), stream(), C, share=0.25)
