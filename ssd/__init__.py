@@ -13,17 +13,22 @@ from types import FrameType
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+__version__ = "0.1.0"
 BEGINS_AGAIN = "interrupted; the same command begins again"
 
 
-def guard_imports() -> None:
-    """In `python -m ssd.NAME`, ends the process in one line if Ctrl-C comes during imports."""
-    given = sys.orig_argv
-    module = given[given.index("-m") + 1] if "-m" in given else ""
-    # sys.argv[0] is -m until the module itself is run; what the system set stands.
-    importing = sys.argv[:1] == ["-m"] and module.startswith("ssd.")
-    if importing and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+def guard_imports(module: str) -> None:
+    """Ends the process in one line if Ctrl-C comes while a command's imports run."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it stands
+    if module.startswith("ssd.") and usual:
         signal.signal(signal.SIGINT, _end)
+
+
+def _module_of_the_command_line() -> str:
+    """NAME in `python -m NAME` while its imports run; else an empty string."""
+    given = sys.orig_argv
+    # sys.argv[0] is -m until the module itself runs.
+    return given[given.index("-m") + 1] if sys.argv[:1] == ["-m"] and "-m" in given else ""
 
 
 def end_guard() -> None:
@@ -37,4 +42,4 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-guard_imports()
+guard_imports(_module_of_the_command_line())
