@@ -1,106 +1,506 @@
-"""What is measured: a case is one op, mode, dtype and shape with its providers and its gate."""
+"""The benchmarked ops: a builder of each one's case, and the shapes that are timed.
+
+A new op is a function here, in BUILDERS by its name, and a line in the tables at the end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-Provider = Callable[[Any], Any]
+import ssd.ops.reference
+import ssd_kernels as ours
+from benchmarks import gate, peers
+from benchmarks.providers import (
+    ALONE,
+    DENSE,
+    GEMM,
+    LIBRARY,
+    Case,
+    Provider,
+    Shape,
+    captured,
+    compiled,
+    distinct,
+    impls,
+    normal,
+)
+from ssd.ops.code_gram import code_gram as our_code_gram
+from ssd_kernels import _graded_code, reference
 
-
-@dataclass(frozen=True)
-class Case:
-    """inputs() draws a fresh set; a provider maps a set to a result; check(provider, set, result)
-    says what is wrong, or "". size and operations are the op's floor: bytes and FLOPs."""
-
-    op: str
-    mode: str
-    dtype: torch.dtype
-    shape: dict[str, int]
-    inputs: Callable[[], Any]
-    providers: dict[str, Provider]
-    check: Callable[[str, Any, Any], str]
-    size: int
-    operations: int = 0
-
-    @property
-    def title(self) -> str:
-        sizes = " ".join(f"{name}={value}" for name, value in self.shape.items())
-        return f"{self.op} {self.mode} {str(self.dtype).removeprefix('torch.')} {sizes}"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One line of the tables below; build_cases makes a Case of it."""
-
-    op: str
-    mode: str
-    dtype: torch.dtype
-    sizes: dict[str, int]
+# The longest row in which Inductor may fuse a small top-k; beyond, compiled code calls torch.topk.
+FUSED = 16_384
+INDEX = 8  # bytes
+Select = Callable[[Tensor, Tensor, Tensor], Any]  # (x, weight, bias) -> values, indices, ..
 
 
-def _shape(op: str, mode: str, dtype: torch.dtype, **sizes: int) -> Shape:
-    return Shape(op, mode, dtype, sizes)
+def topk(shape: Shape, device: torch.device) -> Case:
+    batch, neurons, k = shape["B R k"]
+
+    def library(scores: Tensor) -> Any:
+        return torch.topk(scores, k)
+
+    providers = impls("topk", device, lambda scores, impl: ours.topk(scores, k, impl=impl)[:2])
+    providers["torch.topk"] = library
+    if neurons <= FUSED:
+        providers |= compiled(device, "torch.topk", library)
+    providers |= {name: partial(peer, k) for name, peer in peers.topk(device).items()}
+    number = shape.dtype.itemsize
+    return Case(
+        shape,
+        lambda: normal(shape, device, batch, neurons),
+        providers,
+        lambda _, scores, result: gate.topk(scores, *result),
+        size=batch * neurons * number + batch * k * (number + INDEX),
+    )
 
 
-FP32, BF16 = torch.float32, torch.bfloat16
+def _linear_and_topk(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    values, indices = torch.topk(F.linear(x, weight, bias), k)
+    return values.relu(), indices
 
-# Every shape that targets.py names, what matters most first: the time budget cuts from the end.
-TARGETS = [
-    _shape("linear_topk", "forward", BF16, B=8192, d=1024, R=131072, k=32),
-    _shape("linear_topk", "forward", FP32, B=8192, d=256, R=10000, k=10),
-    _shape("linear_topk", "forward", FP32, B=128, d=256, R=10000, k=10),
-    _shape("linear_topk", "forward", FP32, B=8192, d=1024, R=65536, k=32),
-    _shape("linear_topk", "forward", BF16, B=8192, d=4096, R=131072, k=32),
-    _shape("linear_topk", "full", BF16, B=8192, d=1024, R=131072, k=32),
-    _shape("linear_topk", "full", FP32, B=8192, d=256, R=10000, k=10),
-    _shape("topk", "forward", FP32, B=8192, R=131072, k=64),
-    _shape("sparse_linear", "full", BF16, B=8192, R=65536, k=64, C=4096),
-    *(_shape("topk", "forward", FP32, B=65536, R=r, k=k) for r in (4096, 1024) for k in (10, 32)),
-    _shape("linear_topk", "forward", FP32, B=1024, d=256, R=10000, k=10),
-    _shape("linear_topk", "forward", BF16, B=1024, d=1024, R=131072, k=32),
-]
-OTHERS = [
-    _shape("linear_topk", "full", FP32, B=128, d=256, R=10000, k=10),
-    _shape("sparse_linear", "forward", BF16, B=8192, R=65536, k=64, C=4096),
-    _shape("linear_inhibit", "forward", FP32, B=128, d=256, R=10000, k=10),
-    # S networks at once, B samples of each.
-    _shape("linear_topk", "forward", FP32, S=10, B=128, d=256, R=10000, k=10),
-    _shape("row_update", "step", FP32, B=128, d=256, R=10000, k=10),
-    _shape("row_update", "step", FP32, B=8192, d=1024, R=65536, k=32),
-    _shape("count_active", "forward", FP32, B=8192, R=131072, k=32),
-    _shape("count_active", "forward", FP32, B=128, R=10000, k=10),
-    _shape("sparse_linear", "full", FP32, B=128, R=10000, k=10, C=10),
-    _shape("code_gram", "forward", FP32, B=8192, R=10000, k=100, C=10),
-    _shape("linear_inhibit", "forward", FP32, B=1024, d=256, R=10000, k=10),
-    _shape("topk", "forward", BF16, B=8192, R=131072, k=64),
-]
+
+def linear_topk(shape: Shape, device: torch.device) -> Case:
+    if "S" in shape.sizes:
+        return _linear_topk_of_networks(shape, device)
+    batch, d, neurons, k = shape["B d R k"]
+    full = shape.mode == "full"
+    counts = torch.zeros(neurons, dtype=torch.int64, device=device)
+
+    def inputs() -> Any:
+        x, weight, bias = (
+            normal(shape, device, *sizes).requires_grad_(full)
+            for sizes in ((batch, d), (neurons, d), (neurons,))
+        )
+        # A row's neurons share one gradient, so that their order does not matter.
+        grad = normal(shape, device, batch, 1).expand(-1, k).contiguous()
+        factors = [] if full else [x, weight]
+        if shape.dtype == torch.float32:
+            factors = [factor.half() for factor in factors]
+        return x, weight, bias, grad, *factors
+
+    def mode(select: Select) -> Provider:
+        def forward(given: Any) -> Any:
+            return tuple(select(*given[:3]))[:2]
+
+        def both(given: Any) -> Any:
+            values, indices = forward(given)
+            grads = torch.autograd.grad(values, given[:3], given[3])
+            return values.detach(), indices, *grads
+
+        return both if full else forward
+
+    def library_and_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        values, indices = ours.topk(F.linear(x, weight, bias), k)[:2]
+        return values.relu(), indices
+
+    def call(given: Any, impl: str | None, counts: Tensor | None = None) -> Any:
+        return mode(lambda x, w, b: ours.linear_topk(x, w, k, b, counts=counts, impl=impl))(given)
+
+    library = mode(partial(_linear_and_topk, k))
+    providers = impls("linear_topk", device, call)
+    providers["ours+counts"] = lambda given: call(given, None, counts)
+    providers[LIBRARY] = library
+    providers["F.linear + our topk"] = mode(library_and_ours)
+    if batch <= 128:  # where launches decide
+        for name in ("ours", LIBRARY):
+            providers |= captured(device, name, providers[name])
+    if not full:
+        if device.type == "cuda":
+            providers[GEMM] = lambda given: given[4] @ given[5].T
+        if shape.dtype == torch.float32:
+            providers[ALONE] = lambda given: F.linear(*given[:3])
+        if neurons <= FUSED:
+            providers |= compiled(device, LIBRARY, library, autotune=batch >= 1024)
+    providers |= {name: mode(partial(peer, k)) for name, peer in peers.encoder(device).items()}
+    dense = {} if full else peers.dense_encoder(device)
+    for name, encode in dense.items():
+        providers[name] = partial(lambda encode, given: encode(k, *given[:3]), encode)
+
+    def check(name: str, given: Any, result: Any) -> str:
+        x, weight, bias = (t.detach() for t in given[:3])
+        if name == ALONE:
+            return gate.linear(x, weight, bias, result)
+        if name == GEMM:
+            return gate.linear(*given[4:], None, result)
+        values, indices, *grads = torch.topk(result, k) if name in dense else result
+        rounded = not name.startswith("ours")
+        error = gate.linear_topk(x, weight, bias, values, indices, rounded=rounded)
+        if error or not full:
+            return error
+        return gate.linear_topk_gradients(given[:3], values, indices, given[3][:, :1], grads)
+
+    number = shape.dtype.itemsize
+    size = (batch * d + neurons * d + neurons) * number + batch * k * (number + INDEX)
+    operations = 2 * batch * d * neurons
+    if full:
+        # Read x and the active rows of W, write dx and dW.
+        size += (2 * batch * d + min(batch * k, neurons) * d + neurons * d) * number
+        operations += 4 * batch * k * d
+    return Case(shape, inputs, providers, check, size, operations)
+
+
+def _linear_topk_of_networks(shape: Shape, device: torch.device) -> Case:
+    """S networks in one call, beside a call for each; B samples of each."""
+    count, batch, d, neurons, k = shape["S B d R k"]
+
+    def inputs() -> Any:
+        sizes = ((count * batch, d), (count * neurons, d), (count * neurons,))
+        return [normal(shape, device, *size) for size in sizes]
+
+    def call(given: Any, impl: str | None) -> Any:
+        x, weight, bias = given
+        return ours.linear_topk(x, weight, k, bias, blocks=count, impl=impl)[:2]
+
+    def loop(select: Select, given: Any) -> Any:
+        networks = zip(*(t.chunk(count) for t in given), strict=True)
+        codes = [select(*network)[:2] for network in networks]
+        values, indices = (torch.cat(part) for part in zip(*codes, strict=True))
+        return values, reference.numbered_through(indices, neurons, count)
+
+    def check(name: str, given: Any, result: Any) -> str:
+        first = neurons * torch.arange(count, device=device).repeat_interleave(batch).unsqueeze(1)
+        parts = (*given, result[0], result[1] - first)
+        networks = zip(*(t.chunk(count) for t in parts), strict=True)
+        rounded = not name.startswith("ours")
+        errors = (gate.linear_topk(*network, rounded=rounded) for network in networks)
+        return next(filter(None, errors), "")
+
+    providers = impls("linear_topk", device, call)
+    providers["ours, in a loop"] = partial(loop, lambda x, w, b: ours.linear_topk(x, w, k, b))
+    providers[LIBRARY] = partial(loop, partial(_linear_and_topk, k))
+    number = shape.dtype.itemsize
+    size = (batch * d + neurons * d + neurons) * number + batch * k * (number + INDEX)
+    return Case(shape, inputs, providers, check, count * size, 2 * count * batch * d * neurons)
+
+
+def linear_inhibit(shape: Shape, device: torch.device) -> Case:
+    k, outputs = shape.sizes["k"], shape.sizes["B"] * shape.sizes["R"]
+
+    def call(given: Any, impl: str | None) -> Any:
+        x, weight, gaba, bias = given
+        return ours.linear_inhibit(x, weight, k, gaba, bias, impl=impl)
+
+    return _graded(shape, device, call, lowest=-1.0, biased=True, outputs=outputs)
+
+
+def linear_active(shape: Shape, device: torch.device) -> Case:
+    k, scratch = shape.sizes["k"], _graded_code.Scratch()
+
+    def call(given: Any, impl: str | None) -> Any:
+        return _graded_code.linear_active(*given[:2], k, given[2], scratch=scratch, impl=impl)
+
+    def firing(hidden: Tensor) -> Any:
+        neurons = hidden.any(0).nonzero().squeeze(1)
+        return _graded_code.ActiveNeurons(hidden[:, neurons], neurons, hidden[:, neurons])
+
+    def dense(active: Any) -> Tensor:
+        if active.neurons is None:
+            return active.values
+        hidden = active.values.new_zeros(len(active.values), shape.sizes["R"])
+        return hidden.index_copy_(1, active.neurons, active.values)
+
+    return _graded(shape, device, call, lowest=0.5, returned=firing, dense=dense)
+
+
+def _graded(
+    shape: Shape,
+    device: torch.device,
+    call: Callable[..., Any],
+    lowest: float,
+    biased: bool = False,
+    returned: Callable[[Tensor], Any] = lambda hidden: hidden,
+    dense: Callable[[Any], Tensor] = lambda hidden: hidden,
+    outputs: int = 0,
+) -> Case:
+    """Graded inhibition, with factors between `lowest` and 1.
+
+    Args:
+        returned: dense hidden layer -> the result of the op. dense: the way back.
+        outputs: how many numbers must be written.
+    """
+    batch, d, neurons, k = shape["B d R k"]
+
+    def inputs() -> Any:
+        gaba = torch.linspace(lowest, 1, neurons, device=device, dtype=shape.dtype)
+        x, weight = normal(shape, device, batch, d), normal(shape, device, neurons, d)
+        return x, weight, gaba, *([normal(shape, device, neurons)] if biased else [])
+
+    def library(given: Any) -> Any:
+        x, weight, gaba, *bias = given
+        a = F.linear(x, weight, *bias).relu()
+        return returned((a - gaba * torch.topk(a, k + 1).values[:, k:]).relu())
+
+    def check(_: str, given: Any, result: Any) -> str:
+        rows = gate.sample_rows(given[0])
+        x, weight, gaba, *bias = (t.double() for t in given)
+        true = reference.linear_inhibit(x[rows], weight, k, gaba, *bias)
+        return gate.close("h", dense(result)[rows], true)
+
+    providers = impls(shape.op, device, call) | {LIBRARY: library}
+    providers |= compiled(device, LIBRARY, library)
+    numbers = batch * d + neurons * d + (1 + biased) * neurons + outputs
+    size, operations = numbers * shape.dtype.itemsize, 2 * batch * d * neurons
+    return Case(shape, inputs, providers, check, size, operations)
+
+
+def sparse_linear(shape: Shape, device: torch.device) -> Case:
+    batch, neurons, k, outputs = shape["B R k C"]
+    full = shape.mode == "full"
+
+    def inputs() -> Any:
+        values = normal(shape, device, batch, k)
+        indices = distinct(batch, neurons, k, device)
+        weight = normal(shape, device, neurons, outputs).requires_grad_(full)
+        dense = values.new_zeros(batch, neurons).scatter_(1, indices, values).requires_grad_(full)
+        grad = normal(shape, device, batch, outputs)
+        return values.requires_grad_(full), indices, weight, dense, grad
+
+    def mode(decode: Callable[..., Tensor]) -> Provider:
+        """decode(given) -> out; the gradient of the code is that of its own form of the code."""
+
+        def both(given: Any) -> Any:
+            out = decode(given)
+            code = given[3] if decode is dense else given[0]
+            return out.detach(), *torch.autograd.grad(out, (code, given[2]), given[4])
+
+        return both if full else decode
+
+    def dense(given: Any) -> Tensor:
+        return given[3] @ given[2]
+
+    def bag(given: Any) -> Tensor:
+        values, indices, weight, *_ = given
+        return F.embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
+
+    def call(given: Any, impl: str | None) -> Any:
+        return mode(lambda given: ours.sparse_linear(*given[:3], impl=impl))(given)
+
+    providers = impls("sparse_linear", device, call)
+    providers |= {DENSE: mode(dense), "F.embedding_bag": mode(bag)}
+    providers |= {name: mode(peer) for name, peer in peers.decoder(device).items()}
+
+    def check(name: str, given: Any, result: Any) -> str:
+        values, indices, weight, _, grad = (t.detach() for t in given)
+        out, *grads = result if full else (result,)
+        rows = gate.sample_rows(values)
+        picked = weight[indices[rows]].double()
+        true = (values[rows].double().unsqueeze(-1) * picked).sum(1)
+        error = gate.close("out", out[rows], true)
+        if error or not full:
+            return error
+        got = grads[0].gather(1, indices) if name == DENSE else grads[0]
+        true = (picked * grad[rows].double().unsqueeze(1)).sum(-1)
+        return gate.close("dvalues", got[rows], true) or gate.weight_gradient(
+            values.double(), indices, grad, grads[1]
+        )
+
+    number = shape.dtype.itemsize
+    touched = min(batch * k, neurons)
+    size = (touched + batch) * outputs * number + batch * k * (number + INDEX)
+    if full:
+        # Read the output's gradient and the active rows of W again, write dW and dvalues.
+        size += (batch + touched + neurons) * outputs * number + batch * k * number
+    return Case(shape, inputs, providers, check, size, (6 if full else 2) * batch * k * outputs)
+
+
+def count_active(shape: Shape, device: torch.device) -> Case:
+    batch, neurons, k = shape["B R k"]
+
+    def inputs() -> Any:
+        counts = torch.zeros(neurons, dtype=torch.int64, device=device)
+        return normal(shape, device, batch, k), distinct(batch, neurons, k, device), counts
+
+    def library(given: Any) -> None:
+        values, indices, counts = given
+        counts.index_add_(0, indices.flatten(), (values > 0).flatten().long())
+
+    def check(name: str, given: Any, _: Any) -> str:
+        values, indices, counts = given
+        expected = counts.clone()
+        providers[name](given)
+        reference.count_active(values, indices, expected)
+        return "" if torch.equal(counts, expected) else "counts differ from the reference's"
+
+    providers = impls(
+        "count_active", device, lambda given, impl: ours.count_active(*given, impl=impl)
+    )
+    providers["index_add_"] = library
+    number = shape.dtype.itemsize
+    size = batch * k * (number + INDEX) + 2 * INDEX * min(batch * k, neurons)
+    return Case(shape, inputs, providers, check, size)
+
+
+def code_gram(shape: Shape, device: torch.device) -> Case:
+    batch, neurons, k, classes = shape["B R k C"]
+
+    def inputs() -> Any:
+        return (
+            normal(shape, device, batch, k).abs(),
+            distinct(batch, neurons, k, device),
+            torch.zeros(neurons, neurons, device=device),
+            torch.zeros(neurons, classes, device=device),
+            torch.randint(classes, (batch,), device=device),
+        )
+
+    def dense(given: Any) -> None:
+        values, indices, gram, cross, labels = given
+        hidden = gram.new_zeros(batch, neurons).scatter_(1, indices, values.to(gram.dtype))
+        gram.addmm_(hidden.T, hidden)
+        cross.addmm_(hidden.T, F.one_hot(labels, classes).to(gram.dtype))
+
+    def check(name: str, given: Any, _: Any) -> str:
+        values, indices, gram, cross, labels = given
+        mine = gram.zero_().clone(), cross.zero_().clone()
+        providers[name]((values, indices, *mine, labels))
+        exact = gram.double(), cross.double()
+        ssd.ops.reference.code_gram(values.double(), indices, *exact, labels)
+        return gate.close("gram", mine[0], exact[0]) or gate.close("cross", mine[1], exact[1])
+
+    providers = impls("code_gram", device, lambda given, impl: our_code_gram(*given, impl=impl))
+    providers[DENSE] = dense
+    touched = min(batch * k * k, neurons * neurons) + min(batch * k, neurons * classes)
+    size = batch * k * (shape.dtype.itemsize + INDEX) + 2 * 4 * touched
+    return Case(shape, inputs, providers, check, size, 2 * batch * k * k)
+
+
+def row_update(shape: Shape, device: torch.device) -> Case:
+    """The encoder [R, d] and the decoder [R, 10] of one layer, in one step."""
+    batch, d, neurons, k = shape["B d R k"]
+    widths, normalize = (d, 10), [True, False]
+    options: dict[str, Any] = {"lr": 1e-3, "max_norm": 1.0, "nonnegative": True}
+    options["normalize"] = normalize
+
+    def inputs() -> Any:
+        weights = [F.normalize(normal(shape, device, neurons, w).abs(), dim=1) for w in widths]
+        coefficients = [normal(shape, device, batch, k) for _ in widths]
+        vectors = [normal(shape, device, batch, w) for w in widths]
+        indices = distinct(batch, neurons, k, device)
+        pairs = zip(coefficients, vectors, strict=True)
+        dense = [reference.row_gradient(c, v, indices, neurons) for c, v in pairs]
+        return weights, coefficients, vectors, indices, dense
+
+    def library(given: Any) -> Tensor:
+        """The dense step on gradients that are already there."""
+        weights, *_, dense = given
+        norm = torch.stack([g.square().sum() for g in dense]).sum().sqrt()
+        scale = reference.clip_scale(norm, options["max_norm"])
+        for weight, gradient, unit in zip(weights, dense, normalize, strict=True):
+            weight -= options["lr"] * scale * gradient
+            weight.clamp_(min=0)
+            if unit:
+                weight /= weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return norm
+
+    def check(name: str, given: Any, _: Any) -> str:
+        weights, coefficients, vectors, indices, dense = given
+        exact = [w.double() for w in weights]
+        mine = [w.clone() for w in weights]
+        wide = [c.double() for c in coefficients], [v.double() for v in vectors]
+        reference.row_update(exact, *wide, indices, **options, momentum=0.0, buffers=None)
+        providers[name]((mine, coefficients, vectors, indices, dense))
+        pairs = enumerate(zip(mine, exact, strict=True))
+        errors = (gate.close(f"weights[{n}]", got, true) for n, (got, true) in pairs)
+        return next(filter(None, errors), "")
+
+    providers = impls(
+        "row_update",
+        device,
+        lambda given, impl: ours.row_update(*given[:4], **options, impl=impl),
+    )
+    providers["dense step, gradient given"] = library
+    number, touched = shape.dtype.itemsize, min(batch * k, neurons)
+    size = sum(2 * touched * w + batch * w + batch * k for w in widths) * number
+    size += batch * k * INDEX
+    return Case(shape, inputs, providers, check, size, 2 * batch * k * sum(widths))
+
+
+BUILDERS: dict[str, Callable[[Shape, torch.device], Case]] = {
+    "topk": topk,
+    "linear_topk": linear_topk,
+    "linear_active": linear_active,
+    "linear_inhibit": linear_inhibit,
+    "sparse_linear": sparse_linear,
+    "count_active": count_active,
+    "code_gram": code_gram,
+    "row_update": row_update,
+}
+
+
+def build(shape: Shape, device: torch.device) -> Case:
+    """The case of a shape.
+
+    Args:
+        shape: of an op in BUILDERS. device: where the inputs are drawn.
+    """
+    return BUILDERS[shape.op](shape, device)
+
+
+def _shapes(table: str) -> list[Shape]:
+    return [Shape.parse(line) for line in table.strip().splitlines()]
+
+
+# Every shape that targets.py names. What matters most comes first: the time budget cuts the end.
+TARGETS = _shapes("""
+    linear_topk    forward  bfloat16  B=8192 d=1024 R=131072 k=32
+    linear_topk    forward  float32   B=8192 d=256 R=10000 k=10
+    linear_topk    forward  float32   B=128 d=256 R=10000 k=10
+    linear_topk    forward  float32   B=8192 d=1024 R=65536 k=32
+    linear_topk    forward  bfloat16  B=8192 d=4096 R=131072 k=32
+    linear_topk    full     bfloat16  B=8192 d=1024 R=131072 k=32
+    linear_topk    full     float32   B=8192 d=256 R=10000 k=10
+    topk           forward  float32   B=8192 R=131072 k=64
+    sparse_linear  full     bfloat16  B=8192 R=65536 k=64 C=4096
+    topk           forward  float32   B=65536 R=4096 k=10
+    topk           forward  float32   B=65536 R=4096 k=32
+    topk           forward  float32   B=65536 R=1024 k=10
+    topk           forward  float32   B=65536 R=1024 k=32
+    linear_topk    forward  float32   B=1024 d=256 R=10000 k=10
+    linear_topk    forward  bfloat16  B=1024 d=1024 R=131072 k=32
+""")
+OTHERS = _shapes("""
+    linear_topk     full     float32   B=128 d=256 R=10000 k=10
+    sparse_linear   forward  bfloat16  B=8192 R=65536 k=64 C=4096
+    linear_inhibit  forward  float32   B=128 d=256 R=10000 k=10
+    linear_topk     forward  float32   S=10 B=128 d=256 R=10000 k=10
+    row_update      step     float32   B=128 d=256 R=10000 k=10
+    row_update      step     float32   B=8192 d=1024 R=65536 k=32
+    count_active    forward  float32   B=8192 R=131072 k=32
+    count_active    forward  float32   B=128 R=10000 k=10
+    sparse_linear   full     float32   B=128 R=10000 k=10 C=10
+    code_gram       forward  float32   B=8192 R=10000 k=100 C=10
+    linear_inhibit  forward  float32   B=1024 d=256 R=10000 k=10
+    topk            forward  bfloat16  B=8192 R=131072 k=64
+""")
 CUDA = TARGETS + OTHERS
-CPU = [
-    _shape("topk", "forward", FP32, B=128, R=10000, k=10),
-    _shape("topk", "forward", FP32, B=128, R=65536, k=64),
-    _shape("linear_topk", "forward", FP32, B=128, d=256, R=10000, k=10),
-    _shape("linear_topk", "full", FP32, B=128, d=256, R=10000, k=10),
-    _shape("linear_inhibit", "forward", FP32, B=128, d=256, R=10000, k=10),
-    _shape("linear_active", "forward", FP32, B=128, d=256, R=10000, k=10),
-    _shape("sparse_linear", "full", FP32, B=128, R=10000, k=10, C=256),
-    _shape("row_update", "step", FP32, B=128, d=256, R=10000, k=10),
-    _shape("count_active", "forward", FP32, B=128, R=10000, k=10),
-    *(_shape("code_gram", "forward", FP32, B=1024, R=1000, k=k, C=10) for k in (10, 100)),
-    _shape("code_gram", "forward", FP32, B=1024, R=4000, k=100, C=10),
-]
-QUICK = [
-    _shape("topk", "forward", FP32, B=16, R=4096, k=10),
-    _shape("linear_topk", "forward", FP32, B=16, d=32, R=1000, k=10),
-    _shape("linear_topk", "full", FP32, B=16, d=32, R=1000, k=10),
-    _shape("linear_topk", "forward", FP32, S=3, B=16, d=32, R=1000, k=10),
-    _shape("linear_inhibit", "forward", FP32, B=16, d=32, R=1000, k=10),
-    _shape("linear_active", "forward", FP32, B=16, d=32, R=1000, k=10),
-    _shape("sparse_linear", "full", FP32, B=16, R=1000, k=10, C=32),
-    _shape("row_update", "step", FP32, B=16, d=32, R=1000, k=10),
-    _shape("count_active", "forward", FP32, B=16, R=1000, k=10),
-    _shape("code_gram", "forward", FP32, B=16, R=1000, k=10, C=10),
-]
+CPU = _shapes("""
+    topk            forward  float32  B=128 R=10000 k=10
+    topk            forward  float32  B=128 R=65536 k=64
+    linear_topk     forward  float32  B=128 d=256 R=10000 k=10
+    linear_topk     full     float32  B=128 d=256 R=10000 k=10
+    linear_inhibit  forward  float32  B=128 d=256 R=10000 k=10
+    linear_active   forward  float32  B=128 d=256 R=10000 k=10
+    sparse_linear   full     float32  B=128 R=10000 k=10 C=256
+    row_update      step     float32  B=128 d=256 R=10000 k=10
+    count_active    forward  float32  B=128 R=10000 k=10
+    code_gram       forward  float32  B=1024 R=1000 k=10 C=10
+    code_gram       forward  float32  B=1024 R=1000 k=100 C=10
+    code_gram       forward  float32  B=1024 R=4000 k=100 C=10
+""")
+QUICK = _shapes("""
+    topk            forward  float32  B=16 R=4096 k=10
+    linear_topk     forward  float32  B=16 d=32 R=1000 k=10
+    linear_topk     full     float32  B=16 d=32 R=1000 k=10
+    linear_topk     forward  float32  S=3 B=16 d=32 R=1000 k=10
+    linear_inhibit  forward  float32  B=16 d=32 R=1000 k=10
+    linear_active   forward  float32  B=16 d=32 R=1000 k=10
+    sparse_linear   full     float32  B=16 R=1000 k=10 C=32
+    row_update      step     float32  B=16 d=32 R=1000 k=10
+    count_active    forward  float32  B=16 R=1000 k=10
+    code_gram       forward  float32  B=16 R=1000 k=10 C=10
+""")

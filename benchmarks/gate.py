@@ -1,7 +1,8 @@
-"""The correctness gate: no provider is timed whose result is wrong. "" means right.
+"""The correctness gate: a provider with a wrong result is not timed.
 
-Top-k results are compared as sets of scores, since near ties may fall either way inside rounding:
-the true scores of the chosen neurons, sorted, must reach the true k largest.
+Every check returns what is wrong, or "". Top-k results are compared as sets of scores, since near
+ties may fall either way inside rounding: the true scores of the chosen neurons, sorted, must reach
+the true k largest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROWS = 256  # samples that are checked against fp64, spread over the batch
-NEURONS = 64  # rows of a weight gradient that are checked
+NEURONS = 64  # about so many rows of a weight gradient are checked
 # A few roundings of a library product over thousands of terms; a TF32 product is off by 2e-4.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -45,7 +46,7 @@ def selection(
 
 
 def topk(scores: Tensor, values: Tensor, indices: Tensor) -> str:
-    """Nothing is computed, so nothing may be rounded."""
+    """No rounding is admitted, since topk computes nothing."""
     rows = sample_rows(scores)
     exact = scores[rows].double()
     none = exact.new_zeros(len(rows), 1)
@@ -53,19 +54,13 @@ def topk(scores: Tensor, values: Tensor, indices: Tensor) -> str:
 
 
 def linear_topk(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    *,
-    rounded: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor, *, rounded: bool
 ) -> str:
     """Scores within fp32 rounding of fp64; if `rounded`, within that of the inputs' dtype.
 
     `rounded` admits a library that selects on scores already rounded to 16 bits. The slack of
-    4 * 2^-23 * |x| * |w| is about ten times what fp32 accumulation does and a tenth of what TF32
-    does, so that a TF32 product does not pass for fp32.
+    4 * 2^-23 * |x| * |w| is about ten times the error of fp32 accumulation and a tenth of the error
+    of TF32, so that a TF32 product does not pass for fp32.
     """
     rows = sample_rows(x)
     sampled = x[rows].double()
@@ -98,13 +93,18 @@ def linear_topk_gradients(
     coefficients = grad_rows.double() * (values > 0)
     picked = weight[indices[rows].long()].double()
     true_x = (coefficients[rows].unsqueeze(-1) * picked).sum(1)
-    neurons = indices.flatten()[:: max(1, indices.numel() // NEURONS)].long().unique()
-    shares = torch.stack([(coefficients * (indices == j)).sum(1) for j in neurons])
     return (
         close("dx", gradients[0][rows], true_x)
-        or close("dW", gradients[1][neurons], shares @ x.double())
-        or close("db", gradients[2][neurons], shares.sum(1))
+        or weight_gradient(coefficients, indices, x, gradients[1])
+        or weight_gradient(coefficients, indices, torch.ones_like(x[:, :1]), gradients[2][:, None])
     )
+
+
+def weight_gradient(values: Tensor, indices: Tensor, vectors: Tensor, gradient: Tensor) -> str:
+    """Some rows of H^T vectors, H [B, R] being the code values, indices [B, k] in dense form."""
+    neurons = indices.flatten()[:: max(1, indices.numel() // NEURONS)].long().unique()
+    dense = torch.stack([(values * (indices == j)).sum(1) for j in neurons])
+    return close("dW or db", gradient[neurons], dense @ vectors.double())
 
 
 def close(name: str, got: Tensor, true: Tensor) -> str:

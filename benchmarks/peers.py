@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import installed
+from ssd.storage.provenance import installed
 
 # distribution on PyPI -> what is taken from it
 PEERS = {

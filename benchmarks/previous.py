@@ -13,12 +13,11 @@ import time
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-# Seconds after which the threads of a process have stopped to spin for work.
+# Seconds after which the threads of a process have stopped spinning for work.
 REST = 0.005
 
 
@@ -33,12 +32,15 @@ class Previous:
         own = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._child = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
-            cwd=checkout, env={**os.environ, **own}, encoding="utf-8",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            cwd=checkout,
+            env={**os.environ, **own},
+            encoding="utf-8",
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def prepare(self, mode: str, problem: dict[str, int | None], phase: str) -> None:
-        """Makes a "step" or an "epoch" what sample() times; RuntimeError if it cannot be made."""
+        """Makes the "step" or "epoch" that sample() times; RuntimeError if it cannot be made."""
         self._ask({"mode": mode, "problem": problem, "phase": phase})
 
     def sample(self) -> list[float]:
@@ -49,8 +51,6 @@ class Previous:
         return taken
 
     def _ask(self, question: dict[str, Any]) -> list[float]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
         with suppress(BrokenPipeError):  # if it has ended there is no answer either
             print(json.dumps(question), file=self._child.stdin, flush=True)
         answer = self._child.stdout.readline()
@@ -64,18 +64,13 @@ class Previous:
     def __enter__(self) -> Previous:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._child.kill()
         self._child.communicate()
 
 
 def serve() -> None:
-    """Answers what Previous asks; everything else that is printed goes to standard error."""
+    """Answers what Previous asks; all that is printed goes to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     timing = import_module("timing")  # of this file's folder
@@ -95,13 +90,11 @@ def serve() -> None:
                 problem = step_cases.Problem(**question["problem"])
                 run = None  # frees its memory first
                 trainer = step_cases.make_trainer(problem, "ssd", device, phase=question["phase"])
-                whole = question["mode"] == "epoch"
-                made = (
-                    step_cases.epoch_runs(trainer)
-                    if whole
-                    else step_cases.step_runs(trainer, False)
-                )
-                run, answer = made["ours"], []
+                if question["mode"] == "epoch":
+                    runs = step_cases.epoch_runs(trainer)
+                else:
+                    runs = step_cases.step_runs(trainer, False)
+                run, answer = runs["ours"], []
         except (Exception, SystemExit) as error:
             answer = f"{type(error).__name__}: {error}"
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,26 +1,22 @@
-"""The one CSV schema of every benchmark in this project: one row a measurement."""
+"""The CSV schema of all benchmarks: a row is a measurement."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import re
-import subprocess
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from ssd.storage.lock import file_lock
+from ssd.storage.provenance import commit, installed, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("forward", "backward", "full", "step", "epoch", "protocol")
@@ -28,20 +24,20 @@ MODES = ("forward", "backward", "full", "step", "epoch", "protocol")
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. The figures are None where the provider failed its correctness gate."""
+    """A measurement. p20, p50 and p80 are None where the provider failed its correctness gate."""
 
     op: str
     provider: str
     mode: str  # one of MODES; full is forward + backward
     dtype: str
     shape: dict[str, int]
-    metric: str  # time | bandwidth | compute | memory, or a name of the benchmark's own
+    metric: str  # time | bandwidth | compute | memory, or a benchmark's own
     p20: float | None
     p50: float | None
     p80: float | None
     unit: str
-    roofline_fraction: float | None
-    correct: bool
+    roofline_fraction: float | None = None
+    correct: bool = True
     device: str = ""
     torch: str = ""
     triton: str = ""
@@ -60,49 +56,46 @@ NUMBERS = ("p20", "p50", "p80", "roofline_fraction")
 class Writer:
     """Writes rows to a CSV file as they come, so that a killed run leaves what it had.
 
-    Each row is stamped with device, torch, triton, date and, if it names none, the commit. Use as a
-    context manager.
+    Each row gets device, torch, triton, date and, unless it names one, the commit.
+    """
+
+    def __init__(self, file: TextIO, device: str) -> None:
+        self.rows: list[Row] = []
+        self._commit, self._file = commit(), file
+        self._stamp = {
+            "device": device,
+            "torch": torch.__version__,
+            "triton": installed("triton"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self._csv = csv.DictWriter(file, COLUMNS)
+        self._csv.writeheader()
+
+    def write(self, row: Row) -> None:
+        row = replace(row, **self._stamp, commit=row.commit or self._commit)
+        self.rows.append(row)
+        cells = asdict(row)
+        for name in NUMBERS:
+            cells[name] = "" if cells[name] is None else f"{cells[name]:.6g}"
+        cells["shape"] = json.dumps(row.shape, allow_nan=False)
+        cells["correct"] = str(row.correct).lower()
+        self._csv.writerow(cells)
+        self._file.flush()
+
+
+@contextmanager
+def writing(path: Path, device: str) -> Iterator[Writer]:
+    """A writer of a new file at `path`.
 
     Raises:
         UserError: another process writes the file. OSError: it cannot be written.
     """
-
-    def __init__(self, path: Path, device: str) -> None:
-        self.stamp: dict[str, Any] = {
-            "device": device,
-            "torch": torch.__version__,
-            "triton": installed("triton"),
-            "commit": commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        self.rows: list[Row] = []
-        with ExitStack() as held:
-            held.enter_context(file_lock(path))
-            self._file = held.enter_context(path.open("w", newline="", encoding="utf-8"))
-            self._held = held.pop_all()
-        self._csv = csv.writer(self._file)
-        self._csv.writerow(COLUMNS)
-
-    def write(self, row: Row) -> None:
-        row = replace(row, **self.stamp | ({"commit": row.commit} if row.commit else {}))
-        self.rows.append(row)
-        self._csv.writerow(_cells(row))
-        self._file.flush()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._held.close()
+    with file_lock(path), path.open("w", newline="", encoding="utf-8") as file:
+        yield Writer(file, device)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV file; ValueError if its columns are not this schema's."""
+    """The rows of a CSV file; ValueError if its columns are not those of this schema."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = csv.DictReader(file)
         if tuple(lines.fieldnames or ()) != COLUMNS:
@@ -110,16 +103,38 @@ def read(path: Path) -> list[Row]:
         return [_row(line) for line in lines]
 
 
+def _row(line: Mapping[str, str]) -> Row:
+    parsed: dict[str, Any] = dict(line)
+    parsed |= {name: float(line[name]) if line[name] else None for name in NUMBERS}
+    parsed |= {"shape": json.loads(line["shape"]), "correct": line["correct"] == "true"}
+    return Row(**parsed)
+
+
+def find(
+    rows: Iterable[Row],
+    provider: str,
+    metric: str = "time",
+    sizes: Mapping[str, int] | None = None,
+    **cells: Any,
+) -> Row | None:
+    """The first row of a right result with these cells, and these sizes in its shape."""
+    for row in rows:
+        wanted = {"provider": provider, "metric": metric, "correct": True, **cells}
+        there = all(getattr(row, name) == cell for name, cell in wanted.items())
+        if there and row.p50 is not None and (sizes or {}).items() <= row.shape.items():
+            return row
+    return None
+
+
+def ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's as the operating system gives it and the cores in use."""
+    """The GPU's name, or the CPU's and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M)
-        name = found[1].strip() if found else name
-    return f"CPU: {name}, threads: {torch.get_num_threads()}"
+    return f"CPU: {processor()}, threads: {torch.get_num_threads()}"
 
 
 def results_folder(device: torch.device) -> Path:
@@ -134,40 +149,3 @@ def results_path(given: Path | None, quick: bool, device: torch.device, name: st
         return given
     folder = Path(tempfile.mkdtemp()) if quick else results_folder(device)
     return folder / f"{name}.csv"
-
-
-def installed(package: str) -> str:
-    """The version of an installed package, or an empty string."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def commit(checkout: Path = ROOT) -> str:
-    """The commit of a checkout, '-dirty' if changed; GIT_COMMIT, where that is set, is ours."""
-    if checkout == ROOT and (given := os.environ.get("GIT_COMMIT")):
-        return given
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, capture_output=True, check=True)
-        return done.stdout.decode(errors="replace").strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _cells(row: Row) -> list[str]:
-    cells = asdict(row) | {
-        "shape": json.dumps(row.shape, allow_nan=False),
-        "correct": str(row.correct).lower(),
-    }
-    for name in NUMBERS:
-        cells[name] = "" if cells[name] is None else f"{cells[name]:.6g}"
-    return [cells[name] for name in COLUMNS]
-
-
-def _row(line: Mapping[str, str]) -> Row:
-    parsed: dict[str, Any] = dict(line)
-    parsed |= {name: float(line[name]) if line[name] else None for name in NUMBERS}
-    parsed |= {"shape": json.loads(line["shape"]), "correct": line["correct"] == "true"}
-    return Row(**parsed)

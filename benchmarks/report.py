@@ -1,52 +1,70 @@
-"""Tables on the terminal, a figure and Markdown tables from the rows of a run.
+"""Tables on the terminal, figures and Markdown tables from the rows of a run.
 
     python -m benchmarks.report benchmarks/results/FOLDER/NAME.csv docs/performance.md
 
 puts the medians of a CSV file between the two marker comments "medians NAME FOLDER" of a Markdown
-file, and what they say of the targets between "targets NAME FOLDER", whichever of them it has. The
-folder cpu goes without saying.
+file, and its targets between "targets NAME FOLDER", as far as the file has them. The markers of the
+folder cpu leave it out.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
+import matplotlib
 from rich.table import Table
 
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
 from benchmarks import step_targets
+from benchmarks.bench import Bench
 from benchmarks.record import Row, read
-from benchmarks.targets import targets
+from benchmarks.targets import TARGETS
 from ssd.cli import ArgumentParser, exit_status
 from ssd.errors import UserError
 from ssd.storage.files import read_text, write_atomically
 
-Case = tuple[str, str, str, str]
+Case = tuple[str, str]  # op and mode, dtype and sizes
 COLOURS = {"met": "green", "missed": "red", "not measured": "dim"}
 
 
-def by_case(rows: list[Row]) -> dict[Case, dict[str, dict[str, Row]]]:
+def by_case(rows: Iterable[Row]) -> dict[Case, dict[str, dict[str, Row]]]:
     """case -> provider -> metric -> row, in the order of the run."""
     cases: dict[Case, dict[str, dict[str, Row]]] = {}
     for row in rows:
-        sizes = " ".join(f"{name}={value}" for name, value in row.shape.items())
-        case = cases.setdefault((row.op, row.mode, row.dtype, sizes), {})
+        sizes = [f"{name}={value}" for name, value in row.shape.items()]
+        case = cases.setdefault((f"{row.op} {row.mode}", " ".join([row.dtype, *sizes])), {})
         case.setdefault(row.provider, {})[row.metric] = row
     return cases
 
 
-def measurements(rows: list[Row], title: str) -> Table:
-    table = Table("op", "shape", "provider", title=title)
+def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]]) -> Table:
+    """A table for the terminal; a verdict in the last column is coloured."""
+    shown = Table(*columns, title=title)
+    for *cells, last in lines:
+        colour = COLOURS.get(last)
+        shown.add_row(*cells, f"[{colour}]{last}[/{colour}]" if colour else last)
+    return shown
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    head = [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
+    return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def measurements(rows: Sequence[Row], title: str) -> Table:
+    shown = Table("op", "shape", "provider", title=title)
     for name in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "TFLOP/s", "of roofline", "peak MiB"):
-        table.add_column(name, justify="right")
-    for (op, mode, dtype, sizes), providers in by_case(rows).items():
-        table.add_section()
+        shown.add_column(name, justify="right")
+    for case, providers in by_case(rows).items():
+        shown.add_section()
         for provider, metrics in providers.items():
-            table.add_row(f"{op} {mode}", f"{dtype} {sizes}", provider, *_figures(metrics))
-    return table
+            shown.add_row(*case, provider, *_figures(metrics))
+    return shown
 
 
 def _figures(metrics: dict[str, Row]) -> list[str]:
@@ -54,50 +72,52 @@ def _figures(metrics: dict[str, Row]) -> list[str]:
     if time is not None and not time.correct:
         return ["[red]wrong[/red]"] + [""] * 6
     quantiles = [time.p20, time.p50, time.p80] if time else [None] * 3
-    rest = [metrics[name].p50 if name in metrics else None for name in ("bandwidth", "compute")]
-    memory = metrics["memory"].p50 if "memory" in metrics else None
-    return [_text(x) for x in (*quantiles, *rest, _roofline(metrics), memory)]
-
-
-def _roofline(metrics: dict[str, Row]) -> float | None:
-    return metrics["time"].roofline_fraction if "time" in metrics else None
+    bandwidth, compute, memory = (
+        metrics[name].p50 if name in metrics else None
+        for name in ("bandwidth", "compute", "memory")
+    )
+    fraction = time.roofline_fraction if time else None
+    return [_text(x) for x in (*quantiles, bandwidth, compute, fraction, memory)]
 
 
 def _text(figure: float | None) -> str:
     return "" if figure is None else f"{figure:.3g}" if figure < 1000 else f"{figure:.0f}"
 
 
-def target_table(rows: list[Row], cuda: bool) -> Table:
-    title = "Targets, from this run" if cuda else "Targets: set for an H100, not measured on a CPU"
-    table = Table("target", "wanted", "got", "verdict", title=title)
-    for target in targets():
-        got, verdict = target.verdict(rows if cuda else [])
-        colour = COLOURS[verdict]
-        table.add_row(target.what, target.wanted, got, f"[{colour}]{verdict}[/{colour}]")
-    return table
+def show(bench: Bench) -> None:
+    """What topk_bench measured, the targets, and a figure beside the file of the rows."""
+    rows = bench.writer.rows
+    bench.console.print(measurements(rows, bench.title))
+    title = "Targets, from this run"
+    if not bench.cuda:
+        title = "Targets: set for an H100, not measured on a CPU"
+    lines = [target.line(rows if bench.cuda else []) for target in TARGETS]
+    bench.console.print(table(title, ("target", "wanted", "got", "verdict"), lines))
+    figure(rows, bench.path.with_suffix(".png"), bench.title)
 
 
-def figure(rows: list[Row], path: Path, title: str) -> None:
+def figure(rows: Sequence[Row], path: Path, title: str) -> None:
     """One panel a case: the median time of every provider that passed its gate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    cases = {case: _timed(providers) for case, providers in by_case(rows).items()}
-    cases = {case: timed for case, timed in cases.items() if timed}
-    if not cases:
+    times = {
+        case: {
+            name: metrics["time"].p50
+            for name, metrics in providers.items()
+            if "time" in metrics and metrics["time"].p50 is not None
+        }
+        for case, providers in by_case(rows).items()
+    }
+    times = {case: timed for case, timed in times.items() if timed}
+    if not times:
         return
-    columns = 2
-    lines = math.ceil(len(cases) / columns)
-    canvas, axes = pyplot.subplots(lines, columns, figsize=(14, 2.6 * lines), squeeze=False)
-    for axis in axes.flat[len(cases) :]:
+    lines = math.ceil(len(times) / 2)
+    canvas, axes = pyplot.subplots(lines, 2, figsize=(14, 2.6 * lines), squeeze=False)
+    for axis in axes.flat[len(times) :]:
         axis.axis("off")
-    for axis, ((op, mode, dtype, sizes), timed) in zip(axes.flat, cases.items(), strict=False):
+    for axis, (case, timed) in zip(axes.flat, times.items(), strict=False):
         colours = ["tab:blue" if name.startswith("ours") else "tab:gray" for name in timed]
         axis.barh(list(timed), list(timed.values()), color=colours)
         axis.invert_yaxis()
-        axis.set_title(f"{op} {mode}, {dtype} {sizes}", fontsize=9)
+        axis.set_title(", ".join(case), fontsize=9)
         axis.set_xlabel("ms, median")
         axis.tick_params(labelsize=8)
     canvas.suptitle(title)
@@ -106,68 +126,49 @@ def figure(rows: list[Row], path: Path, title: str) -> None:
     pyplot.close(canvas)
 
 
-def _timed(providers: dict[str, dict[str, Row]]) -> dict[str, float]:
-    return {
-        provider: metrics["time"].p50
-        for provider, metrics in providers.items()
-        if "time" in metrics and metrics["time"].p50 is not None
-    }
-
-
-def show(console: Console, rows: list[Row], title: str, cuda: bool) -> None:
-    console.print(measurements(rows, title))
-    console.print(target_table(rows, cuda))
-
-
-def markdown(rows: list[Row]) -> str:
-    """The medians, and where and with what they were taken."""
+def medians(rows: Sequence[Row]) -> str:
+    """The medians in Markdown, and where and with what they were taken."""
     first = rows[0]
     others = {row.provider: row.commit for row in rows if row.commit != first.commit}
-    lines = [
+    commits = first.commit + "".join(f" ({p}: {commit})" for p, commit in others.items())
+    origin = (
         f"{first.device}; torch {first.torch}; triton {first.triton or 'not installed'}; "
-        f"commit {first.commit}{''.join(f' ({p}: {c})' for p, c in others.items())}; {first.date}",
-        "",
-        "| op | shape | provider | median | of the roofline |",
-        "|---|---|---|---|---|",
-    ]
-    for (op, mode, dtype, sizes), providers in by_case(rows).items():
+        f"commit {commits}; {first.date}"
+    )
+    lines = []
+    for (op, shape), providers in by_case(rows).items():
         for provider, metrics in providers.items():
             row = metrics.get("time") or next(iter(metrics.values()))
-            taken = f"{_text(row.p50)} {row.unit}" if row.correct else "wrong result"
-            counted = [f"{n} {_text(m.p50)}" for n, m in metrics.items() if m.unit == ""]
-            taken = ", ".join([taken, *counted]) if "time" in metrics else taken
-            cells = f"{op} {mode}", f"{dtype} {sizes}".strip(), provider, taken
-            lines.append(f"| {' | '.join(cells)} | {_text(row.roofline_fraction)} |")
-    return "\n".join(lines)
+            taken = [f"{_text(row.p50)} {row.unit}" if row.correct else "wrong result"]
+            if "time" in metrics:
+                taken += [f"{n} {_text(m.p50)}" for n, m in metrics.items() if m.unit == ""]
+            lines.append((op, shape, provider, ", ".join(taken), _text(row.roofline_fraction)))
+    columns = ("op", "shape", "provider", "median", "of the roofline")
+    return f"{origin}\n\n{markdown(columns, lines)}"
 
 
-def fill(document: str, rows: list[Row], name: str) -> str:
-    """The document with every table that it has markers for, of the benchmark `name`."""
-    judged = kernel_targets if name.startswith("topk") else step_targets.markdown
-    tables = {f"medians {name}": markdown, f"targets {name}": judged}
+def fill(document: str, rows: Sequence[Row], name: str) -> str:
+    """The document with the tables of the benchmark `name` between their markers.
+
+    Raises:
+        ValueError: it has no markers of that benchmark, or one without its end.
+    """
+    if name.startswith("topk"):
+        columns, judged = ("what", "wanted", "measured", ""), [t.line(rows) for t in TARGETS]
+    else:
+        columns, judged = ("what", "measured", ""), step_targets.verdicts(rows)
+    tables = {f"medians {name}": medians(rows), f"targets {name}": markdown(columns, judged)}
     wanted = [marker for marker in tables if f"<!-- {marker} -->" in document]
     if not wanted:
         raise ValueError(f"the document has no <!-- medians {name} --> and no targets of it")
     for marker in wanted:
-        document = insert(document, tables[marker](rows), marker)
+        begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+        before, _, rest = document.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not ended:
+            raise ValueError(f"the document has no {begin} .. {end}")
+        document = f"{before}{begin}\n{tables[marker]}\n{end}{after}"
     return document
-
-
-def kernel_targets(rows: list[Row]) -> str:
-    """What the rows of topk_bench say of the targets."""
-    lines = ["| what | wanted | measured | |", "|---|---|---|---|"]
-    for target in targets():
-        lines.append(f"| {target.what} | {target.wanted} | {' | '.join(target.verdict(rows))} |")
-    return "\n".join(lines)
-
-
-def insert(document: str, table: str, marker: str) -> str:
-    """The document with `table` between <!-- marker --> and <!-- /marker -->."""
-    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    if not pattern.search(document):
-        raise ValueError(f"the document has no {begin} .. {end}")
-    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", document)
 
 
 def main() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, cycle, repeat
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.plain import PlainSDMLP, PlainStep, batches
@@ -18,20 +19,18 @@ from ssd.activations import evaluating
 from ssd.config import Config, resolve
 from ssd.data import Task
 from ssd.learner import Learner, build_model
-from ssd.models import SDMLP
 from ssd.step import Batch, sparse_step
 from ssd.trainer import Trainer
 from ssd_kernels import TopKOutput, _dispatch
 from ssd_kernels._graded_code import ActiveNeurons
 
 CLASSES = 10
-BATCHES = 10  # in a synthetic task, unless the problem says how many samples
-STEPS = 10  # trained on every past task: each of its batches once
-# Where the GABA switch stands: before it, in its middle, where almost every neuron fires in a
-# batch, when only LATE_ACTIVE k fire for a sample, after it.
-EXCITED, SWITCHING, LATE, INHIBITED = "excited", "mid-switch", "late switch", "inhibited"
+BATCHES = 10  # in a synthetic task, unless the problem gives the number of samples
+# Phases of the GABA switch: over; only LATE_ACTIVE k neurons fire for a sample; in its middle,
+# where almost every neuron fires in a batch; not begun.
+PHASES = INHIBITED, LATE, SWITCHING, EXCITED = "inhibited", "late switch", "mid-switch", "excited"
 LATE_ACTIVE = 1.3
-# Activations until a neuron is inhibited. A switch of so many takes a million steps: it stands
+# Activations until a neuron is inhibited: STILL takes a million steps, so that the switch stands
 # still while a step is timed.
 STILL = 10**9
 QUICK_SWITCH = 2560  # divides STILL
@@ -65,6 +64,11 @@ def make_task(
     return Task(tuple(classes), x, y, x[:tests], y[:tests])
 
 
+def _learner(config: Config, tasks: list[Task], device: torch.device) -> Learner:
+    d = tasks[0].x_train.shape[1]
+    return Learner(config, tasks, build_model(config, d, CLASSES).to(device))
+
+
 def make_trainer(
     problem: Problem,
     method: str,
@@ -73,23 +77,30 @@ def make_trainer(
     seeds: int = 1,
     phase: str = INHIBITED,
 ) -> Trainer:
-    """A trainer at the beginning of a task, with so many past ones: it has a teacher."""
+    """A trainer at the beginning of a task, after `past` others: it has a teacher.
+
+    Args:
+        seeds: how many learners. phase: one of PHASES.
+    """
     # Data that the switch has not seen make many more neurons fire.
     numbers = [0 if phase == LATE else number for number in range(past + 1)]
     tasks = [make_task(problem, device, number) for number in numbers]
     config = Config(
-        method=method, neurons=problem.R, k=problem.k, batch_size=problem.B, tasks=len(tasks),
-        schedule="flat" if phase == INHIBITED else "gaba", epochs=10**6, eval_every=10**6,
+        method=method,
+        neurons=problem.R,
+        k=problem.k,
+        batch_size=problem.B,
+        tasks=len(tasks),
+        schedule="flat" if phase == INHIBITED else "gaba",
+        epochs=10**6,
+        eval_every=10**6,
         anneal_samples=QUICK_SWITCH if phase in (SWITCHING, LATE) else STILL,
-    )  # fmt: skip
-    configs = [replace(config, seed=seed) for seed in range(seeds)]
-    trainer = Trainer(
-        [Learner(c, tasks, build_model(c, problem.d, CLASSES).to(device)) for c in configs]
     )
+    trainer = Trainer([_learner(replace(config, seed=n), tasks, device) for n in range(seeds)])
     for trainer.task in range(past):
         for learner in trainer.learners:
             learner.begin_task(trainer.task)
-        for step in range(STEPS):
+        for step in range(BATCHES):
             step_of(trainer, step)()
         if phase in (SWITCHING, LATE) and trainer.task == 0:
             _switch(trainer, phase)
@@ -104,35 +115,33 @@ def make_trainer(
 
 def _switch(trainer: Trainer, phase: str) -> None:
     """Trains until the switch is at the phase, and stops it there."""
+
+    def reached(learner: Learner) -> bool:
+        encoder = learner.model.encoder
+        if phase == SWITCHING:
+            return bool(encoder.gaba().mean() >= 0.5)
+        fires = _hidden(trainer, learner).values > 0
+        return fires.sum(1).double().mean().item() <= LATE_ACTIVE * encoder.k
+
     for learner in trainer.learners:
-        encoder = _sdmlp(learner).encoder
         step = 0
-        while (
-            encoder.gaba().mean() < 0.5
-            if phase == SWITCHING
-            else _active(trainer, learner) > LATE_ACTIVE * encoder.k
-        ):
+        while not reached(learner):
             step_of(trainer, step)()
             step += 1
-        encoder.counts *= STILL // QUICK_SWITCH
-        encoder.anneal_samples = STILL
+        learner.model.encoder.counts *= STILL // QUICK_SWITCH
+        learner.model.encoder.anneal_samples = STILL
     if trainer.graphed is not None:  # it took the number when it was made
         trainer.graphed.anneal_samples.fill_(STILL)
-
-
-def _active(trainer: Trainer, learner: Learner) -> float:
-    """How many neurons fire for a sample, on average over a batch."""
-    hidden = _hidden(trainer, learner)
-    return (hidden.values > 0).sum(1).double().mean().item()
 
 
 def _hidden(trainer: Trainer, learner: Learner) -> TopKOutput | ActiveNeurons:
     """The hidden layer of the first batch, not counted."""
     with evaluating(learner.model):
-        return _sdmlp(learner).encoder.encode(learner.inputs[: trainer.config.batch_size])
+        return learner.model.encoder.encode(learner.inputs[: trainer.config.batch_size])
 
 
 def step_of(trainer: Trainer, step: int) -> Run:
+    """A step on the batch of that number in the task, from its first one again at the end."""
     size = trainer.config.batch_size
     whole = len(trainer.learners[0].tasks[trainer.task].y_train) // size
     first = step % whole * size
@@ -149,8 +158,8 @@ def repeated(trainer: Trainer) -> Run:
     run()
     if not trainer.graphed.overflow.any():
         return run
-    for learner in trainer.learners:  # a code does not hold what fires
-        _sdmlp(learner).encoder.dense_until.fill_(STILL)
+    for learner in trainer.learners:  # more neurons fire than a code holds
+        learner.model.encoder.dense_until.fill_(STILL)
     return trainer.graphed.first_step(trainer.task, trainer.epoch)
 
 
@@ -166,7 +175,7 @@ def plain_step(trainer: Trainer) -> PlainStep:
     """The mathematics of a trainer's next step in plain PyTorch, from copies of its weights."""
     (learner,) = trainer.learners
     encoder, decoder = (p.detach() for p in learner.parameters)
-    layer = _sdmlp(learner).encoder
+    layer = learner.model.encoder
     counts = layer.counts if layer.schedule == "gaba" else None
 
     def model() -> PlainSDMLP:
@@ -208,11 +217,13 @@ def step_runs(trainer: Trainer, compiled: bool) -> dict[str, Run]:
     check(trainer, plain_step(trainer))
     (learner,) = trainer.learners
     task, size = learner.tasks[trainer.task], trainer.config.batch_size
-    steps = [step_of(trainer, step) for step in range(BATCHES)]
-    if trainer.graphed is not None:
-        steps = [repeated(trainer)]
-    ours, stream = _cycle(steps), _endless(task.x_train, task.y_train, size)
-    runs: dict[str, Run] = {"ours": lambda: next(ours)()}
+    if trainer.graphed is None:
+        steps = cycle([step_of(trainer, step) for step in range(BATCHES)])
+    else:
+        steps = cycle([repeated(trainer)])
+    loader = batches(task.x_train, task.y_train, size)
+    stream = chain.from_iterable(repeat(loader))  # shuffled anew in each round
+    runs: dict[str, Run] = {"ours": lambda: next(steps)()}
     for name, plain in _plain_steps(trainer, compiled).items():
         runs[name] = lambda plain=plain: plain(*next(stream))
     return runs
@@ -231,7 +242,7 @@ def epoch_runs(trainer: Trainer, compiled: bool = False) -> dict[str, Run]:
 
     runs: dict[str, Run] = {"ours": lambda: next(events)}
     for name, plain in _plain_steps(trainer, compiled).items():
-        runs[name] = lambda plain=plain: plain_epoch(plain)
+        runs[name] = partial(plain_epoch, plain)
     return runs
 
 
@@ -260,8 +271,8 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
     """The products that the trainer's next step cannot do without, in the fastest order of a CPU.
 
     Returns:
-        The run; what the hidden layer is: a "code", the "active" neurons or "all", on CUDA the form
-        of the graph; how many neurons fire in the batch.
+        The run; the form of the hidden layer: "code", "active" or "all", on CUDA that of the graph;
+        how many neurons fire in the batch.
     """
     (learner,) = trainer.learners
     address = learner.inputs[: trainer.config.batch_size]
@@ -277,7 +288,7 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
         fires = hidden.values > 0
         slots = hidden.indices[fires].argsort(stable=True)
         neurons, counts = hidden.indices[fires].unique(return_counts=True)
-        # The gradient of a touched address: the sum of its samples, each times a number.
+        # The gradient of a touched address is a weighted sum of samples.
         samples = fires.nonzero()[:, 0][slots]
         weights, offsets = hidden.values[fires][slots], counts.cumsum(0) - counts
 
@@ -287,7 +298,7 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
 
         return code, path, len(neurons)
     rows = decoder if hidden.neurons is None else decoder[hidden.neurons]
-    # Any numbers do for what the gradients of logits and values are multiplied with.
+    # Any numbers can stand for the gradients of logits and values.
     values, slopes = hidden.values.T.contiguous(), address[:, :CLASSES].contiguous()
     back, gradient = torch.empty_like(values), values.new_empty(len(rows), address.shape[1])
 
@@ -304,44 +315,38 @@ def products(trainer: Trainer) -> tuple[Run, str, int]:
 def protocol(neurons: int, device: torch.device) -> Trainer:
     """SSD on Split CIFAR-10 as in the paper, on synthetic features."""
     config = resolve({"dataset": "cifar10", "preset": f"paper-{neurons // 1000}k"})
-    problem = Problem(R=neurons, N=10_000)
-    count = CLASSES // config.tasks
+    problem, count = Problem(R=neurons, N=10_000), CLASSES // config.tasks
     tasks = [
         make_task(problem, device, number, range(number * count, (number + 1) * count))
         for number in range(config.tasks)
     ]
-    return Trainer([Learner(config, tasks, build_model(config, problem.d, CLASSES).to(device))])
+    return Trainer([_learner(config, tasks, device)])
 
 
 def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
-    """The two halves of our SSD step: what depends on all neurons, and what does not.
+    """The half of our SSD step whose time depends on all neurons, and the rest.
 
-    The second one also for a code in which every slot is another neuron, so that it touches B k
-    rows whatever R; and how many rows each touches.
+    The rest is also run on a code in which every slot is another neuron, so that it touches B k
+    rows whatever R.
+
+    Returns:
+        The runs; how many rows each code touches.
     """
     (stack,), (learner,) = trainer.stacks, trainer.learners
-    encoder = _sdmlp(learner).encoder
+    encoder = learner.model.encoder
     samples = torch.arange(trainer.config.batch_size, device=trainer.device)
     address = learner.inputs[samples]
     code = encoder.encode(address)
-    assert isinstance(code, TopKOutput)
-    assert learner.distiller is not None
-    terms = learner.distiller.terms(samples)
-    batch = Batch(
-        address, learner.labels[samples], torch.full_like(address[:, 0], 1 / len(samples)), terms
-    )
+    weight = torch.full_like(address[:, 0], 1 / len(samples))
+    batch = Batch(address, learner.labels[samples], weight, learner.distiller.terms(samples))
     slots, neurons = code.indices.numel(), trainer.config.neurons
     codes = {BACKWARD: code}
     if slots <= neurons:
         spread = torch.arange(slots, device=trainer.device) * (neurons // slots)
         # Neighbours in a sample would make the gather easier than a code does.
         codes[APART] = code._replace(indices=spread.view(code.indices.shape[::-1]).T.contiguous())
-
-    def backward(code: TopKOutput) -> Run:
-        return lambda: sparse_step(stack, batch, code)
-
     runs: dict[str, Run] = {"encode": lambda: encoder.encode(address)}
-    runs |= {name: backward(code) for name, code in codes.items()}
+    runs |= {name: partial(sparse_step, stack, batch, code) for name, code in codes.items()}
     rows = {name: len(code.indices[code.values > 0].unique()) for name, code in codes.items()}
     return runs, rows
 
@@ -361,18 +366,3 @@ def as_one_task(trainer: Trainer) -> Run:
         learner.regularizers = [regularizer]
 
     return run
-
-
-def _sdmlp(learner: Learner) -> SDMLP:
-    assert isinstance(learner.model, SDMLP)
-    return learner.model
-
-
-def _cycle(runs: list[Run]) -> Iterator[Run]:
-    while True:
-        yield from runs
-
-
-def _endless(x: Tensor, y: Tensor, size: int) -> Iterator[list[Tensor]]:
-    while True:
-        yield from batches(x, y, size)

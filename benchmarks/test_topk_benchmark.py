@@ -1,39 +1,24 @@
-"""pytest-benchmark versions of the core rows: pytest benchmarks --benchmark-enable.
+"""The rows of topk_bench.py under pytest-benchmark: pytest benchmarks --benchmark-enable.
 
-Small shapes on CPU, the targets' shapes on CUDA; the same providers and gate as topk_bench.py.
+Small shapes on CPU, the shapes of targets and others on CUDA; the same providers and gate.
 """
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import providers
-from benchmarks.cases import CPU, CUDA, Shape
+from benchmarks import cases
+from benchmarks.providers import Shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = CUDA if DEVICE.type == "cuda" else CPU
-BASELINES = {
-    "topk": "torch.topk",
-    "linear_topk": "F.linear + torch.topk",
-    "linear_active": "F.linear + torch.topk",
-    "linear_inhibit": "F.linear + torch.topk",
-    "sparse_linear": "dense matmul",
-    "count_active": "index_add_",
-    "code_gram": "dense matmul",
-    "row_update": "dense step, gradient given",
-}
-
-
-def _id(shape: Shape) -> str:
-    sizes = "-".join(f"{name}{size}" for name, size in shape.sizes.items())
-    return f"{shape.op}-{shape.mode}-{shape.dtype}-{sizes}".replace("torch.", "")
+SHAPES = cases.CUDA if DEVICE.type == "cuda" else cases.CPU
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "baseline"])
-@pytest.mark.parametrize("shape", SHAPES, ids=_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.title.replace(" ", "-"))
 def test_core_row(benchmark: BenchmarkFixture, shape: Shape, ours: bool) -> None:
-    case = providers.build(shape, DEVICE)
-    name = "ours" if ours else BASELINES[shape.op]
+    case = cases.build(shape, DEVICE)
+    name = "ours" if ours else case.baseline
     given, provider = case.inputs(), case.providers[name]
     assert case.check(name, given, provider(given)) == ""
 

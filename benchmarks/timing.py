@@ -1,23 +1,24 @@
-"""How times and memory are measured, and the two ceilings of the machine."""
+"""Times and memory of a call, and the two ceilings of the machine."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Run = Callable[[], object]
-LEAST, MOST = 5, 300  # samples a provider, whatever the time budget says
+LEAST, MOST = 5, 300  # samples of a provider, whatever the time budget says
 BATCH = 5  # calls between two synchronisations on CUDA
 
 
-@dataclass(frozen=True)
-class Quantiles:
-    """20th, 50th and 80th percentile of the milliseconds of a call."""
+class Quantiles(NamedTuple):
+    """20th, 50th and 80th percentile."""
 
     p20: float
     p50: float
@@ -38,7 +39,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class SelfTimed:
-    """A run that says itself how many milliseconds its calls took, in another process."""
+    """A run in another process, which returns the milliseconds of its calls."""
 
     sample: Callable[[], list[float]]
 
@@ -46,13 +47,20 @@ class SelfTimed:
         return self.sample()
 
 
+def quantiles(samples: Sequence[float]) -> Quantiles:
+    return Quantiles(*map(float, np.percentile(samples, [20, 50, 80])))
+
+
 def alternate(
     runs: dict[str, Run], seconds: float, device: torch.device
 ) -> tuple[dict[str, Quantiles], dict[str, Exception]]:
-    """Times the runs in turns, about `seconds` each; a run that raises is left out and reported.
+    """Milliseconds of the runs, timed in turns, and the errors of those that raise.
 
-    Turns spread a change of clocks or of the machine's load over all of them; their order is drawn
+    Turns spread a change of clocks or of the machine's load over all runs. Their order is drawn
     anew each round, since a run finds the caches as the one before it left them.
+
+    Args:
+        seconds: to spend on a run.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     errors: dict[str, Exception] = {}
@@ -68,46 +76,7 @@ def alternate(
             except Exception as error:
                 errors[name] = error
                 del samples[name]
-    return {name: _quantiles(taken) for name, taken in samples.items()}, errors
-
-
-def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Device memory that a call needs beyond what it was given and what it returns."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = run()
-    torch.cuda.synchronize(device)
-    returned = torch.cuda.memory_allocated(device) - before
-    kept = sum(t.untyped_storage().nbytes() for t in _tensors(result))
-    return torch.cuda.max_memory_allocated(device) - before - min(returned, kept)
-
-
-def roofline(device: torch.device, dtypes: tuple[torch.dtype, ...], seconds: float) -> Roofline:
-    """The two ceilings of this machine, at this moment."""
-    large = device.type == "cuda"
-    source = torch.empty(2**29 if large else 2**24, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    taken = _median(lambda: target.copy_(source), seconds, device)
-    compute = {dtype: _gemm_rate(8192 if large else 1024, dtype, seconds, device)
-               for dtype in dtypes}  # fmt: skip
-    return Roofline(2 * source.nbytes / taken, compute)
-
-
-def _gemm_rate(size: int, dtype: torch.dtype, seconds: float, device: torch.device) -> float:
-    # Random data: on zeros a GPU draws less power and clocks higher.
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _median(lambda: a @ b, seconds, device)
-
-
-def _median(run: Run, seconds: float, device: torch.device) -> float:
-    run()
-    quantiles, errors = alternate({"": run}, seconds, device)
-    if errors:
-        raise errors[""]
-    return quantiles[""].p50 / 1e3
+    return {name: quantiles(taken) for name, taken in samples.items()}, errors
 
 
 def sample(run: Run, device: torch.device) -> list[float]:
@@ -129,14 +98,39 @@ def sample(run: Run, device: torch.device) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in pairs]
 
 
-def _quantiles(samples: list[float]) -> Quantiles:
-    cuts = torch.tensor(samples, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return Quantiles(*cuts.tolist())
+def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
+    """Device memory that a call needs beyond what it was given and what it returns."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = run()
+    torch.cuda.synchronize(device)
+    returned = torch.cuda.memory_allocated(device) - before
+    results = result if isinstance(result, tuple | list) else [result]
+    kept = sum(t.untyped_storage().nbytes() for t in results if isinstance(t, Tensor))
+    return torch.cuda.max_memory_allocated(device) - before - min(returned, kept)
 
 
-def _tensors(result: object) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    return [t for t in result if isinstance(t, Tensor)] if isinstance(result, tuple | list) else []
+def roofline(device: torch.device, dtypes: Sequence[torch.dtype], seconds: float) -> Roofline:
+    """The two ceilings of this machine, at this moment."""
+    large = device.type == "cuda"
+    source = torch.empty(2**29 if large else 2**24, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    size = 8192 if large else 1024
+
+    def taken(run: Run) -> float:
+        run()
+        times, errors = alternate({"": run}, seconds, device)
+        if errors:
+            raise errors[""]
+        return times[""].p50 / 1e3
+
+    def product_rate(dtype: torch.dtype) -> float:
+        # Random data: on zeros a GPU draws less power and clocks higher.
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        return 2 * size**3 / taken(lambda: a @ b)
+
+    bandwidth = 2 * source.nbytes / taken(lambda: target.copy_(source))
+    return Roofline(bandwidth, {dtype: product_rate(dtype) for dtype in dtypes})

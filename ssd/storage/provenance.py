@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and whose it is."""
+"""Where numbers come from: commit, versions, machine, device."""
 
 from __future__ import annotations
 
@@ -13,41 +13,51 @@ from typing import Any
 import torch
 
 
+def installed(package: str) -> str:
+    """The version of a package; empty if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("ssd-kernels", "torch", "triton", "torchvision", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    """The version of Python and of each package that numbers depend on."""
+    packages = ("ssd-kernels", "torch", "triton", "torchvision", "numpy")
+    found = {package: installed(package) or "not installed" for package in packages}
+    return {"python": platform.python_version(), **found}
 
 
 def versions_of(summaries: Iterable[Mapping[str, Any]]) -> str:
-    """The versions that runs were trained with, as text."""
+    """The versions in the summaries of runs, as text."""
     found = {", ".join(f"{n} {v}" for n, v in s["versions"].items()) for s in summaries}
     return "; ".join(sorted(found))
 
 
-def commit() -> str:
-    """The commit of the checkout, "-dirty" if more than results changed; "unknown" outside one."""
-    here = Path(__file__)
+def commit(file: Path | None = None) -> str:
+    """The commit of the checkout that holds a file, "-dirty" if more than results changed.
+
+    Args:
+        file: by default of this checkout; where that is none, $GIT_COMMIT may name the commit.
+
+    Returns:
+        "unknown" outside a checkout.
+    """
+    place = file or Path(__file__)
     try:
-        # An installed copy may lie inside the checkout of something else.
-        _git("ls-files", "--error-unmatch", here.name)
-        changed = _git(
-            "status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results"
-        )
-        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+        # An installed copy may lie inside the checkout of another project.
+        _git("ls-files", "--error-unmatch", place.name, folder=place.parent)
+        status = ("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results")
+        changed = _git(*status, folder=place.parent)
+        return _git("rev-parse", "HEAD", folder=place.parent) + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return "unknown" if file else os.environ.get("GIT_COMMIT", "unknown")
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str, folder: Path | None = None) -> str:
     return subprocess.run(
         ["git", *arguments],
-        cwd=Path(__file__).parent,
+        cwd=folder or Path(__file__).parent,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -56,7 +66,7 @@ def _git(*arguments: str) -> str:
 
 
 def doubts(commits: Collection[str]) -> str:
-    """Why runs of these commits cannot be repeated from one; empty if they can."""
+    """Why no single commit repeats runs of these commits; empty if one does."""
     several = len(set(commits))
     found = [f"of {several} commits"] if several > 1 else []
     if any(commit.endswith("-dirty") for commit in commits):
@@ -67,18 +77,18 @@ def doubts(commits: Collection[str]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A device with the name of its hardware."""
+    """The type of a device with the name of its hardware."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{device.type} ({name})"
 
 
 def machine() -> str:
-    """The machine that this process runs on."""
+    """The processor and the number of its threads."""
     return f"{processor()}, {os.cpu_count()} threads"
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The name of the processor, or its architecture where the system has no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
