@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 import ssd.ops.reference
 import ssd_kernels as ours
@@ -39,6 +40,23 @@ INDEX = 8  # bytes
 Select = Callable[[Tensor, Tensor, Tensor], Any]  # (x, weight, bias) -> values, indices, ..
 
 
+def in_place(
+    providers: dict[str, Provider], exact: Callable[[Any], None]
+) -> Callable[[str, Any, Any], str]:
+    """The check of an op that writes into its inputs: it runs on a copy, `exact` on one in fp64."""
+
+    def check(name: str, given: Any, _: Any) -> str:
+        mine = tree_map(torch.clone, given)
+        true = tree_map(lambda t: t.double() if t.is_floating_point() else t.clone(), given)
+        providers[name](mine)
+        exact(true)
+        pairs = zip(tree_leaves(mine), tree_leaves(true), strict=True)
+        errors = (gate.close(f"input {number}", *pair) for number, pair in enumerate(pairs))
+        return next(filter(None, errors), "")
+
+    return check
+
+
 def topk(shape: Shape, device: torch.device) -> Case:
     batch, neurons, k = shape["B R k"]
 
@@ -60,25 +78,19 @@ def topk(shape: Shape, device: torch.device) -> Case:
     )
 
 
-def _linear_and_topk(k: int, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    values, indices = torch.topk(F.linear(x, weight, bias), k)
-    return values.relu(), indices
-
-
 def linear_topk(shape: Shape, device: torch.device) -> Case:
-    if "S" in shape.sizes:
-        return _linear_topk_of_networks(shape, device)
+    """With S, that many networks in one call, beside a call for each; B samples of each."""
     batch, d, neurons, k = shape["B d R k"]
-    full = shape.mode == "full"
-    counts = torch.zeros(neurons, dtype=torch.int64, device=device)
+    count, full = shape.sizes.get("S", 1), shape.mode == "full"
+    counts = torch.zeros(count * neurons, dtype=torch.int64, device=device)
 
     def inputs() -> Any:
         x, weight, bias = (
-            normal(shape, device, *sizes).requires_grad_(full)
-            for sizes in ((batch, d), (neurons, d), (neurons,))
+            normal(shape, device, count * size, *more).requires_grad_(full)
+            for size, *more in ((batch, d), (neurons, d), (neurons,))
         )
         # A row's neurons share one gradient, so that their order does not matter.
-        grad = normal(shape, device, batch, 1).expand(-1, k).contiguous()
+        grad = normal(shape, device, count * batch, 1).expand(-1, k).contiguous()
         factors = [] if full else [x, weight]
         if shape.dtype == torch.float32:
             factors = [factor.half() for factor in factors]
@@ -95,32 +107,55 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
 
         return both if full else forward
 
+    def in_turn(select: Select) -> Select:
+        """A call for each network."""
+
+        def loop(*given: Tensor) -> Any:
+            networks = zip(*(t.chunk(count) for t in given), strict=True)
+            codes = [select(*network)[:2] for network in networks]
+            values, indices = (torch.cat(part) for part in zip(*codes, strict=True))
+            return values, reference.numbered_through(indices, neurons, count)
+
+        return select if count == 1 else loop
+
+    def library(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        values, indices = torch.topk(F.linear(x, weight, bias), k)
+        return values.relu(), indices
+
     def library_and_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
         values, indices = ours.topk(F.linear(x, weight, bias), k)[:2]
         return values.relu(), indices
 
-    def call(given: Any, impl: str | None, counts: Tensor | None = None) -> Any:
-        return mode(lambda x, w, b: ours.linear_topk(x, w, k, b, counts=counts, impl=impl))(given)
+    def select(*given: Any, **options: Any) -> Any:
+        x, weight, bias = given
+        return ours.linear_topk(x, weight, k, bias, **options)
 
-    library = mode(partial(_linear_and_topk, k))
+    def call(given: Any, **options: Any) -> Any:
+        return mode(partial(select, blocks=count, **options))(given)
+
     providers = impls("linear_topk", device, call)
-    providers["ours+counts"] = lambda given: call(given, None, counts)
-    providers[LIBRARY] = library
-    providers["F.linear + our topk"] = mode(library_and_ours)
-    if batch <= 128:  # where launches decide
-        for name in ("ours", LIBRARY):
-            providers |= captured(device, name, providers[name])
-    if not full:
-        if device.type == "cuda":
-            providers[GEMM] = lambda given: given[4] @ given[5].T
-        if shape.dtype == torch.float32:
-            providers[ALONE] = lambda given: F.linear(*given[:3])
-        if neurons <= FUSED:
-            providers |= compiled(device, LIBRARY, library, autotune=batch >= 1024)
-    providers |= {name: mode(partial(peer, k)) for name, peer in peers.encoder(device).items()}
-    dense = {} if full else peers.dense_encoder(device)
+    if count > 1:
+        providers["ours, in a loop"] = mode(in_turn(select))
+    else:
+        providers["ours+counts"] = partial(call, counts=counts)
+    providers[LIBRARY] = mode(in_turn(library))
+    dense = {}
+    if count == 1:
+        providers["F.linear + our topk"] = mode(library_and_ours)
+        if batch <= 128:  # where launches decide
+            for name in ("ours", LIBRARY):
+                providers |= captured(device, name, providers[name])
+        if not full:
+            if device.type == "cuda":
+                providers[GEMM] = lambda given: given[4] @ given[5].T
+            if shape.dtype == torch.float32:
+                providers[ALONE] = lambda given: F.linear(*given[:3])
+            if neurons <= FUSED:
+                providers |= compiled(device, LIBRARY, mode(library), autotune=batch >= 1024)
+            dense = peers.dense_encoder(device)
+        providers |= {name: mode(partial(peer, k)) for name, peer in peers.encoder(device).items()}
     for name, encode in dense.items():
-        providers[name] = partial(lambda encode, given: encode(k, *given[:3]), encode)
+        providers[name] = lambda given, encode=encode: encode(k, *given[:3])
 
     def check(name: str, given: Any, result: Any) -> str:
         x, weight, bias = (t.detach() for t in given[:3])
@@ -129,10 +164,14 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
         if name == GEMM:
             return gate.linear(*given[4:], None, result)
         values, indices, *grads = torch.topk(result, k) if name in dense else result
+        first = neurons * torch.arange(count, device=device).repeat_interleave(batch).unsqueeze(1)
+        parts = (t.chunk(count) for t in (x, weight, bias, values, indices - first))
         rounded = not name.startswith("ours")
-        error = gate.linear_topk(x, weight, bias, values, indices, rounded=rounded)
-        if error or not full:
-            return error
+        for network in zip(*parts, strict=True):
+            if error := gate.linear_topk(*network, rounded=rounded):
+                return error
+        if not full:
+            return ""
         return gate.linear_topk_gradients(given[:3], values, indices, given[3][:, :1], grads)
 
     number = shape.dtype.itemsize
@@ -142,41 +181,7 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
         # Read x and the active rows of W, write dx and dW.
         size += (2 * batch * d + min(batch * k, neurons) * d + neurons * d) * number
         operations += 4 * batch * k * d
-    return Case(shape, inputs, providers, check, size, operations)
-
-
-def _linear_topk_of_networks(shape: Shape, device: torch.device) -> Case:
-    """S networks in one call, beside a call for each; B samples of each."""
-    count, batch, d, neurons, k = shape["S B d R k"]
-
-    def inputs() -> Any:
-        sizes = ((count * batch, d), (count * neurons, d), (count * neurons,))
-        return [normal(shape, device, *size) for size in sizes]
-
-    def call(given: Any, impl: str | None) -> Any:
-        x, weight, bias = given
-        return ours.linear_topk(x, weight, k, bias, blocks=count, impl=impl)[:2]
-
-    def loop(select: Select, given: Any) -> Any:
-        networks = zip(*(t.chunk(count) for t in given), strict=True)
-        codes = [select(*network)[:2] for network in networks]
-        values, indices = (torch.cat(part) for part in zip(*codes, strict=True))
-        return values, reference.numbered_through(indices, neurons, count)
-
-    def check(name: str, given: Any, result: Any) -> str:
-        first = neurons * torch.arange(count, device=device).repeat_interleave(batch).unsqueeze(1)
-        parts = (*given, result[0], result[1] - first)
-        networks = zip(*(t.chunk(count) for t in parts), strict=True)
-        rounded = not name.startswith("ours")
-        errors = (gate.linear_topk(*network, rounded=rounded) for network in networks)
-        return next(filter(None, errors), "")
-
-    providers = impls("linear_topk", device, call)
-    providers["ours, in a loop"] = partial(loop, lambda x, w, b: ours.linear_topk(x, w, k, b))
-    providers[LIBRARY] = partial(loop, partial(_linear_and_topk, k))
-    number = shape.dtype.itemsize
-    size = (batch * d + neurons * d + neurons) * number + batch * k * (number + INDEX)
-    return Case(shape, inputs, providers, check, count * size, 2 * count * batch * d * neurons)
+    return Case(shape, inputs, providers, check, count * size, count * operations)
 
 
 def linear_inhibit(shape: Shape, device: torch.device) -> Case:
@@ -320,19 +325,12 @@ def count_active(shape: Shape, device: torch.device) -> Case:
         values, indices, counts = given
         counts.index_add_(0, indices.flatten(), (values > 0).flatten().long())
 
-    def check(name: str, given: Any, _: Any) -> str:
-        values, indices, counts = given
-        expected = counts.clone()
-        providers[name](given)
-        reference.count_active(values, indices, expected)
-        return "" if torch.equal(counts, expected) else "counts differ from the reference's"
-
     providers = impls(
         "count_active", device, lambda given, impl: ours.count_active(*given, impl=impl)
     )
     providers["index_add_"] = library
-    number = shape.dtype.itemsize
-    size = batch * k * (number + INDEX) + 2 * INDEX * min(batch * k, neurons)
+    size = batch * k * (shape.dtype.itemsize + INDEX) + 2 * INDEX * min(batch * k, neurons)
+    check = in_place(providers, lambda given: reference.count_active(*given))
     return Case(shape, inputs, providers, check, size)
 
 
@@ -354,27 +352,19 @@ def code_gram(shape: Shape, device: torch.device) -> Case:
         gram.addmm_(hidden.T, hidden)
         cross.addmm_(hidden.T, F.one_hot(labels, classes).to(gram.dtype))
 
-    def check(name: str, given: Any, _: Any) -> str:
-        values, indices, gram, cross, labels = given
-        mine = gram.zero_().clone(), cross.zero_().clone()
-        providers[name]((values, indices, *mine, labels))
-        exact = gram.double(), cross.double()
-        ssd.ops.reference.code_gram(values.double(), indices, *exact, labels)
-        return gate.close("gram", mine[0], exact[0]) or gate.close("cross", mine[1], exact[1])
-
     providers = impls("code_gram", device, lambda given, impl: our_code_gram(*given, impl=impl))
     providers[DENSE] = dense
     touched = min(batch * k * k, neurons * neurons) + min(batch * k, neurons * classes)
     size = batch * k * (shape.dtype.itemsize + INDEX) + 2 * 4 * touched
+    check = in_place(providers, lambda given: ssd.ops.reference.code_gram(*given))
     return Case(shape, inputs, providers, check, size, 2 * batch * k * k)
 
 
 def row_update(shape: Shape, device: torch.device) -> Case:
     """The encoder [R, d] and the decoder [R, 10] of one layer, in one step."""
     batch, d, neurons, k = shape["B d R k"]
-    widths, normalize = (d, 10), [True, False]
-    options: dict[str, Any] = {"lr": 1e-3, "max_norm": 1.0, "nonnegative": True}
-    options["normalize"] = normalize
+    widths, lr, normalize = (d, 10), 1e-3, [True, False]
+    options = {"lr": lr, "max_norm": 1.0, "nonnegative": True, "normalize": normalize}
 
     def inputs() -> Any:
         weights = [F.normalize(normal(shape, device, neurons, w).abs(), dim=1) for w in widths]
@@ -389,35 +379,25 @@ def row_update(shape: Shape, device: torch.device) -> Case:
         """The dense step on gradients that are already there."""
         weights, *_, dense = given
         norm = torch.stack([g.square().sum() for g in dense]).sum().sqrt()
-        scale = reference.clip_scale(norm, options["max_norm"])
+        scale = reference.clip_scale(norm, 1.0)
         for weight, gradient, unit in zip(weights, dense, normalize, strict=True):
-            weight -= options["lr"] * scale * gradient
+            weight -= lr * scale * gradient
             weight.clamp_(min=0)
             if unit:
                 weight /= weight.norm(dim=1, keepdim=True).clamp(min=1e-12)
         return norm
 
-    def check(name: str, given: Any, _: Any) -> str:
-        weights, coefficients, vectors, indices, dense = given
-        exact = [w.double() for w in weights]
-        mine = [w.clone() for w in weights]
-        wide = [c.double() for c in coefficients], [v.double() for v in vectors]
-        reference.row_update(exact, *wide, indices, **options, momentum=0.0, buffers=None)
-        providers[name]((mine, coefficients, vectors, indices, dense))
-        pairs = enumerate(zip(mine, exact, strict=True))
-        errors = (gate.close(f"weights[{n}]", got, true) for n, (got, true) in pairs)
-        return next(filter(None, errors), "")
+    def exact(given: Any) -> None:
+        reference.row_update(*given[:4], **options, momentum=0.0, buffers=None)
 
     providers = impls(
-        "row_update",
-        device,
-        lambda given, impl: ours.row_update(*given[:4], **options, impl=impl),
+        "row_update", device, lambda given, impl: ours.row_update(*given[:4], **options, impl=impl)
     )
     providers["dense step, gradient given"] = library
     number, touched = shape.dtype.itemsize, min(batch * k, neurons)
     size = sum(2 * touched * w + batch * w + batch * k for w in widths) * number
-    size += batch * k * INDEX
-    return Case(shape, inputs, providers, check, size, 2 * batch * k * sum(widths))
+    check, operations = in_place(providers, exact), 2 * batch * k * sum(widths)
+    return Case(shape, inputs, providers, check, size + batch * k * INDEX, operations)
 
 
 BUILDERS: dict[str, Callable[[Shape, torch.device], Case]] = {

@@ -108,9 +108,14 @@ def weight_gradient(values: Tensor, indices: Tensor, vectors: Tensor, gradient: 
 
 
 def close(name: str, got: Tensor, true: Tensor) -> str:
-    """Relative error of the whole tensor in the Frobenius norm: at most TOLERANCE of its dtype."""
+    """Relative error of the whole tensor in the Frobenius norm: at most TOLERANCE of its dtype.
+
+    Integers must be equal.
+    """
     if got.shape != true.shape:
         return f"{name} has shape {list(got.shape)}, expected {list(true.shape)}"
+    if not got.is_floating_point():
+        return "" if torch.equal(got, true) else f"{name} differs"
     error = ((got.double() - true).norm() / true.norm().clamp(min=1e-300)).item()
     allowed = TOLERANCE[got.dtype]
     return "" if error <= allowed else f"{name} has relative error {error:.2g} > {allowed:.2g}"
