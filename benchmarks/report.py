@@ -57,27 +57,24 @@ def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def measurements(rows: Sequence[Row], title: str) -> Table:
+    """The times of a run and what goes with them; metrics that it lacks have no column."""
+    metrics = {"bandwidth": "GB/s", "compute": "TFLOP/s", "memory": "peak MiB"}
+    metrics = {name: unit for name, unit in metrics.items() if name in {r.metric for r in rows}}
     shown = Table("op", "shape", "provider", title=title)
-    for name in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "TFLOP/s", "of roofline", "peak MiB"):
+    for name in ("p20 ms", "p50 ms", "p80 ms", *metrics.values(), "of roofline"):
         shown.add_column(name, justify="right")
     for case, providers in by_case(rows).items():
         shown.add_section()
-        for provider, metrics in providers.items():
-            shown.add_row(*case, provider, *_figures(metrics))
+        for provider, found in providers.items():
+            time = found.get("time")
+            if time is not None and not time.correct:
+                shown.add_row(*case, provider, "[red]wrong[/red]")
+                continue
+            quantiles = (time.p20, time.p50, time.p80) if time else (None, None, None)
+            others = (found[name].p50 if name in found else None for name in metrics)
+            figures = (*quantiles, *others, time.roofline_fraction if time else None)
+            shown.add_row(*case, provider, *map(_text, figures))
     return shown
-
-
-def _figures(metrics: dict[str, Row]) -> list[str]:
-    time = metrics.get("time")
-    if time is not None and not time.correct:
-        return ["[red]wrong[/red]"] + [""] * 6
-    quantiles = [time.p20, time.p50, time.p80] if time else [None] * 3
-    bandwidth, compute, memory = (
-        metrics[name].p50 if name in metrics else None
-        for name in ("bandwidth", "compute", "memory")
-    )
-    fraction = time.roofline_fraction if time else None
-    return [_text(x) for x in (*quantiles, bandwidth, compute, fraction, memory)]
 
 
 def _text(figure: float | None) -> str:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import bench, step_cases, step_targets
 from benchmarks.previous import Previous
 from benchmarks.record import Row
-from benchmarks.report import table
+from benchmarks.report import measurements, table
 from benchmarks.step_cases import PHASES, Problem, make_trainer, step_of
 from benchmarks.timing import Run, SelfTimed, alternate, quantiles
 from ssd.cli import exit_status
@@ -248,15 +248,8 @@ def draw(grown: Curves, path: Path, title: str) -> None:
 def show(run: bench.Bench) -> None:
     """All times, how they grow, and the targets."""
     rows = run.writer.rows
-    timed = [
-        (
-            f"{row.op} {row.mode}, R = {row.shape['R']:,}",
-            row.provider,
-            *(f"{figure:.2f}" for figure in (row.p20, row.p50, row.p80)),
-        )
-        for row in rows
-        if row.metric == "time" and not row.op.startswith("growth")
-    ]
+    timed = [row for row in rows if row.unit == "ms" and not row.op.startswith("growth")]
+    run.console.print(measurements(timed, "steps, epochs and protocols"))
     grown = [
         (
             axis,
@@ -267,8 +260,6 @@ def show(run: bench.Bench) -> None:
         for axis, parts in curves(rows).items()
         for part, points in parts.items()
     ]
-    columns = ("problem", "provider", "p20 ms", "p50 ms", "p80 ms")
-    run.console.print(table("steps, epochs and protocols", columns, timed))
     run.console.print(table("growth", ("axis", "part", "ms by size", "exponent"), grown))
     run.console.print(table("targets", ("target", "measured", ""), step_targets.verdicts(rows)))
 

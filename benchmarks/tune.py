@@ -2,9 +2,8 @@
 
     python benchmarks/tune.py [topk] [encoder] [decode] [walk] [--out FILE.txt]
 
-A line a configuration, fastest first; the present row of the table is marked. Results of topk are
-compared with the specification's and those of the encoder with fp64 on some rows, those of the
-others with the first configuration's, up to the order of the sums.
+A line a configuration, fastest first; the present row of the table is marked. Results pass the gate
+of topk_bench, or the line says WRONG.
 """
 
 from __future__ import annotations
@@ -14,19 +13,23 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import gate, record, timing
+from benchmarks import cases, gate, record, timing
+from benchmarks.providers import Shape
 from ssd.cli import ArgumentParser, exit_status
 from ssd.errors import UserError
 from ssd.storage.lock import file_lock
+from ssd.storage.provenance import commit, installed
 from ssd_kernels import _encoder as encoder
 from ssd_kernels import _tuning, reference
 from ssd_kernels.sparse_linear import gather_triton, gradients_triton
@@ -36,68 +39,80 @@ DEVICE = torch.device("cuda")
 PROCESSES = 12  # that compile
 SECONDS = 0.05  # of timing, a configuration
 FP32, BF16 = torch.float32, torch.bfloat16
-PARTS = ("topk", "encoder", "decode", "walk")
-Results = tuple[Tensor | None, ...]
+Results = tuple[Any, ...]
+# Part of the command line -> what is timed, on the inputs of the benchmark's case.
+PARTS: dict[str, Callable[[Any, int], Results]] = {
+    "topk": lambda scores, k: select_triton(scores, k)[:2],
+    "encoder": lambda given, k: encoder.code(*given[:3], k, "mask", None, 1)[:2],
+    "decode": lambda given, k: (gather_triton(*given[:3]),),
+    "walk": lambda given, k: gradients_triton(given[4], *given[:3], True, True, ())[:2],
+}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """An op's table row, what it is timed on, and what may stand in the row."""
+    """What is timed for a row of the table, and the configurations that may stand there."""
 
-    part: str  # of the command line
+    part: str  # of PARTS
     op: str  # in _tuning.TABLE
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
+    shape: Shape
     bounds: dict[str, int]  # as _tuning.config takes them
     candidates: tuple[_tuning.Config, ...]
 
-    @property
-    def title(self) -> str:
-        return (
-            f"{self.part} ({self.op}) {list(self.sizes)} {str(self.dtype).removeprefix('torch.')}"
-        )
+
+def _candidates(names: str, *choices: tuple[tuple[int, ...], ...]) -> tuple[_tuning.Config, ...]:
+    """All combinations of the choices, each of which gives the values of some of the names."""
+    return tuple(
+        dict(zip(names.split(), sum(parts, ()), strict=True)) for parts in product(*choices)
+    )
 
 
 def _topk(batch: int, neurons: int, k: int, dtype: torch.dtype) -> Problem:
     tiles = ((512, 1), (1024, 1), (1024, 2), (1024, 4), (2048, 2), (2048, 4), (4096, 2), (4096, 4))
-    return Problem(
-        "topk", "topk", (batch, neurons, k), dtype, {"neurons": neurons, "k": k},
-        tuple({"TILE": tile, "PROGRAMS": 64 if neurons <= 1024 else 32, "num_warps": warps}
-              for tile, warps in tiles if tile <= max(512, neurons)),
-    )  # fmt: skip
+    fitting = tuple(tile for tile in tiles if tile[0] <= max(512, neurons))
+    programs = ((64 if neurons <= 1024 else 32,),)
+    shape = Shape("topk", "forward", dtype, {"B": batch, "R": neurons, "k": k})
+    candidates = _candidates("PROGRAMS TILE num_warps", programs, fitting)
+    return Problem("topk", "topk", shape, {"neurons": neurons, "k": k}, candidates)
 
 
-# How the encoder's product walks over its tiles, by rows that are aligned or not, and the tiles.
-PLACE = ("DESCRIPTORS", "PERSISTENT", "TOGETHER", "num_stages")
-PLAIN = ((0, 0, 64, 3), (0, 0, 8, 3), (0, 0, 64, 4))
-DESCRIBED = ((1, 1, 8, 3), (1, 1, 8, 4), (1, 0, 64, 3), (1, 0, 64, 4), (0, 0, 64, 3))
-TILE = ("BM", "BN", "BK", "num_warps")
+# The encoder's tiles (BM BN BK num_warps), and how its product walks over them, by whether rows are
+# aligned (DESCRIPTORS PERSISTENT TOGETHER num_stages).
 SMALL = ((64, 32, 64, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 64, 64, 8))
-LARGE = ((128, 128, 32, 8), (128, 128, 64, 4), (128, 128, 64, 8), (128, 256, 64, 8),
-         (256, 128, 64, 8))  # fmt: skip
+LARGE = (
+    (128, 128, 32, 8),
+    (128, 128, 64, 4),
+    (128, 128, 64, 8),
+    (128, 256, 64, 8),
+    (256, 128, 64, 8),
+)
+UNALIGNED = ((0, 0, 64, 3), (0, 0, 8, 3), (0, 0, 64, 4))
+ALIGNED = ((1, 1, 8, 3), (1, 1, 8, 4), (1, 0, 64, 3), (1, 0, 64, 4), (0, 0, 64, 3))
 
 
 def _encoder(
     batch: int, d: int, neurons: int, k: int, dtype: torch.dtype, aligned: int = 1
 ) -> Problem:
-    tiles = SMALL if batch <= 128 else LARGE
-    return Problem(
-        "encoder", "linear_topk", (batch, neurons, k, d), dtype,
-        {"batch": batch, "aligned": aligned},
-        tuple(dict(zip(PLACE + TILE, place + tile, strict=True))
-              for place in (DESCRIBED if aligned else PLAIN) for tile in tiles),
-    )  # fmt: skip
+    names = "DESCRIPTORS PERSISTENT TOGETHER num_stages BM BN BK num_warps"
+    candidates = _candidates(
+        names, ALIGNED if aligned else UNALIGNED, SMALL if batch <= 128 else LARGE
+    )
+    shape = Shape("linear_topk", "forward", dtype, {"B": batch, "d": d, "R": neurons, "k": k})
+    bounds = {"batch": batch, "aligned": aligned}
+    return Problem("encoder", "linear_topk", shape, bounds, candidates)
 
 
 def _rows(part: str, batch: int, neurons: int, k: int, width: int, dtype: torch.dtype) -> Problem:
-    op, bound = ("sparse_linear", "outputs") if part == "decode" else ("segments", "width")
+    decodes = part == "decode"
     blocks = ((256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4))
-    slots = (4, 8, 16) if part == "decode" else (2, 4, 8)
-    return Problem(
-        part, op, (batch, neurons, k, width), dtype, {bound: width},
-        tuple({"SLOTS": s, "BLOCK": block, "num_warps": warps}
-              for block, warps in blocks if block <= max(256, width) for s in slots),
-    )  # fmt: skip
+    fitting = tuple(block for block in blocks if block[0] <= max(256, width))
+    slots = ((4,), (8,), (16,)) if decodes else ((2,), (4,), (8,))
+    mode, op, bound = (
+        ("forward", "sparse_linear", "outputs") if decodes else ("full", "segments", "width")
+    )
+    shape = Shape("sparse_linear", mode, dtype, {"B": batch, "R": neurons, "k": k, "C": width})
+    candidates = _candidates("BLOCK num_warps SLOTS", fitting, slots)
+    return Problem(part, op, shape, {bound: width}, candidates)
 
 
 PROBLEMS = (
@@ -121,100 +136,74 @@ PROBLEMS = (
 )
 
 
-def inputs(problem: Problem, batch: int) -> tuple[Tensor, ...]:
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=DEVICE).to(problem.dtype)
-
-    if problem.part == "topk":
-        return (normal(batch, problem.sizes[1]),)
-    _, neurons, k, width = problem.sizes
-    if problem.part == "encoder":
-        return normal(batch, width), normal(neurons, width), normal(neurons)
-    indices = torch.randint(neurons, (batch, k), device=DEVICE)
-    return normal(batch, k), indices, normal(neurons, width), normal(batch, width)
+def inputs(shape: Shape) -> Any:
+    return tree_map(torch.Tensor.detach, cases.build(shape, DEVICE).inputs())
 
 
-def run(problem: Problem, chosen: _tuning.Config, given: tuple[Tensor, ...]) -> Results:
+def run(problem: Problem, chosen: _tuning.Config, given: Any) -> Results:
     _tuning.TABLE[problem.op] = {"default": (({}, chosen),)}
+    return PARTS[problem.part](given, problem.shape.sizes["k"])
+
+
+def error_of(problem: Problem, given: Any, results: Results) -> str:
+    """What is wrong with results, or ""."""
     if problem.part == "topk":
-        return select_triton(given[0], problem.sizes[2])
-    if problem.part == "encoder":
-        return encoder.code(*given, problem.sizes[2], "mask", None, 1)[:2]
-    values, indices, weight, grad = given
-    if problem.part == "decode":
-        return (gather_triton(values, indices, weight),)
-    return gradients_triton(grad, values, indices, weight, True, True, ())
+        rows = gate.sample_rows(given)
+        true = reference.topk(given[rows], problem.shape.sizes["k"])
+        same = all(torch.equal(got[rows], t) for got, t in zip(results, true[:2], strict=True))
+        return "" if same else "differs from the specification"  # in the order of ties too
+    if problem.part == "walk":
+        results = (gather_triton(*given[:3]), *results)
+    result = results[0] if problem.part == "decode" else results
+    return cases.build(problem.shape, DEVICE).check("ours", given, result)
 
 
 def warm(job: tuple[Problem, _tuning.Config]) -> str:
-    """Compiles a configuration on a small batch, in a process of its own."""
+    """Compiles a configuration on a small batch, in a process of its own; says what failed."""
     problem, chosen = job
+    shape = problem.shape
+    if problem.part != "encoder":  # which is compiled for the number of tiles too
+        # As many rows as share no row out among several programs.
+        shape = replace(shape, sizes=shape.sizes | {"B": 2 * _tuning.multiprocessors(DEVICE)})
     try:
-        # As many rows as share no row out among several programs. The encoder's kernels are
-        # compiled for the number of tiles too.
-        few = 2 * _tuning.multiprocessors(DEVICE)
-        run(
-            problem, chosen, inputs(problem, problem.sizes[0] if problem.part == "encoder" else few)
-        )
+        run(problem, chosen, inputs(shape))
         torch.cuda.synchronize()
     except Exception as error:
-        return f"{problem.title} {chosen}: {type(error).__name__}: {str(error)[:200]}"
+        return f"{shape.title} {chosen}: {_said(error)}"
     return ""
 
 
 def tune(problem: Problem, present: _tuning.Config, say: Callable[[str], None]) -> None:
-    given = inputs(problem, problem.sizes[0])
-    expected: Results | None = None
-    runs: dict[str, timing.Run] = {}
+    given, runs = inputs(problem.shape), {}
     for chosen in problem.candidates:
         name = " ".join(f"{key}={value}" for key, value in chosen.items())
         try:
-            got = run(problem, chosen, given)
+            wrong = error_of(problem, given, run(problem, chosen, given))
         except Exception as error:
-            say(f"  {name}: {type(error).__name__}: {str(error)[:200]}")
+            say(f"  {name}: {_said(error)}")
             continue
-        expected = got if expected is None else expected
-        if not _right(problem, given, got, expected):
-            say(f"  {name}: WRONG")
+        if wrong:
+            say(f"  {name}: {wrong}: WRONG")
             continue
         mark = " (present row)" if chosen == present else ""
-        runs[name + mark] = lambda chosen=chosen: run(problem, chosen, given)  # type: ignore[misc]
+        runs[name + mark] = partial(run, problem, chosen, given)
     if problem.part == "topk":
-        runs["torch.topk"] = lambda: torch.topk(given[0], problem.sizes[2])
+        runs["torch.topk"] = lambda: torch.topk(given, problem.shape.sizes["k"])
     times, errors = timing.alternate(runs, SECONDS, DEVICE)
     for name, error in errors.items():
-        say(f"  {name}: {type(error).__name__}: {str(error)[:200]}")
+        say(f"  {name}: {_said(error)}")
     for name, taken in sorted(times.items(), key=lambda item: item[1].p50):
         say(f"  {taken.p50:8.3f} ms ({taken.p20:.3f} to {taken.p80:.3f})  {name}")
 
 
-def _right(problem: Problem, given: tuple[Tensor, ...], got: Results, expected: Results) -> bool:
-    """Some rows are the specification's, or the results the expected ones."""
-    if problem.part not in ("topk", "encoder"):
-        return _same(got, expected)
-    values, indices = got
-    assert values is not None
-    assert indices is not None
-    if problem.part == "encoder":
-        return not gate.linear_topk(*given, values, indices, rounded=False)
-    rows = gate.sample_rows(given[0])
-    true = reference.topk(given[0][rows], problem.sizes[2])
-    return torch.equal(values[rows], true.values) and torch.equal(indices[rows], true.indices)
-
-
-def _same(got: Results, expected: Results) -> bool:
-    """Equal but for the order of the sums."""
-    return not any(
-        gate.close("", mine, true.double())
-        for mine, true in zip(got, expected, strict=True)
-        if mine is not None and true is not None
-    )
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them")
-    parser.add_argument("--out", type=Path, help="text file (default benchmarks/results/<gpu>)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
+    parser.add_argument("--out", type=Path, help="text file (default: in benchmarks/results/<gpu>)")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
@@ -226,13 +215,12 @@ def main() -> None:
     with file_lock(path), path.open("w", encoding="utf-8") as file:
 
         def say(line: str) -> None:
-            print(line, flush=True)
-            file.write(line + "\n")
-            file.flush()
+            for stream in (sys.stdout, file):
+                print(line, file=stream, flush=True)
 
-        say(f"{record.device_name(DEVICE)}; torch {torch.__version__}; "
-            f"triton {record.installed('triton')}; commit {record.commit()}")  # fmt: skip
-        jobs: list[Any] = [(p, c) for p in problems for c in p.candidates]
+        versions = f"torch {torch.__version__}; triton {installed('triton')}; commit {commit()}"
+        say(f"{record.device_name(DEVICE)}; {versions}")
+        jobs = [(problem, chosen) for problem in problems for chosen in problem.candidates]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
             try:
@@ -241,7 +229,7 @@ def main() -> None:
             except BrokenProcessPool:
                 say("a compiling process died: the rest is compiled one by one")
         for problem, row in zip(problems, present, strict=True):
-            say(problem.title)
+            say(f"{problem.part} ({problem.op}): {problem.shape.title}")
             tune(problem, row, say)
             torch.cuda.empty_cache()
 
