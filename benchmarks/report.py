@@ -57,12 +57,16 @@ def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def measurements(rows: Sequence[Row], title: str) -> Table:
-    """The times of a run and what goes with them; metrics that it lacks have no column."""
+    """The times of a run and what goes with them; columns that would be empty are left out."""
+    present = {row.metric for row in rows}
     metrics = {"bandwidth": "GB/s", "compute": "TFLOP/s", "memory": "peak MiB"}
-    metrics = {name: unit for name, unit in metrics.items() if name in {r.metric for r in rows}}
+    metrics = {name: unit for name, unit in metrics.items() if name in present}
+    limited = any(row.roofline_fraction is not None for row in rows)
     shown = Table("op", "shape", "provider", title=title)
-    for name in ("p20 ms", "p50 ms", "p80 ms", *metrics.values(), "of roofline"):
+    for name in ("p20 ms", "p50 ms", "p80 ms", *metrics.values()):
         shown.add_column(name, justify="right")
+    if limited:
+        shown.add_column("of roofline", justify="right")
     for case, providers in by_case(rows).items():
         shown.add_section()
         for provider, found in providers.items():
@@ -70,9 +74,10 @@ def measurements(rows: Sequence[Row], title: str) -> Table:
             if time is not None and not time.correct:
                 shown.add_row(*case, provider, "[red]wrong[/red]")
                 continue
-            quantiles = (time.p20, time.p50, time.p80) if time else (None, None, None)
-            others = (found[name].p50 if name in found else None for name in metrics)
-            figures = (*quantiles, *others, time.roofline_fraction if time else None)
+            figures = [time.p20, time.p50, time.p80] if time else [None] * 3
+            figures += [found[name].p50 if name in found else None for name in metrics]
+            if limited:
+                figures.append(time.roofline_fraction if time else None)
             shown.add_row(*case, provider, *map(_text, figures))
     return shown
 

@@ -16,48 +16,56 @@ import torch
 from rich.console import Console
 
 from benchmarks import (
+    bench,
     cases,
     gate,
     peers,
-    providers,
     record,
     report,
     step_cases,
     step_targets,
-    targets,
     timing,
     topk_bench,
     train_bench,
 )
-from benchmarks.cases import QUICK, Shape
-from benchmarks.common import captured
+from benchmarks.cases import QUICK
 from benchmarks.previous import Previous
+from benchmarks.providers import Shape, captured
 from benchmarks.record import Row
+from benchmarks.targets import TARGETS
 from ssd.cli import exit_status
 from ssd.config import Config
 from ssd.errors import UserError
 from ssd.learner import Learner, build_model
+from ssd.storage.provenance import commit
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
 from tests.ssd.storage.test_lock import held
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-ROW = Row("topk", "ours", "forward", "float32", {"B": 2, "R": 8}, "time", 1.0, 2.0, 3.0, "ms", 0.5,
-          True)  # fmt: skip
+SHAPE = {"B": 2, "R": 8}
+ROW = Row("topk", "ours", "forward", "float32", SHAPE, "time", 1.0, 2.0, 3.0, "ms", 0.5)
+
+
+def bench_of(writer: record.Writer, console: Console | None = None, **options: Any) -> bench.Bench:
+    """A run on the CPU without a command line."""
+    options = {"quick": True, "no_compile": True, "previous": None, "budget": 60.0} | options
+    given = argparse.Namespace(**options)
+    return bench.Bench(given, CPU, "a title", Path("rows.csv"), console or Console(), writer)
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
     wrong = replace(ROW, p20=None, p50=None, p80=None, roofline_fraction=None, correct=False)
-    with record.Writer(tmp_path / "rows.csv", "a device, with a comma") as writer:
+    with record.writing(tmp_path / "rows.csv", "a device, with a comma") as writer:
         writer.write(ROW)
         writer.write(wrong)
         # Rows are on disk before the file is closed: a killed run keeps them.
         assert record.read(tmp_path / "rows.csv") == writer.rows
         writer.write(replace(ROW, provider="previous", commit="abc"))
     assert [row.correct for row in writer.rows] == [True, False, True]
-    assert [row.commit for row in writer.rows] == [record.commit()] * 2 + ["abc"]
-    assert "(previous: abc)" in report.markdown(writer.rows)
+    assert [row.commit for row in writer.rows] == [commit()] * 2 + ["abc"]
+    assert "(previous: abc)" in report.medians(writer.rows)
     assert writer.rows[0].device == "a device, with a comma"
     assert writer.rows[0].torch == torch.__version__
 
@@ -70,7 +78,7 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", QUICK, ids=lambda shape: f"{shape.op}-{shape.mode}")
 def test_gate_passes_every_provider(shape: Shape) -> None:
-    case = providers.build(shape, CPU)
+    case = cases.build(shape, CPU)
     given = case.inputs()
     found = {name: case.check(name, given, run(given)) for name, run in case.providers.items()}
     assert len(found) >= 2
@@ -101,7 +109,7 @@ def test_gate_tells_fp32_from_tf32() -> None:
 
 def test_gate_rejects_wrong_gradients() -> None:
     shape = next(s for s in QUICK if (s.op, s.mode) == ("linear_topk", "full"))
-    case = providers.build(shape, CPU)
+    case = cases.build(shape, CPU)
     given = case.inputs()
     right = case.providers["ours"](given)
     for wrong in (2, 3, 4):  # dx, dW, db
@@ -124,13 +132,13 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
         raise RuntimeError("no such kernel [R, d]")
 
     shape = QUICK[0]
-    built = providers.build(shape, CPU)
+    built = cases.build(shape, CPU)
     wrong = {"wrong": lambda scores: torch.topk(-scores, 10), "raises": raises}
     case = replace(built, providers=built.providers | wrong)
-    options = argparse.Namespace(quick=True, budget=60.0, no_compile=True)
-    with (tmp_path / "log").open("w") as log, record.Writer(tmp_path / "rows.csv", "cpu") as rows:
-        bench = topk_bench.Bench(rows, CPU, Console(file=log, width=200), options)
-        bench.measure(case, timing.Roofline(1e9, {torch.float32: 1e9}))
+    with (tmp_path / "log").open("w") as log, record.writing(tmp_path / "rows.csv", "cpu") as rows:
+        kernels = topk_bench.Kernels(bench_of(rows, Console(file=log, width=200)))
+        kernels.measure(case, timing.Roofline(1e9, {torch.float32: 1e9}))
+    assert kernels.wrong == 0  # of ours
     said = (tmp_path / "log").read_text()
     assert "no such kernel [R, d]" in said
     assert "wrong is wrong" in said
@@ -143,9 +151,11 @@ def test_wrong_and_raising_providers_get_no_time(tmp_path: Path) -> None:
 TINY = step_cases.Problem(B=16, d=20, R=200, k=3)
 # What the hidden layer is in each phase, and the range of the mean of g.
 PHASES = {
-    step_cases.INHIBITED: ("code", 1.0, 1.0), step_cases.LATE: ("active", 0.9, 1.0),
-    step_cases.SWITCHING: ("all", 0.4, 0.6), step_cases.EXCITED: ("all", -1.0, -0.99),
-}  # fmt: skip
+    step_cases.INHIBITED: ("code", 1.0, 1.0),
+    step_cases.LATE: ("active", 0.9, 1.0),
+    step_cases.SWITCHING: ("all", 0.4, 0.6),
+    step_cases.EXCITED: ("all", -1.0, -0.99),
+}
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -228,9 +238,8 @@ def test_a_protocol_is_cut_to_its_time(
     config = Config(tasks=2, epochs=3, neurons=200, k=3)
     learner = Learner(config, tasks, build_model(config, 20, 10))
     monkeypatch.setattr(step_cases, "protocol", lambda *_: Trainer([learner]))
-    options = argparse.Namespace(quick=True, no_compile=True, previous=None)
-    with record.Writer(tmp_path / "rows.csv", "cpu") as writer:
-        train_bench.protocol(train_bench.Bench(writer, CPU, options, None), seconds)
+    with record.writing(tmp_path / "rows.csv", "cpu") as writer:
+        train_bench.Steps(bench_of(writer), None).protocol(seconds)
     found = {row.metric: row for row in writer.rows}
     assert found["epochs"].p50 == epochs
     assert found["an epoch"].p50 < found["time"].p50
@@ -259,7 +268,7 @@ def test_curves_of_growth() -> None:
         *(replace(ROW, op="growth R", shape={"R": n}, p50=float(n)) for n in (2, 8)),
         *(replace(ROW, op="growth S", provider=n, p50=3.0) for n in ("1", "4", "1 on the rows of")),
         replace(ROW, op="ssd inhibited"),
-    ]  # fmt: skip
+    ]
     grown = train_bench.curves(rows)
     assert list(grown) == ["R", "S"]
     assert list(grown["R"]["ours"]) == [2, 8]
@@ -323,40 +332,51 @@ def test_an_installed_autoencoder_passes_the_gate(
 
 def test_targets_are_ratios_of_medians() -> None:
     name = "topk fp32 B=8,192 R=131,072 k=64: x torch.topk"
-    target = next(t for t in targets.targets() if t.what == name)
-    sizes = {"B": 8192, "R": 131072, "k": 64}
-    mine = replace(ROW, shape=sizes, p50=2.0)
+    target = next(t for t in TARGETS if t.line([])[0] == name)
+    mine = replace(ROW, shape={"B": 8192, "R": 131072, "k": 64}, p50=2.0)
     other = replace(mine, provider="torch.topk", p50=9.0)
-    assert target.verdict([mine, other]) == ("4.5", "met")
-    assert target.verdict([mine, replace(other, p50=7.0)]) == ("3.5", "missed")
-    assert target.verdict([mine]) == ("", "not measured")
-    assert target.verdict([replace(mine, correct=False), other]) == ("", "not measured")
+    assert target.line([mine, other]) == (name, ">= 4", "4.5", "met")
+    assert target.line([mine, replace(other, p50=7.0)])[2:] == ("3.5", "missed")
+    assert target.line([mine])[2:] == ("", "not measured")
+    assert target.line([replace(mine, correct=False), other])[2:] == ("", "not measured")
 
 
 def test_the_first_cases_hold_every_target() -> None:
     providers = (
-        "ours", "ours+counts", "ours (graph)", "torch.topk", "flashinfer", "F.linear + torch.topk",
-        "F.linear + torch.topk (graph)", "F.linear alone", "16-bit GEMM alone", "eai-sparsify",
+        "ours",
+        "ours+counts",
+        "ours (graph)",
+        "torch.topk",
+        "flashinfer",
+        "F.linear + torch.topk",
+        "F.linear + torch.topk (graph)",
+        "F.linear alone",
+        "16-bit GEMM alone",
+        "eai-sparsify",
         "dense matmul",
-    )  # fmt: skip
+    )
     rows = [
         replace(
-            ROW, op=shape.op, mode=shape.mode, dtype=str(shape.dtype).removeprefix("torch."),
-            shape=shape.sizes, provider=provider, metric=metric, p50=1.0, roofline_fraction=1.0,
+            ROW,
+            op=shape.op,
+            mode=shape.mode,
+            dtype=shape.dtype_name,
+            shape=shape.sizes,
+            provider=provider,
+            metric=metric,
         )
         for shape in cases.TARGETS
         for provider in providers
         for metric in ("time", "bandwidth", "memory")
-    ]  # fmt: skip
-    every = list(targets.targets())
-    assert all(target.verdict(rows)[1] != "not measured" for target in every)
-    for shape in cases.TARGETS:  # none is there for nothing
-        fewer = [
-            row
-            for row in rows
-            if (row.op, row.mode, row.shape) != (shape.op, shape.mode, shape.sizes)
-        ]
-        assert any(target.verdict(fewer)[1] == "not measured" for target in every)
+    ]
+
+    def unmeasured(rows: list[Row]) -> bool:
+        return "not measured" in {target.line(rows)[-1] for target in TARGETS}
+
+    assert not unmeasured(rows)
+    for shape in cases.TARGETS:  # every one is needed
+        own = shape.op, shape.mode, shape.sizes
+        assert unmeasured([row for row in rows if (row.op, row.mode, row.shape) != own])
 
 
 def test_a_captured_provider_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,9 +398,7 @@ def test_a_captured_provider_is_replayed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert captured(CPU, "ours", provider) == {}
     run = captured(torch.device("cuda"), "ours", provider)["ours (graph)"]
-    assert [run(given) for given in ("a", "b", "a")] == [
-        "result of a", "result of b", "result of a",
-    ]  # fmt: skip
+    assert [run(given) for given in "aba"] == [f"result of {given}" for given in "aba"]
     assert calls == ["a", "a", "b", "b"]
     assert len(replays) == 3
     assert replays[0] is replays[2] is not replays[1]
@@ -388,9 +406,13 @@ def test_a_captured_provider_is_replayed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [("cpu", "topk_bench"), ("cpu", "train_bench"),
-     ("nvidia-h100-80gb-hbm3", "topk_bench"), ("nvidia-h200", "topk_bench")],
-)  # fmt: skip
+    [
+        ("cpu", "topk_bench"),
+        ("cpu", "train_bench"),
+        ("nvidia-h100-80gb-hbm3", "topk_bench"),
+        ("nvidia-h200", "topk_bench"),
+    ],
+)
 def test_documented_figures_are_those_of_the_file(folder: str, name: str) -> None:
     document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     rows = record.read(ROOT / "benchmarks" / "results" / folder / f"{name}.csv")
@@ -399,11 +421,17 @@ def test_documented_figures_are_those_of_the_file(folder: str, name: str) -> Non
     assert (title == "topk_bench") != (f"<!-- targets {title} -->" in document)
 
 
-def step_row(op: str, provider: str, p50: float, metric: str = "time", neurons: int = 10_000,
-             mode: str = "step", device: str = "CPU: a") -> Row:  # fmt: skip
-    shape = {"B": 128, "R": neurons}
-    return replace(ROW, op=op, provider=provider, metric=metric, p50=p50, shape=shape, mode=mode,
-                   device=device)  # fmt: skip
+def step_row(
+    op: str,
+    provider: str,
+    p50: float,
+    metric: str = "time",
+    neurons: int = 10_000,
+    mode: str = "step",
+    device: str = "CPU: a",
+) -> Row:
+    cells = (op, provider, mode, "float32", {"B": 128, "R": neurons}, metric, p50, p50, p50, "ms")
+    return Row(*cells, device=device)
 
 
 def test_step_targets_on_a_cpu() -> None:
@@ -426,8 +454,11 @@ def test_step_targets_on_a_cpu() -> None:
     growth = "backward + update, R = 1,000,000 over R = 10,000"
     # Of tasks nothing is said before the rows that carry importance are counted.
     assert step_targets.verdicts(rows) == [
-        ("SSD step, inhibited, R = 10,000 (code: 800 neurons fire): others over ours",
-         "plain 4.00, previous 1.50", ""),
+        (
+            "SSD step, inhibited, R = 10,000 (code: 800 neurons fire): others over ours",
+            "plain 4.00, previous 1.50",
+            "",
+        ),
         ("SSD step, inhibited, R = 10,000: ours over its products", "2.00 of <= 1.5", "missed"),
         ("SSD epoch, inhibited, R = 10,000: others over ours", "plain 4.10", ""),
         ("SSD epoch, inhibited, R = 10,000: plain over ours", "4.10 of >= 4", "met"),
@@ -437,18 +468,22 @@ def test_step_targets_on_a_cpu() -> None:
         ("whole protocol, R = 10,000, 5 x 2,000 of 2,000 epochs: s", "90.00", ""),
         (growth, "1.25 of <= 1.3", "met"),
         ("step of 10 learners at once over 1", "8.50", ""),
-    ]  # fmt: skip
+    ]
     rows += [
-        *(row("growth R", "backward + update", r, "touched rows", n)
-          for n, r in ((10_000, 800), (1_000_000, 1100))),
+        *(
+            row("growth R", "backward + update", r, "touched rows", n)
+            for n, r in ((10_000, 800), (1_000_000, 1100))
+        ),
         row("growth R", step_targets.APART, 4.0),
         row("growth R", step_targets.APART, 5.6, neurons=1_000_000),
-        *(row("growth R", step_targets.APART, 1280, "touched rows", n)
-          for n in (10_000, 1_000_000)),
+        *(
+            row("growth R", step_targets.APART, 1280, "touched rows", n)
+            for n in (10_000, 1_000_000)
+        ),
         row("growth tasks", "1", 2000, "important rows"),
         row("growth tasks", "50", 9000, "important rows"),
         row("growth tasks", f"{step_targets.SAME_ROWS} 50", 12.0),
-    ]  # fmt: skip
+    ]
     one = "step with 50 EWC tasks (9,000 rows with importance) over 1 task"
     assert step_targets.verdicts(rows)[8:12] == [
         (f"{growth} (touched rows: 1,100 over 800)", "1.25 of <= 1.3", "met"),
@@ -466,15 +501,18 @@ def test_step_targets_on_a_gpu() -> None:
     rows = [
         row("ssd inhibited", "products", 800, "neurons that fire"),
         row(late, "products", 900, "neurons that fire"),
-        *(row(op, p, t) for op, t in (("ssd inhibited", 0.025), (late, 0.041))
-          for p, t in (("ours", t), ("plain", 1.0))),
+        *(
+            row(op, p, t)
+            for op, t in (("ssd inhibited", 0.025), (late, 0.041))
+            for p, t in (("ours", t), ("plain", 1.0))
+        ),
         row("ssd inhibited", "ours", 0.2, neurons=100_000),  # has no target
         row("ssd", "ours", 40e3, mode="protocol"),
         row("ssd", "ours", 2000, "epochs", mode="protocol"),
         row("ssd", "ours", 60e3, mode="protocol", neurons=1000),
         row("ssd", "ours", 1200, "epochs", mode="protocol", neurons=1000),
         *(row("growth S", p, t) for p, t in (("1", 0.030), ("10", 0.045))),
-    ]  # fmt: skip
+    ]
     assert [line for line in step_targets.verdicts(rows) if "others" not in line[0]] == [
         ("SSD step, inhibited, R = 10,000: us", "25.00 of <= 30", "met"),
         ("SSD step, inhibited, R = 10,000: plain over ours", "40.00 of >= 25", "met"),
@@ -487,16 +525,11 @@ def test_step_targets_on_a_gpu() -> None:
 
 
 OPS = {
-    "topk_bench": {"roofline", *providers.BUILDERS},
+    "topk_bench": {"roofline", *cases.BUILDERS},
     "train_bench": {
         "ssd",
         *(f"ssd {phase}" for phase in PHASES),
-        "growth R",
-        "growth B",
-        "growth k",
-        "growth d",
-        "growth tasks",
-        "growth S",
+        *(f"growth {axis}" for axis in ("R", "B", "k", "d", "tasks", "S")),
     },
 }
 
@@ -551,11 +584,14 @@ def test_whole_command(tmp_path: Path) -> None:
     ],
 )
 def test_report_refuses_in_one_line(
-    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with record.Writer(Path("rows.csv"), "cpu") as writer:
+    with record.writing(Path("rows.csv"), "cpu") as writer:
         writer.write(ROW)
     Path("file.md").write_text("# A file\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["report", *given])
@@ -568,7 +604,7 @@ def test_report_refuses_in_one_line(
 def test_a_table_is_written_by_one_process(tmp_path: Path) -> None:
     with held(tmp_path / "rows.csv", "file_lock"):
         with pytest.raises(UserError, match="in use by another process"):
-            record.Writer(tmp_path / "rows.csv", "cpu")
+            record.writing(tmp_path / "rows.csv", "cpu").__enter__()
         assert not (tmp_path / "rows.csv").exists()
 
 
