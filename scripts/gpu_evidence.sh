@@ -6,14 +6,14 @@
 #   first    smoke step bench tests       does every kernel run, is it right, are the targets met
 #   second   profile train others sanitizer
 #
-# Run from anywhere; needs python3 with torch, triton, pytest (and its plugins xdist, timeout and
-# benchmark), hypothesis, rich and matplotlib, no installation of this repository, no network. Each
-# part has a time limit and runs whether or not an earlier one failed; a limit is cut to what is left
-# of the call. Files go to $OUT (default: benchmarks/results/<gpu>/): evidence-<call>.txt (versions, a
-# line a part), <call>.log (what the parts printed) and the tables of the benchmarks, all written as
-# they grow; <call> is first, second or the names of the parts. $PYTHON names another interpreter,
-# $GIT_COMMIT the commit where there is no git, $SECONDS_ALLOWED the limit of the call. Exit status:
-# the number of parts that failed or were not run.
+# Needs python3 with torch, triton, pytest (with xdist, timeout and benchmark), hypothesis, rich and
+# matplotlib; the repository need not be installed. Each part has a time limit, cut to what is left of
+# the call, and runs whether or not an earlier one failed. Files go to $OUT (default:
+# benchmarks/results/<gpu>/) as they grow: evidence-<call>.txt (versions, a line for each part),
+# <call>.log (the output of the parts) and the tables of the benchmarks; <call> is first, second or the
+# names of the parts. $PYTHON names another interpreter, $SECONDS_ALLOWED the limit of the call, and
+# $GIT_COMMIT the commit where there is no git. Exit status: the number of parts that failed or were
+# not run.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -29,17 +29,15 @@ second) call=second parts=(profile train others sanitizer) ;;
     ;;
 *) call=$(IFS=-; echo "$*") parts=("$@") ;;
 esac
+known="smoke step bench tests profile train others sanitizer"
 for name in "${parts[@]}"; do
-    case $name in
-    smoke | step | bench | tests | others | train | sanitizer | profile) ;;
-    *)
-        echo "unknown part: $name (smoke, step, bench, tests, others, train, sanitizer, profile)" >&2
+    if [[ " $known " != *" $name "* ]]; then
+        echo "unknown part: $name (known: $known)" >&2
         exit 2
-        ;;
-    esac
+    fi
 done
 
-# Nothing touches the GPU without a limit: a sick driver hangs.
+# Every use of the GPU has a limit, since a broken driver hangs.
 out=${OUT:-$(timeout -k 4 40 "$python" -c 'import torch
 from benchmarks.record import results_folder
 print(results_folder(torch.device("cuda" if torch.cuda.is_available() else "cpu")))')} || out=benchmarks/results/unknown
@@ -51,7 +49,8 @@ failed=0
 versions() {
     date -u '+date %Y-%m-%dT%H:%M:%SZ'
     timeout -k 4 40 "$python" -c 'import platform, torch
-from benchmarks.record import commit, device_name, installed
+from benchmarks.record import device_name
+from ssd.storage.provenance import commit, installed
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 print("commit", commit())
 print("device", device_name(device), "" if device.type == "cuda" else "(no CUDA device: not GPU evidence)")
@@ -67,13 +66,13 @@ for name in ("triton", "pytest", "hypothesis", "flashinfer-python", "quack-kerne
 GRACE=4 # seconds from the interrupt to the kill
 LEAST=8 # a part with less time is not begun
 
-# left LIMIT: the smaller of the limit and what is left of the call.
+# left LIMIT: the limit, or what is left of the call if that is less.
 left() {
     local rest=$((allowed - SECONDS - GRACE - 2))
     echo $((rest < $1 ? rest : $1))
 }
 
-# part NAME LIMIT COMMAND...: runs a command under a time limit and notes how it ended.
+# part NAME LIMIT COMMAND...: runs a command under a time limit and notes the outcome.
 part() {
     local name=$1 seconds start=$SECONDS status outcome begin
     seconds=$(left "$2")
@@ -85,7 +84,7 @@ part() {
     fi
     echo "== $name, at most $seconds s" | tee -a "$log"
     begin=$(($(wc -l <"$log") + 1))
-    # An interrupt first: pytest and the benchmarks then report what they have.
+    # After an interrupt pytest and the benchmarks still report what they have.
     timeout --signal=INT --kill-after=$GRACE "$seconds" "$@" >>"$log" 2>&1
     status=$?
     tail -n +"$begin" "$log" | tail -n 60
@@ -95,8 +94,7 @@ part() {
     *) outcome="failed with status $status" ;;
     esac
     [ "$status" -eq 0 ] || failed=$((failed + 1))
-    # What the part itself says in its last line.
-    local last
+    local last # line of the part's own output
     last=$(tail -n +"$begin" "$log" | grep -v '^ *$' | tail -n 1 | cut -c1-160)
     echo "$name: $outcome, $((SECONDS - start)) s; $last" | tee -a "$summary"
 }
@@ -110,19 +108,17 @@ tests() {
         --maxprocesses 12 --tb=short --timeout=30 -p no:cacheprovider --ignore=tests/kernels/test_aot.py
 }
 
-bench() {
-    local seconds
-    seconds=$(left 110)
-    part bench "$seconds" "$python" benchmarks/topk_bench.py --rows targets --no-compile \
-        --budget $((seconds - 15)) --out "$out/topk_bench.csv"
+# topk NAME LIMIT FILE OPTIONS...: rows of topk_bench, which gets 15 s less than the part.
+topk() {
+    local name=$1 file=$3 seconds
+    seconds=$(left "$2")
+    shift 3
+    part "$name" "$seconds" "$python" benchmarks/topk_bench.py "$@" --budget $((seconds - 15)) \
+        --out "$out/$file.csv"
 }
 
-others() {
-    local seconds
-    seconds=$(left 90)
-    part others "$seconds" "$python" benchmarks/topk_bench.py --rows others \
-        --budget $((seconds - 15)) --out "$out/topk_bench_others.csv"
-}
+bench() { topk bench 110 topk_bench --rows targets --no-compile; }
+others() { topk others 90 topk_bench_others --rows others; }
 
 train() {
     part train 160 "$python" benchmarks/train_bench.py --no-compile --protocol 50 \
@@ -138,7 +134,7 @@ sanitizer() {
     fi
     # PyTorch's caching allocator would hide an access beyond the end of a tensor.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    # Compiled before, so that the checker sees the kernels and not the compiler.
+    # Compiles the kernels, so that the checker does not watch the compiler.
     part "sanitizer cases" 30 "$python" scripts/smoke.py --quick
     for tool in memcheck initcheck; do
         part "sanitizer $tool" 60 "$checker" --tool "$tool" --error-exitcode 99 \
@@ -151,7 +147,7 @@ versions | tee "$summary"
 for name in "${parts[@]}"; do
     "$name"
 done
-# Logs are kept with the project: no path of this machine.
+# Paths of this machine leave the logs, which are kept with the project.
 sed -i -E "s#(/[^ :\"']*)?/site-packages/##g; s#$PWD/##g; s#$out/##g; s#/[^ ]*/bin/(python)#\1#g" \
     "$log" "$summary"
 sed -i -E "s#/[^ ]*/lib/python[0-9.]*/##g; s#(/tmp|$HOME)/[^ ]*/##g" "$log" "$summary"

@@ -2,9 +2,9 @@
 
     python scripts/smoke.py [--quick]     one line a case: ok, how wrong, or what was raised
 
-Goes on after a failure; where the GPU no longer answers, the rest runs in a new process. --quick
-takes fp32 alone, as compute-sanitizer needs it. Without a GPU the plain PyTorch implementations
-run, and with TRITON_INTERPRET=1 Triton's too. Exit status: 1 if a case failed.
+A failure does not end it; if the GPU no longer answers, a new process runs the rest. --quick takes
+fp32 alone, as compute-sanitizer needs it. Without a GPU the implementations for a CPU run, and with
+TRITON_INTERPRET=1 Triton's too. Exit status: 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 import ssd_kernels as ours
-from benchmarks.common import CUDA_ONLY
 from ssd.cli import ArgumentParser, exit_status
 from ssd.ops.batch import draw_batch, tally
 from ssd.ops.code_gram import code_gram
@@ -61,12 +60,12 @@ class Case(NamedTuple):
 def main(arguments: list[str]) -> int:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fp32 alone")
-    parser.add_argument("--from", nargs=2, type=int, default=(0, 0), dest="begun",
-                        help=argparse.SUPPRESS)  # fmt: skip
+    begun = {"nargs": 2, "type": int, "default": (0, 0), "help": argparse.SUPPRESS}
+    parser.add_argument("--from", dest="begun", metavar=("DONE", "WRONG"), **begun)
     given = parser.parse_args(arguments)
     quick, (skip, wrong) = given.quick, given.begun
     if skip and DEVICE.type != "cuda":
-        print(f"cuda: no device any more; {wrong} wrong of {skip}")
+        print(f"cuda: the device is gone; {wrong} wrong of {skip}")
         return 1
     for number, (case, impl, dtype) in enumerate(_cases(quick)):
         if number < skip:
@@ -79,28 +78,26 @@ def main(arguments: list[str]) -> int:
         wrong += bool(found)
         if not _answers():
             print("the GPU no longer answers: the rest runs in a new process", flush=True)
-            again = ["--quick"] if quick else []
-            os.execv(sys.executable, [sys.executable, __file__, *again, "--from",
-                                      str(number + 1), str(wrong)])  # fmt: skip
+            again = [*["--quick"] * quick, "--from", str(number + 1), str(wrong)]
+            os.execv(sys.executable, [sys.executable, __file__, *again])
     print(f"{DEVICE}: {wrong} wrong of {number + 1}")
     return 1 if wrong else 0
 
 
 def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
-    runs_triton = DEVICE.type == "cuda" or _dispatch.interpreted()
+    """What is run here: case, implementation, dtype."""
+    interpreted, cpu = _dispatch.interpreted(), DEVICE.type == "cpu"
+    runs_triton = interpreted or not cpu
+    runs = {"reference": False, "torch": True, "triton": runs_triton, "numba": cpu}
     for case in CASES:
-        for impl in _dispatch.TABLES[case.op]:
-            if impl == "reference" or (impl in CUDA_ONLY and not runs_triton):
-                continue
-            if impl == "numba" and DEVICE.type != "cpu":
-                continue
-            yield case, impl, torch.float32
-            if impl == "numba":
-                continue
-            if not quick and case.half and runs_triton:
-                yield case, impl, torch.float16
-                if not _dispatch.interpreted():  # which has no bfloat16
-                    yield case, impl, torch.bfloat16
+        for impl in filter(runs.get, _dispatch.TABLES[case.op]):
+            dtypes = [torch.float32]
+            if not quick and case.half and runs_triton and impl != "numba":
+                dtypes.append(torch.float16)
+                if not interpreted:  # the interpreter has no bfloat16
+                    dtypes.append(torch.bfloat16)
+            for dtype in dtypes:
+                yield case, impl, dtype
 
 
 def _attempt(case: Case, impl: str, dtype: torch.dtype) -> str:

@@ -2,8 +2,8 @@
 
     python scripts/step_evidence.py [--profile]
 
-Prints how far the weights end from the CPU's, beyond rounding and relative to how far the step
-moved them, the time of a replay, and with --profile its kernels. Exit status: phases that failed.
+Prints the error of the weights after it, relative to the step; the time of a replay; and with
+--profile its kernels. Exit status: phases that failed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from benchmarks.step_cases import EXCITED, INHIBITED, LATE, Problem, make_trainer
-from benchmarks.timing import alternate
+from benchmarks.timing import Run, alternate
 from ssd.cli import ArgumentParser, exit_status
 from ssd.learner import Learner, build_model
 from ssd.trainer import Trainer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ALLOWED = 1e-3  # of the step's length
-LONGER = 100  # the step that is compared, or the rounding of the weights would hide it
+LONGER = 100  # times the usual learning rate, or rounding would hide the step
 ROUNDING = 1e-7  # of weights that are scaled to unit length
 REPLAYS = 20  # under the profiler
 
@@ -48,13 +49,13 @@ def main(arguments: list[str]) -> int:
         right = error <= ALLOWED  # NaN is not
         failed += not right
         verdict = "ok" if right else "WRONG"
-        print(f"step {phase} ({path}): {verdict}, off by {error:.2g} of the step, "
-              f"{1e3 * milliseconds:.1f} us a replay", flush=True)  # fmt: skip
+        said = f"off by {error:.2g} of the step, {1e3 * milliseconds:.1f} us a replay"
+        print(f"step {phase} ({path}): {verdict}, {said}", flush=True)
     print(f"{DEVICE}: {failed} phases failed")
     return failed
 
 
-def _step(phase: str, profile: bool) -> tuple[str, float, float]:
+def _step(phase: str, profiled: bool) -> tuple[str, float, float]:
     """The step's path, the error of the weights after it, and its milliseconds."""
     problem = Problem()
     cpu = make_trainer(problem, "ssd", torch.device("cpu"), phase=phase)
@@ -73,7 +74,7 @@ def _step(phase: str, profile: bool) -> tuple[str, float, float]:
     times, errors = alternate({"": run}, 1.0, DEVICE)
     if errors:
         raise errors[""]
-    if profile:
+    if profiled:
         _profile(run)
     return path, error, times[""].p50
 
@@ -88,7 +89,7 @@ def error_of(ours: Sequence[Tensor], theirs: Sequence[Tensor], before: Sequence[
 
 
 def _copy(trainer: Trainer, problem: Problem) -> Trainer:
-    """The same trainer on the device, with its steps as whole epochs there."""
+    """The same trainer on the device, where graphs run whole epochs."""
     (learner,) = trainer.learners
     tasks = [task.to(DEVICE) for task in learner.tasks]
     model = build_model(learner.config, problem.d, trainer.stacks[0].weights[1].shape[1]).to(DEVICE)
@@ -103,23 +104,21 @@ def _copy(trainer: Trainer, problem: Problem) -> Trainer:
     return copy
 
 
-def _profile(run: object) -> None:
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CUDA if DEVICE.type == "cuda" else ProfilerActivity.CPU]
-    with profile(activities=activities) as seen:
+def _profile(run: Run) -> None:
+    cuda = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
         for _ in range(REPLAYS):
-            run()  # type: ignore[operator]
-        if DEVICE.type == "cuda":
+            run()
+        if cuda:
             torch.cuda.synchronize()
-    rows = [e for e in seen.key_averages() if DEVICE.type != "cuda" or e.self_device_time_total > 0]
-    rows.sort(key=lambda e: -e.self_device_time_total)
-    kernels = sum(e.count for e in rows) / REPLAYS
-    total = sum(e.self_device_time_total for e in rows) / REPLAYS
+    rows = [row for row in seen.key_averages() if not cuda or row.self_device_time_total > 0]
+    rows.sort(key=lambda row: -row.self_device_time_total)
+    kernels = sum(row.count for row in rows) / REPLAYS
+    total = sum(row.self_device_time_total for row in rows) / REPLAYS
     print(f"  {kernels:.0f} kernels a replay, {total:.1f} us in them")
-    for e in rows[:40]:
-        each = e.self_device_time_total / REPLAYS
-        print(f"  {each:8.2f} us  {e.count / REPLAYS:4.1f} x  {e.key[:90]}")
+    for row in rows[:40]:
+        taken, count = row.self_device_time_total / REPLAYS, row.count / REPLAYS
+        print(f"  {taken:8.2f} us  {count:4.1f} x  {row.key[:90]}")
 
 
 if __name__ == "__main__":
