@@ -45,18 +45,20 @@ class Bench:
 
 
 def parser(about: str | None, quick: str) -> ArgumentParser:
-    """The options that all benchmarks have; `quick` says what --quick does."""
-    parser = ArgumentParser(description=(about or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"{quick}, into a temporary file")
-    parser.add_argument(
-        "--out", type=Path, help="CSV file (default: in benchmarks/results/<device>)"
-    )
-    return parser
+    """The options of all benchmarks.
+
+    Args:
+        about: whose first line describes the command. quick: what --quick does.
+    """
+    made = ArgumentParser(description=(about or "").splitlines()[0])
+    made.add_argument("--quick", action="store_true", help=f"{quick}, into a temporary file")
+    made.add_argument("--out", type=Path, help="CSV file (default: in benchmarks/results/<device>)")
+    return made
 
 
 @contextmanager
 def running(command: str, options: argparse.Namespace) -> Iterator[Bench]:
-    """Opens the file of the rows, and says on which device the command runs and where rows are."""
+    """Opens the file of the rows; prints the device first and the path of the rows at the end."""
     torch.set_float32_matmul_precision("highest")  # fp32 baselines are IEEE, as the kernels are
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = record.device_name(device)

@@ -43,7 +43,7 @@ Select = Callable[[Tensor, Tensor, Tensor], Any]  # (x, weight, bias) -> values,
 def in_place(
     providers: dict[str, Provider], exact: Callable[[Any], None]
 ) -> Callable[[str, Any, Any], str]:
-    """The check of an op that writes into its inputs: it runs on a copy, `exact` on one in fp64."""
+    """The check of an op that writes into its inputs: `exact` runs on a copy in fp64."""
 
     def check(name: str, given: Any, _: Any) -> str:
         mine = tree_map(torch.clone, given)
@@ -79,7 +79,7 @@ def topk(shape: Shape, device: torch.device) -> Case:
 
 
 def linear_topk(shape: Shape, device: torch.device) -> Case:
-    """With S, that many networks in one call, beside a call for each; B samples of each."""
+    """With S, a call of that many networks with B samples each, beside a call for each network."""
     batch, d, neurons, k = shape["B d R k"]
     count, full = shape.sizes.get("S", 1), shape.mode == "full"
     counts = torch.zeros(count * neurons, dtype=torch.int64, device=device)
@@ -267,7 +267,7 @@ def sparse_linear(shape: Shape, device: torch.device) -> Case:
         return values.requires_grad_(full), indices, weight, dense, grad
 
     def mode(decode: Callable[..., Tensor]) -> Provider:
-        """decode(given) -> out; the gradient of the code is that of its own form of the code."""
+        """With full, gradients of the weight and of the code in the form that decode takes."""
 
         def both(given: Any) -> Any:
             out = decode(given)
@@ -376,7 +376,7 @@ def row_update(shape: Shape, device: torch.device) -> Case:
         return weights, coefficients, vectors, indices, dense
 
     def library(given: Any) -> Tensor:
-        """The dense step on gradients that are already there."""
+        """The dense step on given gradients."""
         weights, *_, dense = given
         norm = torch.stack([g.square().sum() for g in dense]).sum().sqrt()
         scale = reference.clip_scale(norm, 1.0)

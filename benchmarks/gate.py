@@ -74,7 +74,7 @@ def linear_topk(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scores: Tensor) -> str:
-    """A plain product, as linear_topk's scores."""
+    """A plain product, without top-k."""
     rows = sample_rows(x)
     true = F.linear(x[rows].double(), weight.double(), None if bias is None else bias.double())
     return close("scores", scores[rows], true)
@@ -87,7 +87,7 @@ def linear_topk_gradients(
     grad_rows: Tensor,
     gradients: Sequence[Tensor],
 ) -> str:
-    """Gradients of the sum of grad_rows [B, 1] * values, for the neurons the provider chose."""
+    """Gradients of sum(grad_rows * values) for the chosen neurons; grad_rows is [B, 1]."""
     x, weight, _ = (t.detach() for t in inputs)
     rows = sample_rows(x)
     coefficients = grad_rows.double() * (values > 0)

@@ -1,4 +1,4 @@
-"""Other libraries' kernels and encoders, each used only if it is installed, and on CUDA."""
+"""Kernels and encoders of other libraries, used on CUDA where they are installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TopK = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 @cache
 def load(name: str) -> tuple[Callable[..., Any] | None, str]:
-    """A peer's function, or None and why it is not there."""
+    """A peer's function and version, or None and why it is missing."""
     package = name.split()[0]
     if not (found := installed(package)):
         return None, f"{package}: not installed"
@@ -73,7 +73,7 @@ def topk(device: torch.device) -> dict[str, TopK]:
 def _cccl(
     flashinfer: Callable[..., Any], serves: Callable[..., bool], k: int, scores: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """cub::DeviceBatchedTopK; flashinfer would quietly take another where that does not serve."""
+    """cub::DeviceBatchedTopK; where it does not serve, flashinfer would silently use another."""
     if not serves("cub", scores, 0, False):
         raise NotImplementedError("cub::DeviceBatchedTopK does not serve this shape here")
     os.environ["FLASHINFER_TOPK_ALGO"] = "cub"
@@ -92,7 +92,7 @@ def encoder(device: torch.device) -> dict[str, Callable[..., tuple[Tensor, Tenso
 
 
 def dense_encoder(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """(k, x, W, b) -> the dense code [B, R]: what encode() of an autoencoder gives, as shipped."""
+    """(k, x, W, b) -> the dense code [B, R], by encode() of an autoencoder as released."""
     found: dict[str, Callable[..., Tensor]] = {}
     if sae := _taken("sae-lens", device):
         found["SAELens"] = partial(_sae_lens, sae)

@@ -1,7 +1,7 @@
-"""One training step as one writes it first: dense eager autograd, a DataLoader, an optimiser.
+"""The training step as one writes it first: dense eager autograd, a DataLoader, an optimiser.
 
-What the product is measured against: the mathematics of SDMLP and SSD with the teacher run at every
-step, as public code does it.
+The baseline of train_bench: the mathematics of SDMLP and SSD with the teacher run at every step, as
+in public code.
 """
 
 from __future__ import annotations

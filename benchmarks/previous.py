@@ -1,6 +1,6 @@
-"""Steps and epochs of another checkout, timed there by a process of its own, in turns with ours.
+"""Steps and epochs of another checkout, timed in a process of its own, in turns with ours.
 
-As a script it is that process: it answers lines of JSON, with the other checkout as PYTHONPATH.
+As a script it is that process: it answers lines of JSON, and PYTHONPATH is the other checkout.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Previous:
 
 
 def serve() -> None:
-    """Answers what Previous asks; all that is printed goes to standard error."""
+    """Answers Previous on standard output; everything else is printed to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     timing = import_module("timing")  # of this file's folder

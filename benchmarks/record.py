@@ -117,7 +117,7 @@ def find(
     sizes: Mapping[str, int] | None = None,
     **cells: Any,
 ) -> Row | None:
-    """The first row of a right result with these cells, and these sizes in its shape."""
+    """The first row of a right result that has these cells, and these sizes in its shape."""
     for row in rows:
         wanted = {"provider": provider, "metric": metric, "correct": True, **cells}
         there = all(getattr(row, name) == cell for name, cell in wanted.items())
@@ -144,7 +144,7 @@ def results_folder(device: torch.device) -> Path:
 
 
 def results_path(given: Path | None, quick: bool, device: torch.device, name: str) -> Path:
-    """Where a benchmark writes: as asked, for a quick try a temporary file, else the kept file."""
+    """Where a benchmark writes: `given`, a temporary file if quick, or the kept file."""
     if given is not None:
         return given
     folder = Path(tempfile.mkdtemp()) if quick else results_folder(device)

@@ -54,7 +54,7 @@ class Problem:
 def make_task(
     problem: Problem, device: torch.device, number: int, classes: Sequence[int] = range(CLASSES)
 ) -> Task:
-    """Rectified clusters, as the features of a network are; other ones for every number."""
+    """Rectified clusters, like the features of a network; every number gives others."""
     draw = torch.Generator().manual_seed(number)
     y = torch.tensor(classes)[torch.arange(problem.N or problem.B * BATCHES) % len(classes)]
     centres = 1.5 * torch.randn(CLASSES, problem.d, generator=draw)
@@ -141,7 +141,7 @@ def _hidden(trainer: Trainer, learner: Learner) -> TopKOutput | ActiveNeurons:
 
 
 def step_of(trainer: Trainer, step: int) -> Run:
-    """A step on the batch of that number in the task, from its first one again at the end."""
+    """A step on the batch of that number; after the last batch of the task comes the first."""
     size = trainer.config.batch_size
     whole = len(trainer.learners[0].tasks[trainer.task].y_train) // size
     first = step % whole * size
@@ -164,7 +164,7 @@ def repeated(trainer: Trainer) -> Run:
 
 
 def important_rows(trainer: Trainer) -> int:
-    """Neurons that a penalty pulls."""
+    """How many neurons a penalty pulls."""
     (learner,) = trainer.learners
     (regularizer,) = learner.regularizers
     rows = regularizer.rows()
@@ -189,7 +189,7 @@ def plain_step(trainer: Trainer) -> PlainStep:
 
 
 def check(trainer: Trainer, plain: PlainStep) -> None:
-    """Both must compute the same loss and make the same step, or their times mean nothing."""
+    """SystemExit unless both compute the same loss and step: else their times mean nothing."""
     (learner,) = trainer.learners
     task = learner.tasks[trainer.task]
     x, y = task.x_train[: trainer.config.batch_size], task.y_train[: trainer.config.batch_size]
@@ -352,7 +352,7 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
 
 
 def as_one_task(trainer: Trainer) -> Run:
-    """The trainer's step with the importance of all past tasks as that of one, on the same rows."""
+    """The trainer's step with the importance of all past tasks given as one task's."""
     (learner,) = trainer.learners
     (regularizer,) = learner.regularizers
     one = deepcopy(regularizer)

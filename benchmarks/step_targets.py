@@ -31,7 +31,7 @@ Get = Callable[..., float | None]
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """One line for each thing that the rows can answer."""
+    """A line for each target or comparison that the rows have figures for."""
     cuda = bool(rows) and not rows[0].device.startswith("CPU")
 
     def get(
@@ -73,7 +73,7 @@ def _epoch(get: Get, op: str, neurons: int, cuda: bool) -> Iterator[Verdict]:
 
 
 def _others(get: Get, op: str, name: str) -> Iterator[Verdict]:
-    """How many times as long as ours each other provider takes."""
+    """The times of the other providers over ours."""
     ratios = {provider: ratio(get(op, provider), get(op, "ours")) for provider in OTHERS}
     said = ", ".join(f"{provider} {r:.2f}" for provider, r in ratios.items() if r is not None)
     if said:

@@ -1,4 +1,4 @@
-"""Times and memory of a call, and the two ceilings of the machine."""
+"""Times and memory of a call, and the ceilings of the machine."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def sample(run: Run, device: torch.device) -> list[float]:
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Device memory that a call needs beyond what it was given and what it returns."""
+    """Device memory that a call needs beyond its inputs and results; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -114,7 +114,7 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
 
 
 def roofline(device: torch.device, dtypes: Sequence[torch.dtype], seconds: float) -> Roofline:
-    """The two ceilings of this machine, at this moment."""
+    """The bandwidth and the speed of products of this machine, measured now."""
     large = device.type == "cuda"
     source = torch.empty(2**29 if large else 2**24, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)

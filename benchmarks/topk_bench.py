@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import bench, cases, peers, report, timing
 from benchmarks.providers import Case, Provider, Shape
 from benchmarks.targets import TARGETS
-from benchmarks.timing import Quantiles, Roofline, Run
+from benchmarks.timing import Quantiles, Roofline, Run, quantiles
 from ssd.cli import exit_status
 
 MAX_SETS = 16
@@ -116,7 +116,7 @@ class Kernels:
             peak = ceilings.compute[shape.dtype] / 1e12
             self._write(shape, name, "compute", done, "TFLOP/s", done.p50 / peak)
         if memory is not None:
-            self._write(shape, name, "memory", Quantiles(*[memory / 2**20] * 3), "MiB")
+            self._write(shape, name, "memory", quantiles([memory / 2**20]), "MiB")
 
     def _no_time(self, shape: Shape, name: str) -> None:
         """The row of a provider that is wrong or raises."""
@@ -140,13 +140,13 @@ class Kernels:
         found = timing.roofline(self.device, dtypes, self.seconds)
         for dtype, rate in found.compute.items():
             shape = Shape("roofline", "forward", dtype, {})
-            copied, computed = (Quantiles(*[x] * 3) for x in (found.bandwidth / 1e9, rate / 1e12))
+            copied, computed = (quantiles([x]) for x in (found.bandwidth / 1e9, rate / 1e12))
             self._write(shape, "copy", "bandwidth", copied, "GB/s", 1.0)
             self._write(shape, "gemm", "compute", computed, "TFLOP/s", 1.0)
         return found
 
     def _sets(self, case: Case) -> list[Any]:
-        """Input sets that together are three times the L2 cache: each call finds it cold."""
+        """Input sets of three times the L2 cache in all, so that every call finds it cold."""
         count = 1
         if self.bench.cuda:
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
@@ -154,7 +154,7 @@ class Kernels:
         return [case.inputs() for _ in range(count)]
 
     def _failed(self, what: str, error: Exception) -> None:
-        """Says what was raised, and finds out whether the GPU still answers."""
+        """Prints an error, and finds out whether the GPU still answers."""
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         self.bench.console.print(f"[red]{what} raised[/red] {escape(text)}")
         if self.bench.cuda:

@@ -85,7 +85,8 @@ class Steps:
         **sizes: int,
     ) -> None:
         """Writes quantiles in milliseconds, or a count that a time goes with."""
-        cells = (*figure, "ms") if isinstance(figure, Sequence) else (figure, figure, figure, "")
+        timed = isinstance(figure, Sequence)
+        cells = *(figure if timed else quantiles([figure])), "ms" if timed else ""
         own = self.before if provider == "previous" else ""
         shape = problem.shape(**sizes)
         self.bench.write(op, provider, mode, "float32", shape, metric, *cells, commit=own)
@@ -142,7 +143,7 @@ class Steps:
                         fewest = min(fewest, event.epoch + 1)
                 last = now
             problem = Problem(R=neurons, N=len(trainer.learners[0].labels))
-            whole = [1e3 * (last - start)] * 3
+            whole = quantiles([1e3 * (last - start)])
             for metric, figure in (
                 ("time", whole),
                 ("epochs", fewest),
@@ -166,7 +167,7 @@ class Steps:
                 self.time(f"growth {axis}", runs, problem)
 
     def growth_in_tasks(self) -> None:
-        """Each past task had data of its own, and steps that moved the weights."""
+        """A step after more and more tasks, each with its own data and steps."""
         problem = Problem(R=2000) if self.quick else Problem()
         numbers = [1, 2] if self.quick else [1, 10, 50]
         runs: dict[str, Run] = {}
@@ -190,7 +191,7 @@ class Steps:
 
 
 def curves(rows: Sequence[Row]) -> Curves:
-    """{what grows: {part: {size: row}}}; the provider's name gives a size that no shape has."""
+    """{what grows: {part: {size: row}}}; a size that no shape has is the provider's name."""
     found: Curves = {}
     for row in rows:
         axis = row.op.removeprefix("growth ")

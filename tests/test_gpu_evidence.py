@@ -55,15 +55,24 @@ class Run:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         environment = os.environ | {
-            "PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": str(programs / "python-stub"),
-            "OUT": str(self.out), "STUB_CALLS": str(calls), "SECONDS_ALLOWED": str(seconds),
-            "STUB_CRASHES": "", "STUB_HANGS": "", **stub,
-        }  # fmt: skip
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHON": str(programs / "python-stub"),
+            "OUT": str(self.out),
+            "STUB_CALLS": str(calls),
+            "SECONDS_ALLOWED": str(seconds),
+            "STUB_CRASHES": "",
+            "STUB_HANGS": "",
+            **stub,
+        }
         start = time.monotonic()
         done = subprocess.run(
-            ["bash", "scripts/gpu_evidence.sh", *parts], cwd=root, env=environment,
-            capture_output=True, text=True, timeout=50,
-        )  # fmt: skip
+            ["bash", "scripts/gpu_evidence.sh", *parts],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=50,
+        )
         self.seconds = time.monotonic() - start
         self.status, self.printed, self.said = done.returncode, done.stdout, done.stderr
         self.calls = [line.split()[0] for line in calls.read_text().splitlines()]
