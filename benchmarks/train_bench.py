@@ -114,17 +114,14 @@ class Steps:
             self.write(op, "ours", problem, path, 1)
         self.time(op, runs, problem, mode=mode)
 
-    def steps(self) -> None:
+    def phases(self, mode: str, samples: int | None = None) -> None:
+        """Steps or epochs in every phase of the switch, and the step of a large layer after it."""
         sizes = [1000] if self.quick else [1000, 10_000]
-        cases = [(neurons, phase) for neurons in sizes for phase in PHASES]
-        cases.append((2000 if self.quick else 100_000, step_cases.INHIBITED))
-        for neurons, phase in track(cases, "steps"):
-            self.compare("step", Problem(R=neurons), phase)
-
-    def epochs(self) -> None:
-        sizes, samples = ([1000], 1500) if self.quick else ([1000, 10_000], 10_000)
-        for neurons, phase in track([(n, phase) for n in sizes for phase in PHASES], "epochs"):
-            self.compare("epoch", Problem(R=neurons, N=samples), phase)
+        cases = [(Problem(R=n, N=samples), phase) for n in sizes for phase in PHASES]
+        if mode == "step":
+            cases.append((Problem(R=2000 if self.quick else 100_000), step_cases.INHIBITED))
+        for problem, phase in track(cases, f"{mode}s"):
+            self.compare(mode, problem, phase)
 
     def protocol(self, seconds: float) -> None:
         """Split CIFAR-10 from the first step to the end, cut to fewer epochs if it takes longer."""
@@ -282,11 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if seconds is None:
             seconds = 60.0 if run.cuda else 0.0
         measured = Steps(run, previous)
-        measured.steps()
+        measured.phases("step")
         measured.growth_in_learners()
         if seconds > 0:
             measured.protocol(seconds)
-        measured.epochs()
+        measured.phases("epoch", samples=1500 if options.quick else 10_000)
         measured.growth()
         measured.growth_in_tasks()
         draw(curves(run.writer.rows), run.path.with_suffix(".png"), run.title)

@@ -421,68 +421,60 @@ def test_documented_figures_are_those_of_the_file(folder: str, name: str) -> Non
     assert (title == "topk_bench") != (f"<!-- targets {title} -->" in document)
 
 
-def step_row(
+def step_rows(
     op: str,
-    provider: str,
-    p50: float,
+    medians: dict[str, float],
     metric: str = "time",
-    neurons: int = 10_000,
     mode: str = "step",
+    neurons: int = 10_000,
     device: str = "CPU: a",
-) -> Row:
-    cells = (op, provider, mode, "float32", {"B": 128, "R": neurons}, metric, p50, p50, p50, "ms")
-    return Row(*cells, device=device)
+) -> list[Row]:
+    """A row for each provider."""
+    shape = {"B": 128, "R": neurons}
+    return [
+        Row(op, provider, mode, "float32", shape, metric, p50, p50, p50, "ms", device=device)
+        for provider, p50 in medians.items()
+    ]
 
 
 def test_step_targets_on_a_cpu() -> None:
-    row, op = step_row, "ssd inhibited"
+    op, half, apart = "ssd inhibited", step_targets.BACKWARD, step_targets.APART
     rows = [
-        row(op, "products", 800, "neurons that fire"),
-        row(op, "ours", 1, "code"),
-        *(row(op, p, t) for p, t in (("ours", 8.0), ("plain", 32.0), ("previous", 12.0))),
-        row(op, "products", 4.0),
-        *(row(op, p, t, mode="epoch") for p, t in (("ours", 10.0), ("plain", 41.0))),
-        *(row(op, p, t, "time", 1000, "epoch") for p, t in (("ours", 10.0), ("plain", 24.0))),
-        *(row("ssd excited", p, t, mode="epoch") for p, t in (("ours", 9.0), ("plain", 18.0))),
-        row("ssd", "ours", 90e3, mode="protocol"),
-        row("ssd", "ours", 2000, "epochs", mode="protocol"),
-        row("growth R", "backward + update", 4.0),
-        row("growth R", "backward + update", 5.0, neurons=1_000_000),
-        *(row("growth tasks", p, t) for p, t in (("1", 10.0), ("50", 12.0))),
-        *(row("growth S", p, t) for p, t in (("1", 10.0), ("10", 85.0))),
+        *step_rows(op, {"products": 800}, "neurons that fire"),
+        *step_rows(op, {"ours": 1}, "code"),
+        *step_rows(op, {"ours": 8.0, "plain": 32.0, "previous": 12.0, "products": 4.0}),
+        *step_rows(op, {"ours": 10.0, "plain": 41.0}, mode="epoch"),
+        *step_rows(op, {"ours": 10.0, "plain": 24.0}, mode="epoch", neurons=1000),
+        *step_rows("ssd excited", {"ours": 9.0, "plain": 18.0}, mode="epoch"),
+        *step_rows("ssd", {"ours": 90e3}, mode="protocol"),
+        *step_rows("ssd", {"ours": 2000}, "epochs", mode="protocol"),
+        *step_rows("growth R", {half: 4.0}),
+        *step_rows("growth R", {half: 5.0}, neurons=1_000_000),
+        *step_rows("growth tasks", {"1": 10.0, "50": 12.0}),
+        *step_rows("growth S", {"1": 10.0, "10": 85.0}),
     ]
+    step, epoch = "SSD step, inhibited, R = 10,000", "SSD epoch, inhibited, R ="
     growth = "backward + update, R = 1,000,000 over R = 10,000"
-    # Of tasks nothing is said before the rows that carry importance are counted.
+    # Tasks have no line before the rows that carry importance are counted.
     assert step_targets.verdicts(rows) == [
-        (
-            "SSD step, inhibited, R = 10,000 (code: 800 neurons fire): others over ours",
-            "plain 4.00, previous 1.50",
-            "",
-        ),
-        ("SSD step, inhibited, R = 10,000: ours over its products", "2.00 of <= 1.5", "missed"),
-        ("SSD epoch, inhibited, R = 10,000: others over ours", "plain 4.10", ""),
-        ("SSD epoch, inhibited, R = 10,000: plain over ours", "4.10 of >= 4", "met"),
-        ("SSD epoch, inhibited, R = 1,000: others over ours", "plain 2.40", ""),
-        ("SSD epoch, inhibited, R = 1,000: plain over ours", "2.40 of >= 2.5", "missed"),
+        (f"{step} (code: 800 neurons fire): others over ours", "plain 4.00, previous 1.50", ""),
+        (f"{step}: ours over its products", "2.00 of <= 1.5", "missed"),
+        (f"{epoch} 10,000: others over ours", "plain 4.10", ""),
+        (f"{epoch} 10,000: plain over ours", "4.10 of >= 4", "met"),
+        (f"{epoch} 1,000: others over ours", "plain 2.40", ""),
+        (f"{epoch} 1,000: plain over ours", "2.40 of >= 2.5", "missed"),
         ("SSD epoch, excited, R = 10,000: others over ours", "plain 2.00", ""),
         ("whole protocol, R = 10,000, 5 x 2,000 of 2,000 epochs: s", "90.00", ""),
         (growth, "1.25 of <= 1.3", "met"),
         ("step of 10 learners at once over 1", "8.50", ""),
     ]
     rows += [
-        *(
-            row("growth R", "backward + update", r, "touched rows", n)
-            for n, r in ((10_000, 800), (1_000_000, 1100))
-        ),
-        row("growth R", step_targets.APART, 4.0),
-        row("growth R", step_targets.APART, 5.6, neurons=1_000_000),
-        *(
-            row("growth R", step_targets.APART, 1280, "touched rows", n)
-            for n in (10_000, 1_000_000)
-        ),
-        row("growth tasks", "1", 2000, "important rows"),
-        row("growth tasks", "50", 9000, "important rows"),
-        row("growth tasks", f"{step_targets.SAME_ROWS} 50", 12.0),
+        *step_rows("growth R", {half: 800, apart: 1280}, "touched rows"),
+        *step_rows("growth R", {half: 1100, apart: 1280}, "touched rows", neurons=1_000_000),
+        *step_rows("growth R", {apart: 4.0}),
+        *step_rows("growth R", {apart: 5.6}, neurons=1_000_000),
+        *step_rows("growth tasks", {"1": 2000, "50": 9000}, "important rows"),
+        *step_rows("growth tasks", {f"{step_targets.SAME_ROWS} 50": 12.0}),
     ]
     one = "step with 50 EWC tasks (9,000 rows with importance) over 1 task"
     assert step_targets.verdicts(rows)[8:12] == [
@@ -494,24 +486,19 @@ def test_step_targets_on_a_cpu() -> None:
 
 
 def test_step_targets_on_a_gpu() -> None:
-    def row(op: str, *given: Any, **more: Any) -> Row:
-        return step_row(op, *given, **more, device="NVIDIA")
-
-    late = "ssd late switch"
+    rows_of = partial(step_rows, device="NVIDIA")
+    early, late = "ssd inhibited", "ssd late switch"
     rows = [
-        row("ssd inhibited", "products", 800, "neurons that fire"),
-        row(late, "products", 900, "neurons that fire"),
-        *(
-            row(op, p, t)
-            for op, t in (("ssd inhibited", 0.025), (late, 0.041))
-            for p, t in (("ours", t), ("plain", 1.0))
-        ),
-        row("ssd inhibited", "ours", 0.2, neurons=100_000),  # has no target
-        row("ssd", "ours", 40e3, mode="protocol"),
-        row("ssd", "ours", 2000, "epochs", mode="protocol"),
-        row("ssd", "ours", 60e3, mode="protocol", neurons=1000),
-        row("ssd", "ours", 1200, "epochs", mode="protocol", neurons=1000),
-        *(row("growth S", p, t) for p, t in (("1", 0.030), ("10", 0.045))),
+        *rows_of(early, {"products": 800}, "neurons that fire"),
+        *rows_of(late, {"products": 900}, "neurons that fire"),
+        *rows_of(early, {"ours": 0.025, "plain": 1.0}),
+        *rows_of(late, {"ours": 0.041, "plain": 1.0}),
+        *rows_of(early, {"ours": 0.2}, neurons=100_000),  # has no target
+        *rows_of("ssd", {"ours": 40e3}, mode="protocol"),
+        *rows_of("ssd", {"ours": 2000}, "epochs", mode="protocol"),
+        *rows_of("ssd", {"ours": 60e3}, mode="protocol", neurons=1000),
+        *rows_of("ssd", {"ours": 1200}, "epochs", mode="protocol", neurons=1000),
+        *rows_of("growth S", {"1": 0.030, "10": 0.045}),
     ]
     assert [line for line in step_targets.verdicts(rows) if "others" not in line[0]] == [
         ("SSD step, inhibited, R = 10,000: us", "25.00 of <= 30", "met"),
