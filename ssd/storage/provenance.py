@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and whose it is."""
+"""Where numbers come from: commit, versions, machine, device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """The version of Python and of each package that numbers depend on."""
     found = {"python": platform.python_version()}
     for package in ("ssd-kernels", "torch", "triton", "torchvision", "numpy"):
         try:
@@ -25,17 +25,16 @@ def versions() -> dict[str, str]:
 
 
 def versions_of(summaries: Iterable[Mapping[str, Any]]) -> str:
-    """The versions that runs were trained with, as text."""
+    """The versions in the summaries of runs, as text."""
     found = {", ".join(f"{n} {v}" for n, v in s["versions"].items()) for s in summaries}
     return "; ".join(sorted(found))
 
 
 def commit() -> str:
-    """The commit of the checkout, "-dirty" if more than results changed; "unknown" outside one."""
-    here = Path(__file__)
+    """The commit of this checkout, "-dirty" if more than results changed; "unknown" if none."""
     try:
-        # An installed copy may lie inside the checkout of something else.
-        _git("ls-files", "--error-unmatch", here.name)
+        # An installed copy may lie inside the checkout of another project.
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         changed = _git(
             "status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)results"
         )
@@ -56,7 +55,7 @@ def _git(*arguments: str) -> str:
 
 
 def doubts(commits: Collection[str]) -> str:
-    """Why runs of these commits cannot be repeated from one; empty if they can."""
+    """Why no single commit repeats runs of these commits; empty if one does."""
     several = len(set(commits))
     found = [f"of {several} commits"] if several > 1 else []
     if any(commit.endswith("-dirty") for commit in commits):
@@ -67,18 +66,18 @@ def doubts(commits: Collection[str]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """A device with the name of its hardware."""
+    """The type of a device with the name of its hardware."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{device.type} ({name})"
 
 
 def machine() -> str:
-    """The machine that this process runs on."""
+    """The processor and the number of its threads."""
     return f"{processor()}, {os.cpu_count()} threads"
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The name of the processor, or its architecture where the system has no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
