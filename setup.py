@@ -11,7 +11,7 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 
 CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
-DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
 
 setup(
     name="ssd-kernels",
@@ -50,6 +50,6 @@ setup(
         "cpu": CPU,
         "test": TEST,
         "docs": DOCS,
-        "dev": [*TEST, *CPU, *DOCS, "ruff>=0.9", "mypy>=1.11", "pre-commit>=3"],
+        "dev": [*TEST, *CPU, *DOCS, "mypy>=1.11", "pre-commit>=3"],
     },
 )
