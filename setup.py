@@ -1,22 +1,40 @@
 """Package metadata; tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+INIT = (HERE / "ssd_kernels/__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
+
 CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
 
 setup(
     name="ssd-kernels",
-    version="0.1.0",
+    version=VERSION[0],
     description="Exact k-sparse layers as Triton kernels, and Selective Subnetwork Distillation",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The ssd developers",
     license="MIT",
+    keywords="top-k sparse k-sparse autoencoder triton continual-learning distillation",
+    project_urls={"Paper": "https://arxiv.org/abs/2512.15267"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels"]),
+    packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels", "ssd_kernels.*"]),
     package_data={"ssd": ["py.typed"], "ssd_kernels": ["py.typed"]},
+    entry_points={"console_scripts": ["ssd = ssd.__main__:main"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
@@ -31,6 +49,7 @@ setup(
     extras_require={
         "cpu": CPU,
         "test": TEST,
-        "dev": [*TEST, *CPU, "ruff>=0.9", "mypy>=1.11", "pre-commit>=3"],
+        "docs": DOCS,
+        "dev": [*TEST, *CPU, *DOCS, "mypy>=1.11", "pre-commit>=3"],
     },
 )

@@ -13,7 +13,6 @@ from types import FrameType
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-__version__ = "0.1.0"
 BEGINS_AGAIN = "interrupted; the same command begins again"
 
 
@@ -43,3 +42,12 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 guard_imports(_module_of_the_command_line())
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, read when it is asked for: ssd_kernels imports torch."""
+    if name != "__version__":
+        raise AttributeError(f"module 'ssd' has no attribute {name!r}")
+    from ssd_kernels import __version__
+
+    return __version__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-from ssd import __version__, guard_imports
+import ssd
 
 COMMANDS = ("train", "sweep", "reproduce", "peers", "embed")
 USAGE = f"usage: ssd {{{','.join(COMMANDS)}}} [options]; ssd COMMAND --help tells more"
@@ -15,13 +15,13 @@ def main() -> int:
     """Runs the command that the first argument names."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "--version"):
-        print(__version__ if name == "--version" else USAGE)
+        print(ssd.__version__ if name == "--version" else USAGE)
         return 0
     if name not in COMMANDS:
         print(f"error: {name} is no command; {USAGE}", file=sys.stderr)
         return 2
     sys.argv = [f"ssd {name}", *rest]
-    guard_imports(f"ssd.{name}")
+    ssd.guard_imports(f"ssd.{name}")
     runpy.run_module(f"ssd.{name}", run_name="__main__")
     return 0
 

@@ -1,4 +1,4 @@
-"""What all commands share: options, exit status, output, interruption and the device."""
+"""What the commands share: options, exit status, output, interruption and the device."""
 
 from __future__ import annotations
 
@@ -24,10 +24,20 @@ from ssd.config import Config, option
 from ssd.errors import Interrupted, UserError
 from ssd.storage.run_folder import CONFIG
 
-# Settings as files of settings name them; library code says them as ssd.train's options.
-SETTINGS = {option(field.name): field.name for field in fields(Config)} | {
-    "--preset": "preset", "--seeds": "seeds"
-}  # fmt: skip
+# Library code names settings by the options of ssd.train; files of settings use other names.
+SETTINGS = {option(field.name): field.name for field in fields(Config)}
+SETTINGS |= {"--preset": "preset", "--seeds": "seeds"}
+# Options of several commands.
+COMMON: Mapping[str, Mapping[str, Any]] = {
+    "--data-root": {
+        "metavar": "DIR",
+        "type": Path,
+        "help": "data sets (default $SSD_DATA or data)",
+    },
+    "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, .. (default cuda if there is one)"},
+    "--checkpoint-every": {"metavar": "X", "type": float, "help": "seconds (default 30)"},
+    "--quiet": {"action": "store_true", "help": "print the result line alone"},
+}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -37,23 +47,32 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for each in sys.argv[1:] if args is None else args:
-            if "\0" in each:  # no path holds it
-                raise UserError(f"{each!r} holds a NUL character")
+        for argument in sys.argv[1:] if args is None else args:
+            if "\0" in argument:  # no path holds it
+                raise UserError(f"{argument!r} holds a NUL character")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
+def add_common(add: Callable[..., Any], *names: str) -> None:
+    """Adds options of COMMON; `add` is add_argument of a parser or a group."""
+    for name in names:
+        add(name, **COMMON[name])
+
+
 def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
-    """Does the work: 0 done, 2 a mistake of the user's (one line on stderr), 130 interrupted.
+    """Does the work of a command and returns its exit status.
 
     Args:
-        work: may return an exit status of its own.
-        place: the options that name where it writes; "" if it has none.
+        work: the command; it may return a status of its own.
+        place: the options that say where it writes, for the message about a full disk.
+
+    Returns:
+        0: done. 2: a mistake, told in one line on stderr. 130: interrupted.
     """
-    out, err = (cast(TextIO, stream) for stream in (_Output(sys.stdout), _Told(sys.stderr)))
+    out, err = (cast(TextIO, stream) for stream in (_Output(sys.stdout), _Errors(sys.stderr)))
     with redirect_stdout(out), redirect_stderr(err):
         try:
             try:
@@ -80,9 +99,9 @@ def _fail(reason: str) -> int:
 
 
 class _Output:
-    """A standard stream that ends no work.
+    """A standard stream whose failures do not end the work.
 
-    It shows ? for what its encoding lacks, and is silent once nobody reads it.
+    It writes ? for a character that its encoding lacks, and nothing once the reader is gone.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -110,7 +129,7 @@ class _Output:
             yield
         except OSError as error:
             assert self._stream is not None
-            null = os.open(os.devnull, os.O_WRONLY)  # for what is buffered, and all to come
+            null = os.open(os.devnull, os.O_WRONLY)  # takes what is buffered and what follows
             os.dup2(null, self._stream.fileno())
             os.close(null)
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
@@ -118,8 +137,8 @@ class _Output:
                 raise
 
 
-class _Told(_Output):
-    """stderr: what cannot be said there ends no work either."""
+class _Errors(_Output):
+    """stderr: there is nobody to tell when it fails."""
 
     @contextmanager
     def _unread(self) -> Iterator[None]:
@@ -128,13 +147,13 @@ class _Told(_Output):
 
 
 def reword(text: str, words: Mapping[str, str]) -> str:
-    """A message of library code with other words in the place of options: {"--lr": "lr"}."""
+    """A message of library code with its options replaced, as in {"--lr": "lr"}."""
     return re.sub(r"(?<![\w/.-])--?[a-z][a-z-]*", lambda m: words.get(m[0], m[0]), text)
 
 
 @contextmanager
 def in_words(words: Mapping[str, str]) -> Iterator[None]:
-    """Rewords the UserErrors of library code for a command that has other options."""
+    """Rewords UserErrors of library code for a command whose options have other names."""
     try:
         yield
     except UserError as error:
@@ -142,19 +161,19 @@ def in_words(words: Mapping[str, str]) -> Iterator[None]:
 
 
 def note(line: str) -> None:
-    """Tells the user something in one line on stderr, however narrow the terminal."""
+    """Prints a note in one line on stderr, however narrow the terminal is."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     console.print(f"note: {line}", style="yellow")
 
 
 def command_line(module: str, arguments: Sequence[str]) -> str:
-    """A command as one types it."""
+    """A command as a user types it."""
     return shlex.join(["python", "-m", module, *arguments])
 
 
 @contextmanager
 def resumable(how: str) -> Iterator[None]:
-    """Says how to go on with work that Ctrl-C ended; Interrupted then."""
+    """After Ctrl-C, says how to go on and raises Interrupted."""
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
@@ -164,7 +183,7 @@ def resumable(how: str) -> Iterator[None]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives whether Ctrl-C was hit, so that a step is finished and saved; twice interrupts it."""
+    """Gives a function that tells whether Ctrl-C came; a second Ctrl-C interrupts at once."""
     hits: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -180,7 +199,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device to train on; UserError where it is not to be had."""
+    """The device to train on; UserError if the machine does not have it."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -197,15 +216,15 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def check_file(out: Path) -> None:
-    """UserError where --out is no file that could be written."""
+    """UserError if --out cannot be a file."""
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file")
-    if out.exists() and not out.is_file():  # a device or a pipe, which may be read without end
-        raise UserError(f"--out {out} is no ordinary file; name another")
+    if out.exists() and not out.is_file():  # reading a device or a pipe might never end
+        raise UserError(f"--out {out} is not an ordinary file; name another")
 
 
 def check_folder(out: Path, name: str = "--out") -> None:
-    """UserError where --out is no folder of many runs and none that could be made."""
+    """UserError if --out cannot be a folder of many runs."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{name} {out} is not a folder; use another {name}")
     if (out / CONFIG).is_file():

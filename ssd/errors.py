@@ -1,4 +1,4 @@
-"""What ends a command without a traceback."""
+"""Errors that end a command in one line, among them a lack of memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 
 
 class UserError(Exception):
-    """What was wrong, with the value, and what to do about it: shown as one line."""
+    """One line for the user: what was wrong, the value, and what to do."""
 
 
 class Diverged(UserError):
-    """Training, or a solution in closed form, gave what is not finite.
+    """Training or a closed-form solution gave a value that is not finite.
 
     Args:
-        reason: as of UserError. number: of the run, where several are trained side by side.
+        reason: the line for the user.
+        number: position of the run among those trained side by side.
     """
 
     def __init__(self, reason: str, number: int = 0) -> None:
@@ -25,22 +26,29 @@ class Diverged(UserError):
         self.number = number
 
     def __reduce__(self) -> tuple[type[Diverged], tuple[str, int]]:
-        return type(self), (str(self), self.number)  # a worker's reaches the command as a pickle
+        return type(self), (str(self), self.number)  # workers send it as a pickle
 
 
 class Interrupted(Exception):
-    """The work was asked to stop and has left what it goes on from."""
+    """The user stopped the work; a checkpoint holds what is done."""
 
 
-# Runs of one command: all are listed before the first is trained.
+def one_line(error: Exception) -> str:
+    """The message of an exception in one line of at most 200 characters, or else its repr."""
+    return " ".join(str(error).split())[:200] or repr(error)
+
+
+# Runs of one command, which lists all of them before it trains the first.
 MOST_RUNS = 10_000
 
 
 def require_memory(needed: int, what: str, device: torch.device) -> None:
-    """UserError where a device has less memory than is certainly needed.
+    """UserError if a device has less memory than `what` is sure to need.
 
     Args:
-        needed: bytes, a lower bound. what: needs them, in the message.
+        needed: bytes, a lower bound.
+        what: the setting to blame, in the message.
+        device: that holds it.
     """
     if needed > _memory(device):
         least = f"{needed / 2**30:,.1f} GiB or more"
@@ -48,7 +56,7 @@ def require_memory(needed: int, what: str, device: torch.device) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is what an allocation fails with, which on a CPU has no class of its own."""
+    """Whether an allocation failed; on a CPU that error has no class of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator" in str(error)
     )
@@ -56,7 +64,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def fitting(what: str, device: torch.device) -> Iterator[None]:
-    """UserError where an allocation fails for want of memory; `what` wanted it, in the message."""
+    """Turns a failed allocation into a UserError that blames `what`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -66,7 +74,7 @@ def fitting(what: str, device: torch.device) -> Iterator[None]:
 
 
 def _memory(device: torch.device) -> float:
-    """Bytes that a device has in all; infinite where the system does not tell."""
+    """Total bytes of a device; infinity where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     try:

@@ -1,4 +1,4 @@
-"""Runs in their folders: trained side by side, logged, checkpointed, summarised; resumable."""
+"""Runs in their folders: trained side by side, logged, saved, summarised and resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ssd import metrics
 from ssd.config import JOINT, Config
 from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
-from ssd.errors import Diverged, Interrupted, UserError, require_memory
+from ssd.errors import Diverged, Interrupted, UserError, fitting, one_line, require_memory
 from ssd.learner import Learner, build_model
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.files import damaged, difference, dumps, write_atomically
@@ -41,7 +41,7 @@ from ssd.trainer import Event, Trainer
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What changes a run's progress but not its numbers."""
+    """Options that change how a run proceeds, not its numbers."""
 
     device: torch.device
     resume: bool = False
@@ -49,7 +49,7 @@ class RunOptions:
 
 
 def make_tasks(config: Config, data: Dataset) -> list[Task]:
-    """The stream of a run; UserError if the data set does not suit the settings."""
+    """The stream of tasks of a run; UserError if the data set does not fit the settings."""
     shown = hold_out(data, config.validation) if config.validation > 0 else data
     tasks = split(shown, config.tasks, class_order(data.classes, config.seed))
     return cumulated(tasks) if JOINT in config.parts else tasks
@@ -59,18 +59,14 @@ def make_learner(
     config: Config, tasks: Sequence[Task], classes: int, device: torch.device
 ) -> Learner:
     """The learner of a run; UserError if it does not fit into memory."""
-    try:
+    with fitting(f"--neurons {config.neurons}", device):
         tasks = [task.to(device) for task in tasks]
         model = build_model(config, tasks[0].x_train.shape[1], classes).to(device)
         return Learner(config, tasks, model)
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(
-            f"--neurons {config.neurons} does not fit into the memory of {device}"
-        ) from error
 
 
 def require_fit(config: Config, data: Dataset, count: int, device: torch.device) -> None:
-    """UserError where the samples and weights of so many runs side by side cannot fit."""
+    """UserError if the samples and weights of `count` runs side by side cannot fit."""
     weights = 4 * config.neurons * (data.x_train.shape[1] + data.classes)
     needed = count * (data.x_train.nbytes + weights)  # each run has its own copy of the samples
     runs = f", {count} runs side by side," * (count > 1)
@@ -78,10 +74,12 @@ def require_fit(config: Config, data: Dataset, count: int, device: torch.device)
 
 
 class Journal:
-    """The metrics logs and the checkpoint of runs, kept in step with one another.
+    """The logs and the common checkpoint of runs, which always agree.
 
     Args:
-        checkpoint: the file. folders: of the runs. described: what they are, see folder.describe.
+        checkpoint: the file.
+        folders: one per run.
+        described: what identifies each run, see run_folder.describe.
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class Journal:
         self.start = self.saved = time.perf_counter()
 
     def restore(self, trainer: Trainer, device: torch.device) -> None:
-        """Puts the trainer where the checkpoint was taken; without one, starts the logs anew."""
+        """Restores the trainer from the checkpoint; without one, starts empty logs."""
         if not self.path.is_file():
             for log in self.logs:
                 write_atomically(log, "")
@@ -115,22 +113,20 @@ class Journal:
             if len(logs) != len(self.logs):
                 raise ValueError(f"of {len(logs)} logs")
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            line = " ".join(str(error).split())
-            raise UserError(
-                f"checkpoint {self.path} is not of this model ({line[:200]}); use another --out"
-            ) from error
+            reason = f"checkpoint {self.path} is not of this model ({one_line(error)})"
+            raise UserError(f"{reason}; use another --out") from error
         for log, (size, crc) in zip(self.logs, logs, strict=True):
             _rewind(log, size, crc)
 
     def write(self, event: Event) -> None:
-        """Logs an epoch of each run."""
+        """Logs one epoch of each run."""
         for log, record in zip(self.logs, event.records, strict=True):
             line = dumps({"task": event.task, "epoch": event.epoch, **record})
             with open(log, "ab") as stream:
                 stream.write(line.encode() + b"\n")
 
     def elapsed(self) -> float:
-        """Seconds trained up to now, those before a resumption included."""
+        """Seconds of training so far, including those before the run was resumed."""
         return self.seconds + time.perf_counter() - self.start
 
     def due(self, every: float) -> bool:
@@ -156,7 +152,7 @@ class Journal:
 
 
 def _rewind(log: Path, size: int, crc: str) -> None:
-    """Cuts off what was logged after the checkpoint: it comes again."""
+    """Cuts off what the log holds from after the checkpoint; training will log it again."""
     if not log.is_file() or log.stat().st_size < size:
         raise damaged(log, "it lacks lines")
     if f"{zlib.crc32(log.read_bytes()[:size]):08x}" != crc:
@@ -173,7 +169,7 @@ def run(
     watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """run_together for one run, its checkpoint in its own folder."""
+    """Trains one run to its end; see run_together. Its checkpoint lies in its own folder."""
     (summary,) = run_together(
         [config], data, [folder], folder / CHECKPOINT, options, watch, stopped
     )
@@ -192,17 +188,21 @@ def run_together(
     """Trains runs side by side to their end, from their checkpoint if there is one.
 
     Args:
-        configs: settings, equal in trainer.together. data: of all. folders: one for each run.
-        checkpoint: file of the common state. options: see there. watch: called at every event.
-        stopped: asked at every event; when true a checkpoint is written.
+        configs: settings of each run; they agree in trainer.together.
+        data: the data set of all runs.
+        folders: one per run.
+        checkpoint: the file of their common state.
+        options: see RunOptions.
+        watch: called with the trainer at every event.
+        stopped: asked at every event; once true, the state is saved and the training ends.
 
     Returns:
         The summary of each run.
 
     Raises:
-        UserError: bad settings, or a folder that is not this run's or that another process has.
-        Interrupted: it was stopped.
-        Diverged: a run's numbers are not finite; the checkpoint is from before that.
+        UserError: bad settings, or a folder of another run or in use by another process.
+        Interrupted: stopped() was true.
+        Diverged: numbers of a run are not finite; the checkpoint is from before.
         OSError: a file could not be written.
     """
     for config in configs:
@@ -215,8 +215,8 @@ def run_together(
     trainer = Trainer(learners)
     described = [describe(config, data) for config in configs]
     with ExitStack() as held:
-        for folder, each in zip(folders, described, strict=True):
-            held.enter_context(claimed(folder, each, options.resume))
+        for folder, identified in zip(folders, described, strict=True):
+            held.enter_context(claimed(folder, identified, options.resume))
         if all((folder / SUMMARY).is_file() for folder in folders):
             return [read_summary(folder) for folder in folders]
         journal = Journal(checkpoint, folders, described)
@@ -242,7 +242,7 @@ def _train(
     watch: Callable[[Trainer, Event], None],
     stopped: Callable[[], bool],
 ) -> None:
-    """The trainer's run to its end, logged and saved; the state it begins with, too."""
+    """Trains to the end; logs every epoch, saves the initial state and then as options say."""
     if not journal.path.is_file():
         journal.save(trainer)
     for event in trainer.run():
@@ -259,7 +259,7 @@ def _train(
 def _conclude(
     folder: Path, learner: Learner, data: Dataset, trainer: Trainer, journal: Journal
 ) -> dict[str, Any]:
-    """Writes what a run has come to; its summary."""
+    """Writes the results of a run; returns its summary."""
     beside = len(trainer.learners)
     summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), beside)
     write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
@@ -271,10 +271,12 @@ def _conclude(
 
 
 def leave_out(checkpoint: Path, number: int, target: Path) -> None:
-    """Writes a checkpoint of all runs but one, with which run_together goes on without it.
+    """Writes a checkpoint without one of its runs, for run_together to go on from.
 
     Args:
-        checkpoint: of runs that are trained together. number: of the run. target: the new file.
+        checkpoint: of runs that are trained together.
+        number: position of the run that is left out.
+        target: the new file.
     """
     tensors, state = load_checkpoint(checkpoint, torch.device("cpu"))
     kept = {}
@@ -307,7 +309,7 @@ def summarize(
         "mean_active": frequency.sum(-1).tolist(),
         **({} if learner.structure is None else {"structure": learner.structure.summary()}),
         "trained_together": beside,
-        "seconds": seconds,  # of all that were trained together
+        "seconds": seconds,  # of all runs that were trained together
         "steps_per_second": steps / seconds,
         "device": device_name(learner.device),
         "versions": versions(),
@@ -317,7 +319,7 @@ def summarize(
 
 
 def matrix_csv(matrix: list[list[float]]) -> str:
-    """Rows: after training task t; columns: accuracy on task i."""
+    """The accuracy matrix as CSV: row t after training task t, column i accuracy on task i."""
     header = ",".join(["after_task", *(f"task_{i}" for i in range(len(matrix)))])
     rows = [",".join([str(t), *(repr(a) for a in row)]) for t, row in enumerate(matrix)]
     return "\n".join([header, *rows]) + "\n"

@@ -9,8 +9,11 @@ from ssd_kernels.row_update import row_update
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import topk
 
+__version__ = "0.1.0"
+
 __all__ = [
     "TopKOutput",
+    "__version__",
     "count_active",
     "linear_inhibit",
     "linear_topk",

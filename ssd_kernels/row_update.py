@@ -35,8 +35,8 @@ def row_update(
 ) -> Tensor:
     """One step of clipped, projected SGD on several matrices that share the neurons of one code.
 
-    Row j of the gradient of weights[i] is the sum of coefficients[i][b, s] * inputs[i][b] over the
-    slots (b, s) of neuron j. That is the whole gradient of a k-sparse layer: for an encoder the
+    Row j of the gradient of weights[i] is the sum of `coefficients[i][b, s] * inputs[i][b]` over
+    the slots (b, s) of neuron j. That is the whole gradient of a k-sparse layer: for an encoder the
     inputs are x and the coefficients the gradients of the values; for a decoder the inputs are the
     gradients of the output and the coefficients the values. A row is touched if one of its slots
     has a non-zero coefficient for any of the weights; every other row keeps its bits. For plain SGD

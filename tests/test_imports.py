@@ -1,4 +1,4 @@
-"""Which of our modules imports which: no circles, one direction, nothing for type checkers."""
+"""Which of our modules imports which: one direction, nothing for type checkers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ssd_kernels", "ssd")
+COMMANDS = {f"ssd.{name}" for name in ("__main__", "train", "sweep")} | {
+    f"ssd.{name}.__main__" for name in ("embed", "peers", "reproduce")
+}
+# Modules of ssd, and folders of them; a module imports from the lines above its own.
+LAYERS = """
+errors
+storage
+config data metrics ops
+activations models
+distillation regularizers
+structure
+learner
+step
+cuda_graph
+trainer
+storage.run_folder
+run
+progress
+study tables figures cli
+embed peers
+reproduce
+"""
 
 
 def name_of(file: Path) -> str:
@@ -88,6 +110,32 @@ def test_no_circle(package: str) -> None:
         if name.startswith(f"{package}.")
     }
     assert circle(graph) == []
+
+
+def layer(module: str) -> int:
+    """The line of LAYERS that names a module of ssd, or else its folder; commands come last."""
+    if module in COMMANDS:
+        return len(LAYERS.splitlines())
+    lines = {
+        name: number for number, line in enumerate(LAYERS.splitlines()) for name in line.split()
+    }
+    if module == "ssd":
+        return 0
+    name = module.removeprefix("ssd.")
+    return lines[name] if name in lines else lines[name.partition(".")[0]]
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name.partition(".")[0] == "ssd"])
+def test_ssd_imports_from_lower_layers(module: str) -> None:
+    def allowed(other: str) -> bool:
+        folder = module.rpartition(".")[0]
+        beside = (
+            folder != "ssd" and other.startswith(f"{folder}.") and layer(other) == layer(module)
+        )
+        return beside or layer(other) < layer(module)
+
+    ours = {other for other in imports()[module] if other.partition(".")[0] == "ssd"}
+    assert {other for other in ours if not allowed(other)} == set()
 
 
 def test_the_kernels_know_nothing_of_ssd() -> None:

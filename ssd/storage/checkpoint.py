@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ssd.errors import UserError
+from ssd.errors import UserError, one_line
 from ssd.storage.files import dumps, write_atomically
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Writes named tensors and a JSON-able state, sealed with a checksum."""
+    """Writes named tensors and a state that JSON can hold, with a checksum over both."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = dumps(state)
     metadata = {"state": text, "sha256": _digest(contiguous, text)}
@@ -29,7 +29,7 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Tensor]
     """Reads what save_checkpoint wrote.
 
     Raises:
-        UserError: the file is damaged or is no checkpoint.
+        UserError: the file is damaged or not a checkpoint.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -38,12 +38,11 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Tensor]
         sound = metadata["sha256"] == _digest(tensors, metadata["state"])
         state = json.loads(metadata["state"])
         if not isinstance(state, dict):
-            raise ValueError("its state is no object")
+            raise ValueError("its state is not an object")
     except OSError:
         raise
     except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"checkpoint {path} is damaged ({line}); {_ADVICE}") from error
+        raise UserError(f"checkpoint {path} is damaged ({one_line(error)}); {_ADVICE}") from error
     if not sound:
         raise UserError(f"checkpoint {path} is damaged (checksum differs); {_ADVICE}")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, state

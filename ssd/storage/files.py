@@ -1,4 +1,4 @@
-"""The JSON that all files of this project are written in."""
+"""Files that are written as a whole and checked when they are read: text, JSON, numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssd.errors import UserError
 
 
 def dumps(content: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """JSON text, valid for every reader: a number that is NaN or infinite becomes null."""
+    """JSON that every parser reads: NaN and infinity become null."""
     return json.dumps(_plain(content), indent=indent, sort_keys=sort_keys, allow_nan=False)
 
 
@@ -31,19 +31,20 @@ def _plain(content: Any) -> Any:
 
 
 def temporary(path: Path) -> Path:
-    """Where write_atomically prepares a file; a kill may leave it behind."""
+    """The file that write_atomically fills first; a killed process leaves it behind."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], None]) -> None:
-    """Replaces a file as a whole: a reader or a crash sees the old content or the new one.
+    """Replaces a file in one step, so that no reader or crash sees half of it.
 
     Args:
-        content: of the file, or what writes it to a stream, for content too large to hold twice.
+        path: of the file; a link keeps naming the same file.
+        content: bytes, text, or a function that writes to the open file (to save memory).
     """
-    place = Path(os.path.realpath(path))  # a link goes on to name the file
+    place = Path(os.path.realpath(path))
     if isinstance(content, str):
-        # A path in it may be no UTF-8.
+        # The text may hold a path that is not UTF-8.
         content = (
             content.encode(errors="surrogateescape").decode(errors="backslashreplace").encode()
         )
@@ -60,17 +61,17 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
         with suppress(OSError):
             temporary(place).unlink()
         if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk does not name the file
+            error.filename = str(path)  # the system does not name the file when the disk is full
         raise
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that a user may have written; a byte-order mark is no part of it.
+    """The text of a file, without its byte-order mark.
 
     Raises:
         UserError: it is not UTF-8. OSError: it cannot be read.
     """
-    if path.is_char_device():  # it may have no end
+    if path.is_char_device():  # reading it might never end
         raise UserError(f"{path} cannot be read: it is a device; name a file")
     content = path.read_bytes()
     try:
@@ -83,7 +84,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a run; UserError if it is damaged."""
+    """The JSON object in a file; UserError if there is none."""
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -94,12 +95,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, how: object) -> UserError:
-    """What is said of a run's file that is not as it was written."""
+    """The error for a file of a run that does not hold what the run wrote."""
     return UserError(f"{path} is damaged ({how}); move its folder away or use another")
 
 
 def are_numbers(values: Any, *shape: int) -> bool:
-    """Whether these are finite numbers of a shape; of none: a single one."""
+    """Whether nested lists hold finite numbers and have this shape; no shape: a single number."""
     try:
         array = np.array(values)
     except ValueError:  # rows of several lengths
@@ -108,7 +109,7 @@ def are_numbers(values: Any, *shape: int) -> bool:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What of `now` was otherwise before, as text; empty if nothing was."""
+    """Which values of `now` differ from those before, as text; empty if none do."""
     found = []
     for key, value in now.items():
         earlier = before.get(key)

@@ -1,4 +1,4 @@
-"""One process a folder or an output file; the lock ends with the process, however that ends."""
+"""One process per folder or output file; a lock ends with its process, even a killed one."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ try:
 except ImportError:  # Windows: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-LOCK = ".lock"  # in a locked folder
+LOCK = ".lock"  # the file in a locked folder
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
 _held: set[Path] = set()
 
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes from it; within this process it may be nested.
+    """Makes a folder and locks it against other processes; one process may nest it.
 
     Raises:
-        UserError: another process has it. OSError: it cannot be made or written to.
+        UserError: another process holds the lock.
+        OSError: the folder cannot be made or written to.
     """
     with _made(folder), _locked(folder / LOCK, folder):
         yield
@@ -34,26 +35,26 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """As folder_lock, for a file that is to be written; makes the folder that it lies in."""
-    file = path.resolve() if path.is_symlink() else path  # a link goes on to name the file
+    """Like folder_lock, for an output file; makes the folder that will hold it."""
+    file = path.resolve() if path.is_symlink() else path
     with _made(file.parent), _locked(file.with_name(f".{file.name}{LOCK}"), path):
         yield
 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder and its parents; those into which nothing came are removed again."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    """Makes a folder and its parents; removes those that are still empty in the end."""
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # said of a file in the folder's place
+    except FileExistsError:  # a file is in the place of the folder
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     try:
         yield
     finally:
-        for each in new:
+        for parent in new:
             with suppress(OSError):
-                each.rmdir()
+                parent.rmdir()
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def _locked(path: Path, what: Path) -> Iterator[None]:
     finally:
         _held.remove(path)
         with suppress(OSError):
-            path.unlink()  # while it is held: who opened it meanwhile finds it gone
+            path.unlink()  # before the release, so that a waiting process sees it gone
         os.close(descriptor)
 
 
@@ -78,7 +79,7 @@ def _acquire(path: Path, what: Path) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            error.filename = str(what)  # the user knows nothing of its lock
+            error.filename = str(what)  # the user did not name the lock file
             raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,4 +100,4 @@ def _acquire(path: Path, what: Path) -> int:
                 os.truncate(descriptor, 0)
                 os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return descriptor
-        os.close(descriptor)  # its last holder removed it
+        os.close(descriptor)  # the last holder removed the file meanwhile

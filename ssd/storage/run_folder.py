@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and whose it is."""
+"""The folder of a run: its files by name, and which run it belongs to."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from ssd.storage.files import (
 from ssd.storage.lock import LOCK, folder_lock
 from ssd.storage.provenance import commit, versions
 
-# Raise it when a change moves the numbers of runs: those of another are neither gone on with nor
-# shown. Commits are recorded too, but most of them move no number.
+# Raise this when a change moves the numbers of runs: runs of another ALGORITHM are neither resumed
+# nor shown. Commits are recorded too, but most of them move no number.
 ALGORITHM = 1
 
 CONFIG = "config.json"
@@ -38,14 +38,15 @@ MATRIX = "accuracy_matrix.csv"
 FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its training set
 STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
 SUMMARY = "summary.json"
-DIVERGED = "diverged.json"  # in the place of a summary: why there is none
+DIVERGED = "diverged.json"  # the reason, in place of a summary
 
 
 def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:
-    """The summary of a run that has come to its end.
+    """The summary of a finished run.
 
     Args:
-        folder: of the run. trained: whether it is of a network; a peer's summary says less.
+        folder: of the run.
+        trained: whether the run trained a network; the summary of a peer has fewer entries.
 
     Raises:
         UserError: the summary is damaged.
@@ -87,7 +88,7 @@ _A_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
 
 
 def _compared(values: Any, tasks: int) -> bool:
-    """Whether there is a number for each task, or None where it had nothing to compare with."""
+    """Whether each task has a number, or None where there was nothing to compare it with."""
     if not isinstance(values, list) or len(values) != tasks:
         return False
     return all(value is None or are_numbers(value) for value in values)
@@ -103,13 +104,13 @@ def _is_config(content: Any, tasks: int) -> bool:
 
 
 def write_diverged(folder: Path, reason: str) -> None:
-    """Records that a run came to no summary, because its numbers were not finite."""
+    """Records why a run has no summary: its numbers were not finite."""
     content = {"diverged": reason, "versions": versions(), "commit": commit()}
     write_atomically(folder / DIVERGED, dumps(content, indent=2) + "\n")
 
 
 def ended(folder: Path) -> bool:
-    """Whether a run has come to an end, good or bad: the same command does not train it again."""
+    """Whether a run finished or diverged, so that the same command does not train it again."""
     return (folder / SUMMARY).is_file() or (folder / DIVERGED).is_file()
 
 
@@ -120,7 +121,7 @@ def read_frequency(folder: Path, config: Config) -> np.ndarray:
         found = np.load(path, allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # a damaged archive raises nearly anything
+    except Exception as error:  # numpy raises almost anything for a damaged file
         raise damaged(path, error) from error
     if not isinstance(found, np.ndarray) or not are_numbers(found, *shape):
         raise damaged(path, f"no numbers {list(shape)}")
@@ -128,7 +129,7 @@ def read_frequency(folder: Path, config: Config) -> np.ndarray:
 
 
 def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """The log of a finished run, a record an epoch; UserError if the file is damaged."""
+    """The log of a finished run, one record per epoch; UserError if the file is damaged."""
     path, tasks, records = folder / METRICS, config.tasks, []
     try:
         for line in read_text(path).splitlines():
@@ -136,7 +137,9 @@ def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
             records.append((record["task"], record["epoch"], record))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise damaged(path, error) from error
-    if [each[:2] for each in records] != list(product(range(tasks), range(config.epochs))):
+    if [(task, epoch) for task, epoch, _ in records] != list(
+        product(range(tasks), range(config.epochs))
+    ):
         raise damaged(path, f"not a line for each of {tasks} x {config.epochs} epochs")
     for task, epoch, record in records:
         if epoch + 1 < config.epochs and "test_accuracy" not in record:
@@ -147,7 +150,7 @@ def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
 
 
 def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
-    """What makes a run this run; JSON-able."""
+    """What identifies a run, ready for JSON."""
     return {
         "config": config.to_dict(),
         "data": data.name,
@@ -158,7 +161,7 @@ def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
 
 
 def identity(described: Mapping[str, Any]) -> dict[str, Any]:
-    """What describe() said, less the feature file's name: its checksum tells its content."""
+    """describe() without the name of the feature file, whose checksum already identifies it."""
     config = described.get("config")
     known = {**config, "features": None} if isinstance(config, dict) else config
     return {**described, "config": known}
@@ -166,25 +169,26 @@ def identity(described: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterator[None]:
-    """Makes the folder of a run, or checks that it is this very run's, and keeps others from it.
+    """Makes the folder of a run, or checks that it holds this run, and locks it.
 
     Raises:
-        UserError: it holds something else, or another process has it. OSError: it cannot be made.
+        UserError: the folder holds something else, or another process uses it.
+        OSError: the folder cannot be made.
     """
-    _holds(folder, described, resume)  # what is something else's is not touched
+    _holds(folder, described, resume)  # before the lock writes into a foreign folder
     with folder_lock(folder):
         if not _holds(folder, described, resume):
             content = {**described, "versions": versions(), "commit": commit()}
             write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
         elif (before := read_json(folder / CONFIG))["config"] != described["config"]:
-            # The feature file has been moved: --resume alone is to find it.
+            # The feature file has moved, and a plain --resume must find it.
             content = {**before, "config": described["config"]}
             write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
         yield
 
 
 def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
-    """Whether a folder holds this run already; UserError if it holds something else."""
+    """Whether a folder already holds this run; UserError if it holds something else."""
     path = folder / CONFIG
     if path.is_file():
         if not resume:
@@ -201,6 +205,6 @@ def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a run killed at its very start leaves."""
+    """Whether a folder holds nothing but leftovers of a run that was killed at its start."""
     leftovers = (temporary(folder / CONFIG), folder / LOCK)
     return folder.is_dir() and all(file in leftovers for file in folder.iterdir())

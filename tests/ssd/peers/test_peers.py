@@ -201,7 +201,10 @@ def test_mistakes_end_with_2_and_one_line(
         ([*features, "--tasks", "2", "--seeds", "0"], "--seeds 0 must be in 1..10000"),
         ([*features, "--tasks", "2", "--seeds", "10001"], "--seeds 10001 must be in 1..10000"),
         ([*features, "--tasks", "2", "--neurons", str(10**12)], f"--neurons {10**12} does not fit"),
-        ([*features, "--tasks", "2", "--out", "/dev/full"], "--out /dev/full is no ordinary file"),
+        (
+            [*features, "--tasks", "2", "--out", "/dev/full"],
+            "--out /dev/full is not an ordinary file",
+        ),
         ([*features, "--tasks", "2", "--out", str(other)], "is not a table of peers"),
         (["--magic"], "--magic"),
     ):
