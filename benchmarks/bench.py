@@ -69,5 +69,7 @@ def running(command: str, options: argparse.Namespace) -> Iterator[Bench]:
     console.print(f"[bold]{title}[/bold]")
     path = record.results_path(options.out, options.quick, device, command)
     with record.writing(path, name) as writer:
-        yield Bench(options, device, title, path, console, writer)
-    console.print(f"rows: {path}")
+        try:
+            yield Bench(options, device, title, path, console, writer)
+        finally:
+            console.print(f"rows: {path}")
