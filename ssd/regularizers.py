@@ -2,6 +2,8 @@
 
 coefficient * sum over terms and parameters of importance * (p - p*)^2, no factor 1/2, from the
 second task on. EWC has one term a task, the others have one.
+
+PENALTIES lists them. A new one is a class and a row there, and its settings in ssd.config.
 """
 
 from __future__ import annotations
@@ -15,8 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.activations import evaluating
-from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES, SI_DAMPING
 from ssd_kernels._checks import in_range
+
+# Importance in EWC ("memory" variant) and MAS (SDMLP code): this many batches of this size. EWC's
+# squared gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
+IMPORTANCE_BATCHES = 6
+IMPORTANCE_BATCH_SIZE = 512
+FISHER_DIVISOR = 5 * 512
+# Added by SI to the squared way of a parameter through a task.
+SI_DAMPING = 0.1
 
 Map = Callable[[Tensor], Tensor]
 Gradient = Callable[[Map], Sequence[Tensor]]  # of a function of the logits [B, C]
@@ -87,7 +96,7 @@ class Quadratic:
 
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         self.model, self.coefficient = model, coefficient
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.curvature = [torch.zeros_like(p) for p in self.parameters]
         self.anchor = [p.detach().clone() for p in self.parameters]
         self.constant = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
@@ -284,3 +293,8 @@ class L2(Quadratic):
     def end_task(self, x: Tensor, order: Tensor) -> None:
         added = torch.zeros_like if self.active else torch.ones_like
         self._accumulate([added(p) for p in self.parameters])
+
+
+# {name in a method: class}. The class gets the model and, by name, those settings of ssd.config
+# that begin with the penalty's name: ewc_beta is its argument beta.
+PENALTIES: dict[str, Callable[..., Regularizer]] = {"ewc": EWC, "mas": MAS, "si": SI, "l2": L2}
