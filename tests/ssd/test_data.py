@@ -404,9 +404,15 @@ def test_hold_out_takes_the_last_of_each_class() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "dtype", "told"),
-    [(1e9, "f8", True), (10**9, "i8", True), (1e9, "f4", False), (1e3, "f8", False),
-     (0, "f8", False), (32000, "i2", False)],
-)  # fmt: skip
+    [
+        (1e9, "f8", True),
+        (10**9, "i8", True),
+        (1e9, "f4", False),
+        (1e3, "f8", False),
+        (0, "f8", False),
+        (32000, "i2", False),
+    ],
+)
 def test_what_float32_cannot_tell_apart(
     tmp_path: Path, arrays: dict[str, np.ndarray], offset: float, dtype: str, told: bool
 ) -> None:
@@ -514,5 +520,5 @@ def test_a_data_set_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         )
     bad = lambda root: (images, labels[1:], images, labels)  # noqa: E731
     monkeypatch.setitem(SOURCES, "mine", Source(bad))
-    with pytest.raises(UserError, match="^mine: x_train must be real numbers"):
+    with pytest.raises(UserError, match=r"^mine: x_train must be real numbers"):
         load("mine", tmp_path)
