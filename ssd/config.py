@@ -96,7 +96,7 @@ class Config:
     eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
     def __post_init__(self) -> None:
-        """One run has one way to be written: its folder is named by it."""
+        """Writes equal settings alike: they name the folder of a run."""
         for setting in fields(self):
             value = getattr(self, setting.name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -107,7 +107,7 @@ class Config:
 
     @property
     def parts(self) -> frozenset[str]:
-        """The method's parts without its network: any of DISTILLATIONS, PENALTIES and JOINT."""
+        """The method's parts but its network: any of DISTILLATIONS, PENALTIES and JOINT."""
         return frozenset(self._names()) - set(NETWORKS)
 
     @property
@@ -134,16 +134,17 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
         for name in ("validation", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
-        for name in (f.name for f in fields(self) if f.name.endswith(("_coefficient", "_beta"))):
+        penalties = [name for penalty in PENALTIES for name in penalty_settings(penalty)]
+        for name in (name for name in penalties if isinstance(getattr(self, name), float)):
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
-        shares = ("validation", "subnetwork")  # of samples and neurons: no part of a step
+        shares = {"validation", "subnetwork"}  # of samples and neurons: no part of a step
+        rule = f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
         for name in (f.name for f in fields(self) if isinstance(f.default, float)):
-            if name in shares:
-                continue
-            value, rule = getattr(self, name), f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
-            self._require(name, value == 0 or SMALLEST <= value <= LARGEST, rule)
-        for name in (f.name for f in fields(self) if f.name.endswith("_coefficient")):
-            most = LARGEST / 2  # its double is a factor
+            value = getattr(self, name)
+            fits = value == 0 or SMALLEST <= value <= LARGEST or name in shares
+            self._require(name, fits, rule)
+        most = LARGEST / 2  # the gradient has twice the coefficient as a factor
+        for name in (name for name in penalties if name.endswith("_coefficient")):
             self._require(name, getattr(self, name) <= most, f"at most {most:.1e}")
         square = SMALLEST <= self.temperature**2 <= LARGEST
         self._require("temperature", square, "in 1e-18..1e18, as its square is float32")
@@ -161,7 +162,7 @@ class Config:
         self._require("method", layered, "made with a Top-K network: ssd and lwf distil its layer")
 
     def _validate_types(self) -> None:
-        """For settings that were read from a file: the command line has checked them before."""
+        """For settings read from a file; the command line has checked its own."""
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
             kinds = {"int": (int,), "float": (int, float), "str": (str,)}.get(
@@ -247,10 +248,10 @@ _CIFAR = {
     "l2_coefficient": 30.0,
 }
 
-# A neuron counts at most once a sample: epochs x samples of the first task bound what N can be.
+# A neuron counts at most once a sample: epochs x samples of the first task are the most N can be.
 _MNIST_5K = {**_MNIST, "anneal_samples": 175_000}
 _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
-# k = 1: N of the SDMLP code, as neurons are rarely active; one neuron alone cannot be distilled.
+# k = 1: N of the SDMLP code, as neurons are rarely active; a single neuron cannot be distilled.
 _K1_SUBNETWORK, _K1_ANNEAL_SAMPLES = 2.0, 500_000
 
 _FEATURES_QUICK = {"ewc_coefficient": 100.0, "ewc_beta": 0.02}
@@ -283,7 +284,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "features": Protocol(_CIFAR, _FEATURES_QUICK, _FEATURES_SHORT),
 }
 
-# The full protocols: whose they are, R and k.
+# The full protocols: their paper or code, R and k.
 _FULL = {
     f"{whose}-{size}{suffix}": (whose, neurons, k)
     for whose in ("paper", "sdmlp")
@@ -296,11 +297,14 @@ PRESETS = ("quick", "short", *_FULL)
 def preset(name: str, dataset: str) -> dict[str, Any]:
     """The settings of a preset for a data set.
 
-    `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
-    `short` runs in seconds, for `python -m ssd.reproduce --short`, and evaluates after tasks only.
-    `paper-1k`, `paper-10k` are the protocol of the SSD paper at R = 1,000 and 10,000, k = 10;
-    `paper-1k-k1`, `paper-10k-k1` at k = 1. `sdmlp-` in place of `paper-` is the SDMLP code's, which
-    is shorter on MNIST.
+    - `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
+    - `short` runs in seconds, for `python -m ssd.reproduce --short`; it evaluates after tasks only.
+    - `paper-1k` and `paper-10k` are the SSD paper's protocol at R = 1,000 and 10,000, k = 10;
+      `paper-1k-k1` and `paper-10k-k1` have k = 1.
+    - `sdmlp-` in place of `paper-` is the protocol of the SDMLP code, shorter on MNIST.
+
+    Raises:
+        UserError: there is no such preset or data set.
     """
     if dataset not in SOURCES:
         raise UserError(f"--dataset {dataset} is unknown; choose from {', '.join(SOURCES)}")
@@ -325,10 +329,13 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
 def resolve(given: Mapping[str, Any]) -> Config:
     """The settings of a run: defaults, then the preset's, then those given.
 
-    Args:
-        given: settings by name; "preset" names the preset; what is no setting is passed over.
+    A feature file split into as many tasks as CIFAR-100 takes its protocol: the tasks are short.
 
-    A feature file cut into as many tasks as Split CIFAR-100 has that protocol: its tasks are short.
+    Args:
+        given: settings by name, and "preset"; other keys are ignored.
+
+    Raises:
+        UserError: there is no such preset or data set.
     """
     names = {setting.name for setting in fields(Config)}
     dataset = given.get("dataset", "features" if "features" in given else "mnist")
@@ -343,16 +350,17 @@ ORDINARY = (1e-3, 1e3)
 
 
 def hints(config: Config, samples: int, largest: float = 1.0) -> list[str]:
-    """One line each; none for settings that are as they should be.
+    """What is probably a mistake in valid settings, a line each.
 
     Args:
-        config: the settings. samples: training samples of the first task.
+        config: the settings.
+        samples: training samples of the first task.
         largest: magnitude in the training data.
     """
     found = []
     if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
         found.append("a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
-    # A neuron counts at most once a sample; the other tasks' teachers need a k-sparse one.
+    # A neuron counts at most once a sample, and the first teacher should be k-sparse.
     reach = config.epochs * samples
     anneals = "anneal_samples" in NETWORKS[config.network].settings and config.schedule != "flat"
     if anneals and config.anneal_samples > reach:

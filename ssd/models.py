@@ -35,6 +35,8 @@ SPARSE_SHARE = 1 / 8
 RETRY = 64
 # From this many weights on, estimating an encoder's scores pays.
 SHADOW_MIN = 2**20
+# The counters that no response has been computed from: tensor, versions, place.
+NEVER = (None, -1, -1, -1)
 
 
 class Network(nn.Module):
@@ -113,9 +115,8 @@ class AnnealedTopKLinear(TopKLinear):
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
         self._scratch = Scratch()
-        self._response: Tensor | None = None
-        self._excited = True
-        self._responded: tuple[Tensor | None, int, int, int] = (None, -1, -1, -1)
+        self._response: tuple[Tensor | None, bool] = (None, True)
+        self._responded: tuple[Tensor | None, int, int, int] = NEVER
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -126,8 +127,7 @@ class AnnealedTopKLinear(TopKLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions anew: what was derived from them would seem fresh.
-        derived = {"_shadow": None, "_scratch": Scratch(), "_response": None}
-        return self.__dict__ | derived | {"_responded": (None, -1, -1, -1)}
+        return self.__dict__ | {"_shadow": None, "_scratch": Scratch(), "_responded": NEVER}
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -202,10 +202,9 @@ class AnnealedTopKLinear(TopKLinear):
         if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
-            self._response = None if least >= 1 else gaba
-            self._excited = least <= 0
+            self._response = None if least >= 1 else gaba, least <= 0
             self._responded = now
-        return self._response, self._excited
+        return self._response
 
     @torch.no_grad()
     def encode(self, x: Tensor, every: bool = False) -> TopKOutput | ActiveNeurons:
@@ -236,7 +235,7 @@ class AnnealedTopKLinear(TopKLinear):
         width = k if gaba is None else WIDTH * k
         wide = every or excited or width > self.neurons * SPARSE_SHARE
         if gaba is not None and self._computes_all():
-            wide = True  # the active neurons are as cheap, and never too many
+            wide = True  # the neurons that fire are as cheap, and always fit
         if not wide and self.samples >= self.dense_until:
             shadow = self._estimator()
             code, wider = linear_code(x, weight, k, width, gaba, shadow=shadow, **given)
