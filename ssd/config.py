@@ -134,8 +134,8 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
         for name in ("validation", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
-        penalties = [name for penalty in PENALTIES for name in penalty_settings(penalty)]
-        for name in (name for name in penalties if isinstance(getattr(self, name), float)):
+        penalties = [n for n in penalty_settings(*PENALTIES) if isinstance(getattr(self, n), float)]
+        for name in penalties:
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
         shares = {"validation", "subnetwork"}  # of samples and neurons: no part of a step
         rule = f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
@@ -211,9 +211,9 @@ def option(name: str) -> str:
     return "-k" if name == "k" else f"--{name.replace('_', '-')}"
 
 
-def penalty_settings(penalty: str) -> list[str]:
-    """The settings of a penalty: those that begin with its name."""
-    return [f.name for f in fields(Config) if f.name.startswith(f"{penalty}_")]
+def penalty_settings(*penalties: str) -> list[str]:
+    """The settings of penalties: those that begin with a penalty's name."""
+    return [f.name for p in penalties for f in fields(Config) if f.name.startswith(f"{p}_")]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssd.activations import CHUNK, count_activations, evaluating
-from ssd.config import Config, penalty_settings
+from ssd.config import DISTILLATIONS, Config, penalty_settings
 from ssd.data import Task, shuffled
 from ssd.distillation import Distiller
 from ssd.errors import Diverged
@@ -41,7 +41,7 @@ def build_model(config: Config, in_features: int, classes: int) -> Network:
 
 
 def build_distiller(config: Config, model: Network) -> Distiller | None:
-    if not config.parts & {"ssd", "lwf"}:
+    if not config.parts & set(DISTILLATIONS):
         return None
     return Distiller(
         model,
@@ -121,7 +121,8 @@ class Learner:
     def _count(self, x: Tensor) -> dict[str, Tensor]:
         """Activation counts of the layer that is recorded and of those that are distilled."""
         distilled = {} if self.distiller is None else self.distiller.layers
-        return count_activations(self.model, list({self.model.layer: 0, **distilled}), x)
+        layers = list(dict.fromkeys([self.model.layer, *distilled]))
+        return count_activations(self.model, layers, x)
 
     def load_task(self, number: int) -> None:
         """Makes a task the one that is trained."""
@@ -226,12 +227,9 @@ class Learner:
 
     def _parts(self) -> dict[str, Any]:
         """What has a state of its own, by its prefix in state()."""
-        parts: dict[str, Any] = {"model": self.model}
+        parts = {name: getattr(self, name) for name in ("model", "distiller", "structure")}
         parts |= {f"regularizer{n}": r for n, r in enumerate(self.regularizers)}
-        for name in ("distiller", "structure"):
-            if getattr(self, name) is not None:
-                parts[name] = getattr(self, name)
-        return parts
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

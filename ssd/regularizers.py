@@ -32,7 +32,7 @@ Gradient = Callable[[Map], Sequence[Tensor]]  # of a function of the logits [B, 
 
 
 class Regularizer(Protocol):
-    """What the trainer asks of a regulariser; parameters are those of the model, in order."""
+    """What the trainer asks of a penalty; parameters are those of the model, in order."""
 
     @property
     def active(self) -> bool:
@@ -48,18 +48,19 @@ class Regularizer(Protocol):
         ...
 
     def rows(self) -> Tensor | None:
-        """Ascending rows [n] of the parameters [R, ..] where its gradient is not 0; None: all."""
+        """Ascending rows [n] of the parameters [R, ..] with a gradient; None: all."""
         ...
 
     def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
-        """As add_gradient, for some rows [n] alone: gradients [n, ..], one for each parameter."""
+        """add_gradient for some rows [n] alone: gradients [n, ..], one for each parameter."""
         ...
 
     def before_step(self, gradient: Gradient, labels: Tensor) -> None:
-        """Called before every step writes, active or not.
+        """Called before a step writes, whether active or not.
 
-        gradient(f) is that of f(logits [B, C]) on the step's batch, for each parameter, as in
-        evaluation; labels are [B].
+        Args:
+            gradient: of f(logits [B, C]) on the step's batch, for each parameter, as in evaluation.
+            labels: [B].
         """
         ...
 
@@ -72,7 +73,7 @@ class Regularizer(Protocol):
         ...
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        """Takes in a finished task: inputs [N, d] and a random order [N] to sample them in."""
+        """Learns what a finished task needs, from its inputs [N, d] in a random order [N]."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -81,11 +82,11 @@ class Regularizer(Protocol):
 
 
 class Quadratic:
-    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant, which all of them amount to.
+    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant: the form of all of them.
 
-    EWC's sum over tasks too: with A = sum_t F_t and B = sum_t F_t p_t its gradient 2 (A p - B) is
-    2 A (p - B / A). So two buffers a parameter do: curvature = 2 * coefficient * A, and the anchor
-    B / A, which unlike A p - B loses no digits where p is close to it.
+    EWC's sum over tasks has it too: with A = sum_t F_t and B = sum_t F_t p_t its gradient
+    2 (A p - B) is 2 A (p - B / A). So two buffers a parameter suffice: curvature = 2 * coefficient
+    * A, and the anchor B / A, which unlike A p - B loses no digits where p is close to it.
 
     Args:
         model: x [B, d] -> logits [B, C], with the parameters that its first task begins with.
@@ -154,7 +155,7 @@ class Quadratic:
 
     @torch.no_grad()
     def _accumulate(self, importance: Sequence[Tensor]) -> None:
-        """One accumulating term: adds its importance and moves the anchor to the parameters."""
+        """Adds importance to the one term and moves its anchor to the parameters."""
         for (p, curvature, anchor), added in zip(self._terms(), importance, strict=True):
             curvature.add_(added, alpha=2 * self.coefficient)
             anchor.copy_(p)
@@ -199,7 +200,8 @@ class EWC(Quadratic):
     """Elastic weight consolidation (Kirkpatrick et al. 2017), as the SDMLP code's "memory" variant.
 
     Args:
-        model, coefficient: see Quadratic. beta: inverse temperature of the importance's loss.
+        model, coefficient: see Quadratic.
+        beta: inverse temperature of the importance's loss.
     """
 
     def __init__(self, model: nn.Module, coefficient: float, beta: float) -> None:
@@ -208,7 +210,7 @@ class EWC(Quadratic):
 
     @torch.no_grad()
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        """Merges the task's term: the anchor becomes the mean of both, weighed by importance."""
+        """Merges the task's term: the anchor becomes the mean of both, weighted by importance."""
         importance = self.fisher(x, order)
         for (p, curvature, anchor), fisher in zip(self._terms(), importance, strict=True):
             added = 2 * self.coefficient * fisher
@@ -251,7 +253,8 @@ class SI(Quadratic):
     It is not clamped: where a step went uphill, importance can be negative.
 
     Args:
-        model, coefficient: see Quadratic. beta: inverse temperature of the loss.
+        model, coefficient: see Quadratic.
+        beta: inverse temperature of the loss.
     """
 
     BUFFERS = (*Quadratic.BUFFERS, "path")

@@ -38,7 +38,7 @@ GROUPS = {
     "data": ("tasks", "validation"),
     "run": ("seed",),
     "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
-               "frequency", *(name for p in PENALTIES for name in penalty_settings(p))),
+               "frequency", *penalty_settings(*PENALTIES)),
     "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
     "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from ssd.step import plain_step, step
 # Settings in which learners that are trained together may differ.
 OWN = (
     *("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples"),
-    *(name for penalty in PENALTIES for name in penalty_settings(penalty)),
+    *penalty_settings(*PENALTIES),
 )
 
 
@@ -41,7 +41,7 @@ class Event:
     task: int
     epoch: int
     step: int
-    records: Sequence[Mapping[str, Any]] = ()  # of an epoch: one for learner learner
+    records: Sequence[Mapping[str, Any]] = ()  # of an epoch: one for each learner
 
 
 class Trainer:
@@ -169,10 +169,8 @@ class Trainer:
             which = " ".join(f"{option(n)} {getattr(config, n)}" for n in own)
             causes = ["lr", "max_norm"]
             if any(r.active for r in learner.regularizers):
-                own_settings = (
-                    n for p in PENALTIES if p in config.parts for n in penalty_settings(p)
-                )
-                causes += [name for name in own_settings if name.endswith("_coefficient")]
+                settings = penalty_settings(*PENALTIES)
+                causes += [n for n in settings if n.removesuffix("_coefficient") in config.parts]
             shown = [f"{option(n)} {getattr(config, n):g}" for n in causes]
             where = f"task {min(self.task + 1, config.tasks)}"
             if self.epoch < config.epochs:
