@@ -86,6 +86,7 @@ class Config:
         "last", "activation frequency of the last task or accumulated", ("last", "accumulated")
     )
 
+    # The papers' numbers for MNIST.
     ewc_coefficient: float = _setting(200.0, "strength of the EWC penalty")
     ewc_beta: float = _setting(0.005, "inverse temperature of the EWC importance")
     mas_coefficient: float = _setting(0.5, "strength of the MAS penalty")
@@ -228,16 +229,7 @@ class Protocol:
 
 # The SSD paper: 2,000 epochs a task. The SDMLP code: 500 for MNIST; N = 5,000,000.
 _SDMLP_MNIST = {"epochs": 500}
-_MNIST = {
-    "epochs": 2000,
-    "anneal_samples": 5_000_000,
-    "ewc_coefficient": 200.0,
-    "ewc_beta": 0.005,
-    "mas_coefficient": 0.5,
-    "si_coefficient": 1500.0,
-    "si_beta": 0.005,
-    "l2_coefficient": 10.0,
-}
+_MNIST = {"epochs": 2000, "anneal_samples": 5_000_000}
 _CIFAR = {
     **_MNIST,
     "ewc_coefficient": 100.0,

@@ -43,17 +43,9 @@ def build_model(config: Config, in_features: int, classes: int) -> Network:
 def build_distiller(config: Config, model: Network) -> Distiller | None:
     if not config.parts & set(DISTILLATIONS):
         return None
-    return Distiller(
-        model,
-        config.alpha,
-        0.0 if "lwf" in config.parts else config.lam,
-        config.temperature,
-        config.subnetwork,
-        config.kl,
-        config.hidden,
-        config.logits,
-        config.frequency,
-    )
+    names = ["alpha", "temperature", "subnetwork", "kl", "hidden", "logits", "frequency"]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return Distiller(model, lam=0.0 if "lwf" in config.parts else config.lam, **settings)
 
 
 def build_regularizers(config: Config, model: Network) -> list[Regularizer]:

@@ -257,14 +257,14 @@ class AnnealedTopKLinear(TopKLinear):
             self._shadow.update(self.weight, neurons())
 
     def _computes_all(self) -> bool:
-        """Whether a graded code on this device goes by way of all R float32 scores."""
-        on_cpu = self.weight.device.type == "cpu"
-        return on_cpu and not (self._estimates() and estimate_dtype() == torch.bfloat16)
+        """Whether a graded code on this device needs all R float32 scores."""
+        estimated = self._estimates() and estimate_dtype() == torch.bfloat16
+        return self.weight.is_cpu and not estimated
 
     def _estimates(self) -> bool:
         """Whether scores are estimated before they are computed."""
-        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        return on_cpu and self.weight.numel() >= SHADOW_MIN
+        weight = self.weight
+        return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= SHADOW_MIN
 
     def _estimator(self) -> Shadow | None:
         if not self._estimates():
