@@ -11,25 +11,23 @@ from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from typing import Any
 
+from ssd.data import SOURCES
 from ssd.errors import UserError
+from ssd.models import NETWORKS
+from ssd.regularizers import PENALTIES
 
-# What a method is put together from, joined by "+": at most one network and one distillation.
-NETWORKS = ("sdmlp", "topk-mlp", "relu-mlp")
+DEFAULT_NETWORK = "sdmlp"
 DISTILLATIONS = ("ssd", "lwf")
-PENALTIES = ("ewc", "mas", "si", "l2")
-# Trains each task on the data of all tasks up to it: what no learner without replay can beat.
+# Trains each task on the data of all tasks up to it: no learner without replay can beat that.
 JOINT = "joint"
 # The plain MLP, one task after the other.
 ALIASES = {"naive": "relu-mlp"}
-PARTS = (*NETWORKS, *DISTILLATIONS, *PENALTIES, JOINT, *ALIASES)
 
-# Importance in EWC ("memory" variant) and MAS (SDMLP code): this many batches of this size. EWC's
-# squared gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
-IMPORTANCE_BATCHES = 6
-IMPORTANCE_BATCH_SIZE = 512
-FISHER_DIVISOR = 5 * 512
-# Added by SI to the squared way of a parameter through a task.
-SI_DAMPING = 0.1
+
+def method_parts() -> list[str]:
+    """What a method is made of, joined by "+": at most one network and one distillation."""
+    return [*NETWORKS, *DISTILLATIONS, *PENALTIES, JOINT, *ALIASES]
+
 
 # Numbers that training uses are float32: 0, or between these.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -48,7 +46,7 @@ class Config:
 
     dataset: str = _setting("mnist", "data set")
     features: str | None = _setting(None, "feature file (.npz or .pt) for --dataset features")
-    method: str = _setting("ssd", f"parts joined by +, of {', '.join(PARTS)}")
+    method: str = _setting("ssd", f"parts joined by +, of {', '.join(method_parts())}")
     tasks: int = _setting(5, "number of tasks; must divide the number of classes; 50 for cifar100")
     seed: int = _setting(0, "seed of initialisation, data order and class order; 0: in order")
     validation: float = _setting(
@@ -98,7 +96,7 @@ class Config:
     eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
     def __post_init__(self) -> None:
-        """One run has one way to be written: its folder is named by it."""
+        """Writes equal settings alike: they name the folder of a run."""
         for setting in fields(self):
             value = getattr(self, setting.name)
             real = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -109,13 +107,13 @@ class Config:
 
     @property
     def parts(self) -> frozenset[str]:
-        """The method's parts without its network: any of DISTILLATIONS, PENALTIES and joint."""
+        """The method's parts but its network: any of DISTILLATIONS, PENALTIES and JOINT."""
         return frozenset(self._names()) - set(NETWORKS)
 
     @property
     def network(self) -> str:
         """The method's network; SDMLP unless another is named."""
-        return next((name for name in self._names() if name in NETWORKS), "sdmlp")
+        return next((name for name in self._names() if name in NETWORKS), DEFAULT_NETWORK)
 
     def _names(self) -> list[str]:
         return [ALIASES.get(name, name) for name in self.method.split("+")]
@@ -136,16 +134,17 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
         for name in ("validation", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
-        for name in (f.name for f in fields(self) if f.name.endswith(("_coefficient", "_beta"))):
+        penalties = [n for n in penalty_settings(*PENALTIES) if isinstance(getattr(self, n), float)]
+        for name in penalties:
             self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
-        shares = ("validation", "subnetwork")  # of samples and neurons: no part of a step
+        shares = {"validation", "subnetwork"}  # of samples and neurons: no part of a step
+        rule = f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
         for name in (f.name for f in fields(self) if isinstance(f.default, float)):
-            if name in shares:
-                continue
-            value, rule = getattr(self, name), f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
-            self._require(name, value == 0 or SMALLEST <= value <= LARGEST, rule)
-        for name in (f"{penalty}_coefficient" for penalty in PENALTIES):
-            most = LARGEST / 2  # as its double is what multiplies
+            value = getattr(self, name)
+            fits = value == 0 or SMALLEST <= value <= LARGEST or name in shares
+            self._require(name, fits, rule)
+        most = LARGEST / 2  # the gradient has twice the coefficient as a factor
+        for name in (name for name in penalties if name.endswith("_coefficient")):
             self._require(name, getattr(self, name) <= most, f"at most {most:.1e}")
         square = SMALLEST <= self.temperature**2 <= LARGEST
         self._require("temperature", square, "in 1e-18..1e18, as its square is float32")
@@ -153,19 +152,17 @@ class Config:
         self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
 
     def _validate_method(self) -> None:
-        names = self._names()
-        self._require(
-            "method", all(n in PARTS for n in names), f"any of {', '.join(PARTS)} joined by +"
-        )
+        names, known = self._names(), method_parts()
+        self._require("method", set(names) <= set(known), f"any of {', '.join(known)} joined by +")
         for group in (NETWORKS, DISTILLATIONS):
             several = len([n for n in names if n in group]) > 1
             self._require("method", not several, f"made with one of {', '.join(group)}")
         self._require("method", len(set(names)) == len(names), "made of different parts")
-        layered = self.network != "relu-mlp" or not self.parts & set(DISTILLATIONS)
+        layered = "k" in NETWORKS[self.network].settings or not self.parts & set(DISTILLATIONS)
         self._require("method", layered, "made with a Top-K network: ssd and lwf distil its layer")
 
     def _validate_types(self) -> None:
-        """For settings that were read from a file: the command line has checked them before."""
+        """For settings read from a file; the command line has checked its own."""
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
             kinds = {"int": (int,), "float": (int, float), "str": (str,)}.get(
@@ -201,11 +198,12 @@ def _as_float(value: float) -> float:
 
 
 def _in_order(names: Sequence[str]) -> str:
-    """A method of these parts, without the network that goes without saying; "" if it is none."""
-    if not set(names) <= set(PARTS) or len(set(names)) < len(names):
+    """The method of these parts, without the default network; "" if it is none."""
+    known = method_parts()
+    if not set(names) <= set(known) or len(set(names)) < len(names):
         return ""
-    parts = sorted(names, key=PARTS.index)
-    return "+".join(parts[1:] if parts[0] == NETWORKS[0] and len(parts) > 1 else parts)
+    parts = sorted(names, key=known.index)
+    return "+".join(parts[1:] if parts[0] == DEFAULT_NETWORK and len(parts) > 1 else parts)
 
 
 def option(name: str) -> str:
@@ -213,11 +211,15 @@ def option(name: str) -> str:
     return "-k" if name == "k" else f"--{name.replace('_', '-')}"
 
 
+def penalty_settings(*penalties: str) -> list[str]:
+    """The settings of penalties: those that begin with a penalty's name."""
+    return [f.name for p in penalties for f in fields(Config) if f.name.startswith(f"{p}_")]
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """What the papers and presets settle for one data set."""
+    """What the papers and presets settle for one data set, beside its number of tasks."""
 
-    tasks: int
     paper: Mapping[str, Any]
     quick: Mapping[str, Any] = field(default_factory=dict)
     short: Mapping[str, Any] = field(default_factory=dict)
@@ -227,18 +229,29 @@ class Protocol:
 # The SSD paper: 2,000 epochs a task. The SDMLP code: 500 for MNIST; N = 5,000,000.
 _SDMLP_MNIST = {"epochs": 500}
 _MNIST = {
-    "epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 200.0, "ewc_beta": 0.005,
-    "mas_coefficient": 0.5, "si_coefficient": 1500.0, "si_beta": 0.005, "l2_coefficient": 10.0,
-}  # fmt: skip
+    "epochs": 2000,
+    "anneal_samples": 5_000_000,
+    "ewc_coefficient": 200.0,
+    "ewc_beta": 0.005,
+    "mas_coefficient": 0.5,
+    "si_coefficient": 1500.0,
+    "si_beta": 0.005,
+    "l2_coefficient": 10.0,
+}
 _CIFAR = {
-    "epochs": 2000, "anneal_samples": 5_000_000, "ewc_coefficient": 100.0, "ewc_beta": 0.08,
-    "mas_coefficient": 10.0, "si_coefficient": 1350.0, "si_beta": 0.02, "l2_coefficient": 30.0,
-}  # fmt: skip
+    **_MNIST,
+    "ewc_coefficient": 100.0,
+    "ewc_beta": 0.08,
+    "mas_coefficient": 10.0,
+    "si_coefficient": 1350.0,
+    "si_beta": 0.02,
+    "l2_coefficient": 30.0,
+}
 
-# A neuron counts at most once a sample: epochs x samples of the first task bound what N can be.
+# A neuron counts at most once a sample: epochs x samples of the first task are the most N can be.
 _MNIST_5K = {**_MNIST, "anneal_samples": 175_000}
 _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
-# k = 1: N of the SDMLP code, as neurons are rarely active; one neuron alone cannot be distilled.
+# k = 1: N of the SDMLP code, as neurons are rarely active; a single neuron cannot be distilled.
 _K1_SUBNETWORK, _K1_ANNEAL_SAMPLES = 2.0, 500_000
 
 _FEATURES_QUICK = {"ewc_coefficient": 100.0, "ewc_beta": 0.02}
@@ -249,26 +262,29 @@ _SHORT = {"lr": 2.0, "temperature": 2.0, "alpha": 0.4, "ewc_coefficient": 400.0,
 _MNIST_SHORT = {**_SHORT, "epochs": 12, "anneal_samples": 90_000, "ewc_coefficient": 1500.0}
 _FEATURES_SHORT = {**_SHORT, "epochs": 8, "anneal_samples": 50_000}
 _CIFAR100_SHORT = {
-    **_SHORT, "lr": 6.0, "epochs": 10, "anneal_samples": 6_000, "ewc_coefficient": 800.0,
-}  # fmt: skip
+    **_SHORT,
+    "lr": 6.0,
+    "epochs": 10,
+    "anneal_samples": 6_000,
+    "ewc_coefficient": 800.0,
+}
 
+# A data set without a row has the protocol of "features".
 PROTOCOLS: Mapping[str, Protocol] = {
-    "mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
-    "fashion-mnist": Protocol(5, _MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
+    "mnist": Protocol(_MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
+    "fashion-mnist": Protocol(_MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
     "mnist-5k": Protocol(
-        5,
         _MNIST_5K,
         {"epochs": 200, "anneal_samples": 70_000, "eval_every": 20},
         {"epochs": 20, "anneal_samples": 7_000},
         _SDMLP_MNIST,
     ),
-    "cifar10": Protocol(5, _CIFAR, {}, _FEATURES_SHORT),
-    "cifar100": Protocol(50, _CIFAR100, _CIFAR100_QUICK, _CIFAR100_SHORT),
-    "features": Protocol(5, _CIFAR, _FEATURES_QUICK, _FEATURES_SHORT),
+    "cifar10": Protocol(_CIFAR, {}, _FEATURES_SHORT),
+    "cifar100": Protocol(_CIFAR100, _CIFAR100_QUICK, _CIFAR100_SHORT),
+    "features": Protocol(_CIFAR, _FEATURES_QUICK, _FEATURES_SHORT),
 }
-DATASETS = tuple(PROTOCOLS)
 
-# The full protocols: whose they are, R and k.
+# The full protocols: their paper or code, R and k.
 _FULL = {
     f"{whose}-{size}{suffix}": (whose, neurons, k)
     for whose in ("paper", "sdmlp")
@@ -281,20 +297,23 @@ PRESETS = ("quick", "short", *_FULL)
 def preset(name: str, dataset: str) -> dict[str, Any]:
     """The settings of a preset for a data set.
 
-    `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
-    `short` runs in seconds, for `python -m ssd.reproduce --short`, and evaluates after tasks only.
-    `paper-1k`, `paper-10k` are the protocol of the SSD paper at R = 1,000 and 10,000, k = 10;
-    `paper-1k-k1`, `paper-10k-k1` at k = 1. `sdmlp-` in place of `paper-` is the SDMLP code's, which
-    is shorter on MNIST.
+    - `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
+    - `short` runs in seconds, for `python -m ssd.reproduce --short`; it evaluates after tasks only.
+    - `paper-1k` and `paper-10k` are the SSD paper's protocol at R = 1,000 and 10,000, k = 10;
+      `paper-1k-k1` and `paper-10k-k1` have k = 1.
+    - `sdmlp-` in place of `paper-` is the protocol of the SDMLP code, shorter on MNIST.
+
+    Raises:
+        UserError: there is no such preset or data set.
     """
-    if dataset not in PROTOCOLS:
-        raise UserError(f"--dataset {dataset} is unknown; choose from {', '.join(DATASETS)}")
-    protocol = PROTOCOLS[dataset]
+    if dataset not in SOURCES:
+        raise UserError(f"--dataset {dataset} is unknown; choose from {', '.join(SOURCES)}")
+    protocol, tasks = PROTOCOLS.get(dataset, PROTOCOLS["features"]), SOURCES[dataset].tasks
     if name == "quick":
-        return {"tasks": protocol.tasks, **protocol.quick}
+        return {"tasks": tasks, **protocol.quick}
     if name == "short":
         settings = {**protocol.paper, **protocol.short}
-        return {"tasks": protocol.tasks, "eval_every": settings["epochs"], **settings}
+        return {"tasks": tasks, "eval_every": settings["epochs"], **settings}
     if name in _FULL:
         whose, neurons, k = _FULL[name]
         settings = {"neurons": neurons, "k": k, **protocol.paper}
@@ -303,21 +322,24 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
         if k == 1:
             settings["subnetwork"] = _K1_SUBNETWORK
             settings["anneal_samples"] = min(_K1_ANNEAL_SAMPLES, settings["anneal_samples"])
-        return {"tasks": protocol.tasks, "eval_every": settings["epochs"] // 20, **settings}
+        return {"tasks": tasks, "eval_every": settings["epochs"] // 20, **settings}
     raise UserError(f"--preset {name} is unknown; choose from {', '.join(PRESETS)}")
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
     """The settings of a run: defaults, then the preset's, then those given.
 
-    Args:
-        given: settings by name; "preset" names the preset; what is no setting is passed over.
+    A feature file split into as many tasks as CIFAR-100 takes its protocol: the tasks are short.
 
-    A feature file cut into as many tasks as Split CIFAR-100 has that protocol: its tasks are short.
+    Args:
+        given: settings by name, and "preset"; other keys are ignored.
+
+    Raises:
+        UserError: there is no such preset or data set.
     """
     names = {setting.name for setting in fields(Config)}
     dataset = given.get("dataset", "features" if "features" in given else "mnist")
-    many = dataset == "features" and given.get("tasks") == PROTOCOLS["cifar100"].tasks
+    many = dataset == "features" and given.get("tasks") == SOURCES["cifar100"].tasks
     settings = preset(given.get("preset", "quick"), "cifar100" if many else dataset)
     settings |= {name: value for name, value in given.items() if name in names}
     return Config(**{**settings, "dataset": dataset})
@@ -328,18 +350,19 @@ ORDINARY = (1e-3, 1e3)
 
 
 def hints(config: Config, samples: int, largest: float = 1.0) -> list[str]:
-    """One line each; none for settings that are as they should be.
+    """What is probably a mistake in valid settings, a line each.
 
     Args:
-        config: the settings. samples: training samples of the first task.
+        config: the settings.
+        samples: training samples of the first task.
         largest: magnitude in the training data.
     """
     found = []
     if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
         found.append("a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
-    # A neuron counts at most once a sample; the other tasks' teachers need a k-sparse one.
+    # A neuron counts at most once a sample, and the first teacher should be k-sparse.
     reach = config.epochs * samples
-    anneals = config.network == "sdmlp" and config.schedule != "flat"
+    anneals = "anneal_samples" in NETWORKS[config.network].settings and config.schedule != "flat"
     if anneals and config.anneal_samples > reach:
         found.append(
             f"--anneal-samples {config.anneal_samples:,} is more than the {reach:,} that the first "

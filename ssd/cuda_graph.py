@@ -1,10 +1,10 @@
 """Whole epochs on the device: data, order and counters live there, and the host reads nothing.
 
-On CUDA a step of all learners is captured as a CUDA graph and replayed for the epoch. Which form
-its hidden layer has is settled once an epoch, learner by learner; the step of a form is replayed
-for the learners that take it, while the others rest. Should a sample of an almost k-sparse layer
-activate more neurons than the code has slots, a flag is raised; the epoch is then taken back and
-trained densely, so the result is exact all the same.
+On CUDA a step of all learners is captured as a CUDA graph and replayed for the epoch. The form of a
+learner's hidden layer is chosen once an epoch; the step of a form is replayed for the learners that
+take it, while the others rest. If a sample of an almost k-sparse layer activates more neurons than
+the code has slots, a flag is raised; the epoch is then taken back and trained densely, so the
+result is exact all the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd.learner import ENCODER, Learner, Stack
+from ssd.learner import Learner, Stack
 from ssd.models import SDMLP, SPARSE_SHARE, WIDTH
 from ssd.ops import reference
 from ssd.ops.batch import draw_batch, tally
@@ -42,7 +42,7 @@ class GraphedEpochs:
         self.device, dtype = stack.weights[0].device, stack.weights[0].dtype
         first, count = learners[0], len(learners)
         features = stack.weights[0].shape[1]
-        self.longest = max(len(task.y_train) for each in learners for task in each.tasks)
+        self.longest = max(len(task.y_train) for learner in learners for task in learner.tasks)
         self.batch = min(first.config.batch_size, self.longest)
         self.encoder = stack.encoders[0]
         self.width = self.encoder.k * (WIDTH if self.encoder.schedule == "gaba" else 1)
@@ -66,23 +66,23 @@ class GraphedEpochs:
     @staticmethod
     def serves(learners: Sequence[Learner]) -> bool:
         """Whether no part of the method needs the host: the linear schedule does."""
-        sparse = all(isinstance(each.model, SDMLP) for each in learners)
+        sparse = all(isinstance(learner.model, SDMLP) for learner in learners)
         return sparse and learners[0].config.schedule != "linear"
 
     def load_task(self) -> None:
         """Copies the task's data and the teacher's outputs into their places."""
         self.stack.load_task()
         own_terms: list[dict[str, Any]] = []
-        for number, each in enumerate(self.stack.learners):
-            count = len(each.labels)
+        for number, learner in enumerate(self.stack.learners):
+            count = len(learner.labels)
             own = slice(number * self.longest, number * self.longest + count)
-            self.inputs[own], self.labels[own] = each.inputs, each.labels
-            if each.distiller is None:
+            self.inputs[own], self.labels[own] = learner.inputs, learner.labels
+            if learner.distiller is None:
                 continue
             everything = torch.arange(count, device=self.device)
-            own_terms.append(terms := each.distiller.terms(everything))
-            if self.stack.distils_hidden:  # of companions, whose own share may be 0
-                terms["target_hidden"] = each.distiller.teacher_hidden[ENCODER]
+            own_terms.append(terms := learner.distiller.terms(everything))
+            if self.stack.distils_hidden:  # this learner's own lam may be 0
+                terms["target_hidden"] = learner.distiller.teacher_hidden[SDMLP.layer]
             for name in ("target_logits", "target_hidden"):
                 if name in terms:
                     values = terms.pop(name)
@@ -96,16 +96,17 @@ class GraphedEpochs:
             if isinstance(value, str):
                 self.terms[name] = value
                 continue
-            rows = [
-                value[:1].expand(self.batch, -1) if isinstance(value, Tensor)
-                else self.inputs.new_full((self.batch,), value)
-                for value in (terms[name] for terms in own_terms)
-            ]  # fmt: skip
-            joined = torch.cat(rows)
+            joined = torch.cat([self._for_batch(terms[name]) for terms in own_terms])
             if name in self.terms:  # a graph reads it where it is
                 self.terms[name].copy_(joined)
             else:
                 self.terms[name] = joined
+
+    def _for_batch(self, value: Tensor | float) -> Tensor:
+        """A term of the loss for every sample of a batch, [B] or [B, C]."""
+        if isinstance(value, Tensor):
+            return value[:1].expand(self.batch, -1)  # the same for all samples
+        return self.inputs.new_full((self.batch,), value)
 
     def train_epoch(self, task: int, epoch: int) -> None:
         """One epoch of the task that is loaded."""
@@ -137,13 +138,13 @@ class GraphedEpochs:
 
     def _begin(self, task: int, epoch: int) -> list[str]:
         """Readies the epoch's order; the form of each learner's hidden layer."""
-        for row, each in zip(self.order, self.stack.learners, strict=True):
-            order = each.order(task, epoch)
+        for row, learner in zip(self.order, self.stack.learners, strict=True):
+            order = learner.order(task, epoch)
             row[: len(order)] = order
         return self._forms()
 
     def _sizes(self) -> list[int]:
-        return [len(each.labels) for each in self.stack.learners]
+        return [len(learner.labels) for learner in self.stack.learners]
 
     def _train(self, forms: Sequence[str]) -> None:
         self.overflow.zero_()
@@ -157,7 +158,8 @@ class GraphedEpochs:
 
     def _step(self, form: str) -> Callable[[], None]:
         """The step as a graph on CUDA, captured once for each of its forms."""
-        penalized = tuple(r.active for each in self.stack.learners for r in each.regularizers)
+        learners = self.stack.learners
+        penalized = tuple(r.active for learner in learners for r in learner.regularizers)
         key = (form, self.stack.teaches, penalized)
         if key not in self._steps:
             on_cuda = self.device.type == "cuda"
@@ -229,8 +231,10 @@ class GraphedEpochs:
         """The hidden layer in its form, and whether a sample's code lacks some of it."""
         stack, k = self.stack, self.encoder.k
         given: dict[str, Any] = {
-            "inhibition": self.encoder.inhibition, "counts": stack.counts, "blocks": len(stack)
-        }  # fmt: skip
+            "inhibition": self.encoder.inhibition,
+            "counts": stack.counts,
+            "blocks": len(stack),
+        }
         if form == EXACT:
             return linear_topk(x, stack.weights[0], k, **given), None
         if form == GRADED:
@@ -254,7 +258,7 @@ class GraphedEpochs:
     def _written(self) -> list[Tensor]:
         """Every tensor that a step writes to and the next one reads."""
         stack = self.stack
-        followed = (r.followed() for each in stack.learners for r in each.regularizers)
+        followed = (r.followed() for learner in stack.learners for r in learner.regularizers)
         return [
             *stack.weights,
             *(stack.momentum or []),

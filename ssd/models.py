@@ -1,8 +1,12 @@
-"""What the trainer asks of a network, and the plain peers of SDMLP."""
+"""Networks: what the trainer asks of one, SDMLP, and the plain networks it is compared with.
+
+NETWORKS lists them. A new one is a class with `respond` and a row there.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +27,31 @@ from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.reference import project
 from ssd_kernels.row_update import project_
 
+# During the GABA switch a sparse code has this many slots for each of the k.
+WIDTH = 4
+# A sparse code does not pay for a layer with more than this share of its neurons active.
+SPARSE_SHARE = 1 / 8
+# Steps from a code that proved too narrow to the next try.
+RETRY = 64
+# From this many weights on, estimating an encoder's scores pays.
+SHADOW_MIN = 2**20
+# The counters that no response has been computed from: tensor, versions, place.
+NEVER = (None, -1, -1, -1)
+
 
 class Network(nn.Module):
-    """A network with one hidden layer, its module `encoder`; x [B, d] -> logits [B, C]."""
+    """What the trainer asks of a network, x [B, d] -> logits [B, C]. Only `respond` is a must.
 
-    encoder: nn.Module
+    The trainer trains the parameters that require gradients, by autograd through `respond`, and
+    counts the activations of one module, `layer`. That has config.neurons neurons, runs once in a
+    forward pass and returns a tensor [B, R] or a TopKOutput. A Distiller finds the modules that are
+    TopK or TopKLinear by itself.
+    """
+
+    layer: str = "encoder"
 
     def address(self, x: Tensor) -> Tensor:
-        """What the first layer sees of x, [B, d]; the trainer computes it once a task."""
+        """What the first layer sees of x, [B, d]: without parameters, so computed once a task."""
         return x
 
     def respond(self, address: Tensor) -> Tensor:
@@ -38,79 +59,16 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def constrain(self) -> None:
-        """Puts the weights where the network needs them, after a step."""
+        """Puts the weights where the network needs them; called after every step."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.respond(self.address(x))
 
 
-class ReLUMLP(Network):
-    """A plain MLP: linear, ReLU, linear, with biases.
-
-    Args:
-        in_features: d. neurons: R. classes: C. generator: source of the initial weights.
-    """
-
-    def __init__(
-        self, in_features: int, neurons: int, classes: int, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("in_features", in_features, 0), ("neurons", neurons, 1), ("classes", classes, 0),
-        ):  # fmt: skip
-            whole("ReLUMLP", name, value, least)
-        self.encoder = nn.Sequential(nn.Linear(in_features, neurons), nn.ReLU())
-        self.decoder = nn.Linear(neurons, classes)
-        draw(self, (in_features, in_features, neurons, neurons), generator)
-
-    def respond(self, address: Tensor) -> Tensor:
-        return self.decoder(self.encoder(address))
-
-
-class TopKMLP(Network):
-    """The plain MLP with its k largest activations in place of all positive ones.
-
-    Args:
-        in_features: d. neurons: R. classes: C. k: active neurons.
-        generator: source of the initial weights.
-    """
-
-    def __init__(
-        self, in_features: int, neurons: int, classes: int, k: int, generator: torch.Generator
-    ) -> None:
-        super().__init__()
-        self.encoder = TopKLinear(in_features, neurons, k)
-        self.decoder = SparseLinear(neurons, classes)
-        draw(self, (in_features, in_features, neurons, neurons), generator)
-
-    def respond(self, address: Tensor) -> Tensor:
-        code = self.encoder(address)
-        return self.decoder(code.values, code.indices)
-
-
-@torch.no_grad()
-def draw(model: nn.Module, fans_in: tuple[int, ...], generator: torch.Generator | None) -> None:
-    """Uniform within 1 / sqrt(fan in), weights and biases, as torch.nn.Linear does."""
-    device = "cpu" if generator is None else generator.device  # not the default device
-    for parameter, fan_in in zip(model.parameters(), fans_in, strict=True):
-        drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device=device)
-        parameter.copy_((2 * drawn - 1) / fan_in**0.5)
-
-
-# While the GABA switch is on its way, a sparse code has this many slots for each of the k.
-WIDTH = 4
-# A layer of which more than this share may be active is not worth a sparse code.
-SPARSE_SHARE = 1 / 8
-# After a code proved too narrow, so many steps pass before the next try.
-RETRY = 64
-# Weights of an encoder from which on estimating its scores pays.
-SHADOW_MIN = 2**20
-
-
 def response_to_inhibition(
     counts: Tensor, anneal_samples: int | Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The GABA switch of neurons that were active so often: -1 (excited) to 1 (inhibited)."""
+    """The GABA switch of neurons with these counts: -1 (excited) to 1 (inhibited)."""
     wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65,504
     return (2 * counts.to(wide) / anneal_samples - 1).clamp(-1, 1).to(dtype)
 
@@ -119,12 +77,16 @@ class AnnealedTopKLinear(TopKLinear):
     """TopKLinear without bias that starts dense and becomes k-sparse while it is trained.
 
     Args:
-        in_features: d. neurons: R. k: 1..R. inhibition: "subtract" or "mask".
+        in_features: d.
+        neurons: R.
+        k: neurons active for an input at the end, 1..R.
+        inhibition: "subtract" or "mask".
         schedule: "gaba": neuron j answers the inhibition I, the (k+1)-th largest activation, by
             g_j = clamp(-1 + 2 c_j / anneal_samples, -1, 1), c_j = how often it was active in
             training, so h = relu(a - g I): excited at first, so that no neuron dies, inhibited at
             the end. "linear": k falls linearly from R to k over anneal_samples training samples.
             "flat": k-sparse at once.
+        anneal_samples: N, activations of a neuron ("gaba") or samples ("linear"), at least 1.
 
     forward: x [B, d] -> TopKOutput once every neuron is inhibited in full, dense h [B, R] before.
     Only training mode advances the schedule. Where the counters cannot be read (torch.compile,
@@ -153,9 +115,8 @@ class AnnealedTopKLinear(TopKLinear):
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
         self._scratch = Scratch()
-        self._response: Tensor | None = None
-        self._excited = True
-        self._responded: tuple[Tensor | None, int, int, int] = (None, -1, -1, -1)
+        self._response: tuple[Tensor | None, bool] = (None, True)
+        self._responded: tuple[Tensor | None, int, int, int] = NEVER
         # Counted exactly: a floating counter stops at 2^24.
         self.counts: Tensor
         self.samples: Tensor
@@ -166,8 +127,7 @@ class AnnealedTopKLinear(TopKLinear):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their versions anew: what was derived from them would seem fresh.
-        derived = {"_shadow": None, "_scratch": Scratch(), "_response": None}
-        return self.__dict__ | derived | {"_responded": (None, -1, -1, -1)}
+        return self.__dict__ | {"_shadow": None, "_scratch": Scratch(), "_responded": NEVER}
 
     def gaba(self) -> Tensor:
         """Each neuron's response to inhibition, -1 (excited) to 1 (inhibited), [R]."""
@@ -242,10 +202,9 @@ class AnnealedTopKLinear(TopKLinear):
         if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
-            self._response = None if least >= 1 else gaba
-            self._excited = least <= 0
+            self._response = None if least >= 1 else gaba, least <= 0
             self._responded = now
-        return self._response, self._excited
+        return self._response
 
     @torch.no_grad()
     def encode(self, x: Tensor, every: bool = False) -> TopKOutput | ActiveNeurons:
@@ -255,7 +214,8 @@ class AnnealedTopKLinear(TopKLinear):
         k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
 
         Args:
-            x: [B, d], not negative. every: give all neurons, whether they fire or not.
+            x: [B, d], not negative.
+            every: give all neurons, whether they fire or not.
 
         Returns:
             Without gradient. Advances the schedule as forward does.
@@ -271,16 +231,14 @@ class AnnealedTopKLinear(TopKLinear):
         gaba, excited = self.response()
         k, weight = self.current_k(), self.weight.detach()
         counts = self.counts if self.training else None
+        given: dict[str, Any] = {"inhibition": self.inhibition, "scratch": self._scratch}
         width = k if gaba is None else WIDTH * k
         wide = every or excited or width > self.neurons * SPARSE_SHARE
         if gaba is not None and self._computes_all():
-            wide = True  # the active neurons are as cheap, and never too many
+            wide = True  # the neurons that fire are as cheap, and always fit
         if not wide and self.samples >= self.dense_until:
             shadow = self._estimator()
-            code, wider = linear_code(
-                x, weight, k, width, gaba, inhibition=self.inhibition, shadow=shadow,
-                scratch=self._scratch,
-            )  # fmt: skip
+            code, wider = linear_code(x, weight, k, width, gaba, shadow=shadow, **given)
             if not wider.any():
                 if counts is not None:
                     count_active(code.values, code.indices, counts)
@@ -288,33 +246,25 @@ class AnnealedTopKLinear(TopKLinear):
                 return code
             if self.training:
                 self.dense_until.copy_(self.samples + RETRY * len(x))
-        active = linear_active(
-            x, weight, k, gaba, inhibition=self.inhibition, counts=counts,
-            scratch=self._scratch, every=every,
-        )  # fmt: skip
+        active = linear_active(x, weight, k, gaba, counts=counts, every=every, **given)
         if self.training:
             self.samples += len(x)
         return active
 
-    @property
-    def shadowed(self) -> bool:
-        """Whether there is an estimator of the scores that wants to hear of updates."""
-        return self._shadow is not None
-
-    def updated(self, neurons: Tensor) -> None:
-        """Says that since code() only the rows of some neurons [n] were written to."""
+    def updated(self, neurons: Callable[[], Tensor]) -> None:
+        """To be called when only the rows of neurons() [n] were written to since encode()."""
         if self._shadow is not None:
-            self._shadow.update(self.weight, neurons)
+            self._shadow.update(self.weight, neurons())
 
     def _computes_all(self) -> bool:
-        """Whether a graded code on this device goes by way of all R float32 scores."""
-        on_cpu = self.weight.device.type == "cpu"
-        return on_cpu and not (self._estimates() and estimate_dtype() == torch.bfloat16)
+        """Whether a graded code on this device needs all R float32 scores."""
+        estimated = self._estimates() and estimate_dtype() == torch.bfloat16
+        return self.weight.is_cpu and not estimated
 
     def _estimates(self) -> bool:
         """Whether scores are estimated before they are computed."""
-        on_cpu = self.weight.device.type == "cpu" and self.weight.dtype == torch.float32
-        return on_cpu and self.weight.numel() >= SHADOW_MIN
+        weight = self.weight
+        return weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= SHADOW_MIN
 
     def _estimator(self) -> Shadow | None:
         if not self._estimates():
@@ -330,8 +280,10 @@ class SDMLP(Network):
     """One hidden k-sparse layer, no biases, non-negative weights, unit-norm addresses.
 
     Args:
-        in_features: d. neurons: R. classes: C. k: active neurons.
-        inhibition, schedule, anneal_samples: see AnnealedTopKLinear.
+        in_features: d.
+        neurons: R.
+        classes: C.
+        k, inhibition, schedule, anneal_samples: see AnnealedTopKLinear.
         generator: source of the initial weights.
 
     forward: x [B, d] -> logits [B, C]. Weights: encoder.weight [R, d] (addresses, paper's W1),
@@ -363,7 +315,7 @@ class SDMLP(Network):
 
     @property
     def normalized(self) -> tuple[bool, bool]:
-        """Whether constrain() scales the rows of each parameter to unit norm."""
+        """Whether constrain() scales the rows of a parameter to unit norm, for both parameters."""
         return (True, False)
 
     @torch.no_grad()
@@ -386,3 +338,75 @@ class SDMLP(Network):
     def respond(self, address: Tensor) -> Tensor:
         """Logits [B, C] of an address [B, d]."""
         return self.read(self.encoder(address))
+
+
+class TopKMLP(Network):
+    """The plain MLP with its k largest activations in place of all positive ones.
+
+    Args:
+        in_features: d.
+        neurons: R.
+        classes: C.
+        k: neurons active for an input.
+        generator: source of the initial weights.
+    """
+
+    def __init__(
+        self, in_features: int, neurons: int, classes: int, k: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.encoder = TopKLinear(in_features, neurons, k)
+        self.decoder = SparseLinear(neurons, classes)
+        draw(self, (in_features, in_features, neurons, neurons), generator)
+
+    def respond(self, address: Tensor) -> Tensor:
+        code = self.encoder(address)
+        return self.decoder(code.values, code.indices)
+
+
+class ReLUMLP(Network):
+    """A plain MLP: linear, ReLU, linear, with biases.
+
+    Args:
+        in_features: d.
+        neurons: R.
+        classes: C.
+        generator: source of the initial weights.
+    """
+
+    def __init__(
+        self, in_features: int, neurons: int, classes: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        sizes = {"in_features": (in_features, 0), "neurons": (neurons, 1), "classes": (classes, 0)}
+        for name, (size, least) in sizes.items():
+            whole("ReLUMLP", name, size, least)
+        self.encoder = nn.Sequential(nn.Linear(in_features, neurons), nn.ReLU())
+        self.decoder = nn.Linear(neurons, classes)
+        draw(self, (in_features, in_features, neurons, neurons), generator)
+
+    def respond(self, address: Tensor) -> Tensor:
+        return self.decoder(self.encoder(address))
+
+
+@torch.no_grad()
+def draw(model: nn.Module, fans_in: tuple[int, ...], generator: torch.Generator | None) -> None:
+    """Uniform within 1 / sqrt(fan in), weights and biases, as torch.nn.Linear does."""
+    device = "cpu" if generator is None else generator.device  # not the default device
+    for parameter, fan_in in zip(model.parameters(), fans_in, strict=True):
+        drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device=device)
+        parameter.copy_((2 * drawn - 1) / fan_in**0.5)
+
+
+class Kind(NamedTuple):
+    """How a network is built: with in_features, classes, generator and these settings by name."""
+
+    build: Callable[..., Network]
+    settings: tuple[str, ...]  # of ssd.config.Config; "k" says that it has a Top-K layer
+
+
+NETWORKS = {
+    "sdmlp": Kind(SDMLP, ("neurons", "k", "inhibition", "schedule", "anneal_samples")),
+    "topk-mlp": Kind(TopKMLP, ("neurons", "k")),
+    "relu-mlp": Kind(ReLUMLP, ("neurons",)),
+}

@@ -2,6 +2,8 @@
 
 coefficient * sum over terms and parameters of importance * (p - p*)^2, no factor 1/2, from the
 second task on. EWC has one term a task, the others have one.
+
+PENALTIES lists them. A new one is a class and a row there, and its settings in ssd.config.
 """
 
 from __future__ import annotations
@@ -15,15 +17,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.activations import evaluating
-from ssd.config import FISHER_DIVISOR, IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES, SI_DAMPING
 from ssd_kernels._checks import in_range
+
+# Importance in EWC ("memory" variant) and MAS (SDMLP code): this many batches of this size. EWC's
+# squared gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
+IMPORTANCE_BATCHES = 6
+IMPORTANCE_BATCH_SIZE = 512
+FISHER_DIVISOR = 5 * 512
+# Added by SI to the squared way of a parameter through a task.
+SI_DAMPING = 0.1
 
 Map = Callable[[Tensor], Tensor]
 Gradient = Callable[[Map], Sequence[Tensor]]  # of a function of the logits [B, C]
 
 
 class Regularizer(Protocol):
-    """What the trainer asks of a regulariser; parameters are those of the model, in order."""
+    """What the trainer asks of a penalty; parameters are those of the model, in order."""
 
     @property
     def active(self) -> bool:
@@ -39,18 +48,19 @@ class Regularizer(Protocol):
         ...
 
     def rows(self) -> Tensor | None:
-        """Ascending rows [n] of the parameters [R, ..] where its gradient is not 0; None: all."""
+        """Ascending rows [n] of the parameters [R, ..] with a gradient; None: all."""
         ...
 
     def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
-        """As add_gradient, for some rows [n] alone: gradients [n, ..], one for each parameter."""
+        """add_gradient for some rows [n] alone: gradients [n, ..], one for each parameter."""
         ...
 
     def before_step(self, gradient: Gradient, labels: Tensor) -> None:
-        """Called before every step writes, active or not.
+        """Called before a step writes, whether active or not.
 
-        gradient(f) is that of f(logits [B, C]) on the step's batch, for each parameter, as in
-        evaluation; labels are [B].
+        Args:
+            gradient: of f(logits [B, C]) on the step's batch, for each parameter, as in evaluation.
+            labels: [B].
         """
         ...
 
@@ -63,7 +73,7 @@ class Regularizer(Protocol):
         ...
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        """Takes in a finished task: inputs [N, d] and a random order [N] to sample them in."""
+        """Learns what a finished task needs, from its inputs [N, d] in a random order [N]."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -72,11 +82,11 @@ class Regularizer(Protocol):
 
 
 class Quadratic:
-    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant, which all of them amount to.
+    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant: the form of all of them.
 
-    EWC's sum over tasks too: with A = sum_t F_t and B = sum_t F_t p_t its gradient 2 (A p - B) is
-    2 A (p - B / A). So two buffers a parameter do: curvature = 2 * coefficient * A, and the anchor
-    B / A, which unlike A p - B loses no digits where p is close to it.
+    EWC's sum over tasks has it too: with A = sum_t F_t and B = sum_t F_t p_t its gradient
+    2 (A p - B) is 2 A (p - B / A). So two buffers a parameter suffice: curvature = 2 * coefficient
+    * A, and the anchor B / A, which unlike A p - B loses no digits where p is close to it.
 
     Args:
         model: x [B, d] -> logits [B, C], with the parameters that its first task begins with.
@@ -87,7 +97,7 @@ class Quadratic:
 
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         self.model, self.coefficient = model, coefficient
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.curvature = [torch.zeros_like(p) for p in self.parameters]
         self.anchor = [p.detach().clone() for p in self.parameters]
         self.constant = torch.zeros((), dtype=torch.float64, device=self.parameters[0].device)
@@ -145,7 +155,7 @@ class Quadratic:
 
     @torch.no_grad()
     def _accumulate(self, importance: Sequence[Tensor]) -> None:
-        """One accumulating term: adds its importance and moves the anchor to the parameters."""
+        """Adds importance to the one term and moves its anchor to the parameters."""
         for (p, curvature, anchor), added in zip(self._terms(), importance, strict=True):
             curvature.add_(added, alpha=2 * self.coefficient)
             anchor.copy_(p)
@@ -190,7 +200,8 @@ class EWC(Quadratic):
     """Elastic weight consolidation (Kirkpatrick et al. 2017), as the SDMLP code's "memory" variant.
 
     Args:
-        model, coefficient: see Quadratic. beta: inverse temperature of the importance's loss.
+        model, coefficient: see Quadratic.
+        beta: inverse temperature of the importance's loss.
     """
 
     def __init__(self, model: nn.Module, coefficient: float, beta: float) -> None:
@@ -199,7 +210,7 @@ class EWC(Quadratic):
 
     @torch.no_grad()
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        """Merges the task's term: the anchor becomes the mean of both, weighed by importance."""
+        """Merges the task's term: the anchor becomes the mean of both, weighted by importance."""
         importance = self.fisher(x, order)
         for (p, curvature, anchor), fisher in zip(self._terms(), importance, strict=True):
             added = 2 * self.coefficient * fisher
@@ -242,7 +253,8 @@ class SI(Quadratic):
     It is not clamped: where a step went uphill, importance can be negative.
 
     Args:
-        model, coefficient: see Quadratic. beta: inverse temperature of the loss.
+        model, coefficient: see Quadratic.
+        beta: inverse temperature of the loss.
     """
 
     BUFFERS = (*Quadratic.BUFFERS, "path")
@@ -284,3 +296,8 @@ class L2(Quadratic):
     def end_task(self, x: Tensor, order: Tensor) -> None:
         added = torch.zeros_like if self.active else torch.ones_like
         self._accumulate([added(p) for p in self.parameters])
+
+
+# {name in a method: class}. The class gets the model and, by name, those settings of ssd.config
+# that begin with the penalty's name: ewc_beta is its argument beta.
+PENALTIES: dict[str, Callable[..., Regularizer]] = {"ewc": EWC, "mas": MAS, "si": SI, "l2": L2}

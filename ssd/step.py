@@ -1,9 +1,9 @@
 """The training step: encode, inhibit, count, decode, loss, gradient, clip, update, constrain.
 
-`plain_step` is the step of any network, by autograd through all of it, and the specification of
-`sparse_step`: the same step of SDMLPs, whose hidden layer is mostly silent. It is a code of few
-neurons a sample, or the neurons that fire in the batch, dense among them: a neuron that is silent
-has no gradient. On CUDA `sparse_step` reads nothing on the host, so that cuda_graph.py captures it.
+`plain_step` is the step of any network, by autograd through all of it. It specifies `sparse_step`,
+the same step for SDMLPs, in which a silent neuron has no gradient: the hidden layer is a code of
+few neurons a sample, or the neurons that fire in the batch. On CUDA `sparse_step` reads nothing on
+the host, so that cuda_graph.py can capture it.
 """
 
 from __future__ import annotations
@@ -29,38 +29,39 @@ from ssd_kernels.reference import by_network, clip_scale
 from ssd_kernels.row_update import global_norm
 
 
-def plain_step(each: Learner, samples: Tensor) -> None:
+def plain_step(learner: Learner, samples: Tensor) -> None:
     """Autograd through any network on samples [B] of its task, then a pass over all weights."""
-    config, address, labels = each.config, each.inputs[samples], each.labels[samples]
+    config, model, distiller = learner.config, learner.model, learner.distiller
+    address, labels = learner.inputs[samples], learner.labels[samples]
 
     def gradient(loss: Map) -> tuple[Tensor, ...]:
-        with evaluating(each.model), torch.enable_grad():
-            return torch.autograd.grad(loss(each.model.respond(address)), each.parameters)
+        with evaluating(model), torch.enable_grad():
+            return torch.autograd.grad(loss(model.respond(address)), learner.parameters)
 
-    for regularizer in each.regularizers:
+    for regularizer in learner.regularizers:
         regularizer.before_step(gradient, labels)
-    if each.distiller is None:
-        logits = each.model.respond(address)
+    if distiller is None:
+        logits = model.respond(address)
         loss = F.cross_entropy(logits, labels)
     else:
-        with each.distiller.recording() as hidden:
-            logits = each.model.respond(address)
-        loss = each.distiller.loss(logits, labels, samples, hidden)
-    gradients = list(torch.autograd.grad(loss, each.parameters))
+        with distiller.recording() as hidden:
+            logits = model.respond(address)
+        loss = distiller.loss(logits, labels, samples, hidden)
+    gradients = list(torch.autograd.grad(loss, learner.parameters))
     with torch.no_grad():
-        for regularizer in each.regularizers:
+        for regularizer in learner.regularizers:
             if regularizer.active:
                 regularizer.add_gradient(gradients)
         scale = clip_scale(global_norm(gradients), config.max_norm)
-        for number, parameter in enumerate(each.parameters):
+        for number, parameter in enumerate(learner.parameters):
             direction = scale * gradients[number]
-            if each.momentum is not None:
-                direction = each.momentum[number].mul_(config.momentum).add_(direction)
+            if learner.momentum is not None:
+                direction = learner.momentum[number].mul_(config.momentum).add_(direction)
             parameter.sub_(config.lr * direction)
-        each.model.constrain()
-        each.loss_sum += loss * len(labels)
-        each.correct += (logits.argmax(-1) == labels).sum()
-    for regularizer in each.regularizers:
+        model.constrain()
+        learner.loss_sum += loss * len(labels)
+        learner.correct += (logits.argmax(-1) == labels).sum()
+    for regularizer in learner.regularizers:
         regularizer.after_step()
 
 
@@ -75,9 +76,9 @@ class Batch(NamedTuple):
 
 def step(stack: Stack, samples: Tensor) -> None:
     """The step of a stack of one learner on samples [B] of its task."""
-    (each,), (encoder,) = stack.learners, stack.encoders
-    address, labels = (t.index_select(0, samples) for t in (each.inputs, each.labels))
-    terms = {} if each.distiller is None else each.distiller.terms(samples)
+    (learner,), (encoder,) = stack.learners, stack.encoders
+    address, labels = (t.index_select(0, samples) for t in (learner.inputs, learner.labels))
+    terms = {} if learner.distiller is None else learner.distiller.terms(samples)
     weight = address.new_full((len(samples),), 1 / len(samples))
     hidden = encoder.encode(address, every=stack.reads_scores)
     loss = sparse_step(stack, Batch(address, labels, weight, terms), hidden)
@@ -99,8 +100,8 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
         loss = _code_loss(stack, batch, hidden)
     else:
         loss = _active_loss(stack, batch, hidden)
-    for number, each in enumerate(stack.learners):
-        for regularizer in each.regularizers:
+    for number, learner in enumerate(stack.learners):
+        for regularizer in learner.regularizers:
             gradient = _gradient_of(stack, batch, hidden, loss.logits, number)
             regularizer.before_step(gradient, batch.labels[_own(stack, batch, number)])
     if isinstance(hidden, TopKOutput) and not stack.penalized and stack.momentum is None:
@@ -122,8 +123,8 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
             stack, batch, hidden, loss.grad_logits, loss.grad_values, rows, stack.scratch
         )
         _update(stack, batch, gradients, rows)
-    for each in stack.learners:
-        for regularizer in each.regularizers:
+    for learner in stack.learners:
+        for regularizer in learner.regularizers:
             regularizer.after_step()
     return loss
 
@@ -261,15 +262,15 @@ def _moved_rows(stack: Stack, hidden: TopKOutput | ActiveNeurons) -> Tensor | No
 
 
 def _fired(code: TopKOutput) -> Tensor:
-    """The neurons that fire, each as often as it does."""
+    """The neurons that fire [n], in any order, with repeats."""
     return code.indices[code.values > 0]
 
 
 def _update(stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | None) -> None:
     """Penalties, global-norm clip, momentum, SGD and constraints, on all rows or on some [m]."""
     parts = zip(*(g.chunk(len(stack)) for g in gradients), strict=True)
-    for each, own in zip(stack.learners, parts, strict=True):
-        for regularizer in each.regularizers:
+    for learner, own in zip(stack.learners, parts, strict=True):
+        for regularizer in learner.regularizers:
             if not regularizer.active:
                 continue
             if rows is None:

@@ -21,8 +21,8 @@ from ssd.cli import (
     resumable,
     stop_on_interrupt,
 )
-from ssd.config import DATASETS, PRESETS, Config, hints, option, resolve
-from ssd.data import Dataset, default_root, load
+from ssd.config import PENALTIES, PRESETS, Config, hints, option, penalty_settings, resolve
+from ssd.data import SOURCES, Dataset, default_root, load
 from ssd.errors import MOST_RUNS, Interrupted, UserError
 from ssd.figures import write_figures, write_structure_figures
 from ssd.progress import Display
@@ -38,8 +38,7 @@ GROUPS = {
     "data": ("tasks", "validation"),
     "run": ("seed",),
     "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
-               "frequency", "ewc_coefficient", "ewc_beta", "mas_coefficient", "si_coefficient",
-               "si_beta", "l2_coefficient"),
+               "frequency", *penalty_settings(*PENALTIES)),
     "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
     "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
 }  # fmt: skip
@@ -65,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     add = groups["data"].add_argument
-    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default mnist)")
+    add("--dataset", metavar="NAME", help=f"{', '.join(SOURCES)} (default mnist)")
     add("--features", metavar="FILE", help=".npz or .pt, for --dataset features")
     add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
     add("--strict-data", action="store_true", help="no fallback to the MNIST subset")

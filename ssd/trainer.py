@@ -1,7 +1,7 @@
 """The task loop for one or several learners side by side; resumable at every step.
 
-The learners share their settings' shape (see `together`), not their numbers: each has its own
-weights, stream and order of samples, and takes its own steps. On CUDA they share the launches.
+Learners agree in all settings but OWN. Every one has its own weights, stream and order of samples,
+and takes its own steps. On CUDA they share the launches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssd.config import PENALTIES, Config, option
+from ssd.config import PENALTIES, Config, option, penalty_settings
 from ssd.cuda_graph import GraphedEpochs
 from ssd.errors import Diverged, fitting
 from ssd.learner import Learner, Stack, part
@@ -22,9 +22,10 @@ from ssd.models import SDMLP
 from ssd.step import plain_step, step
 
 # Settings in which learners that are trained together may differ.
-OWN = ("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples",
-       "ewc_coefficient", "ewc_beta", "mas_coefficient", "si_coefficient", "si_beta",
-       "l2_coefficient")  # fmt: skip
+OWN = (
+    *("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples"),
+    *penalty_settings(*PENALTIES),
+)
 
 
 def together(config: Config) -> tuple[Any, ...]:
@@ -54,7 +55,7 @@ class Trainer:
     def __init__(self, learners: Sequence[Learner], graphs: bool | None = None) -> None:
         self.learners = list(learners)
         self.config = self.learners[0].config
-        if any(together(each.config) != together(self.config) for each in self.learners):
+        if any(together(learner.config) != together(self.config) for learner in self.learners):
             raise ValueError(f"Trainer: learners may differ in {', '.join(OWN)} alone")
         self.device = self.learners[0].device
         self.task = self.epoch = self.position = self.steps = 0
@@ -64,8 +65,8 @@ class Trainer:
             graphs = self.device.type == "cuda" and GraphedEpochs.serves(self.learners)
         with self._fitting():
             self.graphed = GraphedEpochs(self.learners) if graphs else None
-        sparse = all(isinstance(each.model, SDMLP) for each in self.learners)
-        self.stacks = [Stack([each]) for each in self.learners] if sparse else []
+        sparse = all(isinstance(learner.model, SDMLP) for learner in self.learners)
+        self.stacks = [Stack([learner]) for learner in self.learners] if sparse else []
 
     def run(self) -> Iterator[Event]:
         """Trains from where the trainer stands; at each event its state can be saved.
@@ -86,40 +87,40 @@ class Trainer:
 
     def _run(self) -> Iterator[Event]:
         config = self.config
-        for each in self.learners:
-            if not each.model.training:  # else frozen submodules stay as they are
-                each.model.train()
+        for learner in self.learners:
+            if not learner.model.training:  # else frozen submodules stay as they are
+                learner.model.train()
         while self.task < len(self.learners[0].tasks):
             if self.epoch == self.position == 0:
-                for each in self.learners:
-                    each.begin_task(self.task)
+                for learner in self.learners:
+                    learner.begin_task(self.task)
             self.load_task()
             while self.epoch < config.epochs:
                 batches = self.steps_per_epoch()[self.task]
                 if self.graphed is not None and self.position == 0:
                     self.graphed.train_epoch(self.task, self.epoch)
                     self.steps, self.position = self.steps + batches, batches
-                orders = [each.order(self.task, self.epoch) for each in self.learners]
+                orders = [learner.order(self.task, self.epoch) for learner in self.learners]
                 while self.position < batches:
                     first = self.position * config.batch_size
                     self.step([order[first : first + config.batch_size] for order in orders])
                     self.position += 1
                     if self.device.type == "cpu":  # elsewhere the host would wait for the step
-                        for number, each in enumerate(self.learners):
+                        for number, learner in enumerate(self.learners):
                             with self._blamed(number):
-                                each.require_finite_loss()
+                                learner.require_finite_loss()
                     yield Event("step", self.task, self.epoch, self.position)
                 records = self._end_epoch()
                 yield Event("epoch", self.task, self.epoch - 1, batches, records)
-            for number, each in enumerate(self.learners):
-                each.end_task(self.task)
-                self._require_finite(number, each.state())
+            for number, learner in enumerate(self.learners):
+                learner.end_task(self.task)
+                self._require_finite(number, learner.state())
             self.task, self.epoch = self.task + 1, 0
             yield Event("task", self.task - 1, config.epochs, 0)
 
     def steps_per_epoch(self) -> list[int]:
         """Of each task: as many as the learner with the most samples needs."""
-        streams = zip(*(each.tasks for each in self.learners), strict=True)
+        streams = zip(*(learner.tasks for learner in self.learners), strict=True)
         size = self.config.batch_size
         return [-(-max(len(t.y_train) for t in tasks) // size) for tasks in streams]
 
@@ -127,8 +128,8 @@ class Trainer:
         """Readies the task's data and what is distilled in it."""
         if self._loaded == self.task:
             return
-        for each in self.learners:
-            each.load_task(self.task)
+        for learner in self.learners:
+            learner.load_task(self.task)
         self._loaded = self.task
         for stack in self.stacks:
             stack.load_task()
@@ -151,24 +152,25 @@ class Trainer:
         done = self.epoch + 1
         evaluate = done % self.config.eval_every == 0 or done == self.config.epochs
         records = []
-        for number, each in enumerate(self.learners):
+        for number, learner in enumerate(self.learners):
             with self._blamed(number):
-                records.append(each.end_epoch(self.task, evaluate))
+                records.append(learner.end_epoch(self.task, evaluate))
         self.epoch, self.position = done, 0
         return records
 
     @contextmanager
     def _blamed(self, number: int) -> Iterator[None]:
-        """Says of a learner that diverged which it is, where it was and what to change."""
+        """Adds to Diverged which learner it is of, where it was and what to change."""
         try:
             yield
         except Diverged as error:
-            each, config = self.learners[number], self.learners[number].config
+            learner, config = self.learners[number], self.learners[number].config
             own = [n for n in OWN if len({getattr(e.config, n) for e in self.learners}) > 1]
             which = " ".join(f"{option(n)} {getattr(config, n)}" for n in own)
             causes = ["lr", "max_norm"]
-            if any(r.active for r in each.regularizers):
-                causes += [f"{p}_coefficient" for p in PENALTIES if p in config.parts]
+            if any(r.active for r in learner.regularizers):
+                settings = penalty_settings(*PENALTIES)
+                causes += [n for n in settings if n.removesuffix("_coefficient") in config.parts]
             shown = [f"{option(n)} {getattr(config, n):g}" for n in causes]
             where = f"task {min(self.task + 1, config.tasks)}"
             if self.epoch < config.epochs:
@@ -192,15 +194,15 @@ class Trainer:
             Diverged: a tensor is not finite; nothing could go on from it.
         """
         tensors: dict[str, Tensor] = {}
-        for number, each in enumerate(self.learners):
-            own = each.state()
+        for number, learner in enumerate(self.learners):
+            own = learner.state()
             self._require_finite(number, own)
             tensors |= {f"{number}/{name}": tensor for name, tensor in own.items()}
         return tensors, {n: getattr(self, n) for n in ("task", "epoch", "position", "steps")}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
         """Puts the trainer where state() was taken; KeyError or RuntimeError for another model."""
-        for number, each in enumerate(self.learners):
-            each.load_state(part(tensors, str(number)))
+        for number, learner in enumerate(self.learners):
+            learner.load_state(part(tensors, str(number)))
         for name in ("task", "epoch", "position", "steps"):
             setattr(self, name, int(numbers[name]))

@@ -15,20 +15,8 @@ from ssd import data
 from ssd.errors import UserError
 
 # [channels, height, width], and the data set to pretrain on: another one of the same shape.
-SHAPES = {
-    "cifar10": (3, 32, 32),
-    "cifar100": (3, 32, 32),
-    "mnist": (1, 28, 28),
-    "fashion-mnist": (1, 28, 28),
-    "mnist-5k": (1, 28, 28),
-}
-PRETRAIN = {
-    "cifar10": "cifar100",
-    "cifar100": "cifar10",
-    "mnist": "fashion-mnist",
-    "fashion-mnist": "mnist",
-    "mnist-5k": "fashion-mnist",
-}
+SHAPES = {name: source.shape for name, source in data.SOURCES.items() if source.shape}
+PRETRAIN = {name: data.SOURCES[name].pretrain for name in SHAPES}
 DIGITS = ("mnist", "mnist-5k")  # share their images; a mirrored digit is none
 FOLDER_SHAPE = (3, 32, 32)
 FOLDER_CHUNK = 4096  # images read at a time

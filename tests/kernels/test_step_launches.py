@@ -17,7 +17,8 @@ from torch import Tensor
 from ssd.config import Config
 from ssd.cuda_graph import DENSE, EXACT, GRADED, GraphedEpochs
 from ssd.data import Task
-from ssd.learner import ENCODER, Learner, build_model
+from ssd.learner import Learner, build_model
+from ssd.models import SDMLP
 from ssd.regularizers import Quadratic
 from ssd_kernels import _dispatch
 from tests.kernels.test_launches import Count
@@ -74,9 +75,9 @@ def make_epochs(learners: int, **settings: Any) -> GraphedEpochs:
         each = Learner(own, [task, task], build_model(own, D, C).to("meta"))
         each.inputs, each.labels = x, y
         if each.distiller is not None:
-            each.distiller.neurons = {ENCODER: meta(K, dtype=torch.int64)}
+            each.distiller.neurons = {SDMLP.layer: meta(K, dtype=torch.int64)}
             each.distiller.teacher_logits = meta(N, C)
-            each.distiller.teacher_hidden = {ENCODER: meta(N, K)}
+            each.distiller.teacher_hidden = {SDMLP.layer: meta(N, K)}
         for regularizer in each.regularizers:
             regularizer.tasks = 1
         made.append(each)

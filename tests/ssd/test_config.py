@@ -7,20 +7,34 @@ from typing import Any
 
 import pytest
 
-from ssd.config import DATASETS, PRESETS, Config, hints, option, preset, resolve
+from ssd.config import (
+    PENALTIES,
+    PRESETS,
+    Config,
+    hints,
+    option,
+    penalty_settings,
+    preset,
+    resolve,
+)
+from ssd.data import SOURCES
 from ssd.errors import UserError
 
 # Training samples of the first task in class order, at least.
 SAMPLES = {
-    "mnist": 12_665, "fashion-mnist": 12_000, "mnist-5k": 800, "cifar10": 10_000,
-    "cifar100": 1_000, "features": 10_000,
-}  # fmt: skip
+    "mnist": 12_665,
+    "fashion-mnist": 12_000,
+    "mnist-5k": 800,
+    "cifar10": 10_000,
+    "cifar100": 1_000,
+    "features": 10_000,
+}
 
 
 def test_defaults_and_presets_are_valid() -> None:
     Config().validate()
     for name in PRESETS:
-        for dataset in DATASETS:
+        for dataset in SOURCES:
             config = Config(**{"dataset": dataset, **preset(name, dataset)})
             config.validate()
             assert hints(config, SAMPLES[dataset]) == []
@@ -29,14 +43,18 @@ def test_defaults_and_presets_are_valid() -> None:
 @pytest.mark.parametrize(
     ("name", "epochs", "neurons", "k"),
     [
-        ("paper-1k", 2000, 1_000, 10), ("paper-10k", 2000, 10_000, 10),
-        ("paper-1k-k1", 2000, 1_000, 1), ("paper-10k-k1", 2000, 10_000, 1),
-        ("sdmlp-1k", 500, 1_000, 10), ("sdmlp-10k", 500, 10_000, 10),
-        ("sdmlp-1k-k1", 500, 1_000, 1), ("sdmlp-10k-k1", 500, 10_000, 1),
+        ("paper-1k", 2000, 1_000, 10),
+        ("paper-10k", 2000, 10_000, 10),
+        ("paper-1k-k1", 2000, 1_000, 1),
+        ("paper-10k-k1", 2000, 10_000, 1),
+        ("sdmlp-1k", 500, 1_000, 10),
+        ("sdmlp-10k", 500, 10_000, 10),
+        ("sdmlp-1k-k1", 500, 1_000, 1),
+        ("sdmlp-10k-k1", 500, 10_000, 1),
     ],
-)  # fmt: skip
+)
 def test_full_protocols(name: str, epochs: int, neurons: int, k: int) -> None:
-    for dataset in DATASETS:
+    for dataset in SOURCES:
         config = resolve({"preset": name, "dataset": dataset})
         assert config.epochs == (epochs if "mnist" in dataset else 2000)
         assert (config.neurons, config.k) == (neurons, k)
@@ -75,20 +93,35 @@ def test_hints() -> None:
         assert hints(replace(early, **flat), 4_999) == []
 
 
-BAD = [
-    ("epochs", 0), ("epochs", 2**31), ("batch_size", -1), ("tasks", 0), ("neurons", 0), ("k", 0),
-    ("k", 1001), ("lr", 0.0), ("lr", nan), ("lr", inf), ("alpha", 1.1), ("alpha", -0.1),
-    ("lam", nan), ("temperature", 0.0), ("momentum", 1.0), ("validation", 1.0),
-    ("ewc_coefficient", -1.0), ("ewc_coefficient", inf), ("ewc_beta", nan), ("seed", -1),
-    ("seed", 2**63), ("subnetwork", 0.5), ("subnetwork", 101.0), ("subnetwork", nan),
-    ("anneal_samples", 0), ("eval_every", 0), ("method", "sgd"), ("kl", "both"),
-    ("epochs", "20"), ("epochs", 1.5), ("lr", "fast"), ("method", None), ("features", 3),
-    ("seed", True), ("mas_coefficient", -0.5), ("si_coefficient", nan), ("si_beta", inf),
-    ("l2_coefficient", -1.0),
-]  # fmt: skip
+BAD: dict[str, list[object]] = {
+    "epochs": [0, 2**31, "20", 1.5],
+    "batch_size": [-1],
+    "tasks": [0],
+    "neurons": [0],
+    "k": [0, 1001],
+    "lr": [0.0, nan, inf, "fast"],
+    "alpha": [1.1, -0.1],
+    "lam": [nan],
+    "temperature": [0.0],
+    "momentum": [1.0],
+    "validation": [1.0],
+    "ewc_coefficient": [-1.0, inf],
+    "ewc_beta": [nan],
+    "mas_coefficient": [-0.5],
+    "si_coefficient": [nan],
+    "si_beta": [inf],
+    "l2_coefficient": [-1.0],
+    "seed": [-1, 2**63, True],
+    "subnetwork": [0.5, 101.0, nan],
+    "anneal_samples": [0],
+    "eval_every": [0],
+    "method": ["sgd", None],
+    "kl": ["both"],
+    "features": [3],
+}
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD.items() for v in values])
 def test_bad_value(name: str, value: object) -> None:
     with pytest.raises(UserError) as caught:
         replace(Config(), **{name: value}).validate()
@@ -119,10 +152,13 @@ def test_unknown_preset_and_dataset() -> None:
 
 
 SAME = [
-    ({"lr": 1}, {"lr": 1.0}), ({"momentum": -0.0}, {"momentum": 0}),
-    ({"method": "ewc+ssd"}, {"method": "ssd+ewc"}), ({"method": "ssd+sdmlp"}, {"method": "ssd"}),
-    ({"method": "naive"}, {"method": "relu-mlp"}), ({"method": "joint+sdmlp"}, {"method": "joint"}),
-]  # fmt: skip
+    ({"lr": 1}, {"lr": 1.0}),
+    ({"momentum": -0.0}, {"momentum": 0}),
+    ({"method": "ewc+ssd"}, {"method": "ssd+ewc"}),
+    ({"method": "ssd+sdmlp"}, {"method": "ssd"}),
+    ({"method": "naive"}, {"method": "relu-mlp"}),
+    ({"method": "joint+sdmlp"}, {"method": "joint"}),
+]
 
 
 @pytest.mark.parametrize(("one", "other"), SAME)
@@ -142,3 +178,20 @@ def test_what_is_no_method_stays_as_it_was_written() -> None:
     for value in (10**400, -(10**400)):
         with pytest.raises(UserError, match="--lr"):
             Config(lr=value).validate()
+
+
+def test_a_dense_network_has_no_layer_to_distil() -> None:
+    for part in ("ssd", "lwf"):
+        with pytest.raises(UserError, match="ssd and lwf distil its layer"):
+            Config(method=f"relu-mlp+{part}").validate()
+        Config(method=f"topk-mlp+{part}").validate()
+
+
+def test_every_setting_of_a_penalty_is_its_arguments() -> None:
+    settings = {name: penalty_settings(name) for name in PENALTIES}
+    assert settings == {
+        "ewc": ["ewc_coefficient", "ewc_beta"],
+        "mas": ["mas_coefficient"],
+        "si": ["si_coefficient", "si_beta"],
+        "l2": ["l2_coefficient"],
+    }

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssd import cuda_graph
 from ssd.cuda_graph import DENSE, EXACT, GRADED, GraphedEpochs
+from ssd.learner import Learner
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
 from tests.kernels.conftest import INTERPRETED
@@ -28,10 +29,12 @@ def make_trainer(
     variant: str, dtype: torch.dtype, count: int, epochs: int = 7, graphs: bool = False
 ) -> Trainer:
     configs = [
-        replace(BASE, **{"method": "ssd", "epochs": epochs, "eval_every": epochs,
-                         **SETTINGS[variant], **own})
+        replace(
+            BASE,
+            **{"method": "ssd", "epochs": epochs, "eval_every": epochs, **SETTINGS[variant], **own},
+        )
         for own in OWN[:count]
-    ]  # fmt: skip
+    ]
     return Trainer([make_learner(config, dtype) for config in configs], graphs)
 
 
@@ -175,8 +178,8 @@ def test_a_step_reads_nothing_back(variant: str, monkeypatch: pytest.MonkeyPatch
     stream = trainer.run()
     while trainer.task < 2:  # with a teacher, and with penalties if there are any
         next(stream)
-    for each in trainer.learners:
-        each.begin_task(2)
+    for learner in trainer.learners:
+        learner.begin_task(2)
     trainer.load_task()
 
     def kernels(op: str, *_: Any, served: bool = True, **__: Any) -> Any:
@@ -217,9 +220,9 @@ def begun_task(variant: str, form: str, count: int, task: int, graphs: bool) -> 
     while trainer.task < task:
         next(stream)
     draw = torch.Generator().manual_seed(5)
-    for each in trainer.learners:
-        each.begin_task(task)
-        encoder = each.model.encoder
+    for learner in trainer.learners:
+        learner.begin_task(task)
+        encoder = learner.model.encoder
         least, most = {DENSE: (0.4, 0.7), GRADED: (0.98, 1.02), EXACT: (1.0, 1.3)}[form]
         share = least + (most - least) * torch.rand(120, generator=draw)
         encoder.counts.copy_((share * encoder.anneal_samples).ceil())
@@ -241,11 +244,12 @@ def test_triton_steps_equal_the_trainers(
     graphed = trainer.graphed
     assert graphed is not None
     assert graphed._forms() == [form] * count
-    before = [weights(each) for each in trainer.learners]
+    before = [weights(learner) for learner in trainer.learners]
     graphed._begin(task, 0)
     graphed.taken.copy_(torch.tensor(sizes))
     graphed.position.zero_()
-    orders = [each.order(task, 0)[:size] for each, size in zip(plain.learners, sizes, strict=True)]
+    pairs = zip(plain.learners, sizes, strict=True)
+    orders = [learner.order(task, 0)[:size] for learner, size in pairs]
     for step in range(3):
         monkeypatch.setenv(_dispatch.ENVIRONMENT, "triton")
         graphed.body(form)
@@ -267,9 +271,9 @@ def test_triton_steps_equal_the_trainers(
 
 def on_cuda(variant: str, count: int, epochs: int) -> Trainer:
     learners = []
-    for each in make_trainer(variant, torch.float32, count, epochs).learners:
-        tasks = [task.to(torch.device("cuda")) for task in each.tasks]
-        learners.append(type(each)(each.config, tasks, each.model.to("cuda")))
+    for learner in make_trainer(variant, torch.float32, count, epochs).learners:
+        tasks = [task.to(torch.device("cuda")) for task in learner.tasks]
+        learners.append(Learner(learner.config, tasks, learner.model.to("cuda")))
     trainer = Trainer(learners)
     assert trainer.graphed is not None
     return trainer

@@ -1,4 +1,4 @@
-"""Data sets: reading, refusing, falling back, splitting into tasks."""
+"""Data sets: reading, refusing, falling back, splitting into tasks, ordering samples."""
 
 import os
 import pickle
@@ -14,7 +14,22 @@ from kill_resume import write_features
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
-from ssd.data import Dataset, class_order, default_root, hold_out, load, split
+from ssd.config import PRESETS, resolve
+from ssd.data import (
+    INCREMENT,
+    SOURCES,
+    Dataset,
+    Source,
+    _mix,
+    _mix_tensor,
+    _signed,
+    class_order,
+    default_root,
+    hold_out,
+    load,
+    shuffled,
+    split,
+)
 from ssd.errors import UserError
 
 
@@ -42,8 +57,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_npz_and_pt_hold_the_same(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
-    pairs = [(torch.tensor(arrays[f"x_{p}"]), torch.tensor(arrays[f"y_{p}"])) for p in
-             ("train", "test")]  # fmt: skip
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    pairs = [(tensors[f"x_{part}"], tensors[f"y_{part}"]) for part in ("train", "test")]
     pairs[0][0].requires_grad_()
     torch.save(tuple(pairs), tmp_path / "f.pt")
     npz, pt = (load("features", tmp_path, tmp_path / f"f.{end}") for end in ("npz", "pt"))
@@ -263,9 +278,8 @@ def test_real_mnist() -> None:
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip(f"no MNIST in {root}; set SSD_DATA to test with it")
     data = load("mnist", root, strict=True)
-    assert data.y_train.bincount().tolist() == [
-        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949,
-    ]  # fmt: skip
+    counts = " ".join(map(str, data.y_train.bincount().tolist()))
+    assert counts == "5923 6742 5958 6131 5842 5421 5918 6265 5851 5949"
     assert data.x_train.mean().item() == pytest.approx(0.1307, abs=1e-4)
 
 
@@ -390,9 +404,15 @@ def test_hold_out_takes_the_last_of_each_class() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "dtype", "told"),
-    [(1e9, "f8", True), (10**9, "i8", True), (1e9, "f4", False), (1e3, "f8", False),
-     (0, "f8", False), (32000, "i2", False)],
-)  # fmt: skip
+    [
+        (1e9, "f8", True),
+        (10**9, "i8", True),
+        (1e9, "f4", False),
+        (1e3, "f8", False),
+        (0, "f8", False),
+        (32000, "i2", False),
+    ],
+)
 def test_what_float32_cannot_tell_apart(
     tmp_path: Path, arrays: dict[str, np.ndarray], offset: float, dtype: str, told: bool
 ) -> None:
@@ -448,3 +468,57 @@ def test_no_sample_is_left_out_of_a_split(part: str, label: int) -> None:
     data = replace(data, **{part: y})
     with pytest.raises(UserError, match=f"{part} holds the label {label},"):
         split(data, 3, [5, 0, 3, 1, 4, 2])
+
+
+def test_the_order_is_splitmix64() -> None:
+    """The first outputs of the generator seeded with 0, from its authors' reference code."""
+    increment = 0x9E3779B97F4A7C15
+    outputs = [_mix(i * increment) for i in (1, 2, 3)]
+    assert outputs == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+
+
+def test_every_part_of_the_key_matters_and_every_sample_comes_once() -> None:
+    keys = [(0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1)]
+    orders = [tuple(shuffled(50, *key).tolist()) for key in keys]
+    assert len(set(orders)) == len(keys)
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert shuffled(50, 0, 1).tolist() == list(orders[1])
+
+
+def test_orders_are_fair() -> None:
+    """Where sample 0 comes: uniform over 8 places, chi-squared with 7 degrees of freedom."""
+    places = torch.stack([shuffled(8, 5, key) for key in range(4000)]).eq(0).double().sum(0)
+    statistic = ((places - 500) ** 2 / 500).sum()
+    assert statistic < 24.3  # exceeded once in a thousand
+
+
+def test_the_tensor_and_the_integer_arithmetic_agree() -> None:
+    counters = [0, 1, 2, 12345, 2**40]
+    ours = _mix_tensor(torch.tensor(counters) * _signed(INCREMENT))
+    assert [v % 2**64 for v in ours.tolist()] == [_mix(c * INCREMENT) for c in counters]
+
+
+def test_orders_of_none_and_of_one() -> None:
+    assert shuffled(0, 1).tolist() == []
+    assert shuffled(1, 1).tolist() == [0]
+
+
+def test_a_data_set_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Arrays of any kind become tensors; images become rows; mistakes are named."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((12, 1, 2, 3)), np.arange(12, dtype=np.int32) % 3
+    read = lambda root: (images, labels, torch.tensor(images), labels)  # noqa: E731
+    monkeypatch.setitem(SOURCES, "mine", Source(read, tasks=3))
+    data = load("mine", tmp_path)
+    assert (data.name, data.classes, data.x_train.shape) == ("mine", 3, (12, 6))
+    assert (data.x_train.dtype, data.y_train.dtype) == (torch.float32, torch.int64)
+    for name in PRESETS:
+        config = resolve({"dataset": "mine", "preset": name})
+        config.validate()
+        assert config == replace(
+            resolve({"dataset": "features", "preset": name}), dataset="mine", tasks=3
+        )
+    bad = lambda root: (images, labels[1:], images, labels)  # noqa: E731
+    monkeypatch.setitem(SOURCES, "mine", Source(bad))
+    with pytest.raises(UserError, match=r"^mine: x_train must be real numbers"):
+        load("mine", tmp_path)

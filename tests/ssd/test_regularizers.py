@@ -9,9 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.activations import evaluating
-from ssd.config import IMPORTANCE_BATCH_SIZE, IMPORTANCE_BATCHES
 from ssd.models import SDMLP
-from ssd.regularizers import EWC, L2, MAS, SI, Gradient, Quadratic, beta_loss
+from ssd.regularizers import (
+    EWC,
+    IMPORTANCE_BATCH_SIZE,
+    IMPORTANCE_BATCHES,
+    L2,
+    MAS,
+    SI,
+    Gradient,
+    Quadratic,
+    beta_loss,
+)
 
 FEATURES, CLASSES, SAMPLES, BATCH = 6, 4, 600, 100  # importance: a batch of 512 and one of 88
 COEFFICIENT, BETA = 7.0, 0.3

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd import models as sdmlp_module
+from ssd import models as models_module
 from ssd import step as step_module
 from ssd import trainer as trainer_module
 from ssd.config import PENALTIES, Config
@@ -242,8 +242,10 @@ VARIANTS = {
     "ssd+l2, flat": {"method": "ssd+l2", **FLAT},
     "ssd+ewc+mas, flat": {"method": "ssd+ewc+mas", **FLAT, "neurons": 2000},
 }
-LONG = ("ssd", "flat", "mask", "linear", "momentum", "before inhibition", "ssd+ewc",
-        "ssd+ewc, flat", "mas, few")  # fmt: skip
+LONG = (
+    *("ssd", "flat", "mask", "linear", "momentum", "before inhibition"),
+    *("ssd+ewc", "ssd+ewc, flat", "mas, few"),
+)
 # The code under graded inhibition is not computed as a code where neurons are few, as here; "code"
 # has it by force, and "plain" is the step of any network.
 CASES = [
@@ -298,17 +300,17 @@ def test_step_equals_naive_dense_autograd(
     epochs = 24 if variant in LONG else 10
     config = replace(BASE, epochs=epochs, **{"method": "ssd", **VARIANTS[variant]})
     tasks = make_tasks()
-    model = SDMLP(
-        FEATURES, config.neurons, CLASSES, config.k, config.inhibition, config.schedule,
-        config.anneal_samples, generator=torch.Generator().manual_seed(7), dtype=torch.float64,
-    )  # fmt: skip
+    shape = FEATURES, config.neurons, CLASSES, config.k
+    schedule = config.inhibition, config.schedule, config.anneal_samples
+    draw = torch.Generator().manual_seed(7)
+    model = SDMLP(*shape, *schedule, generator=draw, dtype=torch.float64)
     naive = Naive(config, model)
     trainer = Trainer([Learner(config, tasks, model)])
     (learner,) = trainer.learners
     taken = watch(monkeypatch)
     if path == "code":
         monkeypatch.setattr(AnnealedTopKLinear, "_computes_all", lambda *_: False)
-        monkeypatch.setattr(sdmlp_module, "RETRY", 8)  # the run is short
+        monkeypatch.setattr(models_module, "RETRY", 8)  # the run is short
     elif path == "plain":
         trainer.stacks = []
     steps, pull = 0, 0.0

@@ -21,10 +21,25 @@ from tests.ssd.test_step import watch
 
 CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
 BASE = Config(
-    dataset="features", features="none", tasks=3, epochs=7, batch_size=15, neurons=200, k=5,
-    anneal_samples=300, lr=0.3, temperature=2.0, lam=0.4, subnetwork=2.0, eval_every=7,
-    ewc_coefficient=3.0, ewc_beta=0.5, si_coefficient=1.0, si_beta=0.5, mas_coefficient=30.0,
-)  # fmt: skip
+    dataset="features",
+    features="none",
+    tasks=3,
+    epochs=7,
+    batch_size=15,
+    neurons=200,
+    k=5,
+    anneal_samples=300,
+    lr=0.3,
+    temperature=2.0,
+    lam=0.4,
+    subnetwork=2.0,
+    eval_every=7,
+    ewc_coefficient=3.0,
+    ewc_beta=0.5,
+    si_coefficient=1.0,
+    si_beta=0.5,
+    mas_coefficient=30.0,
+)
 OWN: list[dict[str, Any]] = [
     {"seed": 0},
     {"seed": 4, "alpha": 0.5, "lr": 0.2, "anneal_samples": 200, "si_coefficient": 0.5},
@@ -115,9 +130,16 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
     kill_resume.write_features(tmp_path / "f.npz", 256)
     data = load("features", tmp_path, tmp_path / "f.npz")
     small = Config(
-        dataset="features", method="ssd+ewc", tasks=2, epochs=3, batch_size=32, neurons=32, k=3,
-        anneal_samples=300, eval_every=1,
-    )  # fmt: skip
+        dataset="features",
+        method="ssd+ewc",
+        tasks=2,
+        epochs=3,
+        batch_size=32,
+        neurons=32,
+        k=3,
+        anneal_samples=300,
+        eval_every=1,
+    )
     configs = [replace(small, seed=s, alpha=0.5 + s / 10) for s in range(3)]
     configs.append(replace(small, k=2))
     stops = 0
@@ -135,8 +157,9 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
         for name in ("accuracy_matrix", "bwt", "mean_active", "config"):
             assert single[name] == summary[name]
         folder = next(
-            path.parent for path in (tmp_path / "jobs").glob("*/config.json")
+            path.parent
+            for path in (tmp_path / "jobs").glob("*/config.json")
             if json.loads(path.read_text())["config"] == config.to_dict()
-        )  # fmt: skip
+        )
         log = (tmp_path / f"single{number}" / "metrics.jsonl").read_text()
         assert (folder / "metrics.jsonl").read_text() == log

@@ -13,9 +13,18 @@ from ssd.learner import Learner, build_model
 from ssd.trainer import Trainer
 
 CONFIG = Config(
-    dataset="features", features="none", method="ssd+ewc", tasks=2, epochs=3, batch_size=16,
-    neurons=40, k=4, anneal_samples=100, lr=0.2, eval_every=2,
-)  # fmt: skip
+    dataset="features",
+    features="none",
+    method="ssd+ewc",
+    tasks=2,
+    epochs=3,
+    batch_size=16,
+    neurons=40,
+    k=4,
+    anneal_samples=100,
+    lr=0.2,
+    eval_every=2,
+)
 
 
 def make_trainer(config: Config = CONFIG) -> Trainer:

@@ -10,7 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
 
+from ssd import models
+from ssd.config import Config
+from ssd.data import Task
+from ssd.learner import Learner, build_model
 from ssd.models import RETRY, SDMLP, AnnealedTopKLinear, ReLUMLP, TopKMLP
+from ssd.trainer import Trainer
 from ssd_kernels import TopKOutput
 from ssd_kernels._graded_code import ActiveNeurons, Shadow
 
@@ -155,12 +160,6 @@ def test_estimating_scores_changes_no_bit(
     method: str, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training with and without it, through the switch: the same codes, counts and weights."""
-    from ssd import models as sdmlp
-    from ssd.config import Config
-    from ssd.data import Task
-    from ssd.learner import Learner, build_model
-    from ssd.trainer import Trainer
-
     y = torch.arange(60) % 2
     x = torch.rand(60, 16) + 2 * torch.nn.functional.one_hot(y * 5, 16)
     config = Config(
@@ -179,7 +178,7 @@ def test_estimating_scores_changes_no_bit(
     monkeypatch.setattr(module, "fast_bfloat16", lambda: fast)
     ends = []
     for smallest in (1, 10**9):
-        monkeypatch.setattr(sdmlp, "SHADOW_MIN", smallest)
+        monkeypatch.setattr(models, "SHADOW_MIN", smallest)
         tasks = [Task((0, 1), x, y, x, y), Task((0, 1), x.roll(3, 1), y, x, y)]
         learner = Learner(config, tasks, build_model(config, 16, 2))
         trainer = Trainer([learner])
