@@ -14,6 +14,7 @@ from torch import Tensor
 from ssd.data import Task
 from ssd.peers import __main__ as peers
 from ssd.peers import learners
+from ssd.peers import study as peer_study
 from ssd.peers.learners import FlyModel, NearestClassMean, RandomReLU, StreamingLDA, evaluate_stream
 
 D, C = 6, 4
@@ -73,7 +74,7 @@ def test_streaming_lda_is_lda(shrinkage: float) -> None:
 def test_random_relu_task_by_task_is_ridge() -> None:
     linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     x, y = data()
-    learner = RandomReLU(D, C, 40, ridge=1e-2, generator=torch.Generator().manual_seed(1))
+    learner = RandomReLU(D, C, 40, torch.Generator().manual_seed(1), ridge=1e-2)
     fit(learner, x, y, [[3], [1], [0, 2]])
     hidden = (x @ learner.projection.T).relu().double()
     ridge = 1e-2 * hidden.square().sum(0).mean().item()
@@ -91,7 +92,7 @@ def test_fly_model_is_its_one_pass_rule() -> None:
     """Sample by sample, clipped after each."""
     y = torch.arange(C).repeat_interleave(30)
     x = 2 * torch.randn(C, 20)[y] + torch.randn(len(y), 20)
-    learner = FlyModel(20, C, 50, 0.1, 0.5, 0.2, generator=torch.Generator().manual_seed(2))
+    learner = FlyModel(20, C, 50, torch.Generator().manual_seed(2), 0.1, 0.5, 0.2)
     fit(learner, x, y, [[0, 1], [2, 3]])
     assert learner.projection.sum(1).tolist() == [10.0] * 50
     weight = torch.zeros(50, C, dtype=torch.float64)
@@ -109,7 +110,7 @@ def test_fly_model_is_its_one_pass_rule() -> None:
 LEARNERS = [
     NearestClassMean(D, C),
     StreamingLDA(D, C),
-    FlyModel(D, C, 50, 0.1),
+    FlyModel(D, C, 50, share=0.1),
     RandomReLU(D, C, 40),
 ]
 
@@ -240,7 +241,7 @@ def test_rows_of_another_study_are_refused(
     elif change == "tasks":
         study[study.index("--tasks") + 1] = "4"
     else:
-        monkeypatch.setattr(peers, "ALGORITHM", 0)
+        monkeypatch.setattr(peer_study, "ALGORITHM", 0)
     capsys.readouterr()
     assert peers.main(study) == 2
     printed, said = capsys.readouterr()
@@ -306,7 +307,7 @@ def test_rows_of_several_commits_say_so(
     study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seeds, made in (("1", "c0ffee"), ("2", "decaf")):
-        monkeypatch.setattr(peers, "commit", lambda made=made: made)
+        monkeypatch.setattr(peer_study, "commit", lambda made=made: made)
         assert peers.main([*study, "--seeds", seeds]) == 0
     assert capsys.readouterr().err.endswith("note: the table shows runs of 2 commits\n")
 
