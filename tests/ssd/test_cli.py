@@ -183,9 +183,16 @@ def refused(main: Main, given: list[str], capsys: pytest.CaptureFixture[str]) ->
     return lines[0]
 
 
+# What is interrupted, and what is said then after "interrupted; ".
 INTERRUPTED = {
-    "train": ("ssd.train.run", "go on with: python -m ssd.train --out out --resume"),
-    "sweep": ("ssd.sweep.run_jobs", "go on with: python -m ssd.sweep s.toml --device cpu --out out"),
+    "train": (
+        "ssd.train.run",
+        "go on with: python -m ssd.train --out out --resume",
+    ),
+    "sweep": (
+        "ssd.sweep.run_jobs",
+        "go on with: python -m ssd.sweep s.toml --device cpu --out out",
+    ),
     "reproduce": (
         "ssd.reproduce.__main__.stop_on_interrupt",
         "out shows what exists; go on with: python -m ssd.",
@@ -194,7 +201,7 @@ INTERRUPTED = {
         "ssd.peers.study.evaluate_stream",
         "go on with: python -m ssd.peers --features f.npz --tasks 2",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("command", INTERRUPTED)
