@@ -38,6 +38,8 @@ ALGORITHM = 1
 
 # Samples whose hidden layer is held at a time.
 CHUNK = 4096
+# Inputs that a neuron of FlyModel sums, over all inputs.
+CONNECTIONS = 0.1
 
 
 class Learner(Protocol):
@@ -174,7 +176,6 @@ class FlyModel(_OnePass):
     Args:
         generator: source of the projection.
         share: k / R.
-        connections: inputs that a neuron sums, over d.
         lr: learning rate.
     """
 
@@ -185,13 +186,12 @@ class FlyModel(_OnePass):
         neurons: int,
         generator: torch.Generator | None = None,
         share: float = 0.05,
-        connections: float = 0.1,
         lr: float = 0.005,
     ) -> None:
         super().__init__(classes)
         self.k, self.lr = max(1, round(share * neurons)), lr
         picked = torch.rand(neurons, features, generator=generator, device="cpu").argsort(1)
-        inputs = picked[:, : max(1, round(connections * features))]
+        inputs = picked[:, : max(1, round(CONNECTIONS * features))]
         self.projection = _zeros(neurons, features, dtype=torch.float32).scatter_(1, inputs, 1.0)
         self.weight = _zeros(neurons, classes)
 

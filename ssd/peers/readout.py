@@ -95,9 +95,7 @@ def only_seen(scores: Tensor, counts: Tensor) -> Tensor:
     return scores.masked_fill(counts == 0, -torch.inf)
 
 
-def local_addresses(
-    neurons: int, side: int, generator: torch.Generator, width: float = 3.0
-) -> Tensor:
+def local_addresses(neurons: int, side: int, generator: torch.Generator, width: float) -> Tensor:
     """Gaussian noise under a Gaussian window around a random pixel of a square image.
 
     Args:

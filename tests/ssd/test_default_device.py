@@ -55,7 +55,7 @@ def pretrained(folder: Path) -> Iterable[Tensor]:
     pixels = torch.randint(256, (8, 1, 8, 8), generator=draw, dtype=torch.uint8, device="cpu")
     images = Images("noise", pixels, torch.arange(8, device="cpu") % 2, flip=True)
     path = folder / "weights"
-    Pretrainer(images, Settings(epochs=1, batch_size=4), CPU, path, {}).run(60.0)
+    Pretrainer(images, Settings(epochs=1, batch_size=4), CPU, path).run(60.0)
     return load_weights(path, CPU)[0].state_dict().values()
 
 

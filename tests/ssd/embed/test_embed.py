@@ -16,7 +16,7 @@ from torchvision import models
 from ssd import data, train
 from ssd.data import load
 from ssd.embed import __main__ as embed
-from ssd.embed import convmixer
+from ssd.embed import convmixer, embedding
 
 SMALL = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
 CONVMIXER = ["--dataset", "cifar10", "--extractor", "convmixer", "--out", "f.npz", *SMALL]
@@ -334,7 +334,8 @@ OPTIONS = {
     "subset": ([*CONVMIXER, "--dataset", "mnist", "--pretrain", "mnist-5k"], "must not have seen"),
     "unknown pretraining": ([*CONVMIXER, "--pretrain", "imagenet"], "--pretrain imagenet is unk"),
     "grey pretraining": ([*CONVMIXER, "--pretrain", "mnist"], "images of 1 channel, cifar10 of 3"),
-    "two pretrainings": ([*CONVMIXER, "--pretrain", "mnist", "--pretrain-folder", "."], "exclude"),
+    "two pretrainings": ([*CONVMIXER, "--pretrain", "mnist", "--pretrain-folder", "."],
+                         "--pretrain does not go with --pretrain-folder"),
     "no such folder": ([*CONVMIXER, "--pretrain-folder", "a"], "a is not a folder"),
     "no classes": ([*CONVMIXER, "--pretrain-folder", "folder.npz"], "--pretrain-folder folder.npz"),
     "no weights": ([*CONVMIXER[:6], "--weights", "a"], "--weights a is not a file"),
@@ -401,12 +402,12 @@ def test_divergence_and_features_that_are_not_finite(
 ) -> None:
     nan = torch.tensor(float("nan")), torch.tensor(0)
     with monkeypatch.context() as patch:
-        patch.setattr(embed.Pretrainer, "_train", lambda self, *arguments: nan)
+        patch.setattr(convmixer.Pretrainer, "_train", lambda self, *arguments: nan)
         assert "--lr 0.01 makes the loss nan" in refused(capsys, CONVMIXER)
     monkeypatch.setattr(
         convmixer.ConvMixer, "embed", lambda self, x: torch.full((len(x), 8), torch.inf)
     )
-    monkeypatch.setattr(embed.Pretrainer, "run", lambda self, *arguments: self.model)
+    monkeypatch.setattr(convmixer.Pretrainer, "run", lambda self, *arguments: self.model)
     assert "not finite" in refused(capsys, CONVMIXER)
 
 
@@ -419,8 +420,8 @@ def test_memory_that_does_not_suffice(
             raise torch.OutOfMemoryError("CUDA out of memory")
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(embed.Pretrainer, "run", fail)
-    assert "--batch-size 16 needs more memory" in refused(capsys, CONVMIXER)
+    monkeypatch.setattr(convmixer.Pretrainer, "run", fail)
+    assert "--batch-size 16 does not fit into the memory of cpu" in refused(capsys, CONVMIXER)
 
 
 def test_signal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,7 +466,7 @@ def test_what_another_version_left_is_not_gone_on_with(
         said = refused(capsys, [*CONVMIXER, "--resume"])
         assert "is of another pretraining (algorithm 1, now 0)" in said
     assert embed.main([*CONVMIXER, "--resume"]) == 0
-    monkeypatch.setattr(embed, "ALGORITHM", 0)
+    monkeypatch.setattr(embedding, "ALGORITHM", 0)
     assert "is of another command (algorithm 1, now 0" in refused(capsys, [*CONVMIXER, "--resume"])
 
 

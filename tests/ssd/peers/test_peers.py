@@ -91,10 +91,10 @@ def test_random_relu_task_by_task_is_ridge() -> None:
 def test_fly_model_is_its_one_pass_rule() -> None:
     """Sample by sample, clipped after each."""
     y = torch.arange(C).repeat_interleave(30)
-    x = 2 * torch.randn(C, 20)[y] + torch.randn(len(y), 20)
-    learner = FlyModel(20, C, 50, torch.Generator().manual_seed(2), 0.1, 0.5, 0.2)
+    x = 2 * torch.randn(C, 80)[y] + torch.randn(len(y), 80)
+    learner = FlyModel(80, C, 50, torch.Generator().manual_seed(2), share=0.1, lr=0.2)
     fit(learner, x, y, [[0, 1], [2, 3]])
-    assert learner.projection.sum(1).tolist() == [10.0] * 50
+    assert learner.projection.sum(1).tolist() == [8.0] * 50
     weight = torch.zeros(50, C, dtype=torch.float64)
     for sample, label in zip(x, y, strict=True):
         response = learner.projection @ (sample - sample.mean())
