@@ -1,8 +1,12 @@
 """The command line: features of images, written, refused, interrupted and resumed."""
 
+import itertools
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +22,10 @@ from ssd.data import load
 from ssd.embed import __main__ as embed
 from ssd.embed import convmixer, embedding
 
-SMALL = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
-CONVMIXER = ["--dataset", "cifar10", "--extractor", "convmixer", "--out", "f.npz", *SMALL]
-RESNET = [*("--dataset", "mnist", "--extractor", "torchvision:resnet18"),
-          *("--out", "r.npz", "--batch-size", "10", "--device", "cpu")]  # fmt: skip
+SMALL = "--device cpu --batch-size"
+CONVMIXER = f"--dataset cifar10 --extractor convmixer --out f.npz --epochs 1 {SMALL} 16".split()
+RESNET = f"--dataset mnist --extractor torchvision:resnet18 --out r.npz {SMALL} 10".split()
+StopAfter = Callable[[int], None]
 
 
 @pytest.fixture
@@ -58,24 +62,13 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> StopAfter:
     """Makes Ctrl-C come before the n-th time that it is asked for."""
 
     def prepare(count: int) -> None:
-        class Stopped:
-            left = count
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error: object) -> None:
-                pass
-
-            def __call__(self) -> bool:
-                self.left -= 1
-                return self.left <= 0
-
-        monkeypatch.setattr(embed, "stop_on_interrupt", Stopped)
+        asked = itertools.count(1)
+        stopped = nullcontext(lambda: next(asked) >= count)
+        monkeypatch.setattr(embed, "stop_on_interrupt", lambda: stopped)
 
     return prepare
 
@@ -134,8 +127,8 @@ def test_convmixer_features_are_those_of_its_weights(capsys: pytest.CaptureFixtu
 def test_train_accepts_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     assert embed.main(CONVMIXER) == 0
     monkeypatch.setattr(train, "write_figures", lambda folder: None)
-    assert train.main([*("--features", "f.npz", "--tasks", "2", "--neurons", "16", "-k", "2"),
-                       *("--epochs", "1", "--device", "cpu", "--out", "run")]) == 0  # fmt: skip
+    options = "--features f.npz --tasks 2 --neurons 16 -k 2 --epochs 1 --device cpu --out run"
+    assert train.main(options.split()) == 0
 
 
 def test_weights_give_the_same_features_without_pretraining() -> None:
@@ -154,7 +147,7 @@ def test_grey_images_by_an_extractor_for_colours() -> None:
 
 
 def test_interrupt_anywhere_and_resume(
-    stop_after: object, capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At every step of pretraining and every batch of embedding, one process after another."""
     arguments = [*CONVMIXER, "--epochs", "2"]
@@ -222,7 +215,7 @@ def test_resume_of_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_partial_features_of_something_else(
-    stop_after: object, no_download: dict[str, int], capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, no_download: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(2)
     assert embed.main(RESNET) == 130
@@ -318,47 +311,50 @@ def test_convert_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "f.npz exists already" in refused(capsys, ["--convert", "half.pt", *out])
 
 
-OPTIONS = {
-    "no out": (CONVMIXER[:4], "--out is missing"),
-    "no data set": (CONVMIXER[2:], "--dataset is missing"),
-    "no extractor": ([*CONVMIXER[:2], *CONVMIXER[4:]], "--extractor is missing"),
-    "unknown data set": ([*CONVMIXER, "--dataset", "cifar"], "--dataset cifar is unknown; choose"),
-    "unknown extractor": ([*CONVMIXER, "--extractor", "resnet18"], "resnet18 is unknown; use"),
-    "unknown model": ([*RESNET, "--extractor", "torchvision:resnt18"], "torchvision:resnet18"),
-    "unlike any model": ([*RESNET, "--extractor", "torchvision:?"], "torchvision:vit_b_16"),
-    "another suffix": ([*CONVMIXER, "--out", "f.pt"], "--out f.pt must end in .npz"),
-    "out in no folder": ([*CONVMIXER, "--out", "a/f.npz"], "there is no folder a; make it"),
-    "out is a folder": ([*CONVMIXER, "--out", "folder.npz"], "is a folder; name a file"),
-    "out exists": ([*CONVMIXER, "--out", "there.npz"], "there.npz exists already; add --resume"),
-    "same pretraining": ([*CONVMIXER, "--pretrain", "cifar10"], "must not have seen the labels"),
-    "subset": ([*CONVMIXER, "--dataset", "mnist", "--pretrain", "mnist-5k"], "must not have seen"),
-    "unknown pretraining": ([*CONVMIXER, "--pretrain", "imagenet"], "--pretrain imagenet is unk"),
-    "grey pretraining": ([*CONVMIXER, "--pretrain", "mnist"], "images of 1 channel, cifar10 of 3"),
-    "two pretrainings": ([*CONVMIXER, "--pretrain", "mnist", "--pretrain-folder", "."],
-                         "--pretrain does not go with --pretrain-folder"),
-    "no such folder": ([*CONVMIXER, "--pretrain-folder", "a"], "a is not a folder"),
-    "no classes": ([*CONVMIXER, "--pretrain-folder", "folder.npz"], "--pretrain-folder folder.npz"),
-    "no weights": ([*CONVMIXER[:6], "--weights", "a"], "--weights a is not a file"),
-    "weights of another": ([*CONVMIXER[:6], "--weights", "there.npz"], "there.npz is damaged or"),
-    "weights and epochs": ([*CONVMIXER, "--weights", "a"], "--epochs does not go with --weights"),
-    "epochs of torchvision": ([*RESNET, "--epochs", "3"], "--epochs does not go with --extractor"),
-    "no epochs": ([*CONVMIXER, "--epochs", "0"], "--epochs 0 must be at least 1"),
-    "no batch": ([*CONVMIXER, "--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    "no rate": ([*CONVMIXER, "--lr", "nan"], "--lr nan must be in 0..1, not 0"),
-    "high rate": ([*CONVMIXER, "--lr", "1.1"], "--lr 1.1 must be in 0..1, not 0"),
-    "seed": ([*CONVMIXER, "--seed", "-1"], "--seed -1 must be in 0..2^32-1"),
-    "interval": ([*CONVMIXER, "--checkpoint-every", "nan"], "--checkpoint-every nan must be"),
-    "device": ([*CONVMIXER, "--device", "cuda:99"], "--device cuda:99 is not on this machine"),
-    "unknown option": ([*CONVMIXER, "--overwrite"], "unrecognized arguments: --overwrite"),
-}  # fmt: skip
+UNTRAINED = "--dataset cifar10 --extractor convmixer --out f.npz"
+OPTIONS = [
+    ("--dataset cifar10 --extractor convmixer", "--out is missing"),
+    ("--extractor convmixer --out f.npz", "--dataset is missing"),
+    ("--dataset cifar10 --out f.npz", "--extractor is missing"),
+    ("convmixer --dataset cifar", "--dataset cifar is unknown; choose"),
+    ("convmixer --extractor resnet18", "resnet18 is unknown; use"),
+    ("resnet --extractor torchvision:resnt18", "torchvision:resnet18"),
+    ("resnet --extractor torchvision:?", "torchvision:vit_b_16"),
+    ("convmixer --out f.pt", "--out f.pt must end in .npz"),
+    ("convmixer --out a/f.npz", "there is no folder a; make it"),
+    ("convmixer --out folder.npz", "is a folder; name a file"),
+    ("convmixer --out there.npz", "there.npz exists already; add --resume"),
+    ("convmixer --pretrain cifar10", "must not have seen the labels"),
+    ("convmixer --dataset mnist --pretrain mnist-5k", "must not have seen the labels"),
+    ("convmixer --pretrain imagenet", "--pretrain imagenet is unknown"),
+    ("convmixer --pretrain mnist", "images of 1 channel, cifar10 of 3"),
+    ("convmixer --pretrain mnist --pretrain-folder .", "--pretrain does not go with --pretrain-fo"),
+    ("convmixer --pretrain-folder a", "a is not a folder"),
+    ("convmixer --pretrain-folder folder.npz", "--pretrain-folder folder.npz"),
+    (f"{UNTRAINED} --weights a", "--weights a is not a file"),
+    (f"{UNTRAINED} --weights there.npz", "there.npz is damaged or"),
+    ("convmixer --weights a", "--epochs does not go with --weights"),
+    ("resnet --epochs 3", "--epochs does not go with --extractor"),
+    ("convmixer --epochs 0", "--epochs 0 must be at least 1"),
+    ("convmixer --batch-size 0", "--batch-size 0 must be at least 1"),
+    ("convmixer --lr nan", "--lr nan must be in 0..1, not 0"),
+    ("convmixer --lr 1.1", "--lr 1.1 must be in 0..1, not 0"),
+    ("convmixer --seed -1", "--seed -1 must be in 0..2^32-1"),
+    ("convmixer --checkpoint-every nan", "--checkpoint-every nan must be"),
+    ("convmixer --device cuda:99", "--device cuda:99 is not on this machine"),
+    ("convmixer --overwrite", "unrecognized arguments: --overwrite"),
+]
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-def test_bad_option(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_bad_option(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
     (folder / "folder.npz").mkdir()
     (folder / "there.npz").touch()
-    arguments, message = OPTIONS[case]
-    assert message in refused(capsys, arguments)
+    start, *more = options.split()
+    base = {"convmixer": CONVMIXER, "resnet": RESNET}.get(start, [start])
+    assert message in refused(capsys, [*base, *more])
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc to fail to write to")
@@ -385,7 +381,7 @@ def test_data_that_are_not_to_be_had(
 
 
 def test_weights_that_know_the_labels_or_are_unfinished(
-    stop_after: object, capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed.main(CONVMIXER) == 0
     weights = ["--weights", "f.convmixer.safetensors", "--out", "g.npz", "--extractor", "convmixer"]
@@ -426,8 +422,6 @@ def test_memory_that_does_not_suffice(
 
 def test_signal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A real Ctrl-C in the midst of pretraining, with the arguments of the process."""
-    import signal
-
     step = convmixer.Pretrainer._train
 
     def interrupt(self: convmixer.Pretrainer, *arguments: torch.Tensor):
@@ -456,7 +450,7 @@ def test_cuda() -> None:
 
 
 def test_what_another_version_left_is_not_gone_on_with(
-    stop_after: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(1)
     assert embed.main(CONVMIXER) == 130

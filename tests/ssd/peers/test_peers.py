@@ -229,9 +229,11 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("change", ["data", "tasks", "algorithm"])
 def test_rows_of_another_study_are_refused(
-    study: list[str], change: str, monkeypatch: pytest.MonkeyPatch,
+    study: list[str],
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert peers.main(study) == 0
     before = Path("t.csv").read_bytes()
     if change == "data":  # of the same name
@@ -290,13 +292,16 @@ def test_a_table_that_was_saved_by_another_program(
     Path("t.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert peers.main(study) == 0
     assert shown(capsys) == table
+    run_twice = text + text.splitlines()[-1] + "\n"
+    before, _, *after = text.rsplit(",", 6)  # the last row's accuracy
     for content in (
-        text.encode("utf-16"), text.replace(",", ";").encode(), text[:-30].encode(), b"\x00", b"",
-        text.replace("algorithm", "version", 1).encode(), text.encode() + b"1,2\n",
-        (text + text.splitlines()[-1] + "\n").encode(),  # a run twice
-        *(",".join([*(cells := text.rsplit(",", 6))[:1], bad, *cells[2:]]).encode()
-          for bad in ("7.0", "nan", "-1")),
-    ):  # fmt: skip
+        b"",
+        b"\x00",
+        text.encode("utf-16"),
+        *map(str.encode, (text.replace(",", ";"), text.replace("algorithm", "version", 1))),
+        *map(str.encode, (text[:-30], text + "1,2\n", run_twice)),
+        *(",".join([before, bad, *after]).encode() for bad in ("7.0", "nan", "-1")),
+    ):
         Path("t.csv").write_bytes(content)
         assert peers.main(study) == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -13,8 +13,17 @@ from ssd.peers.trained_readout import TrainedReadout
 from ssd.trainer import Trainer
 
 D, C = 12, 4
-CONFIG = Config(method="ssd", tasks=2, neurons=40, k=4, epochs=3, batch_size=16, lr=0.5,
-                anneal_samples=200, subnetwork=2.0)  # fmt: skip
+CONFIG = Config(
+    method="ssd",
+    tasks=2,
+    neurons=40,
+    k=4,
+    epochs=3,
+    batch_size=16,
+    lr=0.5,
+    anneal_samples=200,
+    subnetwork=2.0,
+)
 
 
 def stream() -> list[Task]:
