@@ -16,10 +16,10 @@ from typing import Any, get_type_hints
 import torch
 from rich.table import Table
 
-from ssd.data import Dataset, class_order, hold_out, split
+from ssd.data import Dataset, Task, class_order, hold_out, split
 from ssd.errors import UserError
 from ssd.metrics import backward_transfer, mean_accuracy
-from ssd.peers.learners import ALGORITHM, Entry, Settings, accuracies, evaluate_stream
+from ssd.peers.learners import ALGORITHM, Entry, Learner, Settings, accuracies, evaluate_stream
 from ssd.storage.files import difference, dumps, read_text, write_atomically
 from ssd.storage.provenance import commit
 from ssd.tables import csv_text, plus_minus
@@ -102,10 +102,9 @@ class Study:
             for late in entry.late:
                 key = "validation", entry.name, neurons, dumps(early | late), seed
                 if key not in self.rows:
-                    if learner is None:
-                        learner = entry.make(*self.shape, neurons, seed, early)
-                        for task in tasks:
-                            learner.fit_task(task.x_train, task.y_train)
+                    learner = learner or _fitted(
+                        entry.make(*self.shape, neurons, seed, early), tasks
+                    )
                     for name, value in late.items():
                         setattr(learner, name, value)
                     scores = learner.predict(torch.cat([task.x_test for task in tasks]))
@@ -143,6 +142,12 @@ class Study:
         self.report(f"{part} {learner} {settings} seed {seed}: {accuracy:.4f}")
         if self.out is not None:
             write_atomically(self.out, csv_text([asdict(row) for row in self.rows.values()]))
+
+
+def _fitted(learner: Learner, tasks: Sequence[Task]) -> Learner:
+    for task in tasks:
+        learner.fit_task(task.x_train, task.y_train)
+    return learner
 
 
 def read_rows(path: Path) -> dict[Key, Row]:

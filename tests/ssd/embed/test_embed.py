@@ -78,15 +78,20 @@ def files() -> dict[str, bytes]:
 
 
 def digests() -> dict[str, bytes | str]:
-    """The files; of those in safetensors, whose headers have no fixed order, the checksum."""
-    found: dict[str, bytes | str] = {}
-    for name, content in files().items():
-        if name.endswith(".safetensors"):
-            with safe_open(name, framework="pt") as file:
-                found[name] = file.metadata()["sha256"]
-        else:
-            found[name] = content
+    """The files; in place of a safetensors file, whose header has no fixed order, its checksum."""
+    found: dict[str, bytes | str] = {**files()}
+    for path in Path().glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found[path.name] = file.metadata()["sha256"]
     return found
+
+
+def written_and_removed(arguments: list[str]) -> dict[str, bytes | str]:
+    assert embed.main(arguments) == 0
+    expected = digests()
+    for name in expected:
+        os.unlink(name)
+    return expected
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -151,10 +156,7 @@ def test_interrupt_anywhere_and_resume(
 ) -> None:
     """At every step of pretraining and every batch of embedding, one process after another."""
     arguments = [*CONVMIXER, "--epochs", "2"]
-    assert embed.main(arguments) == 0
-    expected = digests()
-    for name in expected:
-        os.unlink(name)
+    expected = written_and_removed(arguments)
     stop_after(1)
     stops, status = 0, embed.main(arguments)
     while status == 130:
@@ -172,10 +174,7 @@ def test_interrupt_anywhere_and_resume(
 
 def test_crash_at_every_write(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*CONVMIXER, "--checkpoint-every", "0"]
-    assert embed.main(arguments) == 0
-    expected = digests()
-    for name in expected:
-        os.unlink(name)
+    expected = written_and_removed(arguments)
     replace_file, crashes, left = os.replace, 0, 1
 
     class Killed(BaseException):
