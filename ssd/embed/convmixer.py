@@ -81,7 +81,7 @@ class ConvMixer(nn.Module):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result of pretraining, apart from the data."""
+    """What the result of pretraining depends on beside the data."""
 
     epochs: int = 25
     batch_size: int = 512
@@ -120,7 +120,7 @@ def augment(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
 
 class Pretrainer:
-    """Trains a ConvMixer to classify, with a checkpoint that ends as the file of its weights.
+    """Trains a ConvMixer to classify; the last checkpoint is the file of its weights.
 
     AdamW, gradient norm clipped, the learning rate rising to its peak and falling to 0 linearly,
     images shifted and mirrored; bf16 autocast on CUDA.
@@ -293,7 +293,7 @@ def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str,
 
 
 def load_weights(path: Path, device: torch.device) -> tuple[ConvMixer, dict[str, Any]]:
-    """The network that a Pretrainer left, and what it was pretrained on.
+    """The network that a Pretrainer trained, and what it was pretrained on.
 
     Raises:
         UserError: the file is damaged, of something else, or of an unfinished pretraining.

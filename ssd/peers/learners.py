@@ -1,8 +1,8 @@
 """Learners without gradients that see each task once, in order: no replay, no task labels.
 
 A learner has two methods, see Learner; classes that it has not seen score -inf. Sums are float64,
-so the order of the samples of a task matters only within rounding. Sizes: d features, C classes,
-R neurons.
+so the order of a task's samples matters only within rounding. A new learner is a class and a row of
+entries(). Sizes: d features, C classes, R neurons.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _OnePass:
         raise NotImplementedError
 
     def _scores(self, x: Tensor) -> Tensor:
-        """Scores of all classes; those of classes not seen are never looked at."""
+        """Scores of all classes; those of classes not seen are ignored."""
         raise NotImplementedError
 
 

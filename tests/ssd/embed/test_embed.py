@@ -30,7 +30,7 @@ StopAfter = Callable[[int], None]
 
 @pytest.fixture
 def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ssd.data.load gives small sets, and reads files as ever; ConvMixer is a tiny one."""
+    """ssd.data.load makes small sets but still reads files; ConvMixer is a tiny one."""
     load = data.load
 
     def load_small(name: str, root: Path, features: Path | None = None, **options: object):
@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_images: None) 
 
 @pytest.fixture
 def no_download(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """torchvision's models with weights drawn from a seed in the place of the downloaded ones."""
+    """torchvision's models with weights drawn from a seed in place of the downloaded ones."""
     get_model, drawn = models.get_model, {"seed": 0}
 
     def without_weights(name: str, weights: object, progress: bool) -> nn.Module:
@@ -63,7 +63,7 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> StopAfter:
-    """Makes Ctrl-C come before the n-th time that it is asked for."""
+    """Makes Ctrl-C come before the command asks for it the n-th time."""
 
     def prepare(count: int) -> None:
         asked = itertools.count(1)
@@ -361,7 +361,7 @@ def test_unwritable_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/proc cannot be written to" in refused(capsys, [*CONVMIXER, "--out", "/proc/f.npz"])
 
 
-def test_data_that_are_not_to_be_had(
+def test_data_that_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither the images to embed nor those to pretrain on; no subset stands in for MNIST."""
@@ -407,7 +407,7 @@ def test_divergence_and_features_that_are_not_finite(
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_memory_that_does_not_suffice(
+def test_too_little_memory(
     device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: object, *arguments: object) -> None:
@@ -420,7 +420,7 @@ def test_memory_that_does_not_suffice(
 
 
 def test_signal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real Ctrl-C in the midst of pretraining, with the arguments of the process."""
+    """A real Ctrl-C during pretraining, with the arguments of the process."""
     step = convmixer.Pretrainer._train
 
     def interrupt(self: convmixer.Pretrainer, *arguments: torch.Tensor):
