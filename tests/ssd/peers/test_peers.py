@@ -167,8 +167,7 @@ def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
     printed = capsys.readouterr().out
     assert "tiny, 2 tasks, R = 20, 2 seeds" in printed
     assert "mean ± standard deviation over seeds" in printed
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     for entry in some:
         mine = [row for row in rows if row["learner"] == entry.name]
         tried = [row for row in mine if row["split"] == "validation"]
@@ -184,8 +183,7 @@ def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
     text = out.read_text().splitlines(keepends=True)
     out.write_text("".join(text[: rows.index(lost) + 1] + text[rows.index(lost) + 2 :]))
     assert peers.main(arguments) == 0
-    with out.open(newline="") as file:
-        again = list(csv.DictReader(file))
+    again = list(csv.DictReader(out.read_text().splitlines()))
     assert len(again) == len(rows)
     assert again[-1]["mean_accuracy"] == lost["mean_accuracy"]
 
