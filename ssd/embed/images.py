@@ -30,7 +30,7 @@ PRETRAIN = {
     "fashion-mnist": "mnist",
     "mnist-5k": "fashion-mnist",
 }
-DIGITS = ("mnist", "mnist-5k")  # they share images, and a mirrored digit is no digit
+DIGITS = ("mnist", "mnist-5k")  # share their images; a mirrored digit is none
 FOLDER_SHAPE = (3, 32, 32)
 FOLDER_CHUNK = 4096  # images read at a time
 
