@@ -78,7 +78,14 @@ class StepDisplay:
         self.plain = not quiet and not console.is_terminal
         self.bar = self.progress.add_task("starting", total=None)
 
-    def update(self, text: str, done: int, total: int, milestone: bool) -> None:
+    def __enter__(self) -> StepDisplay:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def update(self, text: str, done: float, total: float, milestone: bool = False) -> None:
         """Takes in progress.
 
         Args:

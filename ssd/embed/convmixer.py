@@ -22,8 +22,13 @@ FEATURES, DEPTH, KERNEL, PATCH = 256, 8, 5, 2  # the paper's CIFAR network, 256 
 WEIGHT_DECAY, MAX_NORM, WARM_UP = 0.01, 1.0, 0.2  # WARM_UP: share of the steps
 PADDING = 4  # pixels by which a training image is shifted at most
 STEPS_PER_UPDATE = 10
-# Raise it when a change moves features or weights: what another left is not gone on with.
+# Raise it when a change moves features or weights: files of another number are not resumed.
 ALGORITHM = 1
+
+
+def activated(convolution: nn.Conv2d) -> nn.Sequential:
+    """A convolution, GELU, BatchNorm."""
+    return nn.Sequential(convolution, nn.GELU(), nn.BatchNorm2d(convolution.out_channels))
 
 
 class Mixer(nn.Module):
@@ -31,14 +36,9 @@ class Mixer(nn.Module):
 
     def __init__(self, features: int, kernel: int) -> None:
         super().__init__()
-        self.places = nn.Sequential(
-            nn.Conv2d(features, features, kernel, groups=features, padding="same"),
-            nn.GELU(),
-            nn.BatchNorm2d(features),
-        )
-        self.channels = nn.Sequential(
-            nn.Conv2d(features, features, 1), nn.GELU(), nn.BatchNorm2d(features)
-        )
+        depthwise = nn.Conv2d(features, features, kernel, groups=features, padding="same")
+        self.places = activated(depthwise)
+        self.channels = activated(nn.Conv2d(features, features, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.channels(x + self.places(x))
@@ -48,7 +48,12 @@ class ConvMixer(nn.Module):
     """ConvMixer (Trockman and Kolter, "Patches Are All You Need?", 2022) on uint8 images.
 
     Args:
-        channels: of the images. classes: C. features, depth, kernel, patch: the paper's h, d, k, p.
+        channels: of the images.
+        classes: C.
+        features: the paper's h.
+        depth: its d.
+        kernel: its k, in patches.
+        patch: its p, in pixels.
     """
 
     mean: Tensor  # [channels, 1, 1], of the pretraining set, pixels in 0..1
@@ -60,12 +65,8 @@ class ConvMixer(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, features, patch, stride=patch),
-            nn.GELU(),
-            nn.BatchNorm2d(features),
-            *(Mixer(features, kernel) for _ in range(depth)),
-        )
+        patches = activated(nn.Conv2d(channels, features, patch, stride=patch))
+        self.body = nn.Sequential(*patches, *(Mixer(features, kernel) for _ in range(depth)))
         self.classifier = nn.Linear(features, classes)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class ConvMixer(nn.Module):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result of pretraining, apart from the data."""
+    """What the result of pretraining depends on beside the data."""
 
     epochs: int = 25
     batch_size: int = 512
@@ -101,9 +102,10 @@ def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Images [B, channels, H, W] cut out of themselves with a margin, some mirrored.
+    """Shifted and mirrored images; black moves in at the border.
 
     Args:
+        pixels: [B, channels, H, W] uint8.
         shifts: [B, 2] in 0..2 * PADDING, rows and columns; PADDING leaves an image where it is.
         flips: [B] bool.
     """
@@ -118,30 +120,31 @@ def augment(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
 
 class Pretrainer:
-    """Trains a ConvMixer to classify, with a checkpoint that ends as the file of its weights.
+    """Trains a ConvMixer to classify; the last checkpoint is the file of its weights.
 
     AdamW, gradient norm clipped, the learning rate rising to its peak and falling to 0 linearly,
     images shifted and mirrored; bf16 autocast on CUDA.
 
     Args:
-        images, settings, device: see there. path: of the checkpoint.
-        described: what the checkpoint must be of; JSON-able.
+        images: to train on.
+        settings: of the training.
+        device: to train on.
+        path: of the checkpoint.
     """
 
     def __init__(
-        self,
-        images: Images,
-        settings: Settings,
-        device: torch.device,
-        path: Path,
-        described: dict[str, Any],
+        self, images: Images, settings: Settings, device: torch.device, path: Path
     ) -> None:
-        self.settings, self.device = settings, device
-        self.path, self.described, self.flip = path, described, images.flip
+        self.settings, self.device, self.path = settings, device, path
+        self.described, self.flip = describe(images, settings), images.flip
         self.shape = {
-            "channels": images.pixels.shape[1], "classes": int(images.labels.max()) + 1,
-            "features": FEATURES, "depth": DEPTH, "kernel": KERNEL, "patch": PATCH,
-        }  # fmt: skip
+            "channels": images.pixels.shape[1],
+            "classes": int(images.labels.max()) + 1,
+            "features": FEATURES,
+            "depth": DEPTH,
+            "kernel": KERNEL,
+            "patch": PATCH,
+        }
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(settings.seed)
             self.model = ConvMixer(**self.shape)
@@ -164,8 +167,7 @@ class Pretrainer:
         if not self.path.is_file():
             return
         tensors, state = read(self.path, self.device)
-        changed = difference(state, {"shape": self.shape, "pretraining": self.described})
-        if changed:
+        if changed := difference(state, {"shape": self.shape, "pretraining": self.described}):
             raise UserError(f"{self.path} is of another pretraining ({changed}); use another --out")
         self.model.load_state_dict(_part(tensors, "model"))
         moments: dict[int, dict[str, Tensor]] = {}
@@ -193,18 +195,19 @@ class Pretrainer:
     def run(
         self,
         every: float,
-        watch: Callable[[str, int, int, bool], None] = lambda text, done, total, milestone: None,
+        watch: Callable[[str, int, int, bool], None] = lambda *progress: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> ConvMixer:
         """Trains to the end and returns the network.
 
         Args:
-            every: seconds between checkpoints. watch: takes text, steps done, all, is it a epoch's
-                end. stopped: asked at every step; when true a checkpoint is written.
+            every: seconds between checkpoints.
+            watch: takes text, steps done, steps in all, and whether an epoch ends.
+            stopped: whether to stop; asked at every step.
 
         Raises:
-            Interrupted: it was stopped. Diverged: loss or weights are not finite; the checkpoint,
-                if there is one, is from before.
+            Interrupted: it was stopped, and wrote a checkpoint.
+            Diverged: loss or weights are not finite; a checkpoint is from before.
         """
         saved = time.perf_counter()
         for epoch in range(self.step // self.steps, self.settings.epochs):
@@ -272,15 +275,13 @@ class Pretrainer:
 
 
 def describe(images: Images, settings: Settings) -> dict[str, Any]:
-    """What makes a pretraining this pretraining; JSON-able."""
-    return {
-        "data": images.name, "data_crc32": images.checksum(), "algorithm": ALGORITHM,
-        **asdict(settings),
-    }  # fmt: skip
+    """What a pretraining depends on; JSON-able."""
+    origin = {"data": images.name, "data_crc32": images.crc32, "algorithm": ALGORITHM}
+    return origin | asdict(settings)
 
 
 def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """load_checkpoint, with advice that fits a file that has no folder of its own."""
+    """load_checkpoint, with advice for a file that has no folder of its own."""
     try:
         return load_checkpoint(path, device)
     except OSError as error:
@@ -292,7 +293,7 @@ def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str,
 
 
 def load_weights(path: Path, device: torch.device) -> tuple[ConvMixer, dict[str, Any]]:
-    """The network that a Pretrainer left, and what it was pretrained on.
+    """The network that a Pretrainer trained, and what it was pretrained on.
 
     Raises:
         UserError: the file is damaged, of something else, or of an unfinished pretraining.
@@ -314,6 +315,5 @@ def load_weights(path: Path, device: torch.device) -> tuple[ConvMixer, dict[str,
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")
-    }
+    start = f"{prefix}."
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}

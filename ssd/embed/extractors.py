@@ -31,7 +31,7 @@ class Extractor:
 def freeze(
     model: nn.Module, function: Callable[[Tensor], Tensor], channels: int, device: torch.device
 ) -> Extractor:
-    """An extractor out of a network: evaluation mode, no gradients, bf16 autocast on CUDA."""
+    """An extractor made of a network: evaluation mode, no gradients, bf16 autocast on CUDA."""
     crc = 0
     for tensor in model.state_dict().values():
         crc = zlib.crc32(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
@@ -59,10 +59,10 @@ def torchvision_model(name: str) -> Any:
 
 
 def load_torchvision(name: str, device: torch.device, progress: bool) -> Extractor:
-    """A torchvision classifier with its default weights and preprocessing, less its last Linear.
+    """A torchvision classifier with its default weights and preprocessing, without its last Linear.
 
     Raises:
-        UserError: its weights cannot be had, or it ends in no Linear over the classes.
+        UserError: its weights cannot be downloaded, or its end is no Linear over the classes.
     """
     from torchvision import models
 

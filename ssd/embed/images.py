@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,8 +32,9 @@ class Images:
     labels: Tensor  # [N] int64 in 0..C-1
     flip: bool  # whether a mirrored image shows the same class
 
-    def checksum(self) -> str:
-        """CRC-32 of images and labels."""
+    @cached_property
+    def crc32(self) -> str:
+        """Of pixels and labels."""
         crc = zlib.crc32(self.pixels.numpy().data)
         return f"{zlib.crc32(self.labels.numpy().data, crc):08x}"
 
@@ -48,8 +50,8 @@ def load_images(name: str, root: Path) -> Images:
     return Images(name, pixels(loaded.x_train, SHAPES[name]), loaded.y_train, name not in DIGITS)
 
 
-def load_folder(path: Path, watch: Callable[[str, int, int, bool], None]) -> Images:
-    """All images of an ImageFolder, scaled to 32 x 32.
+def load_folder(path: Path, watch: Callable[[str, int, int], None]) -> Images:
+    """All images of an ImageFolder, scaled to 32 x 32; watch takes text, images done, all.
 
     Raises:
         UserError: a folder without images, or an image that cannot be read.
@@ -74,17 +76,13 @@ def load_folder(path: Path, watch: Callable[[str, int, int, bool], None]) -> Ima
         for first in range(0, len(files), FOLDER_CHUNK):
             chunk = list(pool.map(read_image, files[first : first + FOLDER_CHUNK]))
             images[first : first + len(chunk)] = torch.stack(chunk)
-            watch(f"reading {path}", first + len(chunk), len(files), False)
-    return Images(
-        f"folder {path.resolve().name}",
-        images,
-        torch.tensor(folder.targets, device="cpu"),
-        flip=True,
-    )
+            watch(f"reading {path}", first + len(chunk), len(files))
+    labels = torch.tensor(folder.targets, device="cpu")
+    return Images(f"folder {path.resolve().name}", images, labels, flip=True)
 
 
 def refuse_same(dataset: str, pretrain: str, source: str) -> None:
-    """UserError where an extractor would know the labels of what it embeds."""
+    """UserError where an extractor would have seen the labels of what it embeds."""
     if pretrain == dataset or (pretrain in DIGITS and dataset in DIGITS):
         raise UserError(
             f"{source}: an extractor must not have seen the labels of what it embeds; "
@@ -93,7 +91,7 @@ def refuse_same(dataset: str, pretrain: str, source: str) -> None:
 
 
 def refuse_channels(dataset: str, channels: int, source: str) -> None:
-    """UserError where an extractor for grey images is to embed coloured ones."""
+    """UserError where an extractor for grey images would embed coloured ones."""
     if SHAPES[dataset][0] > channels:
         raise UserError(
             f"{source} has images of {channels} channel, {dataset} of {SHAPES[dataset][0]}; "

@@ -1,9 +1,9 @@
 """Sparse code and analytic readout: a fixed k-sparse layer and a decoder in closed form.
 
-The decoder is the solution for all the data seen so far and needs of it only the code's Gram
-matrix, its sums over classes and the class counts, to which each task adds (ssd.code_gram).
-So nothing is forgotten, nothing is replayed, and the order of the tasks does not matter but for
-what the encoder takes from the first one.
+The decoder is the solution for all data seen so far. It needs only the code's Gram matrix, its
+sums over classes and the class counts, to which each task adds (ssd.ops.code_gram). So nothing is
+forgotten or replayed, and the order of the tasks matters only for what the encoder takes from the
+first one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,25 @@ from ssd_kernels.reference import power_of_two, project
 
 # Samples whose scores are held at a time.
 CHUNK = 2048
+# A wider Gram matrix is kept in float32: 10,000 neurons take 400 MB.
+WIDE = 4096
+
+
+def gram_dtype(neurons: int) -> torch.dtype:
+    """The dtype of a Gram matrix [R, R]; its solution is always float64."""
+    return torch.float32 if neurons > WIDE else torch.float64
 
 
 def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(G + r m I)^-1 X in float64, m the mean diagonal entry of G.
+    """(G + r m I)^-1 X, m the mean diagonal entry of G.
 
-    gram G [R, R], cross X [R, C], ridge r > 0 -> [R, C].
+    Args:
+        gram: G [R, R].
+        cross: X [R, C].
+        ridge: r, above 0.
+
+    Returns:
+        [R, C] float64.
 
     Raises:
         Diverged: the matrix is singular up to rounding, or not finite.
@@ -44,7 +57,9 @@ def discriminant(
     S' = (1 - s) S + s (tr S / R) I (Hayes & Kanan 2020; scikit-learn's shrinkage).
 
     Args:
-        gram: [R, R], sum of h h^T. cross: [R, C], sums of h over each class. counts: n [C].
+        gram: [R, R], sum of h h^T.
+        cross: X [R, C], sums of h over each class.
+        counts: n [C].
         shrinkage: s, above 0 and at most 1.
 
     Returns:
@@ -80,19 +95,17 @@ def only_seen(scores: Tensor, counts: Tensor) -> Tensor:
     return scores.masked_fill(counts == 0, -torch.inf)
 
 
-def gaussian_addresses(
-    neurons: int, features: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Independent Gaussian directions, [R, d]."""
-    return torch.randn(neurons, features, generator=generator, device="cpu")
+def local_addresses(neurons: int, side: int, generator: torch.Generator, width: float) -> Tensor:
+    """Gaussian noise under a Gaussian window around a random pixel of a square image.
 
+    Args:
+        neurons: R.
+        side: of the image, in pixels.
+        generator: source of windows and noise.
+        width: standard deviation of the window, in pixels.
 
-def local_addresses(
-    neurons: int, side: int, generator: torch.Generator, width: float = 3.0
-) -> Tensor:
-    """Gaussian noise under a Gaussian window around a random pixel of a square image, [R, side^2].
-
-    width: standard deviation of the window in pixels.
+    Returns:
+        [R, side^2] float32.
     """
     centres = torch.rand(neurons, 2, 1, generator=generator, device="cpu") * (side - 1)
     distance = (torch.arange(side, device="cpu") - centres).square()
@@ -108,7 +121,9 @@ class RandomCode:
     unit L2 norm.
 
     Args:
-        addresses: [A, d] float32. k: 1..A. power: of the input; 1 takes inputs of any sign.
+        addresses: [A, d] float32.
+        k: 1..A.
+        power: of the input; 1 takes inputs of any sign.
         beside: appends the centred input itself as d neurons that are always active; R = A + d.
     """
 
@@ -127,7 +142,7 @@ class RandomCode:
         return x.float() if self.power == 1 else x.float().clamp(min=0).pow(self.power)
 
     def begin(self, x: Tensor) -> None:
-        """Takes the mean from the first task's data x [N, d]; later tasks leave it as it is."""
+        """Takes the mean of the first task's data x [N, d]; later tasks do not change it."""
         if self.mean is None:
             if x.dtype == torch.float64 or self.power > 1:  # else nothing leaves float32's range
                 self._unit = power_of_two(x.abs().amax()).item()
@@ -148,10 +163,11 @@ class RandomCode:
 
 
 class LearnedCode:
-    """The hidden layer of a trained SDMLP, all of its neurons inhibited in full.
+    """The hidden layer of a trained SDMLP, with full inhibition of all neurons.
 
     Args:
-        model: the network. k: active neurons 1..R; None: the network's own.
+        model: the network.
+        k: active neurons, 1..R; None: the network's own.
     """
 
     def __init__(self, model: SDMLP, k: int | None = None) -> None:
@@ -173,13 +189,14 @@ class CodeReadout:
     """A sparse code and a closed-form decoder, as a learner of ssd.peers.
 
     Args:
-        encoder: RandomCode or LearnedCode. classes: C.
+        encoder: RandomCode or LearnedCode.
+        classes: C.
         readout: "lda" (linear discriminant analysis) or "ridge" (on one-hot labels).
-        strength: shrinkage of the one, or ridge of the other in units of the mean diagonal entry.
-        dtype: of the Gram matrix [R, R]; the solution is float64.
+        strength: shrinkage of LDA, or ridge in units of the Gram matrix's mean diagonal entry.
+        device: of the data.
 
     Raises:
-        UserError: readout is neither.
+        UserError: an unknown readout.
     """
 
     def __init__(
@@ -188,13 +205,12 @@ class CodeReadout:
         classes: int,
         readout: str = "lda",
         strength: float = 1e-3,
-        dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
         if readout not in ("lda", "ridge"):
             raise UserError(f"readout {readout!r} is unknown; use lda or ridge")
         self.encoder, self.readout, self.strength = encoder, readout, strength
-        neurons = encoder.neurons
+        neurons, dtype = encoder.neurons, gram_dtype(encoder.neurons)
         self.gram = torch.zeros(neurons, neurons, dtype=dtype, device=device)
         self.cross = torch.zeros(neurons, classes, dtype=dtype, device=device)
         self.counts = torch.zeros(classes, dtype=torch.int64, device=device)
@@ -208,7 +224,7 @@ class CodeReadout:
         self.counts += y.bincount(minlength=len(self.counts))
 
     def decoder(self) -> tuple[Tensor, Tensor]:
-        """Weight [R, C] and bias [C], float32, for all that was learned so far."""
+        """Weight [R, C] and bias [C], float32, of the tasks so far."""
         if self.readout == "lda":
             weight, bias = discriminant(self.gram, self.cross, self.counts, self.strength)
         else:

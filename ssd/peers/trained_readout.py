@@ -13,21 +13,21 @@ from ssd.learner import Learner, build_model
 from ssd.models import SDMLP
 from ssd.peers.readout import CodeReadout, LearnedCode
 from ssd.trainer import Trainer
-from ssd_kernels import TopKOutput
 
 
-class TrainedReadout:
-    """An SDMLP trained on a stream, and a closed-form decoder of its code in place of its own.
+class TrainedReadout(CodeReadout):
+    """An SDMLP trained on a stream, with a closed-form decoder of its code in place of its own.
 
-    The statistics of a task are those of the code as it is after the task. What later tasks change
-    in the code they do not see, which costs the more the more neurons are read; `freeze` stops
-    that change.
+    The statistics of a task are taken once, after training on it. Later tasks change the code,
+    which costs more the more neurons are read; `freeze` stops that change.
 
     Args:
         config: of the network; its method may add distillation or penalties.
-        tasks: the stream that fit_task is given, in its order. classes: C.
+        tasks: the stream that fit_task is given, in its order.
+        classes: C.
         share: k / R of the code that is read; None: the network's own.
-        readout, strength: see CodeReadout.
+        readout: as of CodeReadout.
+        strength: as of CodeReadout.
         freeze: trains the network on the first task alone.
 
     Raises:
@@ -50,9 +50,9 @@ class TrainedReadout:
             raise UserError(
                 f"method {config.method} has no k-sparse code to read; use sdmlp or ssd"
             )
-        self._events = Trainer([Learner(config, tasks, model)]).run()
         code = LearnedCode(model, None if share is None else max(1, round(share * config.neurons)))
-        self._readout = CodeReadout(code, classes, readout, strength, device=first.device)
+        super().__init__(code, classes, readout, strength, first.device)
+        self._events = Trainer([Learner(config, tasks, model)]).run()
         self._frozen, self._freeze = False, freeze
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
@@ -60,18 +60,8 @@ class TrainedReadout:
         if not self._frozen:
             next(event for event in self._events if event.kind == "task")
         self._frozen = self._freeze
-        self._readout.fit_task(x, y)
+        super().fit_task(x, y)
 
     @property
     def fixed(self) -> bool:
-        """Whether the code of an input stays what it is after the first task."""
         return self._freeze
-
-    def encode(self, x: Tensor) -> list[TopKOutput]:
-        return self._readout.encode(x)
-
-    def read(self, codes: Sequence[TopKOutput]) -> Tensor:
-        return self._readout.read(codes)
-
-    def predict(self, x: Tensor) -> Tensor:
-        return self._readout.predict(x)

@@ -116,11 +116,7 @@ def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> P
     ) -> Tensor:
         features = tasks[0].x_train.shape[1]
         entry = next(e for e in entries(features, neurons) if e.name == name)
-        early = {k: v for k, v in chosen.items() if any(k in tried for tried in entry.early)}
-        draw = torch.Generator().manual_seed(config.seed)
-        learner = entry.build(features, classes, neurons, draw, **early)
-        for attribute in chosen.keys() - early.keys():
-            setattr(learner, attribute, chosen[attribute])
+        learner = entry.make(features, classes, neurons, config.seed, chosen)
         return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
 
     return Peer(evaluate, sizes, settings)

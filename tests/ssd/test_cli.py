@@ -19,7 +19,7 @@ from ssd.config import PROTOCOLS, Protocol
 from ssd.embed import __main__ as embed
 from ssd.errors import Interrupted, UserError
 from ssd.peers import __main__ as peers
-from ssd.peers import learners
+from ssd.peers import learners, study
 from ssd.reproduce import __main__ as reproduce
 from ssd.reproduce import experiments
 
@@ -183,12 +183,25 @@ def refused(main: Main, given: list[str], capsys: pytest.CaptureFixture[str]) ->
     return lines[0]
 
 
+# What is interrupted, and what is said then after "interrupted; ".
 INTERRUPTED = {
-    "train": ("run", "go on with: python -m ssd.train --out out --resume"),
-    "sweep": ("run_jobs", "go on with: python -m ssd.sweep s.toml --device cpu --out out"),
-    "reproduce": ("stop_on_interrupt", "out shows what exists; go on with: python -m ssd."),
-    "peers": ("evaluate_stream", "go on with: python -m ssd.peers --features f.npz --tasks 2"),
-}  # fmt: skip
+    "train": (
+        "ssd.train.run",
+        "go on with: python -m ssd.train --out out --resume",
+    ),
+    "sweep": (
+        "ssd.sweep.run_jobs",
+        "go on with: python -m ssd.sweep s.toml --device cpu --out out",
+    ),
+    "reproduce": (
+        "ssd.reproduce.__main__.stop_on_interrupt",
+        "out shows what exists; go on with: python -m ssd.",
+    ),
+    "peers": (
+        "ssd.peers.study.evaluate_stream",
+        "go on with: python -m ssd.peers --features f.npz --tasks 2",
+    ),
+}
 
 
 @pytest.mark.parametrize("command", INTERRUPTED)
@@ -198,12 +211,11 @@ def test_interruption(
     def interrupt(*given: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    name, message = INTERRUPTED[command]
+    interrupted, message = INTERRUPTED[command]
     main = COMMANDS[command][0]
-    module = sys.modules[main.__module__]
     given = [*arguments(command, "out"), *(["--seeds", "1"] if command == "train" else [])]
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, interrupt)
+        patch.setattr(interrupted, interrupt)
         assert main(given) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"interrupted; {message}")
@@ -214,7 +226,7 @@ def test_interruption(
 def test_interruption_of_peers_that_keep_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(peers, "evaluate_stream", lambda *given: (_ for _ in ()).throw(Interrupted))
+    monkeypatch.setattr(study, "evaluate_stream", lambda *given: (_ for _ in ()).throw(Interrupted))
     assert peers.main(COMMANDS["peers"][1]) == 130
     assert capsys.readouterr().err.endswith("interrupted; without --out FILE nothing is kept\n")
 

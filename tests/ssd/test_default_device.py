@@ -46,8 +46,7 @@ def trained(**settings: object) -> Iterable[Tensor]:
 def evaluated(name: str) -> Iterable[Tensor]:
     data = make_data()
     (entry,) = (e for e in learners.entries(9, 40) if e.name == name)
-    settings = {k: v for part in entry.early[:1] for k, v in part.items()}
-    learner = entry.build(9, 4, 40, torch.Generator().manual_seed(0), **settings)
+    learner = entry.make(9, 4, 40, 0, entry.early[0])
     return [learners.evaluate_stream(learner, split(data, 2, class_order(4, 1)))]
 
 
@@ -56,7 +55,7 @@ def pretrained(folder: Path) -> Iterable[Tensor]:
     pixels = torch.randint(256, (8, 1, 8, 8), generator=draw, dtype=torch.uint8, device="cpu")
     images = Images("noise", pixels, torch.arange(8, device="cpu") % 2, flip=True)
     path = folder / "weights"
-    Pretrainer(images, Settings(epochs=1, batch_size=4), CPU, path, {}).run(60.0)
+    Pretrainer(images, Settings(epochs=1, batch_size=4), CPU, path).run(60.0)
     return load_weights(path, CPU)[0].state_dict().values()
 
 

@@ -10,7 +10,6 @@ from kill_resume import write_features
 
 from ssd.config import Config
 from ssd.data import class_order, load, split
-from ssd.peers import __main__ as peers
 from ssd.peers import learners
 from ssd.peers.learners import entries, evaluate_stream
 from ssd.run import RunOptions, run
@@ -60,8 +59,7 @@ def test_numbers_of_peers(tmp_path: Path) -> None:
     stream = split(data, 2, class_order(4, 1))
     found = {}
     for entry in entries(16, 40):
-        learner = entry.build(16, 4, 40, torch.Generator().manual_seed(1), **entry.early[0])
-        peers._set(learner, entry.late[0])
+        learner = entry.make(16, 4, 40, 1, {**entry.early[0], **entry.late[0]})
         evaluate_stream(learner, stream)
         found[entry.name] = float(torch.softmax(learner.predict(data.x_test), 1).double().norm())
     assert learners.ALGORITHM == 1

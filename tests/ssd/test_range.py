@@ -56,10 +56,7 @@ def test_peers(name: str, dtype: torch.dtype, exponent: int) -> None:
     entry = next(e for e in entries(D, 60) if e.name == name)
 
     def accuracy(loaded: Dataset) -> Tensor:
-        draw = torch.Generator().manual_seed(0)
-        learner = entry.build(D, C, 60, draw, **entry.early[-1])
-        for setting, value in entry.late[-1].items():
-            setattr(learner, setting, value)
+        learner = entry.make(D, C, 60, 0, {**entry.early[-1], **entry.late[-1]})
         return evaluate_stream(learner, split(loaded, 3, class_order(C, 0)))
 
     plain = accuracy(make(torch.float32))

@@ -37,7 +37,7 @@ def images(monkeypatch: pytest.MonkeyPatch) -> Images:
 
 
 def trainer(images: Images, path: Path, settings: Settings = SETTINGS) -> Pretrainer:
-    return Pretrainer(images, settings, CPU, path, convmixer.describe(images, settings))
+    return Pretrainer(images, settings, CPU, path)
 
 
 def test_network_as_the_paper_writes_it() -> None:

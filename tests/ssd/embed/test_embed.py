@@ -1,8 +1,12 @@
 """The command line: features of images, written, refused, interrupted and resumed."""
 
+import itertools
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +20,17 @@ from torchvision import models
 from ssd import data, train
 from ssd.data import load
 from ssd.embed import __main__ as embed
-from ssd.embed import convmixer
+from ssd.embed import convmixer, embedding
 
-SMALL = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
-CONVMIXER = ["--dataset", "cifar10", "--extractor", "convmixer", "--out", "f.npz", *SMALL]
-RESNET = [*("--dataset", "mnist", "--extractor", "torchvision:resnet18"),
-          *("--out", "r.npz", "--batch-size", "10", "--device", "cpu")]  # fmt: skip
+SMALL = "--device cpu --batch-size"
+CONVMIXER = f"--dataset cifar10 --extractor convmixer --out f.npz --epochs 1 {SMALL} 16".split()
+RESNET = f"--dataset mnist --extractor torchvision:resnet18 --out r.npz {SMALL} 10".split()
+StopAfter = Callable[[int], None]
 
 
 @pytest.fixture
 def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ssd.data.load gives small sets, and reads files as ever; ConvMixer is a tiny one."""
+    """ssd.data.load makes small sets but still reads files; ConvMixer is a tiny one."""
     load = data.load
 
     def load_small(name: str, root: Path, features: Path | None = None, **options: object):
@@ -46,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_images: None) 
 
 @pytest.fixture
 def no_download(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """torchvision's models with weights drawn from a seed in the place of the downloaded ones."""
+    """torchvision's models with weights drawn from a seed in place of the downloaded ones."""
     get_model, drawn = models.get_model, {"seed": 0}
 
     def without_weights(name: str, weights: object, progress: bool) -> nn.Module:
@@ -58,24 +62,13 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch):
-    """Makes Ctrl-C come before the n-th time that it is asked for."""
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> StopAfter:
+    """Makes Ctrl-C come before the command asks for it the n-th time."""
 
     def prepare(count: int) -> None:
-        class Stopped:
-            left = count
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error: object) -> None:
-                pass
-
-            def __call__(self) -> bool:
-                self.left -= 1
-                return self.left <= 0
-
-        monkeypatch.setattr(embed, "stop_on_interrupt", Stopped)
+        asked = itertools.count(1)
+        stopped = nullcontext(lambda: next(asked) >= count)
+        monkeypatch.setattr(embed, "stop_on_interrupt", lambda: stopped)
 
     return prepare
 
@@ -85,15 +78,20 @@ def files() -> dict[str, bytes]:
 
 
 def digests() -> dict[str, bytes | str]:
-    """The files; of those in safetensors, whose headers have no fixed order, the checksum."""
-    found: dict[str, bytes | str] = {}
-    for name, content in files().items():
-        if name.endswith(".safetensors"):
-            with safe_open(name, framework="pt") as file:
-                found[name] = file.metadata()["sha256"]
-        else:
-            found[name] = content
+    """The files; in place of a safetensors file, whose header has no fixed order, its checksum."""
+    found: dict[str, bytes | str] = {**files()}
+    for path in Path().glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found[path.name] = file.metadata()["sha256"]
     return found
+
+
+def written_and_removed(arguments: list[str]) -> dict[str, bytes | str]:
+    assert embed.main(arguments) == 0
+    expected = digests()
+    for name in expected:
+        os.unlink(name)
+    return expected
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
@@ -134,8 +132,8 @@ def test_convmixer_features_are_those_of_its_weights(capsys: pytest.CaptureFixtu
 def test_train_accepts_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     assert embed.main(CONVMIXER) == 0
     monkeypatch.setattr(train, "write_figures", lambda folder: None)
-    assert train.main([*("--features", "f.npz", "--tasks", "2", "--neurons", "16", "-k", "2"),
-                       *("--epochs", "1", "--device", "cpu", "--out", "run")]) == 0  # fmt: skip
+    options = "--features f.npz --tasks 2 --neurons 16 -k 2 --epochs 1 --device cpu --out run"
+    assert train.main(options.split()) == 0
 
 
 def test_weights_give_the_same_features_without_pretraining() -> None:
@@ -154,14 +152,11 @@ def test_grey_images_by_an_extractor_for_colours() -> None:
 
 
 def test_interrupt_anywhere_and_resume(
-    stop_after: object, capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At every step of pretraining and every batch of embedding, one process after another."""
     arguments = [*CONVMIXER, "--epochs", "2"]
-    assert embed.main(arguments) == 0
-    expected = digests()
-    for name in expected:
-        os.unlink(name)
+    expected = written_and_removed(arguments)
     stop_after(1)
     stops, status = 0, embed.main(arguments)
     while status == 130:
@@ -179,10 +174,7 @@ def test_interrupt_anywhere_and_resume(
 
 def test_crash_at_every_write(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*CONVMIXER, "--checkpoint-every", "0"]
-    assert embed.main(arguments) == 0
-    expected = digests()
-    for name in expected:
-        os.unlink(name)
+    expected = written_and_removed(arguments)
     replace_file, crashes, left = os.replace, 0, 1
 
     class Killed(BaseException):
@@ -222,7 +214,7 @@ def test_resume_of_what_is_finished(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_partial_features_of_something_else(
-    stop_after: object, no_download: dict[str, int], capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, no_download: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(2)
     assert embed.main(RESNET) == 130
@@ -318,46 +310,50 @@ def test_convert_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "f.npz exists already" in refused(capsys, ["--convert", "half.pt", *out])
 
 
-OPTIONS = {
-    "no out": (CONVMIXER[:4], "--out is missing"),
-    "no data set": (CONVMIXER[2:], "--dataset is missing"),
-    "no extractor": ([*CONVMIXER[:2], *CONVMIXER[4:]], "--extractor is missing"),
-    "unknown data set": ([*CONVMIXER, "--dataset", "cifar"], "--dataset cifar is unknown; choose"),
-    "unknown extractor": ([*CONVMIXER, "--extractor", "resnet18"], "resnet18 is unknown; use"),
-    "unknown model": ([*RESNET, "--extractor", "torchvision:resnt18"], "torchvision:resnet18"),
-    "unlike any model": ([*RESNET, "--extractor", "torchvision:?"], "torchvision:vit_b_16"),
-    "another suffix": ([*CONVMIXER, "--out", "f.pt"], "--out f.pt must end in .npz"),
-    "out in no folder": ([*CONVMIXER, "--out", "a/f.npz"], "there is no folder a; make it"),
-    "out is a folder": ([*CONVMIXER, "--out", "folder.npz"], "is a folder; name a file"),
-    "out exists": ([*CONVMIXER, "--out", "there.npz"], "there.npz exists already; add --resume"),
-    "same pretraining": ([*CONVMIXER, "--pretrain", "cifar10"], "must not have seen the labels"),
-    "subset": ([*CONVMIXER, "--dataset", "mnist", "--pretrain", "mnist-5k"], "must not have seen"),
-    "unknown pretraining": ([*CONVMIXER, "--pretrain", "imagenet"], "--pretrain imagenet is unk"),
-    "grey pretraining": ([*CONVMIXER, "--pretrain", "mnist"], "images of 1 channel, cifar10 of 3"),
-    "two pretrainings": ([*CONVMIXER, "--pretrain", "mnist", "--pretrain-folder", "."], "exclude"),
-    "no such folder": ([*CONVMIXER, "--pretrain-folder", "a"], "a is not a folder"),
-    "no classes": ([*CONVMIXER, "--pretrain-folder", "folder.npz"], "--pretrain-folder folder.npz"),
-    "no weights": ([*CONVMIXER[:6], "--weights", "a"], "--weights a is not a file"),
-    "weights of another": ([*CONVMIXER[:6], "--weights", "there.npz"], "there.npz is damaged or"),
-    "weights and epochs": ([*CONVMIXER, "--weights", "a"], "--epochs does not go with --weights"),
-    "epochs of torchvision": ([*RESNET, "--epochs", "3"], "--epochs does not go with --extractor"),
-    "no epochs": ([*CONVMIXER, "--epochs", "0"], "--epochs 0 must be at least 1"),
-    "no batch": ([*CONVMIXER, "--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    "no rate": ([*CONVMIXER, "--lr", "nan"], "--lr nan must be in 0..1, not 0"),
-    "high rate": ([*CONVMIXER, "--lr", "1.1"], "--lr 1.1 must be in 0..1, not 0"),
-    "seed": ([*CONVMIXER, "--seed", "-1"], "--seed -1 must be in 0..2^32-1"),
-    "interval": ([*CONVMIXER, "--checkpoint-every", "nan"], "--checkpoint-every nan must be"),
-    "device": ([*CONVMIXER, "--device", "cuda:99"], "--device cuda:99 is not on this machine"),
-    "unknown option": ([*CONVMIXER, "--overwrite"], "unrecognized arguments: --overwrite"),
-}  # fmt: skip
+UNTRAINED = "--dataset cifar10 --extractor convmixer --out f.npz"
+OPTIONS = [
+    ("--dataset cifar10 --extractor convmixer", "--out is missing"),
+    ("--extractor convmixer --out f.npz", "--dataset is missing"),
+    ("--dataset cifar10 --out f.npz", "--extractor is missing"),
+    ("convmixer --dataset cifar", "--dataset cifar is unknown; choose"),
+    ("convmixer --extractor resnet18", "resnet18 is unknown; use"),
+    ("resnet --extractor torchvision:resnt18", "torchvision:resnet18"),
+    ("resnet --extractor torchvision:?", "torchvision:vit_b_16"),
+    ("convmixer --out f.pt", "--out f.pt must end in .npz"),
+    ("convmixer --out a/f.npz", "there is no folder a; make it"),
+    ("convmixer --out folder.npz", "is a folder; name a file"),
+    ("convmixer --out there.npz", "there.npz exists already; add --resume"),
+    ("convmixer --pretrain cifar10", "must not have seen the labels"),
+    ("convmixer --dataset mnist --pretrain mnist-5k", "must not have seen the labels"),
+    ("convmixer --pretrain imagenet", "--pretrain imagenet is unknown"),
+    ("convmixer --pretrain mnist", "images of 1 channel, cifar10 of 3"),
+    ("convmixer --pretrain mnist --pretrain-folder .", "--pretrain does not go with --pretrain-fo"),
+    ("convmixer --pretrain-folder a", "a is not a folder"),
+    ("convmixer --pretrain-folder folder.npz", "--pretrain-folder folder.npz"),
+    (f"{UNTRAINED} --weights a", "--weights a is not a file"),
+    (f"{UNTRAINED} --weights there.npz", "there.npz is damaged or"),
+    ("convmixer --weights a", "--epochs does not go with --weights"),
+    ("resnet --epochs 3", "--epochs does not go with --extractor"),
+    ("convmixer --epochs 0", "--epochs 0 must be at least 1"),
+    ("convmixer --batch-size 0", "--batch-size 0 must be at least 1"),
+    ("convmixer --lr nan", "--lr nan must be in 0..1, not 0"),
+    ("convmixer --lr 1.1", "--lr 1.1 must be in 0..1, not 0"),
+    ("convmixer --seed -1", "--seed -1 must be in 0..2^32-1"),
+    ("convmixer --checkpoint-every nan", "--checkpoint-every nan must be"),
+    ("convmixer --device cuda:99", "--device cuda:99 is not on this machine"),
+    ("convmixer --overwrite", "unrecognized arguments: --overwrite"),
+]
 
 
-@pytest.mark.parametrize("case", OPTIONS)
-def test_bad_option(folder: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+@pytest.mark.parametrize(("options", "message"), OPTIONS)
+def test_bad_option(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
     (folder / "folder.npz").mkdir()
     (folder / "there.npz").touch()
-    arguments, message = OPTIONS[case]
-    assert message in refused(capsys, arguments)
+    start, *more = options.split()
+    base = {"convmixer": CONVMIXER, "resnet": RESNET}.get(start, [start])
+    assert message in refused(capsys, [*base, *more])
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc to fail to write to")
@@ -365,7 +361,7 @@ def test_unwritable_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert "/proc cannot be written to" in refused(capsys, [*CONVMIXER, "--out", "/proc/f.npz"])
 
 
-def test_data_that_are_not_to_be_had(
+def test_data_that_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither the images to embed nor those to pretrain on; no subset stands in for MNIST."""
@@ -384,7 +380,7 @@ def test_data_that_are_not_to_be_had(
 
 
 def test_weights_that_know_the_labels_or_are_unfinished(
-    stop_after: object, capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed.main(CONVMIXER) == 0
     weights = ["--weights", "f.convmixer.safetensors", "--out", "g.npz", "--extractor", "convmixer"]
@@ -401,17 +397,17 @@ def test_divergence_and_features_that_are_not_finite(
 ) -> None:
     nan = torch.tensor(float("nan")), torch.tensor(0)
     with monkeypatch.context() as patch:
-        patch.setattr(embed.Pretrainer, "_train", lambda self, *arguments: nan)
+        patch.setattr(convmixer.Pretrainer, "_train", lambda self, *arguments: nan)
         assert "--lr 0.01 makes the loss nan" in refused(capsys, CONVMIXER)
     monkeypatch.setattr(
         convmixer.ConvMixer, "embed", lambda self, x: torch.full((len(x), 8), torch.inf)
     )
-    monkeypatch.setattr(embed.Pretrainer, "run", lambda self, *arguments: self.model)
+    monkeypatch.setattr(convmixer.Pretrainer, "run", lambda self, *arguments: self.model)
     assert "not finite" in refused(capsys, CONVMIXER)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_memory_that_does_not_suffice(
+def test_too_little_memory(
     device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: object, *arguments: object) -> None:
@@ -419,14 +415,12 @@ def test_memory_that_does_not_suffice(
             raise torch.OutOfMemoryError("CUDA out of memory")
         torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(embed.Pretrainer, "run", fail)
-    assert "--batch-size 16 needs more memory" in refused(capsys, CONVMIXER)
+    monkeypatch.setattr(convmixer.Pretrainer, "run", fail)
+    assert "--batch-size 16 does not fit into the memory of cpu" in refused(capsys, CONVMIXER)
 
 
 def test_signal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A real Ctrl-C in the midst of pretraining, with the arguments of the process."""
-    import signal
-
+    """A real Ctrl-C during pretraining, with the arguments of the process."""
     step = convmixer.Pretrainer._train
 
     def interrupt(self: convmixer.Pretrainer, *arguments: torch.Tensor):
@@ -455,7 +449,7 @@ def test_cuda() -> None:
 
 
 def test_what_another_version_left_is_not_gone_on_with(
-    stop_after: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop_after: StopAfter, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(1)
     assert embed.main(CONVMIXER) == 130
@@ -465,7 +459,7 @@ def test_what_another_version_left_is_not_gone_on_with(
         said = refused(capsys, [*CONVMIXER, "--resume"])
         assert "is of another pretraining (algorithm 1, now 0)" in said
     assert embed.main([*CONVMIXER, "--resume"]) == 0
-    monkeypatch.setattr(embed, "ALGORITHM", 0)
+    monkeypatch.setattr(embedding, "ALGORITHM", 0)
     assert "is of another command (algorithm 1, now 0" in refused(capsys, [*CONVMIXER, "--resume"])
 
 

@@ -55,7 +55,7 @@ def test_unknown_model() -> None:
 
 
 @pytest.mark.parametrize("error", [URLError("no route\nto host"), RuntimeError("invalid hash")])
-def test_weights_not_to_be_had(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import socket
 
     def fail(*arguments: object, **options: object) -> None:

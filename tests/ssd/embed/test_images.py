@@ -34,7 +34,7 @@ def test_what_to_pretrain_on_is_another_set_of_the_same_shape() -> None:
 def test_checksum_sees_images_and_labels() -> None:
     images, labels = torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1])
     checksums = {
-        Images("a", x, y, True).checksum()
+        Images("a", x, y, True).crc32
         for x in (images, images + 1)
         for y in (labels, labels.flip(0))
     }
@@ -52,7 +52,7 @@ def test_folder(tmp_path: Path) -> None:
         (tmp_path / place).parent.mkdir(exist_ok=True)
         to_pil_image(image).save(tmp_path / place)
     steps: list[tuple[int, int]] = []
-    images = load_folder(tmp_path, lambda text, done, total, milestone: steps.append((done, total)))
+    images = load_folder(tmp_path, lambda text, done, total: steps.append((done, total)))
     assert images.labels.tolist() == [0, 1, 1]
     assert torch.equal(images.pixels[1], exact)
     assert (images.pixels[2] == 7).all()

@@ -14,6 +14,7 @@ from torch import Tensor
 from ssd.data import Task
 from ssd.peers import __main__ as peers
 from ssd.peers import learners
+from ssd.peers import study as peer_study
 from ssd.peers.learners import FlyModel, NearestClassMean, RandomReLU, StreamingLDA, evaluate_stream
 
 D, C = 6, 4
@@ -73,7 +74,7 @@ def test_streaming_lda_is_lda(shrinkage: float) -> None:
 def test_random_relu_task_by_task_is_ridge() -> None:
     linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     x, y = data()
-    learner = RandomReLU(D, C, 40, ridge=1e-2, generator=torch.Generator().manual_seed(1))
+    learner = RandomReLU(D, C, 40, torch.Generator().manual_seed(1), ridge=1e-2)
     fit(learner, x, y, [[3], [1], [0, 2]])
     hidden = (x @ learner.projection.T).relu().double()
     ridge = 1e-2 * hidden.square().sum(0).mean().item()
@@ -90,10 +91,10 @@ def test_random_relu_task_by_task_is_ridge() -> None:
 def test_fly_model_is_its_one_pass_rule() -> None:
     """Sample by sample, clipped after each."""
     y = torch.arange(C).repeat_interleave(30)
-    x = 2 * torch.randn(C, 20)[y] + torch.randn(len(y), 20)
-    learner = FlyModel(20, C, 50, 0.1, 0.5, 0.2, generator=torch.Generator().manual_seed(2))
+    x = 2 * torch.randn(C, 80)[y] + torch.randn(len(y), 80)
+    learner = FlyModel(80, C, 50, torch.Generator().manual_seed(2), share=0.1, lr=0.2)
     fit(learner, x, y, [[0, 1], [2, 3]])
-    assert learner.projection.sum(1).tolist() == [10.0] * 50
+    assert learner.projection.sum(1).tolist() == [8.0] * 50
     weight = torch.zeros(50, C, dtype=torch.float64)
     for sample, label in zip(x, y, strict=True):
         response = learner.projection @ (sample - sample.mean())
@@ -109,7 +110,7 @@ def test_fly_model_is_its_one_pass_rule() -> None:
 LEARNERS = [
     NearestClassMean(D, C),
     StreamingLDA(D, C),
-    FlyModel(D, C, 50, 0.1),
+    FlyModel(D, C, 50, share=0.1),
     RandomReLU(D, C, 40),
 ]
 
@@ -166,8 +167,7 @@ def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
     printed = capsys.readouterr().out
     assert "tiny, 2 tasks, R = 20, 2 seeds" in printed
     assert "mean ± standard deviation over seeds" in printed
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(out.read_text().splitlines()))
     for entry in some:
         mine = [row for row in rows if row["learner"] == entry.name]
         tried = [row for row in mine if row["split"] == "validation"]
@@ -183,8 +183,7 @@ def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
     text = out.read_text().splitlines(keepends=True)
     out.write_text("".join(text[: rows.index(lost) + 1] + text[rows.index(lost) + 2 :]))
     assert peers.main(arguments) == 0
-    with out.open(newline="") as file:
-        again = list(csv.DictReader(file))
+    again = list(csv.DictReader(out.read_text().splitlines()))
     assert len(again) == len(rows)
     assert again[-1]["mean_accuracy"] == lost["mean_accuracy"]
 
@@ -231,9 +230,11 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("change", ["data", "tasks", "algorithm"])
 def test_rows_of_another_study_are_refused(
-    study: list[str], change: str, monkeypatch: pytest.MonkeyPatch,
+    study: list[str],
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert peers.main(study) == 0
     before = Path("t.csv").read_bytes()
     if change == "data":  # of the same name
@@ -243,7 +244,7 @@ def test_rows_of_another_study_are_refused(
     elif change == "tasks":
         study[study.index("--tasks") + 1] = "4"
     else:
-        monkeypatch.setattr(peers, "ALGORITHM", 0)
+        monkeypatch.setattr(peer_study, "ALGORITHM", 0)
     capsys.readouterr()
     assert peers.main(study) == 2
     printed, said = capsys.readouterr()
@@ -292,13 +293,16 @@ def test_a_table_that_was_saved_by_another_program(
     Path("t.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert peers.main(study) == 0
     assert shown(capsys) == table
+    run_twice = text + text.splitlines()[-1] + "\n"
+    before, _, *after = text.rsplit(",", 6)  # the last row's accuracy
     for content in (
-        text.encode("utf-16"), text.replace(",", ";").encode(), text[:-30].encode(), b"\x00", b"",
-        text.replace("algorithm", "version", 1).encode(), text.encode() + b"1,2\n",
-        (text + text.splitlines()[-1] + "\n").encode(),  # a run twice
-        *(",".join([*(cells := text.rsplit(",", 6))[:1], bad, *cells[2:]]).encode()
-          for bad in ("7.0", "nan", "-1")),
-    ):  # fmt: skip
+        b"",
+        b"\x00",
+        text.encode("utf-16"),
+        *map(str.encode, (text.replace(",", ";"), text.replace("algorithm", "version", 1))),
+        *map(str.encode, (text[:-30], text + "1,2\n", run_twice)),
+        *(",".join([before, bad, *after]).encode() for bad in ("7.0", "nan", "-1")),
+    ):
         Path("t.csv").write_bytes(content)
         assert peers.main(study) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -309,7 +313,7 @@ def test_rows_of_several_commits_say_so(
     study: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seeds, made in (("1", "c0ffee"), ("2", "decaf")):
-        monkeypatch.setattr(peers, "commit", lambda made=made: made)
+        monkeypatch.setattr(peer_study, "commit", lambda made=made: made)
         assert peers.main([*study, "--seeds", seeds]) == 0
     assert capsys.readouterr().err.endswith("note: the table shows runs of 2 commits\n")
 

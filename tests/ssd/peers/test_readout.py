@@ -13,7 +13,6 @@ from ssd.peers.readout import (
     LearnedCode,
     RandomCode,
     discriminant,
-    gaussian_addresses,
     local_addresses,
     ridge_solution,
 )
@@ -33,7 +32,7 @@ def dense(code: RandomCode | LearnedCode, x: Tensor) -> Tensor:
 
 
 def random_code() -> RandomCode:
-    return RandomCode(gaussian_addresses(R, D, torch.Generator().manual_seed(3)), K)
+    return RandomCode(torch.randn(R, D, generator=torch.Generator().manual_seed(3)), K)
 
 
 def fitted(x: Tensor, y: Tensor, classes: list[list[int]], **settings: object) -> CodeReadout:

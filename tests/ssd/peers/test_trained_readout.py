@@ -13,8 +13,17 @@ from ssd.peers.trained_readout import TrainedReadout
 from ssd.trainer import Trainer
 
 D, C = 12, 4
-CONFIG = Config(method="ssd", tasks=2, neurons=40, k=4, epochs=3, batch_size=16, lr=0.5,
-                anneal_samples=200, subnetwork=2.0)  # fmt: skip
+CONFIG = Config(
+    method="ssd",
+    tasks=2,
+    neurons=40,
+    k=4,
+    epochs=3,
+    batch_size=16,
+    lr=0.5,
+    anneal_samples=200,
+    subnetwork=2.0,
+)
 
 
 def stream() -> list[Task]:
@@ -30,37 +39,25 @@ def stream() -> list[Task]:
     return tasks
 
 
-def test_reads_the_code_as_it_is_after_each_task() -> None:
+@pytest.mark.parametrize("freeze", [False, True])
+def test_reads_the_code_as_it_is_after_each_task(freeze: bool) -> None:
+    """Or as it is after the first one, where the network is frozen then."""
     tasks = stream()
-    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, strength=1e-2)
+    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, strength=1e-2, freeze=freeze)
     accuracy = evaluate_stream(learner, tasks)
     assert accuracy[1].mean() > 0.6
     assert accuracy[0, 1] == 0
 
     model = build_model(CONFIG, D, C)
-    expected = CodeReadout(LearnedCode(model, 10), C, "lda", 1e-2)
-    for event in Trainer([Learner(CONFIG, tasks, model)]).run():
-        if event.kind == "task":
-            expected.fit_task(tasks[event.task].x_train, tasks[event.task].y_train)
-    x = tasks[0].x_test
-    assert torch.equal(learner.predict(x), expected.predict(x))
-    assert not torch.equal(model.encoder.weight, build_model(CONFIG, D, C).encoder.weight)
-
-
-def test_frozen_after_the_first_task() -> None:
-    tasks = stream()
-    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, strength=1e-2, freeze=True)
-    for task in tasks:
-        learner.fit_task(task.x_train, task.y_train)
-
-    model = build_model(CONFIG, D, C)
     events = Trainer([Learner(CONFIG, tasks, model)]).run()
-    next(event for event in events if event.kind == "task")
     expected = CodeReadout(LearnedCode(model, 10), C, "lda", 1e-2)
-    for task in tasks:
+    for number, task in enumerate(tasks):
+        if number == 0 or not freeze:
+            next(event for event in events if event.kind == "task")
         expected.fit_task(task.x_train, task.y_train)
     x = torch.cat([task.x_test for task in tasks])
     assert torch.equal(learner.predict(x), expected.predict(x))
+    assert not torch.equal(model.encoder.weight, build_model(CONFIG, D, C).encoder.weight)
 
 
 def test_the_network_s_own_k() -> None:
