@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssd.ops.reference import response_to_inhibition
 from ssd_kernels import TopKOutput, count_active, linear_inhibit, linear_topk
 from ssd_kernels._checks import counter, whole
 from ssd_kernels._dispatch import symbolic
@@ -105,14 +106,6 @@ SPARSE_SHARE = 1 / 8
 RETRY = 64
 # Weights of an encoder from which on estimating its scores pays.
 SHADOW_MIN = 2**20
-
-
-def response_to_inhibition(
-    counts: Tensor, anneal_samples: int | Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The GABA switch of neurons that were active so often: -1 (excited) to 1 (inhibited)."""
-    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65,504
-    return (2 * counts.to(wide) / anneal_samples - 1).clamp(-1, 1).to(dtype)
 
 
 class AnnealedTopKLinear(TopKLinear):
