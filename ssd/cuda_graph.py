@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssd.learner import ENCODER, Learner, Stack
-from ssd.models import SDMLP, SPARSE_SHARE, WIDTH
+from ssd.models import SPARSE_SHARE, WIDTH
 from ssd.ops import reference
 from ssd.ops.batch import draw_batch, tally
 from ssd.step import Batch, sparse_step
@@ -66,7 +66,7 @@ class GraphedEpochs:
     @staticmethod
     def serves(learners: Sequence[Learner]) -> bool:
         """Whether no part of the method needs the host: the linear schedule does."""
-        sparse = all(isinstance(each.model, SDMLP) for each in learners)
+        sparse = all(each.sparse for each in learners)
         return sparse and learners[0].config.schedule != "linear"
 
     def load_task(self) -> None:

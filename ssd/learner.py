@@ -115,6 +115,12 @@ class Learner:
         self.inputs = torch.empty(0, device=self.device)
         self.labels = torch.empty(0, device=self.device)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether sparse_step serves: it knows SDMLPs, and a distillation that is fused."""
+        fused = self.distiller is None or self.distiller.fused
+        return isinstance(self.model, SDMLP) and fused
+
     def load_task(self, number: int) -> None:
         """Makes a task the one that is trained."""
         task = self.tasks[number]

@@ -18,7 +18,6 @@ from ssd.cuda_graph import GraphedEpochs
 from ssd.errors import Diverged, fitting
 from ssd.learner import Learner, Stack, part
 from ssd.metrics import finite
-from ssd.models import SDMLP
 from ssd.step import plain_step, step
 
 # Settings in which learners that are trained together may differ.
@@ -64,7 +63,7 @@ class Trainer:
             graphs = self.device.type == "cuda" and GraphedEpochs.serves(self.learners)
         with self._fitting():
             self.graphed = GraphedEpochs(self.learners) if graphs else None
-        sparse = all(isinstance(each.model, SDMLP) for each in self.learners)
+        sparse = all(each.sparse for each in self.learners)
         self.stacks = [Stack([each]) for each in self.learners] if sparse else []
 
     def run(self) -> Iterator[Event]:

@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from ssd.activations import count_activations, evaluating
-from ssd.distillation import Distiller, distillation_loss, select_subnetwork
+from ssd.cuda_graph import GraphedEpochs
+from ssd.distillation import HIDDEN_LOSSES, Distiller, distillation_loss, select_subnetwork
 from ssd.ops.distill import distill
+from ssd.trainer import Trainer
 from ssd_kernels.nn import KSparseMLP, TopK, TopKLinear
+from tests.ssd.test_together import BASE as TOGETHER
+from tests.ssd.test_together import make_learner
 
 
 class KWinnersMLP(nn.Module):
@@ -199,6 +204,66 @@ def test_terms_without_a_teacher_or_of_several_layers() -> None:
         second_task().distiller.terms(torch.arange(3))
 
 
+@pytest.fixture
+def squares(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new hidden loss, for the time of a test."""
+
+    def mean_square(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
+        return (student - teacher).square().mean(-1)
+
+    monkeypatch.setitem(HIDDEN_LOSSES, "mse", mean_square)
+    return "mse"
+
+
+def test_a_new_hidden_loss_takes_the_place_of_the_kl(squares: str) -> None:
+    task = second_task(hidden_loss=squares)
+    samples = torch.tensor([7, 3, 50])
+    logits = task.model(task.x[samples])
+    hidden = task.distiller.activations(logits)
+    of_layers = [
+        F.mse_loss(z, task.distiller.teacher_hidden[name][samples]) for name, z in hidden.items()
+    ]
+    of_logits = distillation_loss(logits, task.distiller.teacher_logits[samples], 2.0)
+    cross_entropy = F.cross_entropy(logits, task.y[samples])
+    expected = 0.5 * cross_entropy + 0.25 * sum(of_layers) / 2 + 0.25 * of_logits
+    torch.testing.assert_close(task.distiller.loss(logits, task.y[samples], samples), expected)
+    with pytest.raises(ValueError, match="differ in shape"):
+        distillation_loss(torch.randn(4, 5), torch.randn(5), 2.0, hidden_loss=squares)
+
+
+def test_no_other_loss_is_fused(squares: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 40), TopK(6), nn.Linear(40, 5))
+    assert Distiller(model).fused
+    assert Distiller(model, lam=0.0, hidden_loss=squares).fused
+    assert not Distiller(KWinnersMLP()).fused
+    other = second_task(model, hidden_loss=squares).distiller
+    assert not other.fused
+    with pytest.raises(ValueError, match=r"KL of one layer, not \['1'\] with hidden_loss='mse'"):
+        other.terms(torch.arange(3))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_trainer_takes_the_plain_step_for_it(
+    teacher: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The KL under another name trains as the fused one does."""
+    monkeypatch.setitem(HIDDEN_LOSSES, "other", HIDDEN_LOSSES["kl"])
+    config = replace(TOGETHER, method="ssd", tasks=1 + teacher, epochs=2, lam=0.5)
+    trained = []
+    for hidden_loss in ("kl", "other"):
+        learner = make_learner(config, torch.float64)
+        names = ("alpha", "lam", "temperature", "subnetwork")
+        settings = {name: getattr(config, name) for name in names}
+        learner.distiller = Distiller(learner.model, **settings, hidden_loss=hidden_loss)
+        trainer = Trainer([learner])
+        assert bool(trainer.stacks) == learner.sparse == (hidden_loss == "kl")
+        assert GraphedEpochs.serves([learner]) == learner.sparse
+        for _ in trainer.run():
+            pass
+        trained.append([p.detach() for p in learner.parameters])
+    torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("logits", ["all", "seen"])
 def test_state_dict_round_trip(logits: str) -> None:
     model, x, y = KWinnersMLP(), torch.randn(25, 12), torch.arange(25) % 3
@@ -222,6 +287,7 @@ def test_state_dict_round_trip(logits: str) -> None:
     ("arguments", "message"),
     [
         ({"kl": "sideways"}, "sideways"),
+        ({"hidden_loss": "sideways"}, "hidden_loss='sideways' is not one of kl"),
         ({"layers": ["nowhere"]}, "nowhere"),
         ({"layers": ["first"]}, "first"),
     ],
@@ -332,7 +398,7 @@ def test_activations_die_with_their_logits() -> None:
         del logits
         gc.collect()
         assert [z() for z in watched] == [None] * len(watched)
-        assert len(task.distiller._passes) == 0
+        assert len(task.distiller._observer._passes) == 0
 
 
 def test_a_failed_pass_leaves_nothing_behind() -> None:
@@ -483,7 +549,7 @@ def test_lwf_takes_any_logits() -> None:
     logits = task.model(task.x[:4])
     expected = task.loss(logits, 0)
     torch.testing.assert_close(task.loss(logits / 2 * 2, 0), expected)
-    assert len(task.distiller._passes) == 0
+    assert len(task.distiller._observer._passes) == 0
 
 
 def test_a_pass_without_gradients_has_the_same_loss() -> None:
@@ -756,7 +822,7 @@ def test_ranks_choose_one_subnetwork(tmp_path: Path) -> None:
         ({"samples": torch.ones(4, dtype=torch.bool)}, "samples .*bool"),
         ({"samples": torch.tensor([0, 1, 2, -1])}, "samples hold -1"),
         ({"samples": torch.tensor([0, 1, 2, 60])}, r"samples hold 60; they must lie in 0\.\.59"),
-        ({"hidden": {}}, "hidden is of layers"),
+        ({"hidden": {}}, "hidden activations are of layers"),
         ({"hidden": {"winners1": torch.randn(4, 6), "winners2": torch.randn(4, 1)}}, "shape"),
     ],
 )
@@ -832,7 +898,7 @@ def test_state_is_copied_both_ways_and_goes_to_the_models_device() -> None:
         (lambda s: s.pop("teacher_logits"), "no teacher_logits"),
         (lambda s: s.update({"neurons/other": torch.arange(6)}), "neurons are of layers"),
         (lambda s: s.update({"something": torch.arange(6)}), "'something' is no part"),
-        (lambda s: s.update({"neurons/winners1": torch.arange(5)}), r"\[5\], not \[6\]"),
+        (lambda s: s.update({"neurons/winners1": torch.arange(5)}), r"\[5\] must be \[6\]"),
         (lambda s: s.update({"neurons/winners1": torch.arange(35, 41)}), "hold 40"),
         (lambda s: s.update({"neurons/winners1": torch.arange(-1, 5)}), "hold -1"),
         (lambda s: s.update({"counts/winners1": torch.arange(5)}), "has 5 neurons, k=6"),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd.models import response_to_inhibition
 from ssd.ops.batch import draw_batch, tally
+from ssd.ops.reference import response_to_inhibition
 from tests.kernels.conftest import triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
