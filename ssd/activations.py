@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -216,6 +216,14 @@ class Recorder:
                     counts[name] = counts[name] + hits if name in counts else hits
         return counts
 
+    def of_ranks(self, own: Any) -> list[Any]:
+        """What every rank of the model's process group gives here; of one process, [own]."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return [own]
+        found: list[Any] = [None] * distributed.get_world_size(self.group)
+        distributed.all_gather_object(found, own, group=self.group)
+        return found
+
     def _note(
         self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: TopKOutput | Tensor
     ) -> None:
@@ -226,7 +234,7 @@ class Recorder:
 
 
 class _Pass(NamedTuple):
-    """A forward pass, kept as long as the model's output."""
+    """What is kept of a forward pass, as long as the model's output lives."""
 
     hidden: dict[str, Tensor]  # {layer: z [B, .., n]}
     fault: str  # why there is no hidden, or ""
@@ -234,10 +242,9 @@ class _Pass(NamedTuple):
 
 
 class Observer(Recorder):
-    """Keeps activations z of some neurons with the output of each forward pass of a model.
+    """Keeps the activations z of some neurons with the output of each forward pass of a model.
 
-    It does not matter what the model or a copy of it computes afterwards; with its output, a pass
-    is freed.
+    So other passes of the model, or of a copy, change nothing. z is freed with the output.
 
     Args:
         model: as its user calls it, perhaps wrapped.
@@ -321,7 +328,7 @@ class Observer(Recorder):
         hidden, fault = {}, ""
         try:
             hidden = self.read(calls, self._neurons)
-        except ValueError as error:  # of interest only if loss() is asked
+        except ValueError as error:  # kept() raises it, if it is asked
             fault = str(error)
         self._passes[output] = _Pass(hidden, fault, all(call.grad for call in calls.values()))
 

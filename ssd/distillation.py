@@ -20,81 +20,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.activations import CHUNK, Observer, evaluating, find_layers
-from ssd.ops.reference import distill, divergence
+from ssd.losses import HIDDEN_LOSSES, KL, choice, distillation_loss, positive, real, wide
+from ssd.ops.reference import distill
 from ssd_kernels.nn import TopKLinear
-
-# Losses of hidden activations by name: f(student [B, .., n], teacher [B, .., n], T, kl) -> [B, ..].
-# ssd.ops.distill computes "kl" alone; the others take the step through autograd.
-HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, float, str], Tensor]] = {"kl": divergence}
-OPTIONS = {
-    "kl": ("reverse", "forward"),
-    "hidden": ("after", "before"),
-    "logits": ("all", "seen"),
-    "frequency": ("last", "accumulated"),
-    "hidden_loss": HIDDEN_LOSSES,
-}
-
-
-def distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    kl: str = "reverse",
-    hidden_loss: str = "kl",
-) -> Tensor:
-    """T^2 KL between softmax(student / T) and softmax(teacher / T), or another loss, mean, 0-d.
-
-    Args:
-        student: [B, .., n], logits or activations.
-        teacher: [B, .., n]; entries that are -inf in both are left out of the KL.
-        temperature: T > 0; in float32 the KL is good to about T^2 1e-7.
-        kl: "reverse" is KL(student || teacher), as the paper writes it; "forward" is
-            KL(teacher || student), as distillation usually has it.
-        hidden_loss: a name in HIDDEN_LOSSES.
-
-    Raises:
-        ValueError: shapes that differ, a T that is not above 0, or an unknown name.
-    """
-    _check_options(kl=kl, hidden_loss=hidden_loss)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape"
-        )
-    _check_positive(temperature=temperature)
-    loss = HIDDEN_LOSSES[hidden_loss](_wide(student), _wide(teacher), temperature, kl)
-    return loss.mean()
-
-
-def _check_options(**given: str) -> None:
-    for name, value in given.items():
-        if value not in OPTIONS[name]:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(OPTIONS[name])}")
-
-
-def _check_positive(**given: float) -> None:
-    for name, value in given.items():
-        if not (_real(value) and 0 < value < math.inf):
-            raise ValueError(f"{name}={value!r} must be a finite number above 0")
-
-
-def _real(value: object) -> bool:
-    return isinstance(value, (Real, torch.SymFloat)) and not isinstance(value, bool)
-
-
-def _wide(z: Tensor) -> Tensor:
-    """float32 of a shorter dtype: T^2 magnifies rounding."""
-    return z.float() if z.dtype.itemsize < 4 else z
 
 
 def select_subnetwork(frequency: Tensor, size: int) -> Tensor:
@@ -143,13 +81,16 @@ class Distiller:
         layers: Sequence[str] | Mapping[str, int] | None = None,
         hidden_loss: str = "kl",
     ) -> None:
-        _check_options(
-            kl=kl, hidden=hidden, logits=logits, frequency=frequency, hidden_loss=hidden_loss
-        )
+        choice("kl", kl, KL)
+        choice("hidden", hidden, ("after", "before"))
+        choice("logits", logits, ("all", "seen"))
+        choice("frequency", frequency, ("last", "accumulated"))
+        choice("hidden_loss", hidden_loss, HIDDEN_LOSSES)
         for name, number in (("alpha", alpha), ("lam", lam)):
-            if not (_real(number) and 0 <= number <= 1):
+            if not (real(number) and 0 <= number <= 1):
                 raise ValueError(f"{name}={number!r} must be a number in 0..1")
-        _check_positive(temperature=temperature, subnetwork=subnetwork)
+        positive("temperature", temperature)
+        positive("subnetwork", subnetwork)
         self.model = model
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
         self.subnetwork, self.kl, self.hidden = subnetwork, kl, hidden
@@ -272,14 +213,14 @@ class Distiller:
         if self.teacher_logits is None:
             if self.neurons:
                 raise RuntimeError("there is no teacher for this task; call begin_task(x) first")
-            return F.cross_entropy(_wide(logits), labels)
+            return F.cross_entropy(wide(logits), labels)
         known, taught = self.teacher_logits.shape
         samples = _positions("samples", samples, rows, known, "inputs of begin_task")
         if classes != taught:
             raise ValueError(
                 f"logits {list(logits.shape)} are not of the teacher's {taught} classes"
             )
-        loss = distill(_wide(logits), labels, **self._logit_terms(samples)).mean()
+        loss = distill(wide(logits), labels, **self._logit_terms(samples)).mean()
         if self.lam == 0:
             return loss
         hidden = self.activations(logits) if hidden is None else hidden
@@ -371,7 +312,7 @@ class Distiller:
         if counts is None:
             counts = self._observer.count(x)
         self._check_counts("counts", counts)
-        of_ranks = self._of_ranks({name: hits.cpu() for name, hits in counts.items()})
+        of_ranks = self._observer.of_ranks({name: hits.cpu() for name, hits in counts.items()})
         counts = {
             name: sum(own[name] for own in of_ranks).to(hits.device)
             for name, hits in counts.items()
@@ -391,19 +332,10 @@ class Distiller:
         if labels is None:
             raise ValueError('logits="seen" needs the labels of the task in end_task')
         labels = _positions("labels", labels, len(labels))
-        seen = set(chain.from_iterable(self._of_ranks(labels.unique().tolist())))
+        seen = set(chain.from_iterable(self._observer.of_ranks(labels.unique().tolist())))
         if self.classes_seen is not None:
             seen |= set(self.classes_seen.tolist())
         return torch.tensor(sorted(seen), dtype=torch.int64, device=labels.device)
-
-    def _of_ranks(self, own: Any) -> list[Any]:
-        """What every rank of the model's process group gives here."""
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return [own]
-        group = self._observer.group
-        found: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(found, own, group=group)
-        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on, as flat named tensors, copies of the Distiller's own."""
