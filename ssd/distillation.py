@@ -220,17 +220,19 @@ class Distiller:
             raise ValueError(
                 f"logits {list(logits.shape)} are not of the teacher's {taught} classes"
             )
+        layers = []
+        if self.lam > 0:
+            hidden = self.activations(logits) if hidden is None else hidden
+            self._check_layers("hidden activations", hidden)
+            settings = self.temperature, self.kl, self.hidden_loss
+            layers = [
+                distillation_loss(z, self.teacher_hidden[name][samples], *settings)
+                for name, z in hidden.items()
+            ]
         loss = distill(wide(logits), labels, **self._logit_terms(samples)).mean()
-        if self.lam == 0:
-            return loss
-        hidden = self.activations(logits) if hidden is None else hidden
-        self._check_layers("hidden activations", hidden)
-        settings = self.temperature, self.kl, self.hidden_loss
-        layers = [
-            distillation_loss(z, self.teacher_hidden[name][samples], *settings)
-            for name, z in hidden.items()
-        ]
-        return loss + (1 - self.alpha) * self.lam * torch.stack(layers).mean()
+        if layers:
+            loss = loss + (1 - self.alpha) * self.lam * torch.stack(layers).mean()
+        return loss
 
     def terms(self, samples: Tensor) -> dict[str, Any]:
         """Arguments of ssd.ops.distill.distill besides the student's, where `fused` holds.

@@ -19,8 +19,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need not be installed
 
 from benchmarks.record import device_name, installed
-from ssd.ops import distill_code as coded
 from ssd.ops.dense_update import dense_update
+from ssd.ops.distill_code import distill_code
 from ssd_kernels import row_update
 from ssd_kernels.reference import clip_scale
 
@@ -36,13 +36,11 @@ def loss() -> dict[str, Run]:
     given = values, indices, decoder, labels, torch.randn(B, C), torch.rand(B, N)
     options = {"positions": positions, "alpha": 0.7, "lam": 0.1, "temperature": 8.0,
                "weight": torch.full((B,), 1 / B)}  # fmt: skip
-    torch_path = coded._torch
-    compiled = torch.compile(torch_path, dynamic=False)
-    more = options | {"kl": "reverse", "columns": None}
+    compiled = torch.compile(distill_code, dynamic=False)
     return {
-        "torch": lambda: coded.distill_code(*given, **options, impl="torch"),
-        "compiled": lambda: compiled(*given, **more),
-        "numba": lambda: coded.distill_code(*given, **options, impl="numba"),
+        "torch": lambda: distill_code(*given, **options, impl="torch"),
+        "compiled": lambda: compiled(*given, **options, impl="torch"),
+        "numba": lambda: distill_code(*given, **options, impl="numba"),
     }
 
 

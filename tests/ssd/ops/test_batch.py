@@ -140,10 +140,9 @@ def test_the_sums(impl: str, dtype: torch.dtype, classes: int, size: int, device
     wider = torch.rand(len(loss), device=device) < 1 / size
     got = sums(device)
     tally(loss, logits, labels, weight, wider=wider, **got, impl=impl)
-    for learner, before in enumerate(zip(*(sums(device)[n].tolist() for n in
-                                           ("loss_sum", "correct", "seen", "overflow")),
-                                         strict=True)):  # fmt: skip
-        total, correct, seen, overflow = before
+    names = ("loss_sum", "correct", "seen", "overflow")
+    before = [sums(device)[name].tolist() for name in names]
+    for learner, (total, correct, seen, overflow) in enumerate(zip(*before, strict=True)):
         for b in range(learner * size, (learner + 1) * size):
             if weight[b] > 0:
                 total += loss[b].double().item()
