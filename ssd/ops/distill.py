@@ -54,9 +54,8 @@ class Objective(NamedTuple):
         """Whether numba's loops are fastest: short float32 rows, settings that are numbers."""
         tensors = (*students, self.target_logits, self.target_hidden, self.weight)
         floats = all(t is None or t.dtype == torch.float32 for t in tensors)
-        return (
-            floats and width <= MAX_LOOPED and not any(isinstance(s, Tensor) for s in self.settings)
-        )
+        single = not any(isinstance(setting, Tensor) for setting in self.settings)
+        return floats and single and width <= MAX_LOOPED
 
     def for_loops(self) -> tuple[tuple[Any, ...], tuple[float, float, float, bool]]:
         """What the loops take: labels, targets, columns and weight as arrays; the settings."""
