@@ -1,29 +1,31 @@
-"""The activations of layers in forward passes: read, recorded, counted; in evaluation mode."""
+"""Read, record and count the activations of layers in the forward passes of a model."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ssd_kernels import TopKOutput, count_active
-from ssd_kernels.nn import TopKLinear
+from ssd_kernels.nn import TopK, TopKLinear
 
-# Samples a forward pass over a whole task takes at once.
-CHUNK = 2048
+CHUNK = 2048  # samples in a forward pass over a whole task
 
 
 def activations_of(output: TopKOutput | Tensor, neurons: Tensor) -> Tensor:
-    """The activations [.., n] of some neurons [n, ascending] in a layer's sparse or dense output.
+    """The activations [.., n] of some neurons in a layer's output.
 
     Args:
-        output: dense [.., R], or values and indices [.., K]. neurons: [n], ascending.
+        output: dense [.., R], or values and indices [.., K].
+        neurons: [n] int64, ascending.
     """
     if isinstance(output, Tensor):
         return output[..., neurons]
@@ -35,7 +37,7 @@ def activations_of(output: TopKOutput | Tensor, neurons: Tensor) -> Tensor:
 
 
 def preactivations_of(layer: nn.Module, x: Tensor, neurons: Tensor) -> Tensor:
-    """relu of what some neurons [n] receive before inhibition, [.., n]; x: the layer's input."""
+    """The activations [.., n] of some neurons [n] before inhibition; x: the layer's input."""
     if isinstance(layer, TopKLinear):
         bias = None if layer.bias is None else layer.bias[neurons]
         return F.linear(x, layer.weight[neurons], bias).relu()
@@ -56,6 +58,70 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = mode  # of this module alone
             elif module.training != mode:
                 module.train(mode)  # which may do more than set the mode
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile; process group."""
+    group = None
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            group = model.process_group
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model, group
+        model = inner
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the parts that torch.compile adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the unwrapped model, by name; what torch.compile wraps, not the wrapper."""
+    inner, _ = unwrapped(model)
+    return {plain_name(name): m for name, m in inner.named_modules(remove_duplicate=False)}
+
+
+def find_layers(
+    model: nn.Module, layers: Sequence[str] | Mapping[str, int] | None
+) -> dict[str, int]:
+    """The Top-K layers of a model, {module name: k}.
+
+    Args:
+        model: may be wrapped by DistributedDataParallel, DataParallel or torch.compile.
+        layers: names of modules with a k, or {name: k}; None: every TopK and TopKLinear.
+
+    Raises:
+        ValueError: no Top-K layer, an unknown name, or a k out of its range.
+    """
+    modules, found = modules_of(model), {}
+    if layers is None:
+        named = unwrapped(model)[0].named_modules()
+        layers = [plain_name(n) for n, m in named if isinstance(m, (TopK, TopKLinear))]
+        if not layers:
+            raise ValueError(
+                "the model has no TopK or TopKLinear module; name its layers: {name: k}"
+            )
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    if not (several and layers and all(isinstance(name, str) for name in layers)):
+        raise ValueError(f"layers={layers!r} must be a list of names or a mapping, not empty")
+    for given in layers:
+        name = plain_name(given)
+        name = name if name in modules else name.removeprefix("module.")
+        if name not in modules:
+            raise ValueError(f"the model has no module {given!r}")
+        layer = modules[name]
+        k = layers[given] if isinstance(layers, Mapping) else getattr(layer, "k", None)
+        if k is None:
+            raise ValueError(f"module {given!r} has no k; give layers as {{name: k}}")
+        limit = layer.neurons if isinstance(layer, TopKLinear) else math.inf
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= limit:
+            raise ValueError(f"layer {name!r} has k={k!r}; k must be an integer in 1..{limit}")
+        found[name] = k
+    return found
 
 
 class Hook:
@@ -90,40 +156,39 @@ class _Thread(threading.local):
 
 
 class Recorder:
-    """Takes down what layers take in and give out in a forward pass, in each thread apart.
+    """Records inputs and outputs of a model's layers in forward passes, separately in each thread.
 
     Args:
-        layers: {name: module}.
+        model: may be wrapped by DistributedDataParallel, DataParallel or torch.compile.
+        layers: names of modules of the unwrapped model.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.layers = dict(layers)
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        modules = modules_of(model)
+        self.layers = {name: modules[name] for name in layers}
+        self.model, self.group = unwrapped(model)
+        self.attached = True
         self._thread = _Thread()
-        self.handles = [
+        self._handles = [
             layer.register_forward_hook(Hook(partial(self._note, name)))
-            for name, layer in layers.items()
+            for name, layer in self.layers.items()
         ]
 
     def remove(self) -> None:
-        """Takes the hooks off the layers, and whatever else is in handles."""
-        for handle in self.handles:
+        """Takes all hooks off."""
+        self.attached = False
+        for handle in self._handles:
             handle.remove()
 
-    def begin(self) -> None:
-        """Begins a pass, unless record() has."""
-        if not self._thread.held:
-            self._thread.calls = {}
-
-    def end(self) -> dict[str, Call] | None:
-        """The calls since begin(); None within record() or without begin()."""
-        if self._thread.held:
-            return None
-        calls, self._thread.calls = self._thread.calls, None
-        return calls
+    def require_attached(self) -> None:
+        """RuntimeError after remove()."""
+        if not self.attached:
+            raise RuntimeError("the Distiller was removed from its model; make a new one")
 
     @contextmanager
     def record(self) -> Iterator[dict[str, Call]]:
-        """The calls within this context, filled in as they come."""
+        """The calls within this context, filled in as they come; RuntimeError after remove()."""
+        self.require_attached()
         thread = self._thread
         before = thread.calls, thread.held
         calls: dict[str, Call] = {}
@@ -133,13 +198,13 @@ class Recorder:
         finally:
             thread.calls, thread.held = before
 
-    def count(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    def count(self, x: Tensor) -> dict[str, Tensor]:
         """count_activations of these layers."""
         counts: dict[str, Tensor] = {}
-        with evaluating(model):
+        with evaluating(self.model):
             for chunk in x.split(CHUNK):
                 with self.record() as calls:
-                    model(chunk)
+                    self.model(chunk)
                 for name, layer in self.layers.items():
                     output = single(calls, name).output
                     if isinstance(output, Tensor):
@@ -151,6 +216,14 @@ class Recorder:
                     counts[name] = counts[name] + hits if name in counts else hits
         return counts
 
+    def of_ranks(self, own: Any) -> list[Any]:
+        """What every rank of the model's process group gives here; of one process, [own]."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return [own]
+        found: list[Any] = [None] * distributed.get_world_size(self.group)
+        distributed.all_gather_object(found, own, group=self.group)
+        return found
+
     def _note(
         self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: TopKOutput | Tensor
     ) -> None:
@@ -158,6 +231,117 @@ class Recorder:
         if calls is not None:
             number = calls[name].number + 1 if name in calls else 1
             calls[name] = Call(inputs, output, torch.is_grad_enabled(), number)
+
+
+class _Pass(NamedTuple):
+    """What is kept of a forward pass, as long as the model's output lives."""
+
+    hidden: dict[str, Tensor]  # {layer: z [B, .., n]}
+    fault: str  # why there is no hidden, or ""
+    grad: bool  # whether every layer ran with gradients
+
+
+class Observer(Recorder):
+    """Keeps the activations z of some neurons with the output of each forward pass of a model.
+
+    So other passes of the model, or of a copy, change nothing. z is freed with the output.
+
+    Args:
+        model: as its user calls it, perhaps wrapped.
+        layers: names of modules of the unwrapped model.
+        before: whether z is taken before inhibition.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], before: bool) -> None:
+        super().__init__(model, layers)
+        self.before = before
+        self._neurons: dict[str, Tensor] = {}
+        self._passes = WeakTensorKeyDictionary()  # {output: _Pass}
+        self._handles += [
+            model.register_forward_pre_hook(_eager(self._begin)),
+            model.register_forward_hook(_eager(self._end)),
+        ]
+
+    def watch(self, neurons: Mapping[str, Tensor]) -> None:
+        """Keeps z of these neurons, {layer: [n]}, from now on; {}: of none. Forgets all passes."""
+        self._neurons = dict(neurons)
+        self._passes.clear()
+
+    def kept(self, logits: Tensor) -> dict[str, Tensor]:
+        """Distiller.activations."""
+        found: _Pass | None = self._passes.get(logits)
+        if found is None:
+            self.require_attached()
+            raise ValueError(
+                "these logits are not what the model returned in this task; give loss() the "
+                "output of model(x) itself, or hidden=distiller.activations(that output)"
+            )
+        if found.fault:
+            raise ValueError(found.fault)
+        if logits.requires_grad and not found.grad:
+            raise ValueError(
+                "a Top-K layer ran without gradients, the logits have them; use checkpoint(.., "
+                "use_reentrant=False), take no_grad out of the model, or set lam=0"
+            )
+        return dict(found.hidden)
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[str, Tensor]]:
+        """Distiller.recording."""
+        hidden: dict[str, Tensor] = {}
+        if not self._neurons:
+            yield hidden
+            return
+        with self.record() as calls:
+            yield hidden
+        hidden.update(self.read(calls, self._neurons))
+
+    def read(self, calls: Mapping[str, Call], neurons: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{layer: z [B, .., n]} of a forward pass."""
+        hidden = {}
+        for name, chosen in neurons.items():
+            call, layer = single(calls, name), self.layers[name]
+            if not self.before:
+                hidden[name] = activations_of(call.output, chosen)
+                continue
+            linear = isinstance(layer, TopKLinear)
+            width = layer.in_features if linear else cast(Tensor, call.output).shape[-1]
+            x = call.inputs[0] if call.inputs else None
+            if not isinstance(x, Tensor) or x.shape[-1:] != (width,):
+                raise ValueError(
+                    f'hidden="before" needs a tensor [B, .., {width}] as the first positional '
+                    f"argument of layer {name!r}"
+                )
+            hidden[name] = preactivations_of(layer, x, chosen)
+        return hidden
+
+    def _begin(self, *_: Any) -> None:
+        if not self._thread.held:
+            self._thread.calls = {}
+
+    def _end(self, _: nn.Module, __: Any, output: Any) -> None:
+        if self._thread.held:
+            return
+        calls, self._thread.calls = self._thread.calls, None
+        if calls is None or not self._neurons or not isinstance(output, Tensor):
+            return
+        hidden, fault = {}, ""
+        try:
+            hidden = self.read(calls, self._neurons)
+        except ValueError as error:  # kept() raises it, if it is asked
+            fault = str(error)
+        self._passes[output] = _Pass(hidden, fault, all(call.grad for call in calls.values()))
+
+
+def _eager(function: Callable[..., None]) -> Hook:
+    """A hook that torch.compile leaves out of its graph, and that does nothing while exporting."""
+
+    def run(*arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            function(*arguments)
+
+    apart = torch._disable_dynamo(run)  # imports the compiler when called
+    return Hook(lambda *arguments: (apart if torch.compiler.is_compiling() else run)(*arguments))
 
 
 def single(calls: Mapping[str, Call], name: str) -> Call:
@@ -179,16 +363,19 @@ def single(calls: Mapping[str, Call], name: str) -> Call:
     return call
 
 
-def count_activations(model: nn.Module, layers: Sequence[str], x: Tensor) -> dict[str, Tensor]:
-    """How often each neuron of the layers is active over inputs x [N, ..], {name: [R]}.
+def count_activations(model: nn.Module, layers: Iterable[str], x: Tensor) -> dict[str, Tensor]:
+    """How often each neuron of the layers is active over a task's inputs, {name: [R]}.
 
-    Of a layer of sequences, [N, L, R], every position counts.
+    Args:
+        model: called on x in evaluation mode, up to CHUNK samples at a time.
+        layers: names of its modules; of a layer of sequences, [N, L, R], every position counts.
+        x: [N, ..].
 
     Raises:
         ValueError: a layer that does not run exactly once in a forward pass.
     """
-    recorder = Recorder({name: model.get_submodule(name) for name in layers})
+    recorder = Recorder(model, layers)
     try:
-        return recorder.count(model, x)
+        return recorder.count(x)
     finally:
         recorder.remove()

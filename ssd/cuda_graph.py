@@ -66,7 +66,7 @@ class GraphedEpochs:
     @staticmethod
     def serves(learners: Sequence[Learner]) -> bool:
         """Whether no part of the method needs the host: the linear schedule does."""
-        sparse = all(isinstance(learner.model, SDMLP) for learner in learners)
+        sparse = all(learner.sparse for learner in learners)
         return sparse and learners[0].config.schedule != "linear"
 
     def load_task(self) -> None:

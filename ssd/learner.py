@@ -102,6 +102,12 @@ class Learner:
         self.inputs = torch.empty(0, device=self.device)
         self.labels = torch.empty(0, device=self.device)
 
+    @property
+    def sparse(self) -> bool:
+        """Whether sparse_step serves: it knows SDMLPs, and a distillation that is fused."""
+        fused = self.distiller is None or self.distiller.fused
+        return isinstance(self.model, SDMLP) and fused
+
     def _check_layer(self) -> None:
         counts = self._count(self.tasks[0].x_train[:1])[self.model.layer]
         if len(counts) != self.config.neurons:

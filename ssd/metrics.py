@@ -1,6 +1,6 @@
 """Measures of continual learning and of a layer's activity.
 
-A[t, i] is the accuracy on task i after training task t, rows and columns from 0; T tasks.
+A[t, i] is the accuracy on task i after training task t, both from 0; there are T tasks.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch import Tensor
 from ssd.errors import Diverged
 from ssd_kernels.reference import project
 
-# A neuron counts as used from this activation frequency on.
-USED = 1e-3
-# Added to each neuron's share of the activations in kl_divergence.
-SMOOTHING = 1e-6
+USED = 1e-3  # the activation frequency of a used neuron, at least
+SMOOTHING = 1e-6  # added to each neuron's share of the activations in kl_divergence
 
 
 def finite(tensor: Tensor) -> bool:
@@ -30,7 +28,7 @@ def finite(tensor: Tensor) -> bool:
 
 
 def predicted(scores: Tensor) -> Tensor:
-    """The class of the largest score in each row [N, C]; -inf is that of a class not yet seen.
+    """The class with the largest score in each row [N, C]; a class not yet seen may have -inf.
 
     Raises:
         Diverged: a score is NaN or infinity, which argmax would take for the largest.
@@ -85,11 +83,11 @@ def used_fraction(frequency: Tensor) -> float:
 
 
 def effective_rank(code: Tensor) -> float:
-    """Number of directions that a code spreads over: exp of the entropy of its spectrum.
+    """How many directions a code [N, R] spreads over: exp of the entropy of its spectrum.
 
-    exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, s the singular values of the code [N, R], not
-    centred (Roy & Vetterli, EUSIPCO 2007). N inputs with m orthogonal codes, equally often: m.
-    0 for a code that is all zero, NaN for one that is not finite. Computed in fp64 on the CPU.
+    exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, with s the singular values of the code, not
+    centred (Roy & Vetterli, EUSIPCO 2007). It is m for m orthogonal codes that are equally
+    frequent, 0 for a code of zeros, NaN for one that is not finite. Computed in fp64 on the CPU.
     """
     code = code.detach().double().cpu()
     if not code.isfinite().all():
@@ -104,7 +102,7 @@ def effective_rank(code: Tensor) -> float:
 
 
 def jaccard(neurons: Tensor, others: Tensor) -> float:
-    """|A & B| / |A | B| of two sets of neurons, [n] and [m] indices; 1 for two empty sets.
+    """|A & B| / |A | B| for two sets of neurons, [n] and [m] indices; 1 for two empty sets.
 
     Two random sets of n out of R neurons have about n / (2 R - n).
     """
@@ -117,9 +115,9 @@ def jaccard(neurons: Tensor, others: Tensor) -> float:
 def kl_divergence(frequency: Tensor, other: Tensor) -> float:
     """KL(P || Q) = sum_j P_j log2(P_j / Q_j) in bits, of two activation frequencies [R].
 
-    Each is scaled to sum 1 and smoothed, P_j = (p_j + SMOOTHING) / (1 + R SMOOTHING), because a
-    neuron that is active in one task only would make the divergence infinite. So P is uniform
-    where no neuron is active, and the value for disjoint sets of neurons depends on SMOOTHING.
+    Each is scaled to sum 1, then smoothed: P_j = (p_j + SMOOTHING) / (1 + R SMOOTHING). Otherwise
+    a neuron that is active in one task alone makes the divergence infinite. P is uniform if no
+    neuron is active, and the value for disjoint sets of neurons depends on SMOOTHING.
     """
     p, q = _distribution(frequency), _distribution(other)
     return (p * (p / q).log2()).sum().item()
@@ -136,11 +134,16 @@ def address_cosine(addresses: Tensor, others: Tensor) -> float:
 def shared_address_cosine(
     neurons: Tensor, addresses: Tensor, other_neurons: Tensor, other_addresses: Tensor
 ) -> Tensor:
-    """Cosine between the two addresses of each neuron that two sets share, ascending, [|A & B|].
+    """Cosine between the two addresses of each neuron that two sets share, [|A & B|].
 
     Args:
-        neurons, other_neurons: [n] and [m], ascending. addresses, other_addresses: theirs, [n, d]
-            and [m, d], taken at different times: 1 for a neuron that has not turned.
+        neurons: [n], ascending.
+        addresses: [n, d], their addresses at one time.
+        other_neurons: [m], ascending.
+        other_addresses: [m, d], their addresses at another time.
+
+    Returns:
+        In ascending order of the neurons; 1 for a neuron whose address has not turned.
     """
     here, there = torch.isin(neurons, other_neurons), torch.isin(other_neurons, neurons)
     return _cosine(addresses[here].double(), other_addresses[there].double())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssd.ops.reference import response_to_inhibition
 from ssd_kernels import TopKOutput, count_active, linear_inhibit, linear_topk
 from ssd_kernels._checks import counter, whole
 from ssd_kernels._dispatch import symbolic
@@ -63,14 +64,6 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.respond(self.address(x))
-
-
-def response_to_inhibition(
-    counts: Tensor, anneal_samples: int | Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The GABA switch of neurons with these counts: -1 (excited) to 1 (inhibited)."""
-    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65,504
-    return (2 * counts.to(wide) / anneal_samples - 1).clamp(-1, 1).to(dtype)
 
 
 class AnnealedTopKLinear(TopKLinear):

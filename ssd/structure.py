@@ -1,13 +1,13 @@
-"""What becomes of a network's structure over tasks: subnetworks, their overlap, coverage.
+"""How a network's structure changes over tasks: subnetworks, their overlap, coverage.
 
     recorder = StructureRecorder(size=10)
     for x_train, y_train in tasks:
-        ...                                       # training
-        recorder.end_task(model, x, frequency)    # x: the same every time; frequency on x_train
-    recorder.summary()                            # JSON-able, one value a task
-    recorder.save(folder / STRUCTURE)             # what figures are drawn from
+        ...  # training
+        recorder.end_task(model, x, frequency)  # x: the same every time; frequency on x_train
+    recorder.summary()  # JSON-able, one value a task
+    recorder.save(folder / STRUCTURE)  # the figures read it
 
-The measures themselves are in ssd.metrics.
+The measures are in ssd.metrics.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from ssd.errors import UserError
 from ssd.models import SDMLP
 from ssd.storage.files import write_atomically
 
-# Inputs that the effective rank is computed on, drawn without replacement with seed 0.
-RANK_SAMPLES = 500
+RANK_SAMPLES = 500  # inputs for the effective rank, drawn without replacement with seed 0
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,21 @@ class Snapshot:
     """The structure of a network at the end of a task; tensors on the CPU."""
 
     neurons: Tensor  # [n] int64, ascending: the subnetwork
-    addresses: Tensor  # [n, d], theirs at this time
+    addresses: Tensor  # [n, d], those of the subnetwork
     frequency: Tensor  # [R] float64, on the task's training set
-    effective_rank: Tensor  # float64, of the code of the inputs
-    used_fraction: Tensor  # float64, on the inputs
+    effective_rank: Tensor  # 0-d float64, of the inputs' code
+    used_fraction: Tensor  # 0-d float64, on the inputs
 
 
 def measure(model: SDMLP, x: Tensor, frequency: Tensor, size: int) -> Snapshot:
-    """Takes the structure of a network; leaves its counters and mode as they are.
+    """Measures a network's structure; leaves its counters and mode as they are.
 
     Args:
-        model: the network. x: [N, d] inputs for coverage, N >= 1, on the model's device.
-        frequency: [R] activation frequency of the task; its `size` largest are the subnetwork.
-
-    The effective rank is that of the code of min(N, RANK_SAMPLES) of the inputs, so never larger
-    than their number; the used fraction is on all of them.
+        model: the network.
+        x: [N, d] inputs for coverage, N >= 1, on the model's device. The effective rank is on at
+            most RANK_SAMPLES of them and no larger than their number.
+        frequency: [R] activation frequency of the task.
+        size: n, the most frequent neurons are the subnetwork.
 
     Raises:
         ValueError: no inputs, a frequency of another layer, or a size outside 1..R.
@@ -78,7 +77,7 @@ def measure(model: SDMLP, x: Tensor, frequency: Tensor, size: int) -> Snapshot:
 
 
 def _effective_rank(model: SDMLP, x: Tensor, active: Tensor) -> float:
-    """Of the code of a sample of x [N, d]; active: the neurons that are active for any, [m]."""
+    """Of the code of a sample of x [N, d], of which `active` [m] are the active neurons."""
     if len(active) == 0:
         return 0.0
     draw = torch.Generator().manual_seed(0)
@@ -89,12 +88,14 @@ def _effective_rank(model: SDMLP, x: Tensor, active: Tensor) -> float:
 
 
 def compare(now: Snapshot, before: Snapshot) -> dict[str, float | None]:
-    """How two structures of one network differ; None where no neuron is shared.
+    """How two structures of one network differ.
 
     Returns:
-        jaccard: of the subnetworks. kl_bits: KL(now || before) of the frequencies.
+        jaccard: of the subnetworks.
+        kl_bits: KL(now || before) of the frequencies.
         address_cosine: of the subnetworks' mean addresses.
-        shared_address_cosine: mean over shared neurons of the cosine of their two addresses.
+        shared_address_cosine: mean cosine between the two addresses of a shared neuron; None
+            where no neuron is shared.
     """
     shared = metrics.shared_address_cosine(
         now.neurons, now.addresses, before.neurons, before.addresses
@@ -111,7 +112,7 @@ class StructureRecorder:
     """Takes a Snapshot after each task.
 
     Args:
-        size: n, neurons of the subnetwork.
+        size: n, neurons in the subnetwork.
     """
 
     def __init__(self, size: int) -> None:
@@ -119,17 +120,17 @@ class StructureRecorder:
         self.snapshots: list[Snapshot] = []
 
     def end_task(self, model: SDMLP, x: Tensor, frequency: Tensor) -> None:
-        """Measures the network as it stands, see measure().
+        """Measures the network, see measure(); x must be the same inputs after every task.
 
-        Coverage is comparable between tasks only on the same inputs x: it grows with their number.
+        Coverage grows with their number.
         """
         self.snapshots.append(measure(model, x, frequency, self.size))
 
     def summary(self) -> dict[str, Any]:
         """Lists of one value a task; comparisons are with the task before, None for the first.
 
-        mean_entropy_bits and dead_fraction are of the frequency, all other keys as in Snapshot and
-        compare(); JSON-able.
+        mean_entropy_bits and dead_fraction are of the frequency; Snapshot and compare() describe
+        the other keys. JSON-able.
         """
         first = dict.fromkeys(("jaccard", "kl_bits", "address_cosine", "shared_address_cosine"))
         compared = [first, *map(compare, self.snapshots[1:], self.snapshots[:-1])]
@@ -157,7 +158,8 @@ class StructureRecorder:
         """Puts back what state_dict gave.
 
         Raises:
-            KeyError: a part is missing. ValueError: it is of subnetworks of another size.
+            KeyError: a part is missing.
+            ValueError: the subnetworks are of another size.
         """
         if not state:
             self.snapshots = []

@@ -18,7 +18,6 @@ from ssd.cuda_graph import GraphedEpochs
 from ssd.errors import Diverged, fitting
 from ssd.learner import Learner, Stack, part
 from ssd.metrics import finite
-from ssd.models import SDMLP
 from ssd.step import plain_step, step
 
 # Settings in which learners that are trained together may differ.
@@ -65,7 +64,7 @@ class Trainer:
             graphs = self.device.type == "cuda" and GraphedEpochs.serves(self.learners)
         with self._fitting():
             self.graphed = GraphedEpochs(self.learners) if graphs else None
-        sparse = all(isinstance(learner.model, SDMLP) for learner in self.learners)
+        sparse = all(learner.sparse for learner in self.learners)
         self.stacks = [Stack([learner]) for learner in self.learners] if sparse else []
 
     def run(self) -> Iterator[Event]:

@@ -19,9 +19,11 @@ COMMANDS = {f"ssd.{name}" for name in ("__main__", "train", "sweep")} | {
 LAYERS = """
 errors
 storage
-config data metrics ops
+data metrics ops
 activations models
+losses
 distillation regularizers
+config
 structure
 learner
 step

@@ -1,17 +1,30 @@
-"""The loss of a batch in one pass over its samples, compiled by numba: see ssd_kernels._loops."""
+"""The loss of a batch in one pass over its samples, compiled by numba: see ssd_kernels._loops.
+
+Both losses take what Objective.for_loops gives: targets are labels, target_logits, columns,
+target_hidden and weight; settings are alpha, lam, temperature and whether the KL is forward.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ssd_kernels._loops import loop
 
 
+def array(tensor: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> Any:
+    """What a loop reads of a tensor; [B, 0] of None."""
+    if tensor is None:
+        return torch.empty(rows, 0, dtype=dtype, device="cpu").numpy()
+    return tensor.detach().contiguous().numpy()
+
+
 @loop
 def _softmax(row: Any, chosen: Any, temperature: float, logs: Any, shares: Any) -> None:
-    """T log softmax(row / T) and softmax(row / T) over the columns that are chosen."""
+    """T log softmax(row / T) and softmax(row / T) over the chosen columns."""
     most = -np.inf
     for column in range(len(row)):
         if chosen[column]:
@@ -29,10 +42,11 @@ def _softmax(row: Any, chosen: Any, temperature: float, logs: Any, shares: Any) 
 
 @loop
 def _divergence(
-    student: Any, teacher: Any, chosen: Any, temperature: float, forward: bool,
-    scale: float, scratch: Any, gradient: Any,
-) -> float:  # fmt: skip
+    pair: Any, chosen: Any, settings: Any, scale: float, scratch: Any, gradient: Any
+) -> float:
     """T^2 KL of a row; adds scale times its gradient."""
+    student, teacher = pair
+    _, _, temperature, forward = settings
     log_p, p, log_q, q = scratch
     _softmax(student, chosen, temperature, log_p, p)
     _softmax(teacher, chosen, temperature, log_q, q)
@@ -53,12 +67,15 @@ def _divergence(
 
 @loop
 def _sample(
-    logits: Any, label: int, target_logits: Any, columns: Any, hidden: Any, target_hidden: Any,
-    every: Any, alpha: float, lam: float, temperature: float, forward: bool, weight: float,
-    scratch: Any, grad_logits: Any, grad_hidden: Any,
-) -> float:  # fmt: skip
-    """The loss of a sample; writes its gradients, times weight. No targets: length 0."""
-    taught = len(target_logits) > 0
+    b: int, students: Any, targets: Any, settings: Any, workspace: Any, gradients: Any
+) -> float:
+    """The loss of sample b, of which students and gradients are; without targets length 0."""
+    (logits, hidden), (grad_logits, grad_hidden) = students, gradients
+    labels, target_logits, columns, target_hidden, weights = targets
+    label, weight = labels[b], weights[b]
+    alpha, lam, _, _ = settings
+    every, scratch = workspace
+    taught = target_logits.shape[1] > 0
     share = alpha if taught else 1.0
     _softmax(logits, every, 1.0, scratch[0], scratch[1])
     loss = -share * scratch[0, label]
@@ -66,53 +83,39 @@ def _sample(
         grad_logits[column] = np.float32(weight * share * scratch[1, column])
     grad_logits[label] -= np.float32(weight * share)
     if taught:
+        pair, chosen = (logits, target_logits[b]), columns[b] if columns.shape[1] > 0 else every
         part = (1 - alpha) * (1 - lam)
-        loss += part * _divergence(
-            logits,
-            target_logits,
-            columns,
-            temperature,
-            forward,
-            weight * part,
-            scratch,
-            grad_logits,
-        )
-    if len(target_hidden) > 0:
-        part = (1 - alpha) * lam
+        loss += part * _divergence(pair, chosen, settings, weight * part, scratch, grad_logits)
+    if target_hidden.shape[1] > 0:
+        pair, part = (hidden, target_hidden[b]), (1 - alpha) * lam
         grad_hidden[:] = 0
-        loss += part * _divergence(
-            hidden, target_hidden, every, temperature, forward, weight * part, scratch, grad_hidden
-        )
+        loss += part * _divergence(pair, every, settings, weight * part, scratch, grad_hidden)
     return loss
 
 
 @loop
-def distill(
-    logits: Any, labels: Any, target_logits: Any, columns: Any, hidden: Any, target_hidden: Any,
-    alpha: float, lam: float, temperature: float, forward: bool, weight: Any,
-    loss: Any, grad_logits: Any, grad_hidden: Any,
-) -> None:  # fmt: skip
+def distill(logits: Any, hidden: Any, targets: Any, settings: Any, outputs: Any) -> None:
     """distill for rows of logits and hidden; what is not given is [B, 0]."""
+    loss, grad_logits, grad_hidden = outputs
     most = max(logits.shape[1], hidden.shape[1])
-    every, scratch = np.ones(most, np.bool_), np.empty((4, most))
+    workspace = np.ones(most, np.bool_), np.empty((4, most))
     for b in range(len(logits)):
-        chosen = columns[b] if columns.shape[1] > 0 else every
-        loss[b] = _sample(
-            logits[b], labels[b], target_logits[b], chosen, hidden[b], target_hidden[b], every,
-            alpha, lam, temperature, forward, weight[b], scratch, grad_logits[b], grad_hidden[b],
-        )  # fmt: skip
+        students, gradients = (logits[b], hidden[b]), (grad_logits[b], grad_hidden[b])
+        loss[b] = _sample(b, students, targets, settings, workspace, gradients)
 
 
 @loop
 def distill_code(
-    values: Any, indices: Any, decoder: Any, labels: Any, target_logits: Any, columns: Any,
-    positions: Any, target_hidden: Any, alpha: float, lam: float, temperature: float,
-    forward: bool, weight: Any, logits: Any, loss: Any, grad_logits: Any, grad_values: Any,
-) -> bool:  # fmt: skip
-    """distill_code: decode, loss and gradients; what is not given is [B, 0], positions [0].
+    code: Any, decoder: Any, positions: Any, targets: Any, settings: Any, outputs: Any
+) -> bool:
+    """distill_code: decode, loss and gradients; what is not given is [B, 0].
 
-    False, before any work: a label or an index is out of range.
+    Without target_hidden positions are not read. Returns False, before any work, if a label or an
+    index is out of range.
     """
+    values, indices = code
+    logits, loss, grad_logits, grad_values = outputs
+    labels, _, _, target_hidden, _ = targets
     for b in range(len(values)):
         if not 0 <= labels[b] < logits.shape[1]:
             return False
@@ -121,7 +124,7 @@ def distill_code(
                 return False
     size = target_hidden.shape[1]
     most = max(logits.shape[1], size)
-    every, scratch = np.ones(most, np.bool_), np.empty((4, most))
+    workspace = np.ones(most, np.bool_), np.empty((4, most))
     hidden = np.empty(size, values.dtype)
     grad_hidden = np.empty(size, values.dtype)
     for b in range(len(values)):
@@ -136,11 +139,8 @@ def distill_code(
                 row[column] += value * decoder[neuron, column]
             if size > 0 and 0 <= positions[neuron] < size:
                 hidden[positions[neuron]] = value
-        chosen = columns[b] if columns.shape[1] > 0 else every
-        loss[b] = _sample(
-            row, labels[b], target_logits[b], chosen, hidden, target_hidden[b], every,
-            alpha, lam, temperature, forward, weight[b], scratch, grad_logits[b], grad_hidden,
-        )  # fmt: skip
+        students, gradients = (row, hidden), (grad_logits[b], grad_hidden)
+        loss[b] = _sample(b, students, targets, settings, workspace, gradients)
         for s in range(values.shape[1]):
             neuron = indices[b, s]
             slope = np.float32(0)

@@ -1,7 +1,7 @@
-"""The two ends of a training step: the batch is drawn, and its losses and hits are added up.
+"""The two ends of a training step: draw the batch, and add up its losses and hits.
 
-Several learners draw side by side: S networks with N stored samples each, B of each in a batch.
-Nothing is read by the host, so that a captured step moves on from batch to batch by itself.
+S learners with N stored samples each draw side by side, B samples each. The host reads nothing,
+so a captured step moves from batch to batch by itself.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _tuning.TABLE["tally"] = {
 
 
 class Drawn(NamedTuple):
-    """A batch of S learners; where one has no sample any more: zeros."""
+    """A batch of S learners; zeros where a learner has no more samples."""
 
     address: Tensor  # [S B, d]
     labels: Tensor  # [S B] int64
     weight: Tensor  # [S B] in the dtype of sums: 1 / (samples of the learner in the batch)
     target_logits: Tensor | None  # [S B, C]
     target_hidden: Tensor | None  # [S B, n]
-    gaba: Tensor | None  # [S R]; 1 where a learner rests, so that nothing of it is excited
+    gaba: Tensor | None  # [S R]; 1 where a learner rests, so that none of its neurons is excited
 
 
 def draw_batch(
@@ -55,33 +55,33 @@ def draw_batch(
     *,
     impl: str | None = None,
 ) -> Drawn:
-    """The samples of batch number `position` of every learner, and how its neurons are inhibited.
+    """Draw batch number `position` of every learner, and the response of its neurons to inhibition.
 
-    Sample b of learner s is number order[s, position B + b] of its own, if position B + b is less
+    Sample b of learner s is its stored sample order[s, position B + b] if position B + b is less
     than samples[s]; else there is none.
 
     Args:
-        inputs: [S N, d] floating. labels: [S N] int64.
+        inputs: [S N, d] floating.
+        labels: [S N] int64.
         order: [S, M] int64 in 0..N-1.
         samples: [S] int64, how many entries of its order a learner takes; 0: it rests.
         position: 0-d int64.
         size: B.
-        target_logits: [S N, C]. target_hidden: [S N, n].
+        target_logits: [S N, C].
+        target_hidden: [S N, n].
         counts: [S R] int64, how often each neuron was active; goes with anneal_samples.
-        anneal_samples: [S] int64 or in the dtype of inputs, see ssd.sdmlp.response_to_inhibition.
+        anneal_samples: [S] int64 or in the dtype of inputs, see reference.response_to_inhibition.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
         New tensors, None where nothing was given.
     """
-    serve = _dispatch.choose("draw_batch", impl, inputs, served=_float32(
-        inputs, target_logits, target_hidden
-    ))  # fmt: skip
+    optional = target_logits, target_hidden, counts, anneal_samples
+    stored = reference.Stored(inputs, labels, order, samples, position, size, *optional)
+    served = _float32(inputs, target_logits, target_hidden)
+    serve = _dispatch.choose("draw_batch", impl, inputs, served=served)
     with torch.no_grad():
-        return Drawn(*serve(
-            inputs, labels, order, samples, position, size, target_logits, target_hidden, counts,
-            anneal_samples,
-        ))  # fmt: skip
+        return Drawn(*serve(stored))
 
 
 def tally(
@@ -98,17 +98,19 @@ def tally(
     *,
     impl: str | None = None,
 ) -> None:
-    """Adds a batch to the sums of its learners and moves on to the next one, all in place.
+    """Add a batch to the sums of its learners and advance the position, all in place.
 
     Args:
-        loss: [S B]. logits: [S B, C]. labels: [S B] int64 in 0..C-1.
-        weight: [S B], 0 where there is no sample: what stands there counts for nothing.
-        loss_sum: [S] float64, to which the losses are added in a fixed order.
-        correct: [S] int64, to which is added for how many samples the largest logit, as
-            torch.argmax finds it, is the label's.
-        seen: [S] int64, to which the number of samples is added.
-        position: 0-d int64, to which 1 is added.
-        wider: [S B] bool. overflow: [S] bool, set where some sample is wider.
+        loss: [S B].
+        logits: [S B, C].
+        labels: [S B] int64 in 0..C-1.
+        weight: [S B], 0 where there is no sample: such rows do not count.
+        loss_sum: [S] float64, plus the losses, in a fixed order.
+        correct: [S] int64, plus the samples whose largest logit, by torch.argmax, is the label's.
+        seen: [S] int64, plus the number of samples.
+        position: 0-d int64, plus 1.
+        wider: [S B] bool; goes with overflow.
+        overflow: [S] bool, set where some sample is wider.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
     serve = _dispatch.choose("tally", impl, logits, served=_float32(loss, logits, weight))
@@ -120,34 +122,24 @@ def _float32(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
 
 
-def _torch_draw(
-    inputs: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    samples: Tensor,
-    position: Tensor,
-    size: int,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    counts: Tensor | None,
-    anneal_samples: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The specification; without masks where a CPU sees a whole batch of every learner."""
-    optional = target_logits, target_hidden, counts, anneal_samples
-    first, learners = int(position) * size if inputs.is_cpu else 0, len(order)
-    if not inputs.is_cpu or first + size > int(samples.min()):
-        return reference.draw_batch(inputs, labels, order, samples, position, size, *optional)
+def _torch_draw(stored: reference.Stored) -> tuple[Tensor | None, ...]:
+    """The specification; without masks where a CPU draws a whole batch of every learner."""
+    inputs, order, size = stored.inputs, stored.order, stored.size
+    first, learners = int(stored.position) * size if inputs.is_cpu else 0, len(order)
+    if not inputs.is_cpu or first + size > int(stored.samples.min()):
+        return reference.draw_batch(stored)
     row = order[:, first : first + size]
     if learners > 1:
-        stored = len(inputs) // learners
-        row = row + torch.arange(0, len(inputs), stored, device=row.device).unsqueeze(1)
+        step = len(inputs) // learners
+        row = row + torch.arange(0, len(inputs), step, device=row.device).unsqueeze(1)
     row = row.flatten()
     drawn = [
         None if t is None else t.index_select(0, row)
-        for t in (inputs, labels, target_logits, target_hidden)
+        for t in (inputs, stored.labels, stored.target_logits, stored.target_hidden)
     ]
     weight = inputs.new_full((len(row),), 1 / size, dtype=accumulation_dtype(inputs.dtype))
-    return *drawn[:2], weight, *drawn[2:], reference.gaba(counts, anneal_samples, inputs.dtype)
+    gaba = reference.gaba(stored.counts, stored.anneal_samples, inputs.dtype)
+    return *drawn[:2], weight, *drawn[2:], gaba
 
 
 @jit
@@ -218,43 +210,21 @@ def _draw_kernel(
         tl.store(gaba + neuron, tl.where(resting, 1.0, response), mask=inside)
 
 
-def _triton_draw(
-    inputs: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    samples: Tensor,
-    position: Tensor,
-    size: int,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    counts: Tensor | None,
-    anneal_samples: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    optional = target_logits, target_hidden, counts
-    drawn = _draw(
-        inputs, labels, order, samples, position, size, *optional, anneal_samples
-    )  # fmt: skip
+def _triton_draw(stored: reference.Stored) -> tuple[Tensor | None, ...]:
+    drawn = _draw(*stored)
+    optional = stored.target_logits, stored.target_hidden, stored.counts
     kept = [None if given is None else t for given, t in zip(optional, drawn[3:], strict=True)]
     return *drawn[:3], *kept
 
 
-def _draw_like(
-    inputs: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    samples: Tensor,
-    position: Tensor,
-    size: int,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    counts: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, new = len(order) * size, inputs.new_empty
-    targets = [new(0 if t is None else (rows, t.shape[1])) for t in (target_logits, target_hidden)]
-    gaba = new(0 if counts is None else counts.shape)
-    address = new(rows, inputs.shape[1])
-    return address, labels.new_empty(rows), new(rows), targets[0], targets[1], gaba
+def _draw_like(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stored = reference.Stored(*arguments)
+    rows, new = len(stored.order) * stored.size, stored.inputs.new_empty
+    targets = stored.target_logits, stored.target_hidden
+    logits, hidden = (new(0 if t is None else (rows, t.shape[1])) for t in targets)
+    gaba = new(0 if stored.counts is None else stored.counts.shape)
+    address = new(rows, stored.inputs.shape[1])
+    return address, stored.labels.new_empty(rows), new(rows), logits, hidden, gaba
 
 
 @_op.operator("ssd::draw_batch", _draw_like)
@@ -270,18 +240,13 @@ def _draw(
     counts: Tensor | None,
     anneal_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors stand for what was not given."""
-    drawn = _draw_like(
-        inputs, labels, order, samples, position, size, target_logits, target_hidden, counts
-    )
+    """Returns empty tensors for what was not given."""
+    optional = target_logits, target_hidden, counts, anneal_samples
+    drawn = _draw_like(inputs, labels, order, samples, position, size, *optional)
     learners, longest = order.shape
     widths = [0 if t is None else t.shape[1] for t in (inputs, target_logits, target_hidden)]
     chosen = _tuning.config("draw_batch", inputs.device, width=max(widths))
     programs = learners * size - (-drawn[5].numel() // chosen["BLOCK"])
-    given = [
-        inputs if t is None else t.contiguous()
-        for t in (target_logits, target_hidden, counts, anneal_samples)
-    ]
     with torch.cuda.device_of(inputs):
         _draw_kernel[(programs,)](
             inputs.contiguous(),
@@ -289,7 +254,7 @@ def _draw(
             order.contiguous(),
             samples.contiguous(),
             position,
-            *given,
+            *(inputs if t is None else t.contiguous() for t in optional),
             *drawn,
             learners,
             size,

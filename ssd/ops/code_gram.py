@@ -1,4 +1,4 @@
-"""The second moments of a sparse code, accumulated in place: what a closed-form readout needs."""
+"""Accumulate the second moments of a sparse code, which a closed-form readout needs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from ssd_kernels._segments import sorted_slots
 from ssd_kernels._triton import jit, tl
 
 ACCUMULATORS = (torch.float32, torch.float64)
-# Numbers that the torch path holds at a time, beside gram and cross.
-CHUNK = 2**22
+CHUNK = 2**22  # numbers that the torch path holds at a time, besides gram and cross
 # Scattering a product costs as much as this many multiply-adds of a dense product, so the torch
 # path takes the dense one from k = R / 20 on. Measured on one core of an AMD EPYC, us a sample,
 # scattered | dense: R = 1,000, k = 10: 4 | 42; k = 50: 29 | 47; k = 200: 397 | 23; R = 10,000,
@@ -37,16 +36,16 @@ def code_gram(
     *,
     impl: str | None = None,
 ) -> None:
-    """gram += H^T H and cross += H^T Y, H [B, R] being the code in dense form.
+    """gram += H^T H and cross += H^T Y, in place, for the dense form H [B, R] of a code.
 
-    k^2 operations a sample in place of R^2. Samples are added in order: the result has the same
-    bits every time.
+    This takes K^2 operations a sample instead of R^2. Samples are added in order, so the result has
+    the same bits every time.
 
     Args:
-        values: [B, K] floating; indices: [B, K] int64, distinct within a sample but for slots of
-            value 0.
-        gram: [R, R] float32 or float64, contiguous, updated in place.
-        cross: [R, C], contiguous, the dtype of gram, updated in place; goes with targets.
+        values: [B, K] floating.
+        indices: [B, K] int64, distinct within a sample but for slots of value 0.
+        gram: [R, R] float32 or float64, contiguous.
+        cross: [R, C], contiguous, in the dtype of gram; goes with targets.
         targets: Y [B, C] floating, or labels [B] int64 in 0..C-1, whose one-hot rows are Y.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 

@@ -1,4 +1,4 @@
-"""Projected SGD with whole gradients, on all rows of several networks."""
+"""Clipped, projected SGD with dense gradients, on all rows of several networks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ssd_kernels.reference import by_network
 from ssd_kernels.reference import clip_scale as torch_clip_scale
 from ssd_kernels.row_update import global_norm, project_
 
-# A network's gradient of a matrix is summed up by at most so many programs.
+# PARTS: programs that sum up a network's gradient of one matrix, at most.
 _tuning.TABLE["squares"] = {"default": (({}, {"PARTS": 128, "BLOCK": 4096, "num_warps": 8}),)}
 
 
@@ -35,79 +35,69 @@ def dense_update(
 ) -> None:
     """One step of clipped, projected SGD on several matrices of the same neurons.
 
-    What row_update does, with gradients at hand and on every row: buffer = momentum * buffer +
+    Like row_update, but with given gradients and on every row: buffer = momentum * buffer +
     scale * gradient, weight -= lr * buffer, then the projection.
 
     Args:
         weights: matrices [S R, d_i], updated in place.
         gradients: [S R, d_i] each.
         lr: learning rate, or one for each network [S].
-        max_norm: clips the global L2 norm of a network's gradients, as clip_grad_norm_, or one for
-            each network [S]; None: no clip.
-        nonnegative: clamp at 0 after the step.
-        normalize: for each matrix, whether rows are then scaled to unit L2 norm; an all-zero row
-            stays zero.
-        momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
-        samples: [S], 0 where a network has no sample: its weights and buffers keep their bits,
-            whatever its gradients hold. None: all have some.
+        max_norm: bound on the global L2 norm of a network's gradients, as in clip_grad_norm_, or
+            one for each network [S]; None: no clip.
+        nonnegative: clamp the weights at 0 after the step.
+        normalize: for each matrix, whether its rows are then scaled to unit L2 norm; a row of
+            zeros stays zero.
+        momentum: of heavy-ball SGD; goes with buffers.
+        buffers: shaped like weights, updated in place.
+        samples: [S], 0 where a network has no sample in the batch: its weights and buffers keep
+            their bits, whatever its gradients hold. None: all networks have samples.
         blocks: S, networks whose rows follow one another.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
+    update = reference.Update(
+        weights,
+        gradients,
+        lr,
+        max_norm,
+        nonnegative,
+        normalize,
+        momentum,
+        buffers,
+        samples,
+        blocks,
+    )
     matrices = [*weights, *gradients, *(buffers or ())]
     served = all(m.dtype == torch.float32 and m.numel() and m.stride(1) == 1 for m in matrices)
     serve = _dispatch.choose("dense_update", impl, weights[0], served=served)
     with torch.no_grad():
-        serve(
-            weights,
-            gradients,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            samples=samples,
-            blocks=blocks,
-        )
+        serve(update)
 
 
-def _torch(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    samples: Tensor | None,
-    blocks: int,
-) -> None:
-    """Network by network in place; on a CPU, where the host may look at samples and norms."""
+def _torch(update: reference.Update) -> None:
+    """Network by network in place, on a CPU: there the host may read samples and norms."""
+    weights, buffers, blocks = update.weights, update.buffers, update.blocks
     if not weights[0].is_cpu:
-        reference.dense_update(
-            weights, gradients, lr=lr, max_norm=max_norm, nonnegative=nonnegative,
-            normalize=normalize, momentum=momentum, buffers=buffers, samples=samples, blocks=blocks,
-        )  # fmt: skip
+        reference.dense_update(update)
         return
-    sorts = [weights, gradients] if buffers is None else [weights, gradients, buffers]
+    sorts = [weights, update.gradients] + ([] if buffers is None else [buffers])
     for network in range(blocks):
-        if samples is not None and samples[network] == 0:
+        if update.samples is not None and update.samples[network] == 0:
             continue
         own = sorts
         if blocks > 1:
             own = [[by_network(t, blocks)[network] for t in matrices] for matrices in sorts]
-        rate = lr[network] if isinstance(lr, Tensor) else lr
-        bound = max_norm[network] if isinstance(max_norm, Tensor) else max_norm
+        rate = update.lr[network] if isinstance(update.lr, Tensor) else update.lr
+        bound = update.max_norm
+        bound = bound[network] if isinstance(bound, Tensor) else bound
         scale = 1.0 if bound is None else torch_clip_scale(global_norm(own[1]), bound).item()
         step = -float(rate) * (scale if buffers is None else 1.0)
         for number, (weight, gradient) in enumerate(zip(*own[:2], strict=True)):
             direction = gradient
             if buffers is not None:
-                direction = own[2][number].mul_(momentum).add_(gradient, alpha=scale)
+                direction = own[2][number].mul_(update.momentum).add_(gradient, alpha=scale)
             weight.add_(direction, alpha=step)
-            project_(weight, nonnegative, normalize is not None and normalize[number])
+            normalize = update.normalize is not None and update.normalize[number]
+            project_(weight, update.nonnegative, normalize)
 
 
 @jit(do_not_specialize=["first", "stride", "parts", "size", "next_size"])
@@ -195,32 +185,21 @@ def _dense_apply_kernel(
         )
 
 
-def _triton(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    samples: Tensor | None,
-    blocks: int,
-) -> None:
+def _triton(update: reference.Update) -> None:
+    lr, max_norm, weights = update.lr, update.max_norm, list(update.weights)
     _launch(
-        list(weights),
-        list(gradients),
+        weights,
+        list(update.gradients),
         lr if isinstance(lr, Tensor) else None,
         0.0 if isinstance(lr, Tensor) else float(lr),
         max_norm if isinstance(max_norm, Tensor) else None,
         None if isinstance(max_norm, Tensor) else max_norm,
-        nonnegative,
-        [False] * len(weights) if normalize is None else list(normalize),
-        momentum,
-        list(buffers or ()),
-        samples,
-        blocks,
+        update.nonnegative,
+        [False] * len(weights) if update.normalize is None else list(update.normalize),
+        update.momentum,
+        list(update.buffers or ()),
+        update.samples,
+        update.blocks,
     )
 
 

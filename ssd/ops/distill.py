@@ -14,9 +14,8 @@ from ssd_kernels import _checks, _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import accumulation_dtype
 
-# One program holds a sample's row; beyond so many columns the torch path serves.
-MAX_COLUMNS = 4096
-MAX_LOOPED = 256  # on a CPU vectorised operators serve longer rows as fast
+MAX_COLUMNS = 4096  # a program holds a row; the torch path serves longer ones
+MAX_LOOPED = 256  # on a CPU vectorised operators are as fast for longer rows
 _tuning.TABLE["distill"] = {
     "default": (
         ({"columns": 32}, {"num_warps": 1}),
@@ -32,6 +31,67 @@ class DistillOutput(NamedTuple):
     loss: Tensor  # [B]
     grad_logits: Tensor  # [B, C]
     grad_hidden: Tensor | None  # [B, n]
+
+
+class Objective(NamedTuple):
+    """The arguments of `distill` besides the student's outputs, described there."""
+
+    labels: Tensor  # [B]
+    target_logits: Tensor | None  # [B, C]
+    target_hidden: Tensor | None  # [B, n]
+    alpha: float | Tensor
+    lam: float | Tensor
+    temperature: float | Tensor
+    kl: str
+    columns: Tensor | None  # [B, C]
+    weight: Tensor | None  # [B]
+
+    @property
+    def settings(self) -> tuple[float | Tensor, ...]:
+        return self.alpha, self.lam, self.temperature
+
+    def looped(self, width: int, *students: Tensor | None) -> bool:
+        """Whether numba's loops are fastest: short float32 rows, settings that are numbers."""
+        tensors = (*students, self.target_logits, self.target_hidden, self.weight)
+        floats = all(t is None or t.dtype == torch.float32 for t in tensors)
+        single = not any(isinstance(setting, Tensor) for setting in self.settings)
+        return floats and single and width <= MAX_LOOPED
+
+    def for_loops(self) -> tuple[tuple[Any, ...], tuple[float, float, float, bool]]:
+        """What the loops take: labels, targets, columns and weight as arrays; the settings."""
+        from ssd.ops._loops import array
+
+        rows = len(self.labels)
+        # Without target_logits a hidden term counts for nothing.
+        hidden = None if self.target_logits is None else self.target_hidden
+        weight = self.weight
+        if weight is None:
+            weight = torch.ones(rows, dtype=torch.float32, device="cpu")
+        arrays = (
+            array(self.labels, rows),
+            array(self.target_logits, rows),
+            array(self.columns, rows, torch.bool),
+            array(hidden, rows),
+            array(weight, rows),
+        )
+        alpha, lam, temperature = (float(setting) for setting in self.settings)
+        return arrays, (alpha, lam, temperature, self.kl == "forward")
+
+    def for_launch(self) -> tuple[Any, ...]:
+        """What the launchers take: the settings as numbers or, if one is a tensor, as [B] each."""
+        numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in self.settings]
+        rows, device = len(self.labels), self.labels.device
+        tensors: list[Tensor] = []
+        if any(isinstance(setting, Tensor) for setting in self.settings):
+            tensors = [
+                setting.to(torch.float32).expand(rows).contiguous()
+                if isinstance(setting, Tensor)
+                else torch.full((rows,), number, dtype=torch.float32, device=device)
+                for setting, number in zip(self.settings, numbers, strict=True)
+            ]
+        weight = None if self.weight is None else self.weight.to(torch.float32)
+        targets = self.labels, self.target_logits, self.target_hidden
+        return *targets, numbers, tensors, self.kl, self.columns, weight
 
 
 def distill(
@@ -55,11 +115,16 @@ def distill(
     is the cross entropy alone, whatever alpha is; without hidden the last term is left out.
 
     Args:
-        logits, target_logits: [B, C] floating. labels: [B] int64 in 0..C-1.
-        hidden, target_hidden: [B, n].
-        alpha, lam, temperature: numbers, or one for each sample [B]; temperature > 0.
+        logits: [B, C] floating.
+        labels: [B] int64 in 0..C-1.
+        target_logits: [B, C], the teacher's.
+        hidden: [B, n]; goes with target_hidden.
+        target_hidden: [B, n], the teacher's.
+        alpha: a number, or one for each sample [B], like the next two.
+        lam: lambda.
+        temperature: T > 0.
         kl: "reverse" is KL(student || teacher), "forward" KL(teacher || student).
-        columns: [B, C] bool, the logits that D compares; None: all. At least one a sample.
+        columns: [B, C] bool, the logits that D compares, at least one a sample; None: all.
         weight: [B] floating, multiplies each sample's gradients, not its loss.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
@@ -69,48 +134,63 @@ def distill(
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit, before any work.
     """
-    _check(logits, labels, target_logits, hidden, target_hidden, kl, columns)
-    for name, value in (("alpha", alpha), ("lam", lam), ("temperature", temperature)):
-        _check_setting(name, value, logits)
-    if weight is not None:
-        _checks.shape("distill", "weight", weight, (len(logits),))
-        _checks.same_device("distill", "logits", logits, "weight", weight)
+    objective = Objective(
+        labels, target_logits, target_hidden, alpha, lam, temperature, kl, columns, weight
+    )
+    _check(logits, hidden, objective)
     widths = [t.shape[1] for t in (logits, hidden) if t is not None]
     served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS
-    given = logits, target_logits, hidden, target_hidden, weight
-    looped = loops_serve(max(widths), given, (alpha, lam, temperature))
+    looped = objective.looped(max(widths), logits, hidden)
     serve = _dispatch.choose("distill", impl, logits, "torch", served, looped)
     with torch.no_grad():
-        return serve(
-            logits,
-            labels,
-            target_logits,
-            hidden,
-            target_hidden,
-            alpha=alpha,
-            lam=lam,
-            temperature=temperature,
-            kl=kl,
-            columns=columns,
-            weight=weight,
-        )
+        return serve(logits, hidden, objective)
 
 
-def _reference(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    hidden: Tensor | None,
-    target_hidden: Tensor | None,
-    weight: Tensor | None = None,
-    **options: object,
-) -> DistillOutput:
+def _check(logits: Tensor, hidden: Tensor | None, objective: Objective) -> None:
+    op, given = "distill", objective
+    if logits.dim() != 2:
+        raise ValueError(f"{op}: logits have shape {list(logits.shape)}, expected [B, C]")
+    if (hidden is None) != (given.target_hidden is None):
+        raise ValueError(f"{op}: hidden and target_hidden must be given together")
+    rows, shape = len(logits), tuple(logits.shape)
+    if hidden is not None and (hidden.dim() != 2 or len(hidden) != rows):
+        raise ValueError(f"{op}: hidden has shape {list(hidden.shape)}, expected [{rows}, n]")
+    taught = {"target_logits": given.target_logits, "target_hidden": given.target_hidden}
+    _checks.floating(op, logits=logits, hidden=hidden, **taught)
+    for name, tensor, expected in (
+        ("labels", given.labels, (rows,)),
+        ("target_logits", given.target_logits, shape),
+        ("columns", given.columns, shape),
+        ("target_hidden", given.target_hidden, () if hidden is None else tuple(hidden.shape)),
+        ("weight", given.weight, (rows,)),
+    ):
+        _checks.shape(op, name, tensor, expected)
+        if tensor is not None:
+            _checks.same_device(op, "logits", logits, name, tensor)
+    for name in ("alpha", "lam", "temperature"):
+        setting = getattr(given, name)
+        if not isinstance(setting, Tensor):
+            _checks.number(op, name, setting, positive=name == "temperature")
+            continue
+        if setting.dim():
+            _checks.shape(op, name, setting, (rows,))
+        _checks.same_device(op, "logits", logits, name, setting)
+    if given.labels.dtype != torch.int64:
+        raise TypeError(f"{op}: labels have dtype {given.labels.dtype}; use torch.int64")
+    if given.columns is not None and given.columns.dtype != torch.bool:
+        raise TypeError(f"{op}: columns has dtype {given.columns.dtype}; use torch.bool")
+    if given.kl not in ("reverse", "forward"):
+        raise ValueError(f"{op}: kl={given.kl!r} is not one of reverse, forward")
+    _checks.in_range(op, "labels", given.labels, logits.shape[1])
+
+
+def _reference(logits: Tensor, hidden: Tensor | None, objective: Objective) -> DistillOutput:
+    options = objective._asdict()
+    weight = options.pop("weight")
     leaves = [t.detach().requires_grad_() for t in (logits, hidden) if t is not None]
     with torch.enable_grad():
         student = leaves[1] if hidden is not None else None
-        loss = reference.distill(
-            leaves[0], labels, target_logits, student, target_hidden, **options  # type: ignore[arg-type]
-        )  # fmt: skip
+        loss = reference.distill(leaves[0], hidden=student, **options)
         gradients = torch.autograd.grad(
             loss.sum() if weight is None else loss @ weight.to(loss.dtype),
             leaves,
@@ -120,113 +200,36 @@ def _reference(
     return DistillOutput(loss.detach(), gradients[0], None if hidden is None else gradients[1])
 
 
-def _torch(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    hidden: Tensor | None,
-    target_hidden: Tensor | None,
-    weight: Tensor | None = None,
-    **options: Any,
-) -> DistillOutput:
+def _torch(logits: Tensor, hidden: Tensor | None, objective: Objective) -> DistillOutput:
     dtype, wide = logits.dtype, accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
-    taught = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
-    loss, *gradients = _in_wide(logits.to(wide), labels, *taught, **options)
-    if weight is not None:
-        scale = weight.to(wide).unsqueeze(1)
-        gradients = [None if g is None else g * scale for g in gradients]
-    return DistillOutput(
-        loss.to(dtype),
-        *(None if g is None else g.to(dtype).contiguous() for g in gradients),  # type: ignore[arg-type]
+    student, teacher, z, target_z = (
+        None if t is None else t.to(wide)
+        for t in (logits, objective.target_logits, hidden, objective.target_hidden)
     )
-
-
-def loops_serve(
-    width: int, tensors: Sequence[Tensor | None], settings: Sequence[float | Tensor]
-) -> bool:
-    """Whether numba's loops are the fastest: for short rows of float32 and numbers for all."""
-    floats = all(t is None or t.dtype == torch.float32 for t in tensors)
-    return floats and width <= MAX_LOOPED and not any(isinstance(s, Tensor) for s in settings)
-
-
-def array(tensor: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> Any:
-    """What a loop reads of a tensor; [B, 0] of none."""
-    if tensor is None:
-        return torch.empty(rows, 0, dtype=dtype, device="cpu").numpy()
-    return tensor.detach().contiguous().numpy()
-
-
-def _numba(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    hidden: Tensor | None,
-    target_hidden: Tensor | None,
-    *,
-    alpha: float,
-    lam: float,
-    temperature: float,
-    kl: str,
-    columns: Tensor | None,
-    weight: Tensor | None,
-) -> DistillOutput:
-    from ssd.ops import _loops
-
-    rows = len(logits)
-    loss, grad_logits = logits.new_empty(rows), torch.empty_like(logits)
-    slopes = logits.new_zeros(rows, 0 if hidden is None else hidden.shape[1])
-    # Without target_logits a hidden term counts for nothing.
-    taught = target_hidden if target_logits is not None else None
-    _loops.distill(
-        array(logits, rows),
-        array(labels, rows),
-        array(target_logits, rows),
-        array(columns, rows, torch.bool),
-        array(hidden, rows),
-        array(taught, rows),
-        float(alpha),
-        float(lam),
-        float(temperature),
-        kl == "forward",
-        array(logits.new_ones(rows) if weight is None else weight, rows),
-        loss.numpy(),
-        grad_logits.numpy(),
-        slopes.numpy(),
-    )
-    return DistillOutput(loss, grad_logits, None if hidden is None else slopes)
-
-
-def _in_wide(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    hidden: Tensor | None,
-    target_hidden: Tensor | None,
-    *,
-    alpha: float | Tensor,
-    lam: float | Tensor,
-    temperature: float | Tensor,
-    kl: str,
-    columns: Tensor | None,
-) -> DistillOutput:
-    log_p = F.log_softmax(logits, dim=-1)
-    target = labels.unsqueeze(1)
-    loss = log_p.gather(1, target)
-    gradient = log_p.exp_().scatter_add_(1, target, torch.full_like(loss, -1.0))
-    if target_logits is None:
-        slopes = None if hidden is None else torch.zeros_like(hidden)
-        return DistillOutput(-loss.squeeze(1), gradient, slopes)
-    a, share, scale = (_column(value) for value in (alpha, lam, temperature))
-    logits_share, hidden_share = (1 - a) * (1 - share), (1 - a) * share
-    term, slopes = _divergence(logits, target_logits, scale, kl, columns)
-    loss = _plus(loss * -a, term, logits_share * scale)
-    gradient = _plus(gradient * a, slopes, logits_share)
-    hidden_gradient = None
-    if hidden is not None and target_hidden is not None:
-        term, slopes = _divergence(hidden, target_hidden, scale, kl, None)
-        loss = _plus(loss, term, hidden_share * scale)
-        hidden_gradient = slopes * hidden_share
-    return DistillOutput(loss.squeeze(1), gradient, hidden_gradient)
+    assert student is not None
+    log_p = F.log_softmax(student, dim=-1)
+    label = objective.labels.unsqueeze(1)
+    loss = log_p.gather(1, label)
+    gradient = log_p.exp_().scatter_add_(1, label, torch.full_like(loss, -1.0))
+    slopes = None if z is None else torch.zeros_like(z)
+    if teacher is None:
+        loss = -loss
+    else:
+        alpha, lam, scale = (_column(setting) for setting in objective.settings)
+        share = (1 - alpha) * (1 - lam)
+        term, slope = _divergence(student, teacher, scale, objective.kl, objective.columns)
+        loss = _plus(loss * -alpha, term, share * scale)
+        gradient = _plus(gradient * alpha, slope, share)
+        if z is not None and target_z is not None:
+            share = (1 - alpha) * lam
+            term, slope = _divergence(z, target_z, scale, objective.kl, None)
+            loss = _plus(loss, term, share * scale)
+            slopes = slope * share
+    if objective.weight is not None:
+        factor = objective.weight.to(wide).unsqueeze(1)
+        gradient, slopes = gradient * factor, None if slopes is None else slopes * factor
+    loss, gradient = loss.squeeze(1).to(dtype), gradient.to(dtype).contiguous()
+    return DistillOutput(loss, gradient, None if slopes is None else slopes.to(dtype).contiguous())
 
 
 def _column(value: float | Tensor) -> float | Tensor:
@@ -241,11 +244,7 @@ def _plus(total: Tensor, term: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def _divergence(
-    student: Tensor,
-    teacher: Tensor,
-    scale: float | Tensor,
-    kl: str,
-    columns: Tensor | None,
+    student: Tensor, teacher: Tensor, scale: float | Tensor, kl: str, columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """T KL of each row [B, 1], and the gradient of T^2 KL with respect to the student's row."""
     w, terms, log_v = reference.divergence_terms(student, teacher, scale, kl, columns)
@@ -253,6 +252,18 @@ def _divergence(
     if kl == "forward":
         return loss, (log_v.exp_() - w) * scale
     return loss, torch.addcmul(terms, w, loss, value=-1)
+
+
+def _numba(logits: Tensor, hidden: Tensor | None, objective: Objective) -> DistillOutput:
+    from ssd.ops import _loops
+
+    rows = len(logits)
+    loss, grad_logits = logits.new_empty(rows), torch.empty_like(logits)
+    slopes = logits.new_zeros(rows, 0 if hidden is None else hidden.shape[1])
+    students = _loops.array(logits, rows), _loops.array(hidden, rows)
+    outputs = loss.numpy(), grad_logits.numpy(), slopes.numpy()
+    _loops.distill(*students, *objective.for_loops(), outputs)
+    return DistillOutput(loss, grad_logits, None if hidden is None else slopes)
 
 
 @jit
@@ -367,9 +378,20 @@ def _distill_kernel(
     student = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     label = tl.load(labels + row)
     total, gradient = logits_loss(
-        student, label, target_logits, columns, at, column, inside, a, share, t,
-        TEACHER, COLUMNS, FORWARD,
-    )  # fmt: skip
+        student,
+        label,
+        target_logits,
+        columns,
+        at,
+        column,
+        inside,
+        a,
+        share,
+        t,
+        TEACHER,
+        COLUMNS,
+        FORWARD,
+    )
     if HIDDEN:
         unit = tl.arange(0, BLOCK_N)
         real = unit < N
@@ -384,45 +406,12 @@ def _distill_kernel(
     tl.store(grad_logits + at, scale * gradient, mask=inside)
 
 
-def _triton(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    hidden: Tensor | None,
-    target_hidden: Tensor | None,
-    *,
-    alpha: float | Tensor,
-    lam: float | Tensor,
-    temperature: float | Tensor,
-    kl: str,
-    columns: Tensor | None,
-    weight: Tensor | None,
-) -> DistillOutput:
-    numbers, tensors = settings(logits, alpha, lam, temperature)
-    weight = None if weight is None else weight.to(torch.float32)
-    loss, grad_logits, grad_hidden = _launch(
-        logits, labels, target_logits, hidden, target_hidden, numbers, tensors, weight, kl, columns
-    )
+def _triton(logits: Tensor, hidden: Tensor | None, objective: Objective) -> DistillOutput:
+    loss, grad_logits, grad_hidden = _launch(logits, hidden, *objective.for_launch())
     return DistillOutput(loss, grad_logits, None if hidden is None else grad_hidden)
 
 
-def settings(like: Tensor, *values: float | Tensor) -> tuple[list[float], list[Tensor]]:
-    """What kernels take for settings: numbers or, if one of them is a tensor, tensors [B]."""
-    numbers = [1.0 if isinstance(value, Tensor) else float(value) for value in values]
-    if not any(isinstance(value, Tensor) for value in values):
-        return numbers, []
-    options: dict[str, Any] = {"dtype": torch.float32, "device": like.device}
-    return [], [
-        value.to(torch.float32).expand(len(like)).contiguous()
-        if isinstance(value, Tensor)
-        else torch.full((len(like),), number, **options)
-        for value, number in zip(values, numbers, strict=True)
-    ]
-
-
-def _like(
-    logits: Tensor, labels: Tensor, target_logits: Tensor | None, hidden: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _like(logits: Tensor, hidden: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     slopes = logits.new_empty(0 if hidden is None else hidden.shape)
     return logits.new_empty(len(logits)), logits.new_empty(logits.shape), slopes
 
@@ -430,18 +419,17 @@ def _like(
 @_op.operator("ssd::distill", _like)
 def _launch(
     logits: Tensor,
+    hidden: Tensor | None,
     labels: Tensor,
     target_logits: Tensor | None,
-    hidden: Tensor | None,
     target_hidden: Tensor | None,
     numbers: Sequence[float],
     tensors: Sequence[Tensor],
-    weight: Tensor | None,
     kl: str,
     columns: Tensor | None,
+    weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """numbers or tensors: alpha, lam and temperature, as `settings` gives them."""
-    loss, grad_logits, grad_hidden = _like(logits, labels, target_logits, hidden)
+    loss, grad_logits, grad_hidden = _like(logits, hidden)
     classes, units = logits.shape[1], 1 if hidden is None else hidden.shape[1]
     optional = [
         logits if t is None else t.contiguous() for t in (target_logits, hidden, target_hidden)
@@ -474,54 +462,8 @@ def _launch(
 
 
 def power(size: int) -> int:
-    """Lanes for so many columns."""
+    """The lanes of a program for so many columns."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def _check(
-    logits: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    hidden: Tensor | None,
-    target_hidden: Tensor | None,
-    kl: str,
-    columns: Tensor | None,
-) -> None:
-    op = "distill"
-    if logits.dim() != 2:
-        raise ValueError(f"{op}: logits have shape {list(logits.shape)}, expected [B, C]")
-    taught = {"target_logits": target_logits, "hidden": hidden, "target_hidden": target_hidden}
-    _checks.floating(op, logits=logits, **taught)
-    _checks.shape(op, "labels", labels, (len(logits),))
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{op}: labels have dtype {labels.dtype}; use torch.int64")
-    _checks.shape(op, "target_logits", target_logits, tuple(logits.shape))
-    _checks.shape(op, "columns", columns, tuple(logits.shape))
-    if columns is not None and columns.dtype != torch.bool:
-        raise TypeError(f"{op}: columns has dtype {columns.dtype}; use torch.bool")
-    if columns is not None:
-        _checks.same_device(op, "logits", logits, "columns", columns)
-    if (hidden is None) != (target_hidden is None):
-        raise ValueError(f"{op}: hidden and target_hidden must be given together")
-    if hidden is not None and (hidden.dim() != 2 or len(hidden) != len(logits)):
-        raise ValueError(
-            f"{op}: hidden has shape {list(hidden.shape)}, expected [{len(logits)}, n]"
-        )
-    if hidden is not None:
-        _checks.shape(op, "target_hidden", target_hidden, tuple(hidden.shape))
-    if kl not in ("reverse", "forward"):
-        raise ValueError(f"{op}: kl={kl!r} is not one of reverse, forward")
-    _checks.same_device(op, "logits", logits, "labels", labels)
-    _checks.in_range(op, "labels", labels, logits.shape[1])
-
-
-def _check_setting(name: str, value: float | Tensor, logits: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        _checks.number("distill", name, value, positive=name == "temperature")
-    else:
-        if value.dim():
-            _checks.shape("distill", name, value, (len(logits),))
-        _checks.same_device("distill", "logits", logits, name, value)
 
 
 _dispatch.register("distill", reference=_reference, torch=_torch, numba=_numba, triton=_triton)

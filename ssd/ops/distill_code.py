@@ -1,4 +1,4 @@
-"""The decoder of a sparse code, the loss of `distill` and its gradients, in one launch on CUDA."""
+"""Decode a sparse code, then the loss of `distill` and its gradients, in one launch on CUDA."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch.nn import functional as F
 from ssd.ops import reference
 from ssd.ops.distill import (
     MAX_COLUMNS,
-    array,
+    Objective,
     distill,
     hidden_loss,
     logits_loss,
-    loops_serve,
     power,
-    settings,
     settings_of,
 )
 from ssd_kernels import _checks, _dispatch, _op, _tuning
@@ -26,7 +24,7 @@ from ssd_kernels._segments import unit_stride
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import accumulation_dtype
 
-# TILE: entries, slots by columns, that a program holds at a time.
+# TILE: slots times columns that a program holds at a time.
 _tuning.TABLE["distill_code"] = {
     "default": (
         ({"columns": 256}, {"TILE": 2048, "num_warps": 4}),
@@ -40,8 +38,8 @@ class CodeLoss(NamedTuple):
 
     logits: Tensor  # [B, C]
     loss: Tensor  # [B]
-    grad_logits: Tensor  # [B, C], of loss[b] weight[b]
-    grad_values: Tensor  # [B, K], of the same, through the logits and the hidden; 0 if inactive
+    grad_logits: Tensor  # [B, C], of weight[b] loss[b]
+    grad_values: Tensor  # [B, K], of weight[b] loss[b], through logits and hidden; 0 if inactive
 
 
 def distill_code(
@@ -61,87 +59,67 @@ def distill_code(
     weight: Tensor | None = None,
     impl: str | None = None,
 ) -> CodeLoss:
-    """`distill` of the logits that a code decodes to and of its neurons in a subnetwork.
+    """Decode a code into logits; `distill` them and the code's neurons in a subnetwork.
 
     Args:
-        values: [B, K] floating; indices: [B, K] int64 in 0..R-1, distinct within a sample but for
-            slots of value 0.
-        decoder: [R, C]. labels: [B] int64 in 0..C-1.
-        target_logits: [B, C]. target_hidden: [B, n], given together with positions.
+        values: [B, K] floating.
+        indices: [B, K] int64 in 0..R-1, distinct within a sample but for slots of value 0.
+        decoder: [R, C].
+        labels: [B] int64 in 0..C-1.
+        target_logits: [B, C], the teacher's.
+        target_hidden: [B, n], the teacher's; goes with positions.
         positions: [R] int64, where each neuron stands in the subnetwork: 0..n-1, or n for none.
-        alpha, lam, temperature, kl, columns: as in distill.
-        weight: [B] floating, multiplies each sample's gradients, not its loss.
-        impl: "triton" or "numba" (of float32 alone), "torch" or "reference"; by default the
-            fastest.
+        alpha, lam, temperature, kl, columns, weight: as in distill.
+        impl: "triton" or "numba" (float32 alone), "torch" or "reference"; by default the fastest.
 
     Returns:
         Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.
 
     Raises:
-        TypeError, ValueError: what distill raises, where PyTorch serves, and wrong shapes, labels
-            or indices, where numba does; Triton looks at nothing.
+        TypeError, ValueError: with PyTorch, what distill raises; with numba, shapes, labels or
+            indices that do not fit. Triton checks nothing.
     """
+    objective = Objective(
+        labels, target_logits, target_hidden, alpha, lam, temperature, kl, columns, weight
+    )
     units = 1 if target_hidden is None else target_hidden.shape[1]
     sizes = *values.shape, decoder.shape[1], units
     served = min(sizes) > 0 and max(sizes[2:]) <= MAX_COLUMNS and values.dtype == torch.float32
-    given = values, decoder, target_logits, target_hidden, weight
-    looped = loops_serve(max(sizes[2:]), given, (alpha, lam, temperature))
+    looped = objective.looped(max(sizes[2:]), values, decoder)
     serve = _dispatch.choose("distill_code", impl, values, "torch", served, looped)
     with torch.no_grad():
-        return serve(
-            values,
-            indices,
-            decoder,
-            labels,
-            target_logits,
-            target_hidden,
-            positions=positions,
-            alpha=alpha,
-            lam=lam,
-            temperature=temperature,
-            kl=kl,
-            columns=columns,
-            weight=weight,
-        )
+        return serve(values, indices, decoder, positions, objective)
 
 
 def _reference(
-    values: Tensor,
-    indices: Tensor,
-    decoder: Tensor,
-    labels: Tensor,
-    *targets: Tensor | None,
-    weight: Tensor | None,
-    **options: Any,
+    values: Tensor, indices: Tensor, decoder: Tensor, positions: Tensor | None, objective: Objective
 ) -> CodeLoss:
+    options = objective._asdict()
+    weight = options.pop("weight")
     with torch.enable_grad():
         leaf = values.detach().requires_grad_()
-        logits, loss = reference.distill_code(leaf, indices, decoder, labels, *targets, **options)
+        logits, loss = reference.distill_code(
+            leaf, indices, decoder, positions=positions, **options
+        )
         total = loss.sum() if weight is None else loss @ weight.to(loss.dtype)
         slopes = torch.autograd.grad(total, [logits, leaf])
     return CodeLoss(logits.detach(), loss.detach(), slopes[0], slopes[1].where(values > 0, 0.0))
 
 
 def _torch(
-    values: Tensor,
-    indices: Tensor,
-    decoder: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    *,
-    positions: Tensor | None,
-    **options: Any,
+    values: Tensor, indices: Tensor, decoder: Tensor, positions: Tensor | None, objective: Objective
 ) -> CodeLoss:
     dtype, wide = values.dtype, accumulation_dtype(values.dtype)
     values, rows = values.to(wide), F.embedding(indices, decoder).to(wide)
     logits = (rows * values.unsqueeze(2)).sum(1)
     hidden, places = None, indices
+    targets = objective.target_logits, objective.target_hidden
+    target_logits, target_hidden = (None if t is None else t.to(wide) for t in targets)
     if target_hidden is not None and positions is not None:
         places = positions.take(indices)
         hidden = reference.at_places(values, places, target_hidden.shape[1])
-    targets = (None if t is None else t.to(wide) for t in (target_logits, hidden, target_hidden))
-    output = distill(logits, labels, *targets, impl="torch", **options)
+    widened = objective._replace(target_logits=target_logits, target_hidden=target_hidden)
+    output = distill(logits, hidden=hidden, **widened._asdict(), impl="torch")
     grad_values = (rows * output.grad_logits.unsqueeze(1)).sum(2)
     if output.grad_hidden is not None:
         grad_values += F.pad(output.grad_hidden, (0, 1)).gather(1, places)
@@ -150,60 +128,33 @@ def _torch(
 
 
 def _numba(
-    values: Tensor,
-    indices: Tensor,
-    decoder: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    *,
-    positions: Tensor | None,
-    alpha: float,
-    lam: float,
-    temperature: float,
-    kl: str,
-    columns: Tensor | None,
-    weight: Tensor | None,
+    values: Tensor, indices: Tensor, decoder: Tensor, positions: Tensor | None, objective: Objective
 ) -> CodeLoss:
     from ssd.ops import _loops
 
-    rows, (neurons, classes) = len(values), decoder.shape
-    units = 0 if target_hidden is None else target_hidden.shape[1]
-    if target_hidden is not None and positions is None:
+    rows, (neurons, classes), given = len(values), decoder.shape, objective
+    units = 0 if given.target_hidden is None else given.target_hidden.shape[1]
+    if given.target_hidden is not None and positions is None:
         raise ValueError("distill_code: target_hidden and positions must be given together")
     for name, tensor, shape in (
         ("indices", indices, tuple(values.shape)),
-        ("labels", labels, (rows,)),
-        ("target_logits", target_logits, (rows, classes)),
-        ("columns", columns, (rows, classes)),
+        ("labels", given.labels, (rows,)),
+        ("target_logits", given.target_logits, (rows, classes)),
+        ("columns", given.columns, (rows, classes)),
         ("positions", positions, (neurons,)),
-        ("target_hidden", target_hidden, (rows, units)),
-        ("weight", weight, (rows,)),
+        ("target_hidden", given.target_hidden, (rows, units)),
+        ("weight", given.weight, (rows,)),
     ):
         _checks.shape("distill_code", name, tensor, shape)
+    code = _loops.array(values, rows), _loops.array(indices, rows)
+    places = _loops.array(given.labels if positions is None else positions, rows)
     logits, grad_logits = (values.new_empty(rows, classes) for _ in range(2))
     loss, grad_values = values.new_empty(rows), values.new_empty(values.shape)
-    served = _loops.distill_code(
-        array(values, rows),
-        array(indices, rows),
-        array(decoder, rows),
-        array(labels, rows),
-        array(target_logits, rows),
-        array(columns, rows, torch.bool),
-        array(labels if positions is None else positions, rows),
-        array(target_hidden if target_logits is not None else None, rows),
-        float(alpha),
-        float(lam),
-        float(temperature),
-        kl == "forward",
-        array(values.new_ones(rows) if weight is None else weight, rows),
-        logits.numpy(),
-        loss.numpy(),
-        grad_logits.numpy(),
-        grad_values.numpy(),
-    )
-    if not served:
-        _checks.in_range("distill_code", "labels", labels, classes)
+    outputs = logits.numpy(), loss.numpy(), grad_logits.numpy(), grad_values.numpy()
+    targets, settings = given.for_loops()
+    matrix = _loops.array(decoder, rows)
+    if not _loops.distill_code(code, matrix, places, targets, settings, outputs):
+        _checks.in_range("distill_code", "labels", given.labels, classes)
         _checks.in_range("distill_code", "indices", indices, neurons)
     return CodeLoss(logits, loss, grad_logits, grad_values)
 
@@ -264,9 +215,20 @@ def _distill_code_kernel(
             z += tl.sum(tl.where(place[:, None] == unit[None, :], value[:, None], 0.0), axis=0)
     at = row * C + column
     total, gradient = logits_loss(
-        student, tl.load(labels + row), target_logits, columns, at, column, inside, a, share, t,
-        TEACHER, COLUMNS, FORWARD,
-    )  # fmt: skip
+        student,
+        tl.load(labels + row),
+        target_logits,
+        columns,
+        at,
+        column,
+        inside,
+        a,
+        share,
+        t,
+        TEACHER,
+        COLUMNS,
+        FORWARD,
+    )
     slope = tl.zeros([BLOCK_N], tl.float32)
     if HIDDEN:
         term, slope = hidden_loss(z, target_hidden, row * N + unit, unit < N, a, share, t, FORWARD)
@@ -297,28 +259,10 @@ def _distill_code_kernel(
 
 
 def _triton(
-    values: Tensor,
-    indices: Tensor,
-    decoder: Tensor,
-    labels: Tensor,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    *,
-    positions: Tensor | None,
-    alpha: float | Tensor,
-    lam: float | Tensor,
-    temperature: float | Tensor,
-    kl: str,
-    columns: Tensor | None,
-    weight: Tensor | None,
+    values: Tensor, indices: Tensor, decoder: Tensor, positions: Tensor | None, objective: Objective
 ) -> CodeLoss:
-    numbers, tensors = settings(values, alpha, lam, temperature)
-    weight = None if weight is None else weight.to(torch.float32)
-    results = _launch(
-        values.detach(), indices, decoder.detach(), labels, target_logits, target_hidden, positions,
-        numbers, tensors, weight, kl, columns,
-    )  # fmt: skip
-    return CodeLoss(*results)
+    arguments = objective.for_launch()
+    return CodeLoss(*_launch(values.detach(), indices, decoder.detach(), positions, *arguments))
 
 
 def _like(
@@ -334,17 +278,16 @@ def _launch(
     values: Tensor,
     indices: Tensor,
     decoder: Tensor,
+    positions: Tensor | None,
     labels: Tensor,
     target_logits: Tensor | None,
     target_hidden: Tensor | None,
-    positions: Tensor | None,
     numbers: Sequence[float],
     tensors: Sequence[Tensor],
-    weight: Tensor | None,
     kl: str,
     columns: Tensor | None,
+    weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """numbers or tensors: alpha, lam and temperature, as `settings` gives them."""
     results = _like(values, indices, decoder)
     (batch, slots), classes = values.shape, decoder.shape[1]
     # Without target_logits a hidden term counts for nothing.

@@ -1,4 +1,4 @@
-"""The gradient of a layer's output taken back through the gate of its neurons, in place."""
+"""Take the gradient of a layer's output back through the gate of its neurons, in place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ssd.ops import reference
-from ssd.ops.distill import array
 from ssd_kernels import _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
 
@@ -22,16 +21,16 @@ def gate_gradient(
     gated: bool = True,
     impl: str | None = None,
 ) -> None:
-    """gradient = gradient + slope where the gate is open, and 0 elsewhere.
+    """gradient = gradient + slope where the gate is open, 0 elsewhere, in place.
 
     Args:
-        gradient: [S B, R] floating, updated in place; a transposed view serves as well.
-        gate: [S B, R] bool, or floating: open where it is above 0 or NaN, as the gradient of relu
-            has it. Of the strides of gradient, if it is to be fast on a CPU.
-        slopes: [S B, n], what the neurons of S subnetworks add.
-        positions: [S R] int64, where each neuron stands in its subnetwork, n if it does not; goes
-            with slopes.
-        gated: False: slopes are added behind the gate, open or not.
+        gradient: [S B, R] floating, updated in place; may be a transposed view.
+        gate: [S B, R] bool, or floating: open where it is above 0 or NaN, as in the gradient of
+            relu. A CPU is fastest where gate and gradient have the same strides.
+        slopes: [S B, n], added to the gradients of the n neurons of S subnetworks.
+        positions: [S R] int64, where each neuron stands in its subnetwork, n for none; goes with
+            slopes.
+        gated: False: slopes are added after the gate, whether it is open or not.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
     """
     served = gate.dtype in (torch.bool, torch.float32) and gradient.dtype == torch.float32
@@ -63,11 +62,9 @@ def _numba(
 ) -> None:
     from ssd.ops import _loops
 
-    rows = len(gradient)
+    added = _loops.array(slopes, len(gradient))
     places = positions if positions is not None else torch.empty(0, dtype=torch.int64, device="cpu")
-    _loops.gate(
-        gradient.T.numpy(), gate.T.numpy(), array(slopes, rows), places.contiguous().numpy(), gated
-    )
+    _loops.gate(gradient.T.numpy(), gate.T.numpy(), added, places.contiguous().numpy(), gated)
 
 
 def _add_slopes(gradient: Tensor, slopes: Tensor | None, positions: Tensor | None) -> None:

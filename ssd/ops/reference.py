@@ -1,82 +1,97 @@
-"""The specification of the ops of ssd in plain PyTorch, as ssd_kernels.reference is of its own."""
+"""The specification of the ops of ssd in plain PyTorch, like ssd_kernels.reference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd.models import response_to_inhibition
 from ssd_kernels.reference import accumulation_dtype, sgd_step
 
 
-def draw_batch(
-    inputs: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    samples: Tensor,
-    position: Tensor,
-    size: int,
-    target_logits: Tensor | None,
-    target_hidden: Tensor | None,
-    counts: Tensor | None,
-    anneal_samples: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+class Stored(NamedTuple):
+    """The arguments of `draw_batch`, described there."""
+
+    inputs: Tensor  # [S N, d]
+    labels: Tensor  # [S N]
+    order: Tensor  # [S, M]
+    samples: Tensor  # [S]
+    position: Tensor  # 0-d
+    size: int  # B
+    target_logits: Tensor | None  # [S N, C]
+    target_hidden: Tensor | None  # [S N, n]
+    counts: Tensor | None  # [S R]
+    anneal_samples: Tensor | None  # [S]
+
+
+def draw_batch(stored: Stored) -> tuple[Tensor | None, ...]:
     """Rows [S B, ..] at order[s, position B ..] of each learner s, zeros past samples[s]."""
+    inputs, order, samples = stored.inputs, stored.order, stored.samples
     learners, longest = order.shape
-    place = position * size + torch.arange(size, device=order.device)
+    place = stored.position * stored.size + torch.arange(stored.size, device=order.device)
     real = place < samples.unsqueeze(1)  # [S, B]
     first = torch.arange(learners, device=order.device).unsqueeze(1) * (len(inputs) // learners)
     row = (order[:, place.clamp(max=longest - 1)] + first).flatten()
 
-    def drawn(stored: Tensor) -> Tensor:
-        there = real.view(-1, *[1] * (stored.dim() - 1))
-        return stored.index_select(0, row).masked_fill_(~there, 0)
+    def drawn(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        there = real.view(-1, *[1] * (rows.dim() - 1))
+        return rows.index_select(0, row).masked_fill_(~there, 0)
 
-    targets = [None if t is None else drawn(t) for t in (target_logits, target_hidden)]
     weight = real.to(accumulation_dtype(inputs.dtype)) / real.sum(1, keepdim=True).clamp(min=1)
-    inhibited = gaba(counts, anneal_samples, inputs.dtype)
+    inhibited = gaba(stored.counts, stored.anneal_samples, inputs.dtype)
     if inhibited is not None:
         inhibited.view(learners, -1).masked_fill_(samples.unsqueeze(1) == 0, 1.0)
-    return drawn(inputs), drawn(labels), weight.flatten(), *targets, inhibited
+    targets = drawn(stored.target_logits), drawn(stored.target_hidden)
+    return drawn(inputs), drawn(stored.labels), weight.flatten(), *targets, inhibited
 
 
 def gaba(counts: Tensor | None, anneal_samples: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """response_to_inhibition [S R] of counts [S R] under anneal_samples [S]; None without."""
     if counts is None or anneal_samples is None:
         return None
-    each, anneal = counts.view(len(anneal_samples), -1), anneal_samples.unsqueeze(1)
-    return response_to_inhibition(each, anneal, dtype).flatten()
+    by_learner = counts.view(len(anneal_samples), -1)
+    return response_to_inhibition(by_learner, anneal_samples.unsqueeze(1), dtype).flatten()
 
 
-def dense_update(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    samples: Tensor | None,
-    blocks: int,
-) -> None:
+def response_to_inhibition(
+    counts: Tensor, anneal_samples: int | Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The GABA switch of neurons that were active so often: -1 (excited) to 1 (inhibited)."""
+    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65,504
+    return (2 * counts.to(wide) / anneal_samples - 1).clamp(-1, 1).to(dtype)
+
+
+class Update(NamedTuple):
+    """The arguments of `dense_update`, described there."""
+
+    weights: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    lr: float | Tensor
+    max_norm: float | Tensor | None
+    nonnegative: bool
+    normalize: Sequence[bool] | None
+    momentum: float
+    buffers: Sequence[Tensor] | None
+    samples: Tensor | None
+    blocks: int
+
+
+def dense_update(update: Update) -> None:
     """One clipped, projected SGD step on all rows of the networks that have samples."""
-    rows = weights[0].shape[0]
-    moves = torch.ones(blocks, dtype=torch.bool, device=weights[0].device)
+    options = update._asdict()
+    weights, gradients, samples = (options.pop(n) for n in ("weights", "gradients", "samples"))
+    moves = torch.ones(update.blocks, dtype=torch.bool, device=weights[0].device)
     if samples is not None:
         moves = samples > 0
     wide = accumulation_dtype(reduce(torch.promote_types, (w.dtype for w in weights)))
-    sgd_step(
-        weights, [g.to(wide) for g in gradients], moves.repeat_interleave(rows // blocks), lr=lr,
-        max_norm=max_norm, nonnegative=nonnegative, normalize=normalize, momentum=momentum,
-        buffers=buffers, blocks=blocks,
-    )  # fmt: skip
+    rows = moves.repeat_interleave(len(weights[0]) // update.blocks)
+    sgd_step(weights, [g.to(wide) for g in gradients], rows, **options)
 
 
 def gate_gradient(
@@ -168,9 +183,9 @@ def distill_code(
     positions: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The logits H decoder of a code, H [B, R] being its dense form, and `distill` of each sample.
+    """The logits of a code, which are its dense form H [B, R] times the decoder, and their loss.
 
-    The hidden activations are those of H at the neurons that have a position in 0..n-1.
+    The hidden activations are those of H at the neurons with a position in 0..n-1.
     """
     wide = accumulation_dtype(values.dtype)
     logits = (values.unsqueeze(2).to(wide) * decoder[indices].to(wide)).sum(1).to(values.dtype)
@@ -181,7 +196,7 @@ def distill_code(
 
 
 def at_places(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """values [B, K] at their places in rows [B, n], zeros elsewhere; a place of n is none."""
+    """values [B, K] at their places in rows [B, n], zeros elsewhere; place n drops a value."""
     return values.new_zeros(len(values), size + 1).scatter_add(1, places, values)[:, :size]
 
 
@@ -192,7 +207,7 @@ def divergence(
     kl: str,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """T^2 KL between softmax(student / T) and softmax(teacher / T), over the columns that count."""
+    """T^2 KL between softmax(student / T) and softmax(teacher / T) over some columns, [..]."""
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     _, terms, _ = divergence_terms(student, teacher, scale, kl, columns)
     return terms.sum(-1) * temperature

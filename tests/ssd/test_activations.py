@@ -154,7 +154,7 @@ def test_evaluating_leaves_the_callers_inference_mode_and_gives_it_back() -> Non
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_hooks_do_nothing_in_copies(copied: Callable[[nn.Module], nn.Module]) -> None:
     model = network()
-    recorder = Recorder({"2": model[2]})
+    recorder = Recorder(model, ["2"])
     other = copied(model)
     with recorder.record() as calls:
         other(torch.randn(4, 12))
@@ -170,14 +170,14 @@ def test_hooks_do_nothing_in_copies(copied: Callable[[nn.Module], nn.Module]) ->
 
 def test_threads_record_apart() -> None:
     layer = nn.Identity()
-    recorder, meet, sizes = Recorder({"a": layer}), threading.Barrier(2), {}
+    recorder, meet, sizes = Recorder(nn.Sequential(layer), ["0"]), threading.Barrier(2), {}
 
     def run(size: int) -> None:
         with recorder.record() as calls:
             meet.wait()
             layer(torch.ones(size))
             meet.wait()
-        sizes[size] = len(single(calls, "a").output), calls["a"].number
+        sizes[size] = len(single(calls, "0").output), calls["0"].number
 
     threads = [threading.Thread(target=run, args=(size,)) for size in (2, 3)]
     for thread in threads:

@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from ssd.activations import count_activations, evaluating
-from ssd.distillation import Distiller, distillation_loss, select_subnetwork
+from ssd.cuda_graph import GraphedEpochs
+from ssd.distillation import Distiller, select_subnetwork
+from ssd.losses import HIDDEN_LOSSES, distillation_loss
 from ssd.ops.distill import distill
+from ssd.trainer import Trainer
 from ssd_kernels.nn import KSparseMLP, TopK, TopKLinear
+from tests.ssd.test_together import BASE as TOGETHER
+from tests.ssd.test_together import make_learner
 
 
 class KWinnersMLP(nn.Module):
@@ -176,10 +182,9 @@ def test_terms_are_what_the_loss_is_made_of(lam: float, logits: str, kl: str) ->
     task = second_task(model, classes=4, lam=lam, logits=logits, kl=kl)
     samples = torch.tensor([7, 3, 50])
     terms = task.distiller.terms(samples)
-    assert terms.keys() == {
-        "target_logits", "alpha", "lam", "temperature", "kl",
-        *(["columns"] if logits == "seen" else []), *(["target_hidden"] if lam > 0 else []),
-    }  # fmt: skip
+    optional = {"columns": logits == "seen", "target_hidden": lam > 0}
+    expected = {"target_logits", "alpha", "lam", "temperature", "kl"}
+    assert terms.keys() == expected | {name for name, given in optional.items() if given}
     if logits == "seen":
         assert terms["columns"].tolist() == [[True] * 4 + [False]] * 3
     output = model(task.x[samples])
@@ -199,6 +204,63 @@ def test_terms_without_a_teacher_or_of_several_layers() -> None:
         second_task().distiller.terms(torch.arange(3))
 
 
+@pytest.fixture
+def squares(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new hidden loss, for the time of a test."""
+
+    def mean_square(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
+        return (student - teacher).square().mean(-1)
+
+    monkeypatch.setitem(HIDDEN_LOSSES, "mse", mean_square)
+    return "mse"
+
+
+def test_a_new_hidden_loss_takes_the_place_of_the_kl(squares: str) -> None:
+    task = second_task(hidden_loss=squares)
+    samples = torch.tensor([7, 3, 50])
+    logits = task.model(task.x[samples])
+    hidden = task.distiller.activations(logits)
+    of_layers = [
+        F.mse_loss(z, task.distiller.teacher_hidden[name][samples]) for name, z in hidden.items()
+    ]
+    of_logits = distillation_loss(logits, task.distiller.teacher_logits[samples], 2.0)
+    cross_entropy = F.cross_entropy(logits, task.y[samples])
+    expected = 0.5 * cross_entropy + 0.25 * sum(of_layers) / 2 + 0.25 * of_logits
+    torch.testing.assert_close(task.distiller.loss(logits, task.y[samples], samples), expected)
+    with pytest.raises(ValueError, match="differ in shape"):
+        distillation_loss(torch.randn(4, 5), torch.randn(5), 2.0, hidden_loss=squares)
+
+
+def test_no_other_loss_is_fused(squares: str) -> None:
+    model = nn.Sequential(nn.Linear(12, 40), TopK(6), nn.Linear(40, 5))
+    assert Distiller(model).fused
+    assert Distiller(model, lam=0.0, hidden_loss=squares).fused
+    assert not Distiller(KWinnersMLP()).fused
+    other = second_task(model, hidden_loss=squares).distiller
+    assert not other.fused
+    with pytest.raises(ValueError, match=r"KL of one layer, not \['1'\] with hidden_loss='mse'"):
+        other.terms(torch.arange(3))
+
+
+def test_a_trainer_takes_the_plain_step_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The KL under another name trains as the fused one does."""
+    monkeypatch.setitem(HIDDEN_LOSSES, "other", HIDDEN_LOSSES["kl"])
+    config = replace(TOGETHER, method="ssd", tasks=2, epochs=2, lam=0.5)
+    trained = []
+    for hidden_loss in ("kl", "other"):
+        learner = make_learner(config, torch.float64)
+        names = ("alpha", "lam", "temperature", "subnetwork")
+        settings = {name: getattr(config, name) for name in names}
+        learner.distiller = Distiller(learner.model, **settings, hidden_loss=hidden_loss)
+        trainer = Trainer([learner])
+        assert bool(trainer.stacks) == learner.sparse == (hidden_loss == "kl")
+        assert GraphedEpochs.serves([learner]) == learner.sparse
+        for _ in trainer.run():
+            pass
+        trained.append([p.detach() for p in learner.parameters])
+    torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("logits", ["all", "seen"])
 def test_state_dict_round_trip(logits: str) -> None:
     model, x, y = KWinnersMLP(), torch.randn(25, 12), torch.arange(25) % 3
@@ -216,29 +278,6 @@ def test_state_dict_round_trip(logits: str) -> None:
     assert one.state_dict().keys() == two.state_dict().keys()
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"kl": "sideways"}, "sideways"),
-        ({"layers": ["nowhere"]}, "nowhere"),
-        ({"layers": ["first"]}, "first"),
-    ],
-)
-def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Distiller(KWinnersMLP(), **arguments)
-
-
-def test_a_model_without_top_k_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no TopK"):
-        Distiller(nn.Linear(3, 2))
-
-
-def test_seen_logits_need_labels() -> None:
-    with pytest.raises(ValueError, match="labels"):
-        Distiller(KWinnersMLP(), logits="seen").end_task(torch.randn(3, 12))
 
 
 class Task(NamedTuple):
@@ -332,7 +371,7 @@ def test_activations_die_with_their_logits() -> None:
         del logits
         gc.collect()
         assert [z() for z in watched] == [None] * len(watched)
-        assert len(task.distiller._passes) == 0
+        assert len(task.distiller._observer._passes) == 0
 
 
 def test_a_failed_pass_leaves_nothing_behind() -> None:
@@ -483,7 +522,7 @@ def test_lwf_takes_any_logits() -> None:
     logits = task.model(task.x[:4])
     expected = task.loss(logits, 0)
     torch.testing.assert_close(task.loss(logits / 2 * 2, 0), expected)
-    assert len(task.distiller._passes) == 0
+    assert len(task.distiller._observer._passes) == 0
 
 
 def test_a_pass_without_gradients_has_the_same_loss() -> None:
@@ -756,7 +795,7 @@ def test_ranks_choose_one_subnetwork(tmp_path: Path) -> None:
         ({"samples": torch.ones(4, dtype=torch.bool)}, "samples .*bool"),
         ({"samples": torch.tensor([0, 1, 2, -1])}, "samples hold -1"),
         ({"samples": torch.tensor([0, 1, 2, 60])}, r"samples hold 60; they must lie in 0\.\.59"),
-        ({"hidden": {}}, "hidden is of layers"),
+        ({"hidden": {}}, "hidden activations are of layers"),
         ({"hidden": {"winners1": torch.randn(4, 6), "winners2": torch.randn(4, 1)}}, "shape"),
     ],
 )
@@ -832,7 +871,7 @@ def test_state_is_copied_both_ways_and_goes_to_the_models_device() -> None:
         (lambda s: s.pop("teacher_logits"), "no teacher_logits"),
         (lambda s: s.update({"neurons/other": torch.arange(6)}), "neurons are of layers"),
         (lambda s: s.update({"something": torch.arange(6)}), "'something' is no part"),
-        (lambda s: s.update({"neurons/winners1": torch.arange(5)}), r"\[5\], not \[6\]"),
+        (lambda s: s.update({"neurons/winners1": torch.arange(5)}), r"\[5\] must be \[6\]"),
         (lambda s: s.update({"neurons/winners1": torch.arange(35, 41)}), "hold 40"),
         (lambda s: s.update({"neurons/winners1": torch.arange(-1, 5)}), "hold -1"),
         (lambda s: s.update({"counts/winners1": torch.arange(5)}), "has 5 neurons, k=6"),
@@ -865,7 +904,11 @@ def test_a_state_without_the_seen_classes_is_named() -> None:
     ("end", "message"),
     [
         ({"counts": {"winners1": torch.ones(40)}}, "counts are of layers"),
-        ({"counts": {"winners1": torch.ones(40), "winners2": torch.ones(3)}}, "3 neurons, k=4"),
+        (
+            {"counts": {"winners1": torch.ones(40), "winners2": torch.ones(3)}},
+            "layer 'winners2' has 3 neurons, k=4",
+        ),
+        ({"labels": None}, "labels"),
         ({"labels": torch.tensor([0, -1])}, "labels hold -1"),
         ({"labels": torch.tensor([0.0, 1.0])}, "labels are torch.float32"),
     ],
@@ -878,41 +921,16 @@ def test_arguments_of_end_task_are_checked(end: dict[str, Any], message: str) ->
     assert before.keys() == task.distiller.state_dict().keys()
 
 
+def test_a_layer_with_fewer_neurons_than_k_is_named() -> None:
+    with pytest.raises(ValueError, match="layer 'first' has 40 neurons, k=41"):
+        Distiller(KWinnersMLP(), layers={"first": 41}).end_task(torch.randn(3, 12))
+
+
 def test_a_seen_class_that_the_model_has_not_is_named() -> None:
     distiller = Distiller(KWinnersMLP(), logits="seen")
     distiller.end_task(torch.randn(3, 12), torch.tensor([0, 7, 1]))
     with pytest.raises(ValueError, match="label 7 was seen, but the model has 5 classes"):
         distiller.begin_task(torch.randn(3, 12))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"alpha": 1.5}, r"alpha=1\.5"),
-        ({"alpha": float("nan")}, "alpha=nan"),
-        ({"lam": -0.1}, r"lam=-0\.1"),
-        ({"temperature": 0}, "temperature=0"),
-        ({"temperature": float("inf")}, "temperature=inf"),
-        ({"subnetwork": 0.0}, r"subnetwork=0\.0"),
-        ({"subnetwork": float("nan")}, "subnetwork=nan"),
-        ({"layers": {}}, "layers={}"),
-        ({"layers": "first"}, "layers='first'"),
-        ({"layers": {"first": 0}}, "'first' has k=0"),
-        ({"layers": {"first": 2.0}}, r"'first' has k=2\.0"),
-        ({"layers": {"first": True}}, "'first' has k=True"),
-        ({"layers": {"second.encoder": 31}}, r"k=31; k must be an integer in 1\.\.30"),
-    ],
-)
-def test_numbers_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
-    model = KWinnersMLP()
-    model.second = KSparseMLP(40, 30, 30, 4)
-    with pytest.raises(ValueError, match=message):
-        Distiller(model, **arguments)
-
-
-def test_a_layer_with_fewer_neurons_than_k_is_named() -> None:
-    with pytest.raises(ValueError, match="layer 'first' has 40 neurons, k=41"):
-        Distiller(KWinnersMLP(), layers={"first": 41}).end_task(torch.randn(3, 12))
 
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
@@ -944,33 +962,62 @@ def test_any_temperature_gives_a_finite_loss(temperature: float, kl: str) -> Non
         torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 1), (4, 4), (1, 5)])
-def test_shapes_that_differ_are_not_broadcast(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"student \[4, 5\] and teacher"):
-        distillation_loss(torch.randn(4, 5), torch.randn(shape), 2.0)
+@pytest.mark.parametrize(
+    ("shape", "temperature", "message"),
+    [
+        *(
+            (shape, 2.0, r"student \[4, 5\] and teacher")
+            for shape in [(5,), (4, 1), (4, 4), (1, 5)]
+        ),
+        *(((4, 5), number, f"temperature={number}") for number in (0.0, -1.0, float("nan"))),
+    ],
+)
+def test_arguments_of_distillation_loss_are_checked(
+    shape: tuple[int, ...], temperature: float, message: str
+) -> None:
+    """Shapes are not broadcast."""
+    with pytest.raises(ValueError, match=message):
+        distillation_loss(torch.randn(4, 5), torch.randn(shape), temperature)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_is_named(temperature: float) -> None:
-    with pytest.raises(ValueError, match=f"temperature={temperature}"):
-        distillation_loss(torch.randn(4, 5), torch.randn(4, 5), temperature)
-
-
-@pytest.mark.parametrize("value", [True, "0.5", None, [0.5], float("nan"), torch.tensor(0.5)])
-@pytest.mark.parametrize("name", ["alpha", "lam", "temperature", "subnetwork"])
-def test_what_is_no_number_is_named(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{name}=.* must be a .*number"):
-        Distiller(KWinnersMLP(), **{name: value})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kl": "sideways"}, "sideways"),
+        ({"hidden_loss": "sideways"}, "hidden_loss='sideways' is not one of kl"),
+        ({"alpha": 1.5}, r"alpha=1\.5"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"lam": -0.1}, r"lam=-0\.1"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"subnetwork": 0.0}, r"subnetwork=0\.0"),
+        *(
+            ({name: value}, f"{name}=.* must be a .*number")
+            for name in ("alpha", "lam", "temperature", "subnetwork")
+            for value in (True, "0.5", None, [0.5], float("nan"), torch.tensor(0.5))
+        ),
+        *(
+            ({"layers": layers}, "layers=.* must be a list of names")
+            for layers in ({}, "first", [0], {0: 3}, 5, "winners1", [], [None])
+        ),
+        ({"layers": ["nowhere"]}, "nowhere"),
+        ({"layers": ["first"]}, "first"),
+        ({"layers": {"first": 0}}, "'first' has k=0"),
+        ({"layers": {"first": 2.0}}, r"'first' has k=2\.0"),
+        ({"layers": {"first": True}}, "'first' has k=True"),
+        ({"layers": {"second.encoder": 31}}, r"k=31; k must be an integer in 1\.\.30"),
+        ({"model": nn.Linear(3, 2)}, "no TopK"),
+    ],
+)
+def test_arguments_of_a_distiller_are_checked(arguments: dict[str, Any], message: str) -> None:
+    model = KWinnersMLP()
+    model.second = KSparseMLP(40, 30, 30, 4)
+    with pytest.raises(ValueError, match=message):
+        Distiller(**{"model": model} | arguments)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
     assert Distiller(KWinnersMLP(), alpha=np.float32(0.5), temperature=np.int64(2)).alpha == 0.5
-
-
-@pytest.mark.parametrize("layers", [[0], {0: 3}, 5, "winners1", [], [None]])
-def test_layers_that_are_no_names_are_named(layers: object) -> None:
-    with pytest.raises(ValueError, match=r"layers=.* must be a list of names"):
-        Distiller(KWinnersMLP(), layers=layers)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [KWinnersMLP, lambda: KSparseMLP(12, 40, 5, 4)])
@@ -981,17 +1028,17 @@ def test_tasks_may_begin_and_end_in_inference_mode(
     x, y, student = torch.randn(9, 12), torch.arange(9) % 5, model()
     twin = copy.deepcopy(student)
     gradients = []
-    for each, inference in ((student, True), (twin, False)):
-        distiller = Distiller(each, alpha=0.5, lam=0.5, logits=logits)
+    for network, inference in ((student, True), (twin, False)):
+        distiller = Distiller(network, alpha=0.5, lam=0.5, logits=logits)
         with torch.inference_mode(inference):
             distiller.end_task(x, y)
             distiller.begin_task(x)
             distiller.load_state_dict(distiller.state_dict())
         with torch.no_grad():
-            for p in each.parameters():
+            for p in network.parameters():
                 p.mul_(1.5)
-        distiller.loss(each(x[:4]), y[:4], torch.arange(4)).backward()
-        gradients.append([p.grad for p in each.parameters()])
+        distiller.loss(network(x[:4]), y[:4], torch.arange(4)).backward()
+        gradients.append([p.grad for p in network.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*gradients, strict=True))
 
 

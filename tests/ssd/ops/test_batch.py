@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd.models import response_to_inhibition
 from ssd.ops.batch import draw_batch, tally
+from ssd.ops.reference import response_to_inhibition
 from tests.kernels.conftest import triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
@@ -140,10 +140,9 @@ def test_the_sums(impl: str, dtype: torch.dtype, classes: int, size: int, device
     wider = torch.rand(len(loss), device=device) < 1 / size
     got = sums(device)
     tally(loss, logits, labels, weight, wider=wider, **got, impl=impl)
-    for learner, before in enumerate(zip(*(sums(device)[n].tolist() for n in
-                                           ("loss_sum", "correct", "seen", "overflow")),
-                                         strict=True)):  # fmt: skip
-        total, correct, seen, overflow = before
+    names = ("loss_sum", "correct", "seen", "overflow")
+    before = [sums(device)[name].tolist() for name in names]
+    for learner, (total, correct, seen, overflow) in enumerate(zip(*before, strict=True)):
         for b in range(learner * size, (learner + 1) * size):
             if weight[b] > 0:
                 total += loss[b].double().item()

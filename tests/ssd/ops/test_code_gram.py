@@ -68,8 +68,8 @@ def test_padding_may_name_an_active_neuron(impl: str, device: str) -> None:
     indices = torch.tensor([[1, 1, 1], [0, 0, 0]], device=device)
     gram = torch.zeros(2, 2, device=device)
     cross = torch.zeros(2, 1, device=device)
-    code_gram(values, indices, gram, cross, torch.zeros(2, dtype=torch.int64, device=device),
-              impl=impl)  # fmt: skip
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    code_gram(values, indices, gram, cross, labels, impl=impl)
     assert gram.tolist() == [[0, 0], [0, 4]]
     assert cross.tolist() == [[0], [2]]
 

@@ -70,11 +70,11 @@ def expected(
 
 
 def copied(given: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-               for t in tensors]
-        for name, tensors in given.items()
-    }  # fmt: skip
+    def copy(t: Tensor) -> Tensor:
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        return empty.copy_(t)
+
+    return {name: [copy(t) for t in tensors] for name, tensors in given.items()}
 
 
 def run(given: dict[str, Any], momentum: float, **options: Any) -> list[Tensor]:
@@ -130,8 +130,8 @@ def test_is_the_step_of_every_network(
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_exact_in_fp64(impl: str, device: str) -> None:
     given = problem(device, 9, 3, dtype=torch.float64)
-    options: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "nonnegative": True,
-                               "normalize": [True, False], "blocks": NETWORKS}  # fmt: skip
+    options: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "nonnegative": True}
+    options |= {"normalize": [True, False], "blocks": NETWORKS}
     for momentum in (0.0, 0.9):
         got, want = (run(given, momentum, **options, impl=name) for name in (impl, "reference"))
         for ours, theirs in zip(got, want, strict=True):

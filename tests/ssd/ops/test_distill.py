@@ -34,12 +34,16 @@ def problem(
     }
 
 
-def truth(inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
-    wide = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
-    options = {
-        n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for n, v in options.items()
+def cast(given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """The floating tensors in another dtype."""
+    return {
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
     }
+
+
+def truth(inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, ...]:
+    wide, options = cast(inputs), cast(options)
     for name in ("logits", "hidden"):
         if name in wide:
             wide[name].requires_grad_()
@@ -53,8 +57,8 @@ def check(inputs: dict[str, Tensor], impl: str, **options: Any) -> None:
     output = distill(**inputs, impl=impl, **options)
     scale = 8.0  # terms are multiplied by T^2
     epsilon = 16 * scale * torch.finfo(inputs["logits"].dtype).eps
-    for ours, exact in zip([t for t in output if t is not None], truth(inputs, **options),
-                           strict=True):  # fmt: skip
+    got = [t for t in output if t is not None]
+    for ours, exact in zip(got, truth(inputs, **options), strict=True):
         assert ours.dtype == inputs["logits"].dtype
         torch.testing.assert_close(ours.double(), exact, rtol=epsilon, atol=epsilon)
 
@@ -69,8 +73,7 @@ def test_close_to_fp64(impl: str, dtype: torch.dtype, kl: str, device: str) -> N
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_exact_in_fp64(impl: str, device: str) -> None:
-    inputs = {n: t.double() if t.is_floating_point() else t
-              for n, t in problem(7, 10, 13, device).items()}  # fmt: skip
+    inputs = cast(problem(7, 10, 13, device))
     output = distill(**inputs, impl=impl, alpha=0.7, lam=0.1, temperature=8.0)
     for ours, exact in zip(output, truth(inputs, alpha=0.7, lam=0.1, temperature=8.0), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
@@ -88,8 +91,8 @@ def test_some_columns(impl: str, kl: str, device: str) -> None:
     columns = torch.rand(6, 9, device=device) < 0.4
     columns[:, 4] = True
     columns[0] = columns[0].new_tensor([False] * 4 + [True] + [False] * 4)  # one column: no term
-    check(problem(6, 9, 4, device), impl, alpha=0.5, lam=0.2, temperature=2.0, kl=kl,
-          columns=columns)  # fmt: skip
+    options: dict[str, Any] = {"alpha": 0.5, "lam": 0.2, "temperature": 2.0, "kl": kl}
+    check(problem(6, 9, 4, device), impl, columns=columns, **options)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -101,8 +104,9 @@ def test_settings_of_each_sample(impl: str, device: str) -> None:
         "temperature": 1 + torch.rand(6, device=device),
     }
     check(inputs, impl, **options)
-    alone = distill(**{n: t[2:3] for n, t in inputs.items()}, impl=impl,
-                    **{n: t[2].item() for n, t in options.items()})  # fmt: skip
+    row = {name: tensor[2:3] for name, tensor in inputs.items()}
+    numbers = {name: tensor[2].item() for name, tensor in options.items()}
+    alone = distill(**row, **numbers, impl=impl)
     together = distill(**inputs, impl=impl, **options)
     for one, all_ in zip(alone, together, strict=True):
         torch.testing.assert_close(one, all_[2:3])
@@ -131,15 +135,17 @@ def test_without_teacher_or_hidden(impl: str, device: str) -> None:
     assert output.grad_hidden is None
     for ours, exact in zip(output, truth(bare), strict=False):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
-    check({n: inputs[n] for n in ("logits", "labels", "target_logits")}, impl, alpha=0.3, lam=0.1,
-          temperature=4.0)  # fmt: skip
+    taught = bare | {"target_logits": inputs["target_logits"]}
+    check(taught, impl, alpha=0.3, lam=0.1, temperature=4.0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_rows_and_empty_batch(impl: str, device: str) -> None:
     inputs = problem(6, 5, 4, device)
-    strided = {n: t.repeat_interleave(2, -1)[..., ::2] if t.is_floating_point() else t
-               for n, t in inputs.items()}  # fmt: skip
+    strided = {
+        n: t.repeat_interleave(2, -1)[..., ::2] if t.is_floating_point() else t
+        for n, t in inputs.items()
+    }
     assert not strided["logits"].is_contiguous()
     check(strided, impl, alpha=0.5, lam=0.1, temperature=2.0)
     turned = {n: t.mT.contiguous().mT if t.dim() == 2 else t for n, t in inputs.items()}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from ssd.ops import reference
 from ssd.ops.distill import distill
 from ssd.ops.distill_code import CodeLoss, distill_code
 from ssd_kernels import _dispatch
 from tests.kernels.conftest import NUMBA, triton_only
+from tests.ssd.ops.test_distill import cast
 
 IMPLS = ["reference", "torch", *NUMBA, triton_only("triton")]
 NEURONS = 30
@@ -59,9 +59,7 @@ def truth(given: dict[str, Any], **options: Any) -> CodeLoss:
         chosen = torch.stack([(given["positions"] == n).nonzero()[0, 0] for n in range(units)])
         hidden = dense[:, chosen]
     logit, taught = (None if t is None else t.double() for t in targets)
-    options = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-               for n, v in options.items()}  # fmt: skip
-    loss = reference.distill(logits, given["labels"], logit, hidden, taught, **options)
+    loss = reference.distill(logits, given["labels"], logit, hidden, taught, **cast(options))
     total = (loss * (1.0 if weight is None else weight.double())).sum()
     grad_logits, grad_values = torch.autograd.grad(total, [logits, values])
     return CodeLoss(logits.detach(), loss.detach(), grad_logits, grad_values * (values > 0))
@@ -90,10 +88,9 @@ def test_close_to_fp64(units: int, kl: str, impl: str, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("units", [0, 5])
 def test_exact_in_fp64(units: int, impl: str, device: str) -> None:
-    given = {n: t.double() if t.is_floating_point() else t
-             for n, t in problem(7, 9, 10, units, device).items()}  # fmt: skip
-    for ours, exact in zip(distill_code(**given, **SETTINGS, impl=impl), truth(given, **SETTINGS),
-                           strict=True):  # fmt: skip
+    given = cast(problem(7, 9, 10, units, device))
+    got = distill_code(**given, **SETTINGS, impl=impl)
+    for ours, exact in zip(got, truth(given, **SETTINGS), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
@@ -139,8 +136,10 @@ def test_a_sample_that_is_none(impl: str, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strides_and_empty(impl: str, device: str) -> None:
     given = problem(6, 7, 5, 4, device)
-    turned = {n: t.mT.contiguous().mT if t.dim() == 2 else t.repeat_interleave(2)[::2]
-              for n, t in given.items()}  # fmt: skip
+    turned = {
+        n: t.mT.contiguous().mT if t.dim() == 2 else t.repeat_interleave(2)[::2]
+        for n, t in given.items()
+    }
     check(turned, impl, **SETTINGS)
     for batch, slots in ((0, 7), (6, 0)):
         part = given | {n: t[:batch] for n, t in given.items() if n not in ("decoder", "positions")}
@@ -154,11 +153,10 @@ def test_strides_and_empty(impl: str, device: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bits(dtype: torch.dtype, impl: str) -> None:
-    given = {n: t.to(dtype) if t.is_floating_point() else t
-             for n, t in problem(7, 9, 10, 5, "cpu").items()}  # fmt: skip
+    given = cast(problem(7, 9, 10, 5, "cpu"), dtype)
     near = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
-    for ours, exact in zip(distill_code(**given, **SETTINGS, impl=impl), truth(given, **SETTINGS),
-                           strict=True):  # fmt: skip
+    got = distill_code(**given, **SETTINGS, impl=impl)
+    for ours, exact in zip(got, truth(given, **SETTINGS), strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), exact, **near)
 

@@ -91,10 +91,8 @@ def test_is_the_gradient_of_relu(impl: str, neurons: int, device: str) -> None:
     gradient = torch.randn_like(gradient)
     scores = torch.randn_like(gradient).requires_grad_()
     hidden = scores.relu()
-    part = torch.cat([
-        own[:, places.argsort()[:SUBNETWORK]]
-        for own, places in zip(hidden.chunk(LEARNERS), positions.chunk(LEARNERS), strict=True)
-    ])  # fmt: skip
+    by_learner = zip(hidden.chunk(LEARNERS), positions.chunk(LEARNERS), strict=True)
+    part = torch.cat([own[:, places.argsort()[:SUBNETWORK]] for own, places in by_learner])
     (expected,) = torch.autograd.grad([hidden, part], scores, [gradient, slopes])
     gate_gradient(gradient, hidden.detach(), slopes, positions, impl=impl)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
