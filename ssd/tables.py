@@ -1,12 +1,56 @@
-"""Tables and figures of a finished run."""
+"""Tables: means with standard errors, as CSV and Markdown files and on a terminal."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-CELL, MARGIN = 8, 24  # characters of a table's column, and of what is left of it
+from ssd.metrics import estimate
+
+DIGITS = {"seconds": 1, "mean_active": 1, "effective_rank": 1}  # of a measure; all else: 4
+CELL, MARGIN = 8, 24  # characters of a column of accuracies, and of the rest of that table
+
+
+def plus_minus(center: float, error: float | None, digits: int = 4) -> str:
+    """`center ± error`; the error of a single value is None."""
+    text = f"{center:.{digits}f}"
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """The mean of values ± its standard error; empty without values."""
+    return plus_minus(*estimate(values), digits) if values else ""
+
+
+def columns(measure: str, values: Sequence[float]) -> dict[str, float | None]:
+    """A measure's columns of a record: mean and standard error, None where unknown."""
+    center, error = estimate(values) if values else (None, None)
+    return {measure: center, f"{measure}_standard_error": error}
+
+
+def csv_text(records: Sequence[Mapping[str, Any]], origin: Mapping[str, str] = {}) -> str:
+    """Records of equal keys as CSV, in full precision; None is empty.
+
+    Args:
+        records: one for each line. origin: facts, shown above the header as `# name: fact`.
+    """
+    stream = io.StringIO()
+    stream.writelines(f"# {name}: {fact}\n" for name, fact in origin.items())
+    if records:
+        writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    return stream.getvalue()
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def accuracy_table(summary: dict[str, Any], width: int = 80) -> Table:
