@@ -32,6 +32,13 @@ NAMED = 10  # tasks that a figure can name one by one
 MARKED = 60  # evaluations that a line can show as points
 
 
+def draw(folder: Path) -> None:
+    """Draws all figures of a finished run into its folder."""
+    write_figures(folder)
+    if (folder / STRUCTURE).is_file():
+        write_structure_figures(folder)
+
+
 def write_figures(folder: Path) -> None:
     """Draws the four figures of a finished run into its folder, as PNG and PDF."""
     summary = read_summary(folder)

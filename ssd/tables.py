@@ -53,7 +53,27 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
     return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
-def accuracy_table(summary: dict[str, Any], width: int = 80) -> Table:
+def rich_table(
+    title: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    texts: int = 1,
+    **style: Any,
+) -> Table:
+    """A table for a terminal, its title in bold.
+
+    Args:
+        texts: columns of texts, to the left of those of numbers. style: see rich.table.Table.
+    """
+    table = Table(title=title, title_style="bold", **style)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def accuracy_table(summary: Mapping[str, Any], width: int = 80) -> Table:
     """The accuracy matrix: rows after training a task, columns the task tested.
 
     Of more tasks than `width` characters can show, every n-th, and the last.
@@ -64,22 +84,18 @@ def accuracy_table(summary: dict[str, Any], width: int = 80) -> Table:
     title = f"{summary['method']} on {summary['dataset']}: accuracy"
     if stride > 1:
         title += f"\n({len(shown)} of {len(matrix)} tasks shown; all are in accuracy_matrix.csv)"
-    table = Table(title=title, title_style="bold")
-    table.add_column("after task", justify="right")
+    rows = []
     for task in shown:
-        table.add_column(str(task), justify="right", no_wrap=True)
-    for row in shown:
-        cells = [(column <= row, f"{matrix[row][column]:.3f}") for column in shown]
-        table.add_row(str(row), *(text if seen else f"[dim]{text}[/]" for seen, text in cells))
-    return table
+        cells = [(column <= task, f"{matrix[task][column]:.3f}") for column in shown]
+        rows.append([str(task), *(text if seen else f"[dim]{text}[/]" for seen, text in cells)])
+    return rich_table(title, ["after task", *map(str, shown)], rows, texts=0)
 
 
-def seeds_table(aggregate: dict[str, Any]) -> Table:
+def seeds_table(aggregate: Mapping[str, Any]) -> Table:
     """Mean and standard deviation over seeds."""
-    table = Table(title=f"{aggregate['method']} on {aggregate['dataset']}", title_style="bold")
-    for name in ("measure", "mean", "std", "seeds"):
-        table.add_column(name, justify="left" if name == "measure" else "right")
+    rows = []
     for measure in ("mean_accuracy", "bwt", "forgetting"):
-        mean, std = aggregate[measure]["mean"], aggregate[measure]["std"]
-        table.add_row(measure, f"{mean:.4f}", f"{std:.4f}", str(len(aggregate["seeds"])))
-    return table
+        center, std = aggregate[measure]["mean"], aggregate[measure]["std"]
+        rows.append([measure, f"{center:.4f}", f"{std:.4f}", str(len(aggregate["seeds"]))])
+    title = f"{aggregate['method']} on {aggregate['dataset']}"
+    return rich_table(title, ["measure", "mean", "std", "seeds"], rows)

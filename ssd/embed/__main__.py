@@ -50,7 +50,7 @@ from ssd.embed.images import (
 )
 from ssd.errors import Interrupted, UserError, is_out_of_memory
 from ssd.metrics import finite
-from ssd.progress import StepDisplay
+from ssd.progress import Display
 from ssd.storage.checkpoint import save_checkpoint
 from ssd.storage.files import difference, dumps, write_atomically
 from ssd.storage.lock import file_lock
@@ -254,7 +254,7 @@ class Session:
         self,
         request: Request,
         loaded: Dataset,
-        display: StepDisplay,
+        display: Display,
         stopped: Callable[[], bool],
     ) -> None:
         self.request, self.data, self.display, self.stopped = request, loaded, display, stopped
@@ -385,11 +385,11 @@ def execute(arguments: Sequence[str]) -> None:
     check_out(out)
     request = check(given)
     again = command_line("ssd.embed", [*arguments, *([] if request.resume else ["--resume"])])
-    display = StepDisplay(Console(), given.get("quiet", False))
+    display = Display(Console(), given.get("quiet", False))
     try:
         with resumable(f"go on with: {again}"), file_lock(out):
             loaded = data.load(request.dataset, request.root, strict=True)
-            with stop_on_interrupt() as stopped, display.progress:
+            with stop_on_interrupt() as stopped, display:
                 line = Session(request, loaded, display, stopped).run()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -8,7 +8,8 @@ from statistics import mean
 
 from ssd.metrics import estimate
 from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE
-from ssd.reproduce.lines import NOT_RUN, Line, shown
+from ssd.reproduce.lines import NOT_RUN, Line
+from ssd.tables import spread
 
 GAIN = 0.05  # of accuracy, from each method to the next
 FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD
@@ -48,9 +49,9 @@ def _ordered(group: Sequence[Line], measure: str) -> str:
     values = [line.values(measure) for line in group]
     if not all(values):
         return NOT_RUN
-    figures = " / ".join(shown(measure, each) for each in values)
+    figures = " / ".join(map(spread, values))
     figures += "; " + " and ".join(_difference(a, b, measure) for a, b in pairwise(group))
-    if any(len(each) == 1 for each in values):
+    if any(len(seeds) == 1 for seeds in values):
         return f"undecided, one seed has no standard error ({figures})"
     bounds = [(m - e, m + e) for m, e in map(estimate, values) if e is not None]
     apart = all(low[1] < high[0] for low, high in pairwise(bounds))
@@ -83,7 +84,7 @@ def _reached(line: Line, bound: float) -> str:
     values = line.values("mean_accuracy")
     if not values:
         return NOT_RUN
-    return f"{'yes' if mean(values) >= bound else 'no'} ({shown('mean_accuracy', values)})"
+    return f"{'yes' if mean(values) >= bound else 'no'} ({spread(values)})"
 
 
 def paired(before: Line, after: Line, measure: str) -> list[float]:
@@ -97,6 +98,6 @@ def _difference(before: Line, after: Line, measure: str) -> str:
     if not differences:
         return "no class order in common"
     center, error = estimate(differences)
-    spread = "" if error is None else f" ± {error:.4f}"
+    plus_minus = "" if error is None else f" ± {error:.4f}"
     orders = f"{len(differences)} class order{'s' * (len(differences) > 1)}"
-    return f"paired {center:+.4f}{spread} over {orders}"
+    return f"paired {center:+.4f}{plus_minus} over {orders}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SUMMED: dict[str, type | tuple[type, ...]] = {
 }
 
 
+@dataclass
 class CommandRecord:
     """A command's entry in the file of all commands that wrote into a folder.
 
@@ -34,18 +36,15 @@ class CommandRecord:
         UserError: the file is damaged.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        command: str,
-        device: str,
-        data: Mapping[str, str],
-        needed: int,
-        start: float,
-    ) -> None:
-        self.path, self.command, self.device = path, command, device
-        self.data, self.needed, self.start = dict(data), needed, start
-        before = self._entries().get(command, {})
+    path: Path
+    command: str
+    device: str
+    data: Mapping[str, str]
+    needed: int
+    start: float
+
+    def __post_init__(self) -> None:
+        before = self._entries().get(self.command, {})
         self.before = before if before.get("data") == self.data else {}
 
     def _entries(self) -> dict[str, Any]:
