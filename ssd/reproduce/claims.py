@@ -28,12 +28,12 @@ def verdicts(lines: Sequence[Line]) -> Iterator[str]:
         if line.row.factor in ("", DEFAULT) and line.row.peer is None
     }
     for benchmark, neurons in dict.fromkeys((b, n) for b, n, _ in by_key):
-        where = f"{benchmark.title}, R = {neurons:,}"
         found = [by_key.get((benchmark, neurons, m)) for m in SHORT_LARGE]
         group = [line for line in found if line is not None]
         if len(group) < len(found):
             continue
         sdmlp, ssd, best = group
+        where = sdmlp.row.place
         for measure, name in (("mean_accuracy", "accuracy"), ("bwt", "BWT")):
             order = f"SDMLP < SSD < SSD+EWC in {name}, standard errors apart"
             yield f"{where}: {order}: {_ordered(group, measure)}"

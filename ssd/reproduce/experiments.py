@@ -137,7 +137,7 @@ def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
     return {"share": share, "readout": "lda", "strength": strength, **more}
 
 
-_FLY = {"share": 0.05, "lr": 0.005}
+_FLY_SETTINGS = {"share": 0.05, "lr": 0.005}
 _CODE = _code(0.4, 1e-4, power=0.5)
 # Of the closed-form readouts: readout, strength and share are those of Gaussian addresses.
 _FROZEN = _code(0.4, 1e-4, freeze=True)
@@ -153,7 +153,13 @@ PEERS: dict[str, Peer] = {
         cifar10={"shrinkage": 1e-3},
         cifar100={"shrinkage": 1e-3},
     ),
-    **_peer("FlyModel", SIZES, mnist=_FLY, cifar10=_FLY, cifar100={"share": 0.05, "lr": 0.02}),
+    **_peer(
+        "FlyModel",
+        SIZES,
+        mnist=_FLY_SETTINGS,
+        cifar10=_FLY_SETTINGS,
+        cifar100={"share": 0.05, "lr": 0.02},
+    ),
     **_peer(
         "random ReLU + ridge",
         SIZES,
@@ -244,6 +250,11 @@ class Row:
     def neurons(self) -> int:
         """R; 0 for a peer without neurons."""
         return self.config.neurons if self.peer is None or self.peer.sizes else 0
+
+    @property
+    def place(self) -> str:
+        """Benchmark and size, as a title says them."""
+        return f"{self.benchmark.title}, R = {self.neurons:,}"
 
     @property
     def settings(self) -> dict[str, Any]:

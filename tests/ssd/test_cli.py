@@ -59,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("data/features").mkdir(parents=True)
     write_features(Path("data/features/cifar10.npz"), 96)
     monkeypatch.setattr(train, "draw", lambda folder: None)
-    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    monkeypatch.setattr("ssd.reproduce.reproduction.draw", lambda *result: [])
     monkeypatch.setattr(experiments, "BENCHMARKS", experiments.BENCHMARKS[1:2])
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ssd import train
 from ssd.config import Config, preset, resolve
-from ssd.progress import Display
+from ssd.progress import Display, watcher
 from ssd.run import RunOptions, run
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.run_folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
@@ -477,11 +477,10 @@ def test_progress_bar(folder: Path) -> None:
     console = Console(file=stream, force_terminal=True, width=100, color_system=None)
     config = resolve(vars(train.build_parser().parse_args(small())))
     data = train.load("features", folder, Path("f.npz"))
-    display = Display(console, config, quiet=False)
-    with display.progress:
-        run(config, data, folder / "r", RunOptions(torch.device("cpu")), display.watch)
+    with Display(console) as display:
+        run(config, data, folder / "r", RunOptions(torch.device("cpu")), watcher(display))
     last = stream.getvalue().split("\r")[-1]
-    assert "task 2/2 epoch 2/2 loss " in last
+    assert "task 2/2: loss " in last
     assert " accuracy 0." in last
     assert "100%" in last
     assert "left" in last

@@ -17,20 +17,21 @@ from kill_resume import write_features
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from ssd import config
+from ssd import config, study
 from ssd.config import Config, Protocol
 from ssd.data import Task
 from ssd.errors import Diverged
 from ssd.metrics import estimate
 from ssd.reproduce import __main__ as reproduce
-from ssd.reproduce import campaign, experiments
-from ssd.reproduce import display as campaign_display
+from ssd.reproduce import experiments, reproduction
 from ssd.reproduce.claims import paired, verdicts
 from ssd.reproduce.experiments import PAPER, RESULTS, TABLE1, Peer, Row
 from ssd.reproduce.figures import draw
-from ssd.reproduce.lines import Line
+from ssd.reproduce.lines import Line, overlaps
 from ssd.reproduce.tables import markdown_text, provenance, records, task_records
 from ssd.run import Interrupted
+from ssd.study import Run
+from ssd.trainer import Event
 
 TINY = {
     "epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0
@@ -56,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar10.npz"), 96)
     write_features(Path("data/features/cifar100.npz"), 120)
     benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
-    for module in ("run", "reproduce.campaign"):
+    for module in ("run", "study"):
         monkeypatch.setattr(f"ssd.{module}.commit", lambda: "c0ffee")  # of a run, never dirty
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     monkeypatch.setattr(experiments, "SHORT_OWN", {})
@@ -76,7 +77,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of something else: drawing takes longer than tiny runs."""
-    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    monkeypatch.setattr(reproduction, "draw", lambda *result: [])
 
 
 @pytest.fixture
@@ -84,12 +85,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that were trained."""
     names: list[str] = []
 
-    def count(jobs: Sequence[Config], *rest: Any) -> list[dict[str, Any]]:
-        names.extend(f"{job.features} {job.method} {job.seed}" for job in jobs)
-        return original(jobs, *rest)
+    def count(batch: Sequence[Run], *rest: Any) -> None:
+        names.extend(run.name for run in batch if run.evaluation is None)
+        original(batch, *rest)
 
-    original = campaign.run_jobs
-    monkeypatch.setattr(campaign, "run_jobs", count)
+    original = study.train_batch
+    monkeypatch.setattr(study, "train_batch", count)
     return names
 
 
@@ -155,7 +156,7 @@ def test_everything(
     }  # fmt: skip
     # The second time nothing is trained, and the tables are the same but for their origin.
     trained.clear()
-    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    monkeypatch.setattr(reproduction, "draw", lambda *result: [])
     assert call("all") == 0
     assert trained == []
     assert "0 runs trained" in capsys.readouterr().out
@@ -235,15 +236,15 @@ def test_interrupted_and_resumed(
     folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    train = campaign.Campaign.train
+    train = study.train_batch
 
-    def stop(self: campaign.Campaign, *rest: Any) -> None:
+    def stop(*arguments: Any) -> None:
         if trained:
             raise Interrupted
-        train(self, *rest)
+        train(*arguments)
 
     arguments = ["table1", "bwt", "--only", "cifar10", "24"]
-    monkeypatch.setattr(campaign.Campaign, "train", stop)
+    monkeypatch.setattr(study, "train_batch", stop)
     assert call(*arguments) == 130
     said = capsys.readouterr().err
     assert "go on with: python -m ssd.reproduce table1 bwt --only cifar10 24 --short" in said
@@ -260,7 +261,7 @@ def test_interrupted_and_resumed(
         if name == "bwt":  # of joint training there is none
             del expected["joint"]
         assert notes == expected
-    monkeypatch.setattr(campaign.Campaign, "train", train)
+    monkeypatch.setattr(study, "train_batch", train)
     assert call(*arguments) == 0
     assert len(trained) == len(set(trained)) == 2 * len(RUN)
     after = entry(" ".join(arguments))
@@ -279,20 +280,20 @@ def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     import os
     import signal
 
-    watch, steps = campaign_display.CampaignDisplay.watch, []
+    is_due, steps = study.is_due, []
 
-    def hit(self: campaign_display.CampaignDisplay, *event: Any) -> None:
+    def hit(event: Event) -> bool:
         steps.append(event)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        watch(self, *event)
+        return is_due(event)
 
     arguments = ["table1", "--only", "cifar10", "24", "ssd"]
-    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", hit)
+    monkeypatch.setattr(study, "is_due", hit)
     assert call(*arguments) == 130
     assert len(steps) == 2
     assert summaries() == []
-    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", watch)
+    monkeypatch.setattr(study, "is_due", is_due)
     assert call(*arguments) == 0
     assert call(*arguments, "--runs", "runs/undisturbed") == 0
     for seed in (0, 1):
@@ -591,7 +592,7 @@ def test_note_of_networks_that_are_trained_short() -> None:
 
 def test_overlaps() -> None:
     frequency = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.0, 0.8, 0.1], [0.9, 0.0, 0.8, 0.1]])
-    found = campaign.overlaps(frequency, 2)
+    found = overlaps(frequency, 2)
     assert found["jaccard"] == [None, pytest.approx(1 / 3), 1.0]  # {0, 1}, {0, 2}, {0, 2}
     [first, second, third] = found["kl_bits"]
     assert first is None
@@ -717,7 +718,7 @@ def test_processes_train_what_one_would(
     arguments = ["table1", "--only", "cifar10", "24", "sdmlp", "ssd"]
     assert call(*arguments, "--runs", "runs/one") == 0
     one = {path.parent.name: path.read_text() for path in Path("runs/one").glob("*/*.csv")}
-    monkeypatch.setattr(reproduce, "processes_for", lambda *_: 2)
+    monkeypatch.setattr(study, "processes_for", lambda *_: 2)
     assert call(*arguments, "--runs", "runs/several") == 0
     several = {path.parent.name: path.read_text() for path in Path("runs/several").glob("*/*.csv")}
     assert len(one) == 4
