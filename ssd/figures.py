@@ -55,8 +55,8 @@ def write_figures(folder: Path) -> None:
         "entropy_histogram": lambda axes: _entropy_histogram(axes, frequency),
     }
     for name, draw_on in drawings.items():
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        draw_on(axes)
+        figure, grid = panels(1, 1, 6.4, 4.2)
+        draw_on(grid[0, 0])
         save_figure(figure, folder / name)
 
 
@@ -70,6 +70,15 @@ def write_structure_figures(folder: Path) -> None:
             raise damaged(folder / SUMMARY, f"{name} is missing or wrong")
     save_figure(draw_transfer(snapshots), folder / "structure_transfer")
     save_figure(draw_coverage(structure), folder / "structure_coverage")
+
+
+def panels(
+    rows: int, columns: int, width: float, height: float, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches with a grid [rows, columns] of axes; shared: sharex, sharey."""
+    return plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared
+    )
 
 
 def integer_ticks(*axes: Axis) -> None:
@@ -201,15 +210,15 @@ def pairwise(snapshots: Sequence[Snapshot]) -> dict[str, np.ndarray]:
 
 def draw_transfer(snapshots: Sequence[Snapshot]) -> Figure:
     """Three matrices over all pairs of tasks; bright is alike in each of them."""
-    figure, row = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, grid = panels(1, 3, 11, 3.2)
     size = len(snapshots[0].neurons)
     found = pairwise(snapshots)
-    panels = (
+    shown = (
         ("jaccard", "viridis", f"Jaccard overlap, top {size} neurons", 0.0),
         ("address_cosine", "viridis", "cosine of mean addresses", None),
         ("kl_bits", "viridis_r", "KL(row || column) of frequencies, bits", 0.0),
     )
-    for axes, (name, cmap, title, low) in zip(row, panels, strict=True):
+    for axes, (name, cmap, title, low) in zip(grid[0], shown, strict=True):
         matrix = found[name]
         high = max(matrix.max(), 1e-3) if name == "kl_bits" else 1.0
         image = axes.imshow(matrix, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
@@ -232,8 +241,8 @@ def _write_values(axes: Axes, matrix: np.ndarray, dark: np.ndarray, **style: Any
 
 def draw_coverage(structure: Mapping[str, Sequence[float]]) -> Figure:
     """Effective rank and used fraction over tasks, of a summary's structure."""
-    figure, row = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axes, (name, label) in zip(row, COVERAGE.items(), strict=True):
+    figure, grid = panels(1, 2, 9, 3.8)
+    for axes, (name, label) in zip(grid[0], COVERAGE.items(), strict=True):
         values = structure[name]
         axes.plot(values, marker="o", markersize=5, markevery=-(-len(values) // NAMED))
         axes.set(xlabel="after training task", ylabel=label)

@@ -67,6 +67,18 @@ def is_due(event: Event) -> bool:
     return event.kind != "step" or event.step % STEPS_PER_UPDATE == 0
 
 
+def position_watcher(
+    report: Callable[[str, int, int], None],
+) -> Callable[[Trainer, Event], None]:
+    """Takes in the events of a trainer: reports its position every few steps."""
+
+    def watch(trainer: Trainer, event: Event) -> None:
+        if is_due(event):
+            report(*position(trainer, event))
+
+    return watch
+
+
 def watcher(display: Display) -> Callable[[Trainer, Event], None]:
     """Takes in the events of a trainer: shows its loss and its accuracy on the tasks so far."""
     loss = train = accuracy = nan

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ssd import metrics
 from ssd.config import Config, hints
 from ssd.data import Dataset, Task
 from ssd.errors import Diverged, Interrupted
-from ssd.progress import Display, is_due, position
+from ssd.progress import Display, position_watcher
 from ssd.run import RunOptions, leave_out, make_tasks, run_together
 from ssd.storage.files import dumps, write_atomically
 from ssd.storage.provenance import commit, device_name, versions
@@ -200,17 +200,11 @@ class Study:
             for batch in _batches(waiting, MOST):
                 if stopped():
                     raise Interrupted
-                self._train(batch, stopped)
+                self._report(batch, "", 0, 1)
+                watch = position_watcher(partial(self._report, batch))
+                train_batch(batch, self.options, watch, stopped)
                 self._end(batch)
                 saved()
-
-    def _train(self, batch: tuple[Run, ...], stopped: Callable[[], bool]) -> None:
-        def watch(trainer: Trainer, event: Event) -> None:
-            if is_due(event):
-                self._report(batch, *position(trainer, event))
-
-        self._report(batch, "", 0, 1)
-        train_batch(batch, self.options, watch, stopped)
 
     def _train_apart(
         self,
@@ -397,8 +391,5 @@ def _end_with_parent() -> None:
 
 
 def _train_in_worker(number: int, batch: tuple[Run, ...], options: RunOptions) -> None:
-    def watch(trainer: Trainer, event: Event) -> None:
-        if is_due(event):
-            _shared["reports"].put((number, *position(trainer, event)))
-
+    watch = position_watcher(lambda *where: _shared["reports"].put((number, *where)))
     train_batch(batch, options, watch, _shared["stop"].is_set)

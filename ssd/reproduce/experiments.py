@@ -176,10 +176,7 @@ PEERS: dict[str, Peer] = {
     ),
     **_peer("sparse code, local addresses", SIZES, mnist=_code(0.3, 1e-4, width=6.0)),
     **_peer(
-        "sparse code beside the input",
-        SIZES,
-        cifar10=_CODE,
-        cifar100=_code(0.4, 1e-3, power=0.5),
+        "sparse code beside the input", SIZES, cifar10=_CODE, cifar100=_code(0.4, 1e-3, power=0.5)
     ),
     **_peer(
         "control: ReLU beside the input",
@@ -379,19 +376,15 @@ class Result:
     per_task: bool = False  # whether a table over tasks and a figure over tasks belong to it
 
 
-_STRUCTURE = """mean_entropy_bits dead_fraction mean_active jaccard kl_bits address_cosine
+_STRUCTURE = "Structure of the code, mean over tasks"
+_OF_THE_CODE = """mean_entropy_bits dead_fraction mean_active jaccard kl_bits address_cosine
     effective_rank used_fraction"""
 _TABLE2 = ("mean_accuracy", "forgetting", "seconds")
 _ABLATIONS = "Ablations of SSD, one factor at a time"
 RESULTS: Mapping[str, Result] = {
     "table1": Result("Accuracy after the last task", table1, ("mean_accuracy",), claims=True),
     "bwt": Result("Backward transfer and forgetting", streams, ("bwt", "forgetting"), claims=True),
-    "structure": Result(
-        "Structure of the code, mean over tasks",
-        streams,
-        tuple(_STRUCTURE.split()),
-        per_task=True,
-    ),
+    "structure": Result(_STRUCTURE, streams, tuple(_OF_THE_CODE.split()), per_task=True),
     "table2": Result("Peers on the same streams", table2, _TABLE2),
     "ablations": Result(_ABLATIONS, ablations, ("mean_accuracy", "bwt")),
 }

@@ -10,12 +10,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ssd.figures import NAMED, busiest_first, draw_heat_map, integer_ticks
+from ssd.figures import NAMED, busiest_first, draw_heat_map, integer_ticks, panels
 from ssd.metrics import estimate
 from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE, Result
 from ssd.reproduce.lines import Line
@@ -69,15 +68,9 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
     methods = list(dict.fromkeys(line.row.method for line in lines))[::-1]
     measures = [m for m in result.measures if m != "seconds"]
     sizes = sorted({line.row.neurons for line in lines})
-    figure, grid = plt.subplots(
-        len(measures),
-        len(benchmarks),
-        figsize=(1.6 + 3.1 * len(benchmarks), 1.1 + 0.3 * len(methods) * len(measures)),
-        sharey=True,
-        sharex="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    width, height = 1.6 + 3.1 * len(benchmarks), 1.1 + 0.3 * len(methods) * len(measures)
+    shape = len(measures), len(benchmarks)
+    figure, grid = panels(*shape, width, height, sharey=True, sharex="row")
     shift = 0.36 / max(1, len(sizes) - 1)
     for row, measure in zip(grid, measures, strict=True):
         for axes, benchmark in zip(row, benchmarks, strict=True):
@@ -133,15 +126,10 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
         + f"{line.row.factor} = {line.row.value}"
         for line in varied
     ]
-    figure, row = plt.subplots(
-        1,
-        len(result.measures),
-        figsize=(2.0 + 3.4 * len(result.measures), 1.2 + 0.24 * max(4, len(varied))),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, measure in zip(row[0], result.measures, strict=True):
+    columns = len(result.measures)
+    height = 1.2 + 0.24 * max(4, len(varied))
+    figure, grid = panels(1, columns, 2.0 + 3.4 * columns, height, sharey=True)
+    for axes, measure in zip(grid[0], result.measures, strict=True):
         values = default.values(measure) if default else []
         if values:
             center, error = estimate(values)
@@ -155,7 +143,7 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
                 axes.axhline(height + 0.5, color="0.92", lw=1)
         axes.set(xlabel=AXIS[measure], yticks=range(len(names)), yticklabels=names)
     if default is not None:
-        handles, labels = row[0][0].get_legend_handles_labels()
+        handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", frameon=False)
     figure.suptitle(f"{base.method.upper()} on {base.place}", fontsize="medium")
     return figure
@@ -166,13 +154,7 @@ def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
     recorded = [m for m in result.measures if any(line.per_task(m) for line in lines)]
     columns = min(3, len(recorded))
     rows = -(-len(recorded) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(1.4 + 3.2 * columns, 0.4 + 2.9 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, grid = panels(rows, columns, 1.4 + 3.2 * columns, 0.4 + 2.9 * rows)
     for axes, measure in zip(grid.flat, recorded, strict=False):
         for number, line in enumerate(lines):
             _curve(axes, line, measure, number)
@@ -230,10 +212,7 @@ def _heat_maps(lines: Sequence[Line]) -> Figure | None:
     together = np.mean(list(found.values()), axis=0)
     most = np.argsort(-together.mean(0), kind="stable")[:HEAT_MAP_NEURONS]
     order = most[busiest_first(together[:, most])]
-    size = (7.2, 0.8 + 1.9 * len(found))
-    figure, grid = plt.subplots(
-        len(found), figsize=size, sharex=True, squeeze=False, layout="constrained"
-    )
+    figure, grid = panels(len(found), 1, 7.2, 0.8 + 1.9 * len(found), sharex=True)
     column = list(grid[:, 0])
     for axes, (method, frequency) in zip(column, found.items(), strict=True):
         image = draw_heat_map(axes, frequency[:, order])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +17,6 @@ from ssd.figures import save_figure
 from ssd.progress import Display
 from ssd.reproduce import experiments
 from ssd.reproduce.claims import verdicts
-from ssd.reproduce.command_record import COMMANDS, CommandRecord
 from ssd.reproduce.experiments import RESULTS, Row
 from ssd.reproduce.figures import draw
 from ssd.reproduce.lines import Line, line_of, runs_of
@@ -29,11 +30,12 @@ from ssd.reproduce.tables import (
     terminal_table,
 )
 from ssd.run import RunOptions, make_tasks
-from ssd.storage.files import write_atomically
-from ssd.storage.provenance import device_name
+from ssd.storage.files import damaged, dumps, read_json, write_atomically
+from ssd.storage.provenance import commit, device_name, machine, versions
 from ssd.study import Run, Study, hints_for
 from ssd.tables import csv_text
 
+COMMANDS = "command.json"
 # What library code calls --out is the folder of a run.
 WORDS = {**SETTINGS, "--out": "--runs"}
 
@@ -113,6 +115,18 @@ def _refusal(row: Row, absent: Mapping[str, str]) -> str:
     return ""
 
 
+def read_records(path: Path) -> dict[str, Any]:
+    """What all commands that wrote into a folder took; UserError if the file is damaged."""
+    entries = read_json(path) if path.is_file() else {}
+    summed: dict[str, Any] = {"commits": list, "runs_trained": int, "seconds": (int, float)}
+    for entry in entries.values():
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), kind) for name, kind in summed.items()
+        ):
+            raise damaged(path, f"not an entry with {', '.join(summed)}")
+    return entries
+
+
 class Reproduction:
     """The results asked for, the runs they need, and their files.
 
@@ -138,14 +152,10 @@ class Reproduction:
         self.chosen = [row for row in self.runs if selects(request.only, row)]
         needed = [run for row in self.chosen for run in self.runs[row]]
         self.study = Study(needed, request.options, Display(self.console))
-        self.record = CommandRecord(
-            request.out / COMMANDS,
-            request.command,
-            device_name(request.options.device),
-            {name: found.checksum() for name, found in data.items()},
-            len({run.folder for run in needed}),
-            request.start,
-        )
+        self.needed = len({run.folder for run in needed})
+        self.checksums = {name: found.checksum() for name, found in data.items()}
+        entry = read_records(request.out / COMMANDS).get(request.command, {})
+        self.before = entry if entry.get("data") == self.checksums else {}
 
     def hints(self) -> list[str]:
         """What the user should know of the networks that may be trained."""
@@ -174,19 +184,42 @@ class Reproduction:
             except (Interrupted, KeyboardInterrupt):
                 for name in request.results:
                     self.write(name)
-                self.record.save(self.study.trained)
+                self._record()
                 raise
-        self.record.save(self.study.trained, finished=True)
+        self._record(finished=True)
         self.console.print(f"{self.study.trained} runs trained  -> {request.out}")
 
     def _train(self, name: str) -> None:
         rows = [row for row in self.request.results[name] if row in self.chosen]
         with stop_on_interrupt() as stopped:
-            self.study.train(
-                [run for row in rows for run in self.runs[row]],
-                stopped,
-                lambda: self.record.save(self.study.trained),
-            )
+            runs = [run for row in rows for run in self.runs[row]]
+            self.study.train(runs, stopped, self._record)
+
+    def _record(self, finished: bool = False) -> None:
+        """Writes what the command took from end to end, its interruptions added up.
+
+        A command that was stopped goes on with its entry. One that had ended keeps it while there
+        is nothing to train, and begins a new one otherwise, as it does on other data.
+        """
+        request, ended = self.request, self.before.get("finished", False)
+        if ended and not self.study.trained:
+            return
+        before = {} if ended else self.before
+        entry = {
+            "commits": sorted({*before.get("commits", []), commit()}),
+            "machine": machine(),
+            "device": device_name(request.options.device),
+            "data": self.checksums,
+            "versions": versions(),
+            "runs_needed": self.needed,
+            "runs_trained": before.get("runs_trained", 0) + self.study.trained,
+            "seconds": before.get("seconds", 0.0) + time.perf_counter() - request.start,
+            "finished": finished,
+        }
+        request.out.mkdir(parents=True, exist_ok=True)
+        path = request.out / COMMANDS
+        entries = {**read_records(path), request.command: entry}
+        write_atomically(path, dumps(entries, indent=2) + "\n")
 
     def lines(self, name: str) -> list[Line]:
         """The rows of a result with the runs that exist."""

@@ -184,11 +184,20 @@ def refused(main: Main, given: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 
 INTERRUPTED = {
-    "train": ("run", "go on with: python -m ssd.train --out out --resume"),
-    "sweep": ("run_jobs", "go on with: python -m ssd.sweep s.toml --device cpu --out out"),
-    "reproduce": ("stop_on_interrupt", "out shows what exists; go on with: python -m ssd."),
-    "peers": ("evaluate_stream", "go on with: python -m ssd.peers --features f.npz --tasks 2"),
-}  # fmt: skip
+    "train": ("ssd.train.run", "go on with: python -m ssd.train --out out --resume"),
+    "sweep": (
+        "ssd.study.train_batch",
+        "go on with: python -m ssd.sweep s.toml --device cpu --out out",
+    ),
+    "reproduce": (
+        "ssd.study.train_batch",
+        "out shows what exists; go on with: python -m ssd.",
+    ),
+    "peers": (
+        "ssd.peers.__main__.evaluate_stream",
+        "go on with: python -m ssd.peers --features f.npz --tasks 2",
+    ),
+}
 
 
 @pytest.mark.parametrize("command", INTERRUPTED)
@@ -200,10 +209,9 @@ def test_interruption(
 
     name, message = INTERRUPTED[command]
     main = COMMANDS[command][0]
-    module = sys.modules[main.__module__]
     given = [*arguments(command, "out"), *(["--seeds", "1"] if command == "train" else [])]
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, interrupt)
+        patch.setattr(name, interrupt)
         assert main(given) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"interrupted; {message}")

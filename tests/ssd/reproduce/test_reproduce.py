@@ -17,7 +17,7 @@ from kill_resume import write_features
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from ssd import config, study
+from ssd import config, progress, study
 from ssd.config import Config, Protocol
 from ssd.data import Task
 from ssd.errors import Diverged
@@ -280,7 +280,7 @@ def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     import os
     import signal
 
-    is_due, steps = study.is_due, []
+    is_due, steps = progress.is_due, []
 
     def hit(event: Event) -> bool:
         steps.append(event)
@@ -289,11 +289,11 @@ def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return is_due(event)
 
     arguments = ["table1", "--only", "cifar10", "24", "ssd"]
-    monkeypatch.setattr(study, "is_due", hit)
+    monkeypatch.setattr(progress, "is_due", hit)
     assert call(*arguments) == 130
     assert len(steps) == 2
     assert summaries() == []
-    monkeypatch.setattr(study, "is_due", is_due)
+    monkeypatch.setattr(progress, "is_due", is_due)
     assert call(*arguments) == 0
     assert call(*arguments, "--runs", "runs/undisturbed") == 0
     for seed in (0, 1):
