@@ -285,48 +285,44 @@ def execute(arguments: Sequence[str]) -> None:
             if other != source:
                 raise UserError(f"{folder} is of {other}, not of {source}; name another --out")
         data, configs = _load(sweep, given.data_root or default_root())
+        rows = [
+            [
+                Run(f"{_shown(row)} seed {seed}", replace(config, seed=seed), data, folder)
+                for seed in range(config.seed, config.seed + sweep.seeds)
+            ]
+            for row, config in zip(sweep.rows, configs, strict=True)
+        ]
+        runs = [run for row in rows for run in row]
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
             write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
-            _train_and_rank(sweep, configs, data, folder, options, given)
+            study = Study(runs, options, Display(Console(), given.quiet))
+            with stop_on_interrupt() as stopped:
+                study.train(runs, stopped)
+            _report(sweep, rows, folder, given.file.stem, given.quiet)
 
 
-def _train_and_rank(
-    sweep: Sweep,
-    configs: Sequence[Config],
-    data: Dataset,
-    folder: Path,
-    options: RunOptions,
-    given: argparse.Namespace,
+def _report(
+    sweep: Sweep, rows: Sequence[Sequence[Run]], folder: Path, stem: str, quiet: bool
 ) -> None:
-    """Trains what is missing, writes the tables and prints the best row."""
-    rows = [
-        [
-            Run(f"{_shown(row)} seed {seed}", replace(config, seed=seed), data, folder)
-            for seed in range(config.seed, config.seed + sweep.seeds)
-        ]
-        for row, config in zip(sweep.rows, configs, strict=True)
-    ]
-    runs = [run for row in rows for run in row]
-    study = Study(runs, options, Display(Console(), given.quiet))
-    with stop_on_interrupt() as stopped:
-        study.train(runs, stopped)
-    ends = [run.end() or {} for run in runs]
-    for run, end in zip(runs, ends, strict=True):
+    """Ranks the rows, writes the tables and prints the best row."""
+    groups = [[run.end() or {} for run in row] for row in rows]
+    ends = [end for group in groups for end in group]
+    for run, end in zip((run for row in rows for run in row), ends, strict=True):
         if "diverged" in end:
             note(f"{run.name}: {end['diverged']}")
-    groups = [ends[i : i + sweep.seeds] for i in range(0, len(runs), sweep.seeds)]
-    records = rank(sweep, configs, groups)
-    measured_on = " and ".join(sorted({record["evaluated_on"] for record in records}))
+    records = rank(sweep, [row[0].config for row in rows], groups)
+    split = " and ".join(sorted({record["evaluated_on"] for record in records}))
     count = f"{sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
-    name = f"{data.name} {configs[0].features}" if configs[0].features else data.name
-    title = f"{given.file.stem}: {name}, accuracy on {measured_on} data, {count}"
+    data, features = rows[0][0].data.name, rows[0][0].config.features
+    name = f"{data} {features}" if features else data
+    title = f"{stem}: {name}, accuracy on {split} data, {count}"
     commits = {end["commit"] for end in ends}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")
     write_atomically(folder / CSV, csv_text(records))
     write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records, ends))
-    if not given.quiet:
+    if not quiet:
         marked = [["* "[number > 0], *cells(r, sweep.varied)] for number, r in enumerate(records)]
         table = rich_table(title, ["", *header(sweep.varied)], marked, caption=SPREAD)
         table.rows[0].style = "bold"
@@ -335,7 +331,7 @@ def _train_and_rank(
         raise UserError(f"every row diverged, so none is the best  -> {folder}")
     best = {name: records[0][name] for name in sweep.varied}
     accuracy = records[0]["mean_accuracy"]
-    print(f"best of {len(records)} ({measured_on}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
+    print(f"best of {len(records)} ({split}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
 
 
 def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:

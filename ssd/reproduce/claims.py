@@ -55,7 +55,7 @@ def _ordered(group: Sequence[Line], measure: str) -> str:
         return f"undecided, one seed has no standard error ({figures})"
     bounds = [(m - e, m + e) for m, e in map(estimate, values) if e is not None]
     apart = all(low[1] < high[0] for low, high in pairwise(bounds))
-    return f"{'yes' if apart else 'no'} ({figures})"
+    return f"{_yes(apart)} ({figures})"
 
 
 def _gained(before: Line, after: Line) -> str:
@@ -63,7 +63,7 @@ def _gained(before: Line, after: Line) -> str:
     if not gains:
         return NOT_RUN
     # Accuracies are sums of fractions: a gain of exactly GAIN must not fall to rounding.
-    verdict = "yes" if round(mean(gains), 9) >= GAIN else "no"
+    verdict = _yes(round(mean(gains), 9) >= GAIN)
     return f"{verdict} ({_difference(before, after, 'mean_accuracy')})"
 
 
@@ -76,7 +76,7 @@ def _kept(before: Line, after: Line) -> str:
         return f"undecided, SDMLP does not forget ({was:.4f})"
     change = now / was - 1
     difference = _difference(before, after, "forgetting")
-    verdict = "yes" if round(change, 9) <= FORGOTTEN else "no"
+    verdict = _yes(round(change, 9) <= FORGOTTEN)
     return f"{verdict} ({was:.4f} to {now:.4f}, {change:+.0%}; {difference})"
 
 
@@ -84,7 +84,11 @@ def _reached(line: Line, bound: float) -> str:
     values = line.values("mean_accuracy")
     if not values:
         return NOT_RUN
-    return f"{'yes' if mean(values) >= bound else 'no'} ({spread(values)})"
+    return f"{_yes(mean(values) >= bound)} ({spread(values)})"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def paired(before: Line, after: Line, measure: str) -> list[float]:

@@ -104,7 +104,16 @@ class Peer:
     method: str = ""
 
 
-def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> dict[str, Peer]:
+_Settings = Mapping[str, Any] | None  # of a peer on a benchmark; None: it is not measured there
+
+
+def _by_benchmark(settings: Sequence[_Settings]) -> dict[str, Mapping[str, Any]]:
+    """Settings in the order of BENCHMARKS."""
+    pairs = zip(BENCHMARKS, settings, strict=True)
+    return {benchmark.name: chosen for benchmark, chosen in pairs if chosen is not None}
+
+
+def _peer(name: str, sizes: tuple[int, ...], *settings: _Settings) -> dict[str, Peer]:
     """A learner of ssd.peers by its name there."""
 
     def evaluate(
@@ -119,10 +128,10 @@ def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> d
             setattr(learner, attribute, chosen[attribute])
         return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
 
-    return {name: Peer(evaluate, sizes, settings)}
+    return {name: Peer(evaluate, sizes, _by_benchmark(settings))}
 
 
-def _read_out(name: str, method: str, **settings: Mapping[str, Any]) -> dict[str, Peer]:
+def _read_out(name: str, method: str, *settings: _Settings) -> dict[str, Peer]:
     """The code of a method's network with a closed-form decoder."""
 
     def evaluate(
@@ -130,7 +139,7 @@ def _read_out(name: str, method: str, **settings: Mapping[str, Any]) -> dict[str
     ) -> Tensor:
         return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
 
-    return {name: Peer(evaluate, SIZES[:1], settings, method)}
+    return {name: Peer(evaluate, SIZES[:1], _by_benchmark(settings), method)}
 
 
 def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
@@ -142,57 +151,32 @@ _CODE = _code(0.4, 1e-4, power=0.5)
 # Of the closed-form readouts: readout, strength and share are those of Gaussian addresses.
 _FROZEN = _code(0.4, 1e-4, freeze=True)
 _KEPT = {"readout": "lda", "strength": 1e-2}
-# By name, in the order of the table. Settings were chosen on a validation split at R = 1,000:
-# results/peers/*.csv; a peer is measured where it has some.
+# By name, in the order of the table: sizes (or method), and settings on each of BENCHMARKS. They
+# were chosen on a validation split at R = 1,000: results/peers/*.csv.
 PEERS: dict[str, Peer] = {
-    **_peer("nearest class mean", (), mnist={}, cifar10={}, cifar100={}),
-    **_peer(
-        "streaming LDA",
-        (),
-        mnist={"shrinkage": 0.1},
-        cifar10={"shrinkage": 1e-3},
-        cifar100={"shrinkage": 1e-3},
-    ),
-    **_peer(
-        "FlyModel",
-        SIZES,
-        mnist=_FLY_SETTINGS,
-        cifar10=_FLY_SETTINGS,
-        cifar100={"share": 0.05, "lr": 0.02},
-    ),
-    **_peer(
-        "random ReLU + ridge",
-        SIZES,
-        mnist={"ridge": 1e-3},
-        cifar10={"ridge": 1e-4},
-        cifar100={"ridge": 1e-4},
-    ),
-    **_peer(
-        "sparse code, Gaussian addresses",
-        SIZES,
-        mnist=_CODE,
-        cifar10=_code(0.4, 1e-2, power=0.5),
-        cifar100=_CODE,
-    ),
-    **_peer("sparse code, local addresses", SIZES, mnist=_code(0.3, 1e-4, width=6.0)),
-    **_peer(
-        "sparse code beside the input", SIZES, cifar10=_CODE, cifar100=_code(0.4, 1e-3, power=0.5)
-    ),
+    **_peer("nearest class mean", (), {}, {}, {}),
+    **_peer("streaming LDA", (), {"shrinkage": 0.1}, {"shrinkage": 1e-3}, {"shrinkage": 1e-3}),
+    **_peer("FlyModel", SIZES, _FLY_SETTINGS, _FLY_SETTINGS, {"share": 0.05, "lr": 0.02}),
+    **_peer("random ReLU + ridge", SIZES, {"ridge": 1e-3}, {"ridge": 1e-4}, {"ridge": 1e-4}),
+    **_peer("sparse code, Gaussian addresses", SIZES, _CODE, _code(0.4, 1e-2, power=0.5), _CODE),
+    **_peer("sparse code, local addresses", SIZES, _code(0.3, 1e-4, width=6.0), None, None),
+    **_peer("sparse code beside the input", SIZES, None, _CODE, _code(0.4, 1e-3, power=0.5)),
     **_peer(
         "control: ReLU beside the input",
         SIZES,
-        cifar10=_code(1.0, 1e-4, power=0.5),
-        cifar100=_code(1.0, 1e-3, power=1.0),
+        None,
+        _code(1.0, 1e-4, power=0.5),
+        _code(1.0, 1e-3, power=1.0),
     ),
     # Nothing was chosen for these. A code that keeps training is read at the network's own k.
-    **_read_out("sdmlp code, closed-form readout", "sdmlp", cifar10=_KEPT),
-    **_read_out("ssd code, closed-form readout", "ssd", cifar10=_KEPT),
+    **_read_out("sdmlp code, closed-form readout", "sdmlp", None, _KEPT, None),
+    **_read_out("ssd code, closed-form readout", "ssd", None, _KEPT, None),
     **_read_out(
         "sdmlp code of the first task, closed-form readout",
         "sdmlp",
-        mnist=_FROZEN,
-        cifar10=_code(0.4, 1e-2, freeze=True),
-        cifar100=_FROZEN,
+        _FROZEN,
+        _code(0.4, 1e-2, freeze=True),
+        _FROZEN,
     ),
 }
 
