@@ -85,25 +85,25 @@ class Run:
     @cached_property
     def folder(self) -> Path:
         """Where it lies: named by method, seed, and a digest of settings and data."""
-        config, peer = self.config, self.evaluation
+        config, evaluation = self.config, self.evaluation
         method, described = config.method, identity(describe(config, self.data))
-        if peer is not None:
-            method = "-".join("".join(c if c.isalnum() else " " for c in peer.method).split())
-            trained = {"config": described} if peer.trains else {}
+        if evaluation is not None:
+            method = "-".join("".join(c if c.isalnum() else " " for c in evaluation.method).split())
+            trained = {"config": described} if evaluation.trains else {}
             described = {
-                "peer": peer.method,
-                "neurons": peer.neurons,
-                "settings": peer.settings,
+                "peer": evaluation.method,
+                "neurons": evaluation.neurons,
+                "settings": evaluation.settings,
                 "tasks": config.tasks,
                 "seed": config.seed,
                 "data_crc32": self.data.checksum(),
-                "algorithm": peer.algorithm,
+                "algorithm": evaluation.algorithm,
                 **trained,
             }
         digest = _digest(dumps(described, sort_keys=True))
         return self.root / f"{self.data.name}-{method}-seed{config.seed}-{digest}"
 
-    def end(self) -> dict[str, Any] | None:
+    def outcome(self) -> dict[str, Any] | None:
         """Its summary, or {"diverged": why} with versions and commit; None if it has not ended.
 
         Raises:
@@ -121,9 +121,9 @@ class Run:
     @property
     def work(self) -> float:
         """Multiplications of the encoder."""
-        peer = self.evaluation
-        epochs = self.config.epochs if peer is None or peer.trains else 1
-        neurons = self.config.neurons if peer is None else peer.neurons
+        evaluation = self.evaluation
+        epochs = self.config.epochs if evaluation is None or evaluation.trains else 1
+        neurons = self.config.neurons if evaluation is None else evaluation.neurons
         return float(self.data.x_train.numel()) * epochs * max(1, neurons)
 
 
@@ -166,7 +166,7 @@ class Study:
         self.options, self.display = replace(options, resume=True), display
         self.missing: dict[Path, Run] = {}
         for run in runs:
-            if run.end() is None:
+            if run.outcome() is None:
                 self.missing.setdefault(run.folder, run)
         self.total, self.trained = len(self.missing), 0
         self.work, self.done = sum(run.work for run in self.missing.values()), 0.0
@@ -262,8 +262,8 @@ class Study:
         for run in batch:
             del self.missing[run.folder]
             self.trained += 1
-            end, done = run.end() or {}, self._done()
-            result = f"accuracy {end['mean_accuracy']:.4f}" if "diverged" not in end else "diverged"
+            accuracy, done = (run.outcome() or {}).get("mean_accuracy"), self._done()
+            result = "diverged" if accuracy is None else f"accuracy {accuracy:.4f}"
             left = (time.perf_counter() - self.start) * (self.work - done) / done
             text = f"run {self.trained} of {self.total}: {run.name}: {result}; left "
             text += str(timedelta(seconds=round(left)))
@@ -332,19 +332,19 @@ def train_batch(
 
 
 def _evaluate(run: Run, device: torch.device) -> None:
-    peer, data = run.evaluation, run.data
-    assert peer is not None
+    evaluation, data = run.evaluation, run.data
+    assert evaluation is not None
     tasks = [task.to(device) for task in make_tasks(run.config, data)]
     run.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     try:
-        accuracy = peer.evaluate(tasks).cpu()
+        accuracy = evaluation.evaluate(tasks).cpu()
     except Diverged as error:
         write_diverged(run.folder, str(error))
         return
     summary = {
         "dataset": data.name,
-        "method": peer.method,
+        "method": evaluation.method,
         "seed": run.config.seed,
         "evaluated_on": "validation" if run.config.validation > 0 else "test",
         "accuracy_matrix": accuracy.tolist(),
@@ -355,8 +355,8 @@ def _evaluate(run: Run, device: torch.device) -> None:
         "device": device_name(device),
         "versions": versions(),
         "commit": commit(),
-        "neurons": peer.neurons,
-        "settings": peer.settings,
+        "neurons": evaluation.neurons,
+        "settings": evaluation.settings,
     }
     write_atomically(run.folder / SUMMARY, dumps(summary, indent=2) + "\n")
 

@@ -183,23 +183,23 @@ def _shown(row: Mapping[str, Any]) -> str:
 
 
 def rank(
-    sweep: Sweep, configs: Sequence[Config], ends: Sequence[Sequence[Mapping[str, Any]]]
+    sweep: Sweep, configs: Sequence[Config], outcomes: Sequence[Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
     """One record a row: its varied settings, then each measure's mean and standard error.
 
     Args:
-        configs: of each row. ends: of each row's runs, see Run.end.
+        configs: of each row. outcomes: of each row's runs, see Run.outcome.
 
     Returns:
         records, the highest mean accuracy first. A row of which a run diverged comes last and has
         no measures: the mean of the rest would flatter.
     """
     records = []
-    for config, group in zip(configs, ends, strict=True):
+    for config, group in zip(configs, outcomes, strict=True):
         record = {name: getattr(config, name) for name in sweep.varied}
-        sound = [] if any("diverged" in end for end in group) else group
+        sound = [] if any("diverged" in outcome for outcome in group) else group
         for measure in MEASURES:
-            record |= columns(measure, [measured(end, measure)[0] for end in sound])
+            record |= columns(measure, [measured(outcome, measure)[0] for outcome in sound])
         shown = "validation" if config.validation > 0 else "test"
         records.append(record | {"seeds": len(group), "evaluated_on": shown})
     return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
@@ -235,21 +235,21 @@ def markdown_text(
     title: str,
     varied: Sequence[str],
     records: Sequence[Mapping[str, Any]],
-    ends: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Mapping[str, Any]],
 ) -> str:
     """sweep.md: the table, the best row in bold, what it was measured on and with.
 
     Args:
-        records: of rank. ends: of all runs behind them.
+        records: of rank. outcomes: of all runs behind them.
     """
     best, *others = (cells(record, varied) for record in records)
     rows = [[f"**{text}**" for text in best], *others]
     lines = [f"# {title}", "", *markdown_table(header(varied), rows)]
-    commits = sorted({end["commit"] for end in ends})
+    commits = sorted({outcome["commit"] for outcome in outcomes})
     lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
     if any(record["evaluated_on"] == "test" for record in records):
         lines += ["", "**Ranked on the TEST set**: nothing may be chosen by this table."]
-    lines += ["", f"{versions_of(ends)}; commit {', '.join(commits)}."]
+    lines += ["", f"{versions_of(outcomes)}; commit {', '.join(commits)}."]
     if warning := doubts(commits):
         lines += ["", f"Warning: {warning}."]
     return "\n".join(lines) + "\n"
@@ -306,22 +306,22 @@ def _report(
     sweep: Sweep, rows: Sequence[Sequence[Run]], folder: Path, stem: str, quiet: bool
 ) -> None:
     """Ranks the rows, writes the tables and prints the best row."""
-    groups = [[run.end() or {} for run in row] for row in rows]
-    ends = [end for group in groups for end in group]
-    for run, end in zip((run for row in rows for run in row), ends, strict=True):
-        if "diverged" in end:
-            note(f"{run.name}: {end['diverged']}")
+    groups = [[run.outcome() or {} for run in row] for row in rows]
+    outcomes = [outcome for group in groups for outcome in group]
+    for run, outcome in zip((run for row in rows for run in row), outcomes, strict=True):
+        if "diverged" in outcome:
+            note(f"{run.name}: {outcome['diverged']}")
     records = rank(sweep, [row[0].config for row in rows], groups)
     split = " and ".join(sorted({record["evaluated_on"] for record in records}))
     count = f"{sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
     data, features = rows[0][0].data.name, rows[0][0].config.features
     name = f"{data} {features}" if features else data
     title = f"{stem}: {name}, accuracy on {split} data, {count}"
-    commits = {end["commit"] for end in ends}
+    commits = {outcome["commit"] for outcome in outcomes}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")
     write_atomically(folder / CSV, csv_text(records))
-    write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records, ends))
+    write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records, outcomes))
     if not quiet:
         marked = [["* "[number > 0], *cells(r, sweep.varied)] for number, r in enumerate(records)]
         table = rich_table(title, ["", *header(sweep.varied)], marked, caption=SPREAD)

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ssd.cli import (
@@ -46,26 +47,19 @@ def build_parser() -> argparse.ArgumentParser:
     results = f"{', '.join(RESULTS)} or {ALL} (default)"
     add("results", metavar="RESULT", nargs="*", default=[ALL], help=results)
     add("--short", action="store_true", help="scaled down: minutes on a CPU; not the protocol")
-    more = "with --short: five class orders in place of two at R = 10,000"
-    add("--large", action="store_true", help=more)
-    out = "tables and figures (default results/reproduction, with --short {0}-short)"
-    add("--out", metavar="DIR", type=Path, help=out.format("results/reproduction"))
+    large = "with --short: five class orders in place of two at R = 10,000"
+    add("--large", action="store_true", help=large)
+    add_folder = partial(add, metavar="DIR", type=Path)
+    out = "default results/reproduction, with --short results/reproduction-short"
+    add_folder("--out", help=f"tables and figures ({out})")
     runs = Path("runs/reproduction")
-    add(
-        "--runs",
-        metavar="DIR",
-        type=Path,
-        default=runs,
-        help=f"folders of the runs (default {runs})",
-    )
-    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add_folder("--runs", default=runs, help=f"folders of the runs (default {runs})")
+    add_folder("--data-root", help="data sets (default $SSD_DATA or data)")
     features = "feature files (default features in the data's folder)"
-    add("--features-folder", metavar="DIR", type=Path, help=features)
+    add_folder("--features-folder", help=features)
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
-    only = (
-        "train only these benchmarks, sizes, methods or ablated factors; the tables still show "
-        "every run that exists"
-    )
+    only = "train only these benchmarks, sizes, methods or ablated factors; "
+    only += "the tables still show every run that exists"
     add("--only", metavar="NAME", nargs="+", default=[], help=only)
     return parser
 

@@ -92,10 +92,14 @@ def runs_of(row: Row, data: Dataset, root: Path) -> list[Run]:
 
 def line_of(row: Row, runs: Sequence[Run], left_out: bool) -> Line:
     """A row with what its runs have come to; left_out: whether --only lets none be trained."""
-    ends = {run: end for run in runs if (end := run.end()) is not None}
-    found = {run: _with_structure(run, end) for run, end in ends.items() if "diverged" not in end}
+    outcomes = {run: outcome for run in runs if (outcome := run.outcome()) is not None}
+    found = {
+        run: _with_structure(run, outcome)
+        for run, outcome in outcomes.items()
+        if "diverged" not in outcome
+    }
     missing = ""
-    if diverged := len(ends) - len(found):
+    if diverged := len(outcomes) - len(found):
         missing = f"{diverged} of {len(runs)} seeds diverged"
     elif len(found) < len(runs):
         why = " (left out by --only)" if left_out else ""

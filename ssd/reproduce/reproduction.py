@@ -115,7 +115,7 @@ def _refusal(row: Row, absent: Mapping[str, str]) -> str:
     return ""
 
 
-def read_records(path: Path) -> dict[str, Any]:
+def read_commands(path: Path) -> dict[str, Any]:
     """What all commands that wrote into a folder took; UserError if the file is damaged."""
     entries = read_json(path) if path.is_file() else {}
     summed: dict[str, Any] = {"commits": list, "runs_trained": int, "seconds": (int, float)}
@@ -154,7 +154,7 @@ class Reproduction:
         self.study = Study(needed, request.options, Display(self.console))
         self.needed = len({run.folder for run in needed})
         self.checksums = {name: found.checksum() for name, found in data.items()}
-        entry = read_records(request.out / COMMANDS).get(request.command, {})
+        entry = read_commands(request.out / COMMANDS).get(request.command, {})
         self.before = entry if entry.get("data") == self.checksums else {}
 
     def hints(self) -> list[str]:
@@ -184,18 +184,18 @@ class Reproduction:
             except (Interrupted, KeyboardInterrupt):
                 for name in request.results:
                     self.write(name)
-                self._record()
+                self._write_command()
                 raise
-        self._record(finished=True)
+        self._write_command(finished=True)
         self.console.print(f"{self.study.trained} runs trained  -> {request.out}")
 
     def _train(self, name: str) -> None:
         rows = [row for row in self.request.results[name] if row in self.chosen]
         with stop_on_interrupt() as stopped:
             runs = [run for row in rows for run in self.runs[row]]
-            self.study.train(runs, stopped, self._record)
+            self.study.train(runs, stopped, self._write_command)
 
-    def _record(self, finished: bool = False) -> None:
+    def _write_command(self, finished: bool = False) -> None:
         """Writes what the command took from end to end, its interruptions added up.
 
         A command that was stopped goes on with its entry. One that had ended keeps it while there
@@ -218,7 +218,7 @@ class Reproduction:
         }
         request.out.mkdir(parents=True, exist_ok=True)
         path = request.out / COMMANDS
-        entries = {**read_records(path), request.command: entry}
+        entries = {**read_commands(path), request.command: entry}
         write_atomically(path, dumps(entries, indent=2) + "\n")
 
     def lines(self, name: str) -> list[Line]:

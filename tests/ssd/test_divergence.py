@@ -227,10 +227,12 @@ def test_companions_go_on_from_the_checkpoint(
 
     train_batch(jobs, RunOptions(CPU, resume=True), watch)
     assert steps == [3, 2]
-    assert "--seed 1" in (jobs[1].end() or {})["diverged"]
+    assert "--seed 1" in (jobs[1].outcome() or {})["diverged"]
     assert not (jobs[1].folder / SUMMARY).exists()
     for ours, theirs in ((jobs[0], alone[0]), (jobs[2], alone[2])):
-        assert (ours.end() or {})["accuracy_matrix"] == (theirs.end() or {})["accuracy_matrix"]
+        assert (ours.outcome() or {})["accuracy_matrix"] == (theirs.outcome() or {})[
+            "accuracy_matrix"
+        ]
     assert strictly(jobs[2].folder / METRICS) == strictly(alone[2].folder / METRICS)
 
 

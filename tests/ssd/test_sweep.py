@@ -80,9 +80,10 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(table) == 4
     for row in table:
         group = [
-            s for s in found.values()
+            s
+            for s in found.values()
             if s["method"] == row["method"] and s["config"]["lr"] == float(row["lr"])
-        ]  # fmt: skip
+        ]
         assert sorted(s["seed"] for s in group) == [0, 1]
         for measure in ("mean_accuracy", "bwt", "forgetting", "seconds"):
             share = "trained_together" if measure == "seconds" else None
@@ -261,7 +262,7 @@ FILES = {
     "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "error: tasks 3 does not divide"),
     "NUL": ('features = "a\\u0000b.npz"', r": features 'a\\x00b.npz' must be a path"),
     "absent features": ('features = "g.npz"', ": features g.npz is not a file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FILES)

@@ -124,7 +124,7 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
     configs.append(replace(small, k=2))
     stops = 0
     runs = [Run("", config, data, tmp_path / "jobs") for config in configs]
-    while not all(study_run.end() for study_run in runs):
+    while not all(study_run.outcome() for study_run in runs):
         events = chain([False] * 9, repeat(True))
         try:
             Study(runs, CPU, Display(Console(), quiet=True)).train(runs, events.__next__)
@@ -133,7 +133,7 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
     assert stops > 3
     assert not list((tmp_path / "jobs").glob("*.safetensors"))
     for number, (config, study_run) in enumerate(zip(configs, runs, strict=True)):
-        summary = study_run.end() or {}
+        summary = study_run.outcome() or {}
         single = run(config, data, tmp_path / f"single{number}", CPU)
         for name in ("accuracy_matrix", "bwt", "mean_active", "config"):
             assert single[name] == summary[name]

@@ -33,9 +33,7 @@ from ssd.run import Interrupted
 from ssd.study import Run
 from ssd.trainer import Event
 
-TINY = {
-    "epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0
-}  # fmt: skip
+TINY = {"epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0}
 UNKNOWN = "unheard-of"  # a method that no version trains
 RUN = ["naive", "sdmlp", "ssd", "ssd+ewc", "joint"]
 
@@ -109,9 +107,11 @@ def summaries() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_everything(
-    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert call("all") == 0
     out = folder / "results" / "reproduction-short"
     printed, said = capsys.readouterr()
@@ -126,8 +126,14 @@ def test_everything(
         assert "warning" not in text
         spread = (out / f"{name}.csv").read_text().splitlines()[0]
         assert spread.startswith("# spread: standard error of the mean over seeds")
-    for stem in ("table1", "bwt", "table2", "ablations", "structure_cifar10_24",
-                 "structure_heat_maps_cifar10_24"):  # fmt: skip
+    for stem in (
+        "table1",
+        "bwt",
+        "table2",
+        "ablations",
+        "structure_cifar10_24",
+        "structure_heat_maps_cifar10_24",
+    ):
         assert plt.imread(out / f"{stem}.png")[..., :3].std() > 0.02
         assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert not plt.get_fignums()
@@ -151,9 +157,15 @@ def test_everything(
         found = [row[m] != "" for m in ("address_cosine", "effective_rank", "used_fraction")]
         assert found == [row["method"] in ("sdmlp", "ssd", "ssd+ewc")] * 3
     assert {r["measure"] for r in table(out / "structure_tasks.csv")} == {
-        "mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits",
-        "address_cosine", "effective_rank", "used_fraction",
-    }  # fmt: skip
+        "mean_entropy_bits",
+        "dead_fraction",
+        "mean_active",
+        "jaccard",
+        "kl_bits",
+        "address_cosine",
+        "effective_rank",
+        "used_fraction",
+    }
     # The second time nothing is trained, and the tables are the same but for their origin.
     trained.clear()
     monkeypatch.setattr(reproduction, "draw", lambda *result: [])
@@ -225,17 +237,23 @@ def test_what_diverges_leaves_a_note(
         assert len(calls) == 2
     for name, method in (("table1", "sdmlp"), ("table2", "majority")):
         rows = table(folder / "results" / "reproduction-short" / f"{name}.csv")
-        [row] = [r for r in rows if (r["benchmark"], r["method"]) == ("cifar10", method)
-                 and r["neurons"] in ("24", "0", "")]  # fmt: skip
+        [row] = [
+            r
+            for r in rows
+            if (r["benchmark"], r["method"]) == ("cifar10", method)
+            and r["neurons"] in ("24", "0", "")
+        ]
         assert row["mean_accuracy"] == ""
         assert "2 of 2 seeds diverged" in row["note"]
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_interrupted_and_resumed(
-    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     train = study.train_batch
 
     def stop(*arguments: Any) -> None:
@@ -269,9 +287,10 @@ def test_interrupted_and_resumed(
     assert after["finished"]
     assert after["seconds"] > before["seconds"]
     assert "not run" not in {
-        r["note"] for r in table(out / "table1.csv")
+        r["note"]
+        for r in table(out / "table1.csv")
         if r["benchmark"] == "cifar10" and r["neurons"] == "24" and r["method"] in RUN
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -340,7 +359,7 @@ BAD = {
     "out is a file": (["--out", "file"], "--out file is not a folder"),
     "runs is a file": (["--runs", "file"], "--runs file is not a folder"),
     "no data at all": (["--features-folder", "absent"], "no data: features absent/cifar10.npz"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -484,10 +503,16 @@ def test_inferred_is_explained_where_it_is_shown(row: Row) -> None:
 )
 def test_runs_of_several_commits(row: Row, commits: list[str], warning: str) -> None:
     runs = [
-        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0,
-         "versions": {"torch": "2.6"}}
+        {
+            "seed": n,
+            "commit": c,
+            "device": "cpu",
+            "evaluated_on": "test",
+            "seconds": 1.0,
+            "versions": {"torch": "2.6"},
+        }
         for n, c in enumerate(commits)
-    ]  # fmt: skip
+    ]
     origin = provenance("command", [Line(row, runs)])
     assert origin.get("warning", "") == warning
     assert ("warning" in origin) == bool(warning)
@@ -520,18 +545,18 @@ def test_definitions(short: bool) -> None:
     for result in RESULTS.values():
         rows = result.rows(short, {"cifar10": "a.npz", "cifar100": "b.npz"})
         assert len(set(rows)) == len(rows)
-        for each in rows:
-            if set(each.config.method.split("+")) <= set(config.PARTS):
-                each.config.validate()
-            tasks = 50 if each.benchmark.name == "cifar100" else 5
-            assert each.config.tasks == (1 if each.method == "joint" else tasks)
+        for row in rows:
+            if set(row.config.method.split("+")) <= set(config.PARTS):
+                row.config.validate()
+            tasks = 50 if row.benchmark.name == "cifar100" else 5
+            assert row.config.tasks == (1 if row.method == "joint" else tasks)
     # The switch to inhibition can end within the first task: a neuron counts once a sample.
     first = {"mnist": 12_665, "cifar10": 10_000, "cifar100": 1_000}
     joint = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
-    for each in RESULTS["table1"].rows(short, {}):
-        samples = joint if each.method == "joint" else first
-        counted = each.config.epochs * samples[each.benchmark.name]
-        assert each.config.anneal_samples < counted
+    for row in RESULTS["table1"].rows(short, {}):
+        samples = joint if row.method == "joint" else first
+        counted = row.config.epochs * samples[row.benchmark.name]
+        assert row.config.anneal_samples < counted
 
 
 def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,8 +566,9 @@ def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
     for short in (True, False):
         found = {
             (r.neurons, r.method): r.config
-            for r in experiments.table1(short, {}) if r.benchmark.name == "mnist"
-        }  # fmt: skip
+            for r in experiments.table1(short, {})
+            if r.benchmark.name == "mnist"
+        }
         changed, other = found[10_000, "ssd"], found[1_000, "ssd"]
         assert ({name: getattr(changed, name) for name in own} == own) is short
         assert other.epochs != own["epochs"]
@@ -584,10 +610,10 @@ def test_large_adds_class_orders(
 
 def test_note_of_networks_that_are_trained_short() -> None:
     for short in (True, False):
-        for each in experiments.table2(short, {}):
-            noted = each.peer is not None and bool(each.peer.method) and not short
-            assert bool(each.note) == noted
-            assert Line(each, [], "not run").note == (f"{each.note}; " if noted else "") + "not run"
+        for row in experiments.table2(short, {}):
+            noted = row.peer is not None and bool(row.peer.method) and not short
+            assert bool(row.note) == noted
+            assert Line(row, [], "not run").note == (f"{row.note}; " if noted else "") + "not run"
 
 
 def test_overlaps() -> None:
@@ -626,11 +652,13 @@ def test_ablations_figure_tells_methods_apart(row: Row) -> None:
     rows = [
         replace(row, method=method, factor=factor, value=value)
         for method, factor, value in (
-            ("ssd", experiments.DEFAULT, ""), ("ssd", "kl", "forward"),
-            ("sdmlp", "lr", "0.5"), ("ssd", "lr", "0.5"),
+            ("ssd", experiments.DEFAULT, ""),
+            ("ssd", "kl", "forward"),
+            ("sdmlp", "lr", "0.5"),
+            ("ssd", "lr", "0.5"),
         )
-    ]  # fmt: skip
-    lines = [Line(each, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for each in rows]
+    ]
+    lines = [Line(row, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for row in rows]
     for shown, labels in (
         (lines, ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),
         (lines[1:], ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),  # the default was not run
