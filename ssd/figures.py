@@ -1,4 +1,4 @@
-"""Tables and figures of a finished run."""
+"""Figures: how all are saved and ruled, and those of one finished run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -20,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 
 from ssd import metrics
 from ssd.config import Config
-from ssd.errors import UserError
 from ssd.metrics import USED, activation_entropy
 from ssd.storage.files import are_numbers, damaged, write_atomically
 from ssd.storage.run_folder import STRUCTURE, SUMMARY, read_frequency, read_records, read_summary
@@ -32,8 +32,19 @@ NAMED = 10  # tasks that a figure can name one by one
 MARKED = 60  # evaluations that a line can show as points
 
 
+def draw(folder: Path) -> None:
+    """Draws all figures of a finished run into its folder, as PNG and PDF.
+
+    Raises:
+        UserError: a file of the run is damaged.
+    """
+    write_figures(folder)
+    if (folder / STRUCTURE).is_file():
+        write_structure_figures(folder)
+
+
 def write_figures(folder: Path) -> None:
-    """Draws the four figures of a finished run into its folder, as PNG and PDF."""
+    """Draws the four figures that every run has."""
     summary = read_summary(folder)
     config = Config(**summary["config"])
     records, frequency = read_records(folder, config), read_frequency(folder, config)
@@ -43,10 +54,37 @@ def write_figures(folder: Path) -> None:
         "activation_heatmap": lambda axes: _activation_heatmap(axes, frequency),
         "entropy_histogram": lambda axes: _entropy_histogram(axes, frequency),
     }
-    for name, draw in drawings.items():
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        draw(axes)
+    for name, draw_on in drawings.items():
+        figure, grid = panels(1, 1, 6.4, 4.2)
+        draw_on(grid[0, 0])
         save_figure(figure, folder / name)
+
+
+def write_structure_figures(folder: Path) -> None:
+    """Draws the figures of the subnetworks that a run has recorded."""
+    snapshots = load_structure(folder / STRUCTURE).snapshots
+    summary = read_summary(folder)
+    structure, tasks = summary.get("structure", {}), len(summary["accuracy_matrix"])
+    for name in COVERAGE:
+        if not are_numbers(structure.get(name), tasks):
+            raise damaged(folder / SUMMARY, f"{name} is missing or wrong")
+    save_figure(draw_transfer(snapshots), folder / "structure_transfer")
+    save_figure(draw_coverage(structure), folder / "structure_coverage")
+
+
+def panels(
+    rows: int, columns: int, width: float, height: float, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches with a grid [rows, columns] of axes; shared: sharex, sharey."""
+    return plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared
+    )
+
+
+def integer_ticks(*axes: Axis) -> None:
+    """Ticks at integers alone: they are tasks or neurons."""
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -84,7 +122,7 @@ def _accuracy_over_time(
         )
     axes.set(xlabel="tasks trained", ylabel="accuracy", ylim=(-0.02, 1.02), xlim=(0, count))
     axes.set_title(f"{summary['method']} on {summary['dataset']}: accuracy per task")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(axes.xaxis)
     if count <= NAMED:
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     else:
@@ -100,13 +138,10 @@ def _accuracy_matrix(axes: Axes, summary: dict[str, Any]) -> None:
         f"mean accuracy {summary['mean_accuracy']:.3f}, BWT {summary['bwt']:+.3f}",
         fontsize="medium",
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(axes.xaxis, axes.yaxis)
     axes.figure.colorbar(image, ax=axes, label="accuracy")
     if len(matrix) <= NAMED:
-        for (row, column), value in np.ndenumerate(matrix):
-            color = "black" if value > 0.6 else "white"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+        _write_values(axes, matrix, dark=matrix <= 0.6)
 
 
 def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
@@ -137,7 +172,7 @@ def draw_heat_map(axes: Axes, frequency: np.ndarray) -> AxesImage:
     )
     axes.set_facecolor("black")  # a frequency of 0 has no logarithm and is not drawn
     axes.set(ylabel="after training task")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    integer_ticks(axes.yaxis)
     return image
 
 
@@ -160,32 +195,6 @@ COVERAGE = {
 }
 
 
-def write_structure_figures(folder: Path) -> None:
-    """Draws the figures of one finished run into its folder.
-
-    Raises:
-        UserError: the run's structure or summary is missing or damaged.
-    """
-    snapshots = load_structure(folder / STRUCTURE).snapshots
-    summary = read_structure_summary(folder)
-    save_figure(draw_transfer(snapshots), folder / "structure_transfer")
-    save_figure(draw_coverage(summary), folder / "structure_coverage")
-
-
-def read_structure_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a finished run that has its structure; UserError if it has none."""
-    if not (folder / SUMMARY).is_file():
-        raise UserError(f"{folder} holds no finished run")
-    summary = read_summary(folder)
-    if "structure" not in summary:
-        raise UserError(f"{folder / SUMMARY} has no structure; train the run with this version")
-    structure, tasks = summary["structure"], len(summary["accuracy_matrix"])
-    for name in COVERAGE:
-        if not are_numbers(structure.get(name), tasks):
-            raise damaged(folder / SUMMARY, f"{name} is missing or wrong")
-    return summary
-
-
 def pairwise(snapshots: Sequence[Snapshot]) -> dict[str, np.ndarray]:
     """Jaccard, cosine and KL between all pairs of tasks, {name: [T, T]}; kl: row || column."""
     measures: dict[str, Callable[[Snapshot, Snapshot], float]] = {
@@ -201,48 +210,40 @@ def pairwise(snapshots: Sequence[Snapshot]) -> dict[str, np.ndarray]:
 
 def draw_transfer(snapshots: Sequence[Snapshot]) -> Figure:
     """Three matrices over all pairs of tasks; bright is alike in each of them."""
-    figure, row = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, grid = panels(1, 3, 11, 3.2)
     size = len(snapshots[0].neurons)
     found = pairwise(snapshots)
-    panels = (
+    shown = (
         ("jaccard", "viridis", f"Jaccard overlap, top {size} neurons", 0.0),
         ("address_cosine", "viridis", "cosine of mean addresses", None),
         ("kl_bits", "viridis_r", "KL(row || column) of frequencies, bits", 0.0),
     )
-    for axes, (name, cmap, title, low) in zip(row, panels, strict=True):
+    for axes, (name, cmap, title, low) in zip(grid[0], shown, strict=True):
         matrix = found[name]
         high = max(matrix.max(), 1e-3) if name == "kl_bits" else 1.0
         image = axes.imshow(matrix, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
         axes.set(xlabel="task", ylabel="task")
         axes.set_title(title, fontsize="medium")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
+        integer_ticks(axes.xaxis, axes.yaxis)
         figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
         if len(matrix) <= NAMED:
-            _write_values(axes, matrix, image.cmap(image.norm(matrix)))
+            luma = image.cmap(image.norm(matrix))[..., :3] @ (0.299, 0.587, 0.114)  # of Rec. 601
+            _write_values(axes, matrix, dark=luma < 0.5, fontsize=9 if len(matrix) <= 5 else 6)
     return figure
 
 
-def _write_values(axes: Axes, matrix: np.ndarray, colors: np.ndarray) -> None:
-    """The numbers of a matrix [T, T] in its cells of colors [T, T, 4]."""
-    dark = colors[..., :3] @ (0.299, 0.587, 0.114) < 0.5  # luma of Rec. 601
+def _write_values(axes: Axes, matrix: np.ndarray, dark: np.ndarray, **style: Any) -> None:
+    """The numbers of a matrix [T, T] in its cells, of which some are dark."""
     for (row, column), value in np.ndenumerate(matrix):
-        axes.text(
-            column,
-            row,
-            f"{value:.2f}",
-            ha="center",
-            va="center",
-            fontsize=9 if len(matrix) <= 5 else 6,
-            color="white" if dark[row, column] else "black",
-        )
+        color = "white" if dark[row, column] else "black"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, **style)
 
 
-def draw_coverage(summary: Mapping[str, Any]) -> Figure:
-    """Effective rank and used fraction over tasks."""
-    figure, row = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axes, (name, label) in zip(row, COVERAGE.items(), strict=True):
-        values = summary["structure"][name]
+def draw_coverage(structure: Mapping[str, Sequence[float]]) -> Figure:
+    """Effective rank and used fraction over tasks, of a summary's structure."""
+    figure, grid = panels(1, 2, 9, 3.8)
+    for axes, (name, label) in zip(grid[0], COVERAGE.items(), strict=True):
+        values = structure[name]
         axes.plot(values, marker="o", markersize=5, markevery=-(-len(values) // NAMED))
         axes.set(xlabel="after training task", ylabel=label)
         axes.set_ylim(bottom=0)

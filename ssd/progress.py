@@ -1,84 +1,42 @@
-"""What a run shows while it is trained."""
+"""What a command shows of its progress."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import isnan, nan
 from statistics import mean
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ssd.config import Config
 from ssd.trainer import Event, Trainer
 
 STEPS_PER_UPDATE = 10
 
 
-def progress_bar(console: Console, quiet: bool) -> Progress:
-    """A bar with its times; nothing where quiet or not on a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-    )
-
-
 class Display:
-    """A progress bar on a terminal, else a line a task; fed by the trainer's events."""
+    """A progress bar on a terminal, else a line a milestone.
 
-    def __init__(self, console: Console, config: Config, quiet: bool) -> None:
-        self.console, self.config = console, config
-        self.progress = progress_bar(console, quiet)
-        self.plain = not quiet and not console.is_terminal
-        self.bar = self.progress.add_task("starting", total=None)
-        self.loss = self.train = self.test = float("nan")
+    Args:
+        console: where it appears. quiet: whether to show nothing.
+    """
 
-    def watch(self, trainer: Trainer, event: Event) -> None:
-        """Takes in an event."""
-        if event.kind == "epoch":
-            self.loss = mean(record["loss"] for record in event.records)
-            self.train = mean(record["train_accuracy"] for record in event.records)
-            if "test_accuracy" in event.records[0]:
-                seen = [record["test_accuracy"][: event.task + 1] for record in event.records]
-                self.test = mean(map(mean, seen))
-        if event.kind == "task" and self.plain:
-            self.console.print(
-                f"task {event.task + 1}/{self.config.tasks}: loss {self.loss:.3f}, "
-                f"train accuracy {self.train:.3f}, accuracy so far {self.test:.3f}"
-            )
-        if event.kind == "step" and event.step % STEPS_PER_UPDATE:
-            return
-        steps = trainer.steps_per_epoch()
-        epoch = min(event.epoch + 1, self.config.epochs)
-        self.progress.update(
-            self.bar,
-            description=f"task {event.task + 1}/{self.config.tasks} "
-            f"epoch {epoch}/{self.config.epochs} "
-            f"loss {_shown(self.loss)} accuracy {_shown(self.test)}",
-            completed=trainer.steps,
-            total=self.config.epochs * sum(steps),
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.visible = console.is_terminal and not quiet
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.visible,
         )
-
-
-def _shown(value: float) -> str:
-    return "-.---" if value != value else f"{value:.3f}"
-
-
-class StepDisplay:
-    """A progress bar on a terminal, else a line a milestone, for work that is counted in steps."""
-
-    def __init__(self, console: Console, quiet: bool) -> None:
-        self.console = console
-        self.progress = progress_bar(console, quiet)
-        self.visible = not quiet and console.is_terminal
-        self.plain = not quiet and not console.is_terminal
         self.bar = self.progress.add_task("starting", total=None)
 
-    def __enter__(self) -> StepDisplay:
+    def __enter__(self) -> Display:
         self.progress.start()
         return self
 
@@ -86,19 +44,66 @@ class StepDisplay:
         self.progress.stop()
 
     def update(self, text: str, done: float, total: float, milestone: bool = False) -> None:
-        """Takes in progress.
+        """Shows that so much of the work is done.
 
         Args:
-            milestone: whether it deserves a line where there is no bar.
+            milestone: whether the text deserves a line where there is no bar.
         """
-        if milestone and self.plain:
-            self.console.print(text)
+        if milestone and not (self.visible or self.quiet):
+            self.console.print(text, soft_wrap=True, markup=False, highlight=False)
         self.progress.update(self.bar, description=text, completed=done, total=total)
 
 
-def progress(trainer: Trainer, event: Event) -> tuple[float, str]:
-    """The share of its epochs that a trainer has done, and where it is in words."""
+def position(trainer: Trainer, event: Event) -> tuple[str, int, int]:
+    """Where a trainer is, in words; its steps up to there and in all."""
     config = trainer.config
     task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
-    share = (trainer.task + trainer.epoch / config.epochs) / config.tasks
-    return share, f" task {task}/{config.tasks} epoch {epoch}/{config.epochs}"
+    text = f"task {task}/{config.tasks} epoch {epoch}/{config.epochs}"
+    return text, trainer.steps, config.epochs * sum(trainer.steps_per_epoch())
+
+
+def is_due(event: Event) -> bool:
+    """Whether to show an event: steps are many."""
+    return event.kind != "step" or event.step % STEPS_PER_UPDATE == 0
+
+
+def position_watcher(
+    report: Callable[[str, int, int], None],
+) -> Callable[[Trainer, Event], None]:
+    """Takes in the events of a trainer: reports its position every few steps."""
+
+    def watch(trainer: Trainer, event: Event) -> None:
+        if is_due(event):
+            report(*position(trainer, event))
+
+    return watch
+
+
+def watcher(display: Display) -> Callable[[Trainer, Event], None]:
+    """Takes in the events of a trainer: shows its loss and its accuracy on the tasks so far."""
+    loss = train = accuracy = nan
+
+    def watch(trainer: Trainer, event: Event) -> None:
+        nonlocal loss, train, accuracy
+        if event.kind == "epoch":
+            loss = mean(record["loss"] for record in event.records)
+            train = mean(record["train_accuracy"] for record in event.records)
+            if "test_accuracy" in event.records[0]:
+                seen = [record["test_accuracy"][: event.task + 1] for record in event.records]
+                accuracy = mean(map(mean, seen))
+        if not is_due(event):
+            return
+        where, done, total = position(trainer, event)
+        text = f"{where} loss {_shown(loss)} accuracy {_shown(accuracy)}"
+        if event.kind == "task":
+            text = (
+                f"task {event.task + 1}/{trainer.config.tasks}: loss {loss:.3f}, "
+                f"train accuracy {train:.3f}, accuracy so far {accuracy:.3f}"
+            )
+        display.update(text, done, total, milestone=event.kind == "task")
+
+    return watch
+
+
+def _shown(value: float) -> str:
+    return "-.---" if isnan(value) else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""Many runs under one folder, each found again by its settings: sweeps and reproductions."""
+"""Studies: many runs, each in a folder named by its settings, so that none is trained twice."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 
-from ssd.config import Config
-from ssd.data import Dataset
+from ssd import metrics
+from ssd.config import Config, hints
+from ssd.data import Dataset, Task
 from ssd.errors import Diverged, Interrupted
-from ssd.progress import STEPS_PER_UPDATE, progress
-from ssd.run import RunOptions, leave_out, run_together
-from ssd.storage.files import dumps
+from ssd.progress import Display, position_watcher
+from ssd.run import RunOptions, leave_out, make_tasks, run_together
+from ssd.storage.files import dumps, write_atomically
+from ssd.storage.provenance import commit, device_name, versions
 from ssd.storage.run_folder import (
+    DIVERGED,
     SUMMARY,
     describe,
-    ended,
     identity,
     read_diverged,
     read_summary,
@@ -32,153 +37,345 @@ from ssd.storage.run_folder import (
 )
 from ssd.trainer import Event, Trainer, together
 
-if TYPE_CHECKING:
-    from multiprocessing.synchronize import Event as Flag
-
-    from torch.multiprocessing import Queue
-
 # Runs of one program: beyond it memory grows and nothing gets faster.
 MOST = 16
+# Runs of one program where several processes share the work.
+MOST_APART = 3
+# Encoder weights up to which several processes share the work, R = 10,000 with d = 784 among them;
+# larger ones would push one another out of the cache, and one process uses all cores with them.
+SMALL = 2**23
+# A process takes seconds to start: multiplications that one thread does in many times that.
+WORTH = 2e12
 
 
-def job_folder(root: Path, config: Config, data: Dataset) -> Path:
-    """Where the run of these settings on these data lies: named by method, seed, digest."""
-    text = dumps(identity(describe(config, data)), sort_keys=True)
-    return root / f"{data.name}-{config.method}-seed{config.seed}-{_digest(text)}"
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A learner of another kind, in place of the network that a run trains.
+
+    Args:
+        method: its name. evaluate: tasks on the device -> accuracy matrix [T, T].
+        neurons: R, 0 if it has none. settings: what else its figures depend on.
+        algorithm: raised when a change moves its figures.
+        trains: whether it trains a network with the run's config.
+    """
+
+    method: str
+    evaluate: Callable[[Sequence[Task]], Tensor]
+    neurons: int
+    settings: Mapping[str, Any]
+    algorithm: int
+    trains: bool
 
 
-def run_jobs(
-    configs: Sequence[Config],
-    data: Dataset,
-    root: Path,
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a study.
+
+    Args:
+        name: what the progress calls it. config, data: its settings and its data.
+        root: folder of all runs. evaluation: what to do if not to train a network.
+    """
+
+    name: str
+    config: Config
+    data: Dataset
+    root: Path
+    evaluation: Evaluation | None = None
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it lies: named by method, seed, and a digest of settings and data."""
+        config, evaluation = self.config, self.evaluation
+        method, described = config.method, identity(describe(config, self.data))
+        if evaluation is not None:
+            method = "-".join("".join(c if c.isalnum() else " " for c in evaluation.method).split())
+            trained = {"config": described} if evaluation.trains else {}
+            described = {
+                "peer": evaluation.method,
+                "neurons": evaluation.neurons,
+                "settings": evaluation.settings,
+                "tasks": config.tasks,
+                "seed": config.seed,
+                "data_crc32": self.data.checksum(),
+                "algorithm": evaluation.algorithm,
+                **trained,
+            }
+        digest = _digest(dumps(described, sort_keys=True))
+        return self.root / f"{self.data.name}-{method}-seed{config.seed}-{digest}"
+
+    def outcome(self) -> dict[str, Any] | None:
+        """Its summary, or {"diverged": why} with versions and commit; None if it has not ended.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if (self.folder / SUMMARY).is_file():
+            return read_summary(self.folder, trained=self.evaluation is None)
+        return read_diverged(self.folder) if (self.folder / DIVERGED).is_file() else None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it can share the cores with other runs."""
+        return self.evaluation is None and self.data.x_train.shape[1] * self.config.neurons <= SMALL
+
+    @property
+    def work(self) -> float:
+        """Multiplications of the encoder."""
+        evaluation = self.evaluation
+        epochs = self.config.epochs if evaluation is None or evaluation.trains else 1
+        neurons = self.config.neurons if evaluation is None else evaluation.neurons
+        return float(self.data.x_train.numel()) * epochs * max(1, neurons)
+
+
+def measured(summary: Mapping[str, Any], measure: str) -> list[float]:
+    """A measure of a run, one value a task; a scalar is a list of one, what is absent is empty."""
+    if measure == "seconds":  # its part of the time of all that were trained side by side
+        return [summary["seconds"] / summary.get("trained_together", 1)]
+    value = summary.get("structure", {}).get(measure, summary.get(measure))
+    values = value if isinstance(value, list) else [value]
+    # The first task has nothing to be compared with.
+    return [v for v in values if v is not None]
+
+
+def hints_for(configs: Sequence[Config], data: Dataset) -> list[str]:
+    """What a user should know of runs on these data: a line each, see ssd.config.hints.
+
+    Raises:
+        UserError: the data do not suit the settings.
+    """
+    streams = {(config.tasks, config.validation): config for config in configs}
+    samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
+    largest = data.x_train.abs().max().item()
+    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation], largest)]
+    return list(dict.fromkeys(found))
+
+
+class Study:
+    """Trains what is missing of many runs, with one progress over all of them.
+
+    Args:
+        runs: of several with the same settings the first is trained.
+        options: of every run; a run that was begun is always resumed.
+        display: shows the progress.
+
+    Raises:
+        UserError: the summary of a run is damaged.
+    """
+
+    def __init__(self, runs: Sequence[Run], options: RunOptions, display: Display) -> None:
+        self.options, self.display = replace(options, resume=True), display
+        self.missing: dict[Path, Run] = {}
+        for run in runs:
+            if run.outcome() is None:
+                self.missing.setdefault(run.folder, run)
+        self.total, self.trained = len(self.missing), 0
+        self.work, self.done = sum(run.work for run in self.missing.values()), 0.0
+        self.shares: dict[tuple[Run, ...], float] = {}  # done of the batches in training
+        self.start = time.perf_counter()
+
+    def train(
+        self,
+        runs: Sequence[Run],
+        stopped: Callable[[], bool],
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Trains those of the runs that are missing, on a CPU small ones in several processes.
+
+        Args:
+            stopped: asked again and again; when true, all runs in training save what they have.
+            saved: called whenever runs have ended.
+
+        Raises:
+            Interrupted: stopped() was true. UserError, OSError: see ssd.run.run.
+        """
+        folders = dict.fromkeys(run.folder for run in runs)
+        waiting = [self.missing[folder] for folder in folders if folder in self.missing]
+        small = [run for run in waiting if run.is_small]
+        work = sum(run.work for run in small)
+        processes = processes_for(work, len(small), self.options.device)
+        with self.display:
+            if processes > 1:
+                self._train_apart(small, processes, stopped, saved)
+                waiting = [run for run in waiting if not run.is_small]
+            for batch in _batches(waiting, MOST):
+                if stopped():
+                    raise Interrupted
+                self._report(batch, "", 0, 1)
+                watch = position_watcher(partial(self._report, batch))
+                train_batch(batch, self.options, watch, stopped)
+                self._end(batch)
+                saved()
+
+    def _train_apart(
+        self,
+        runs: Sequence[Run],
+        processes: int,
+        stopped: Callable[[], bool],
+        saved: Callable[[], None],
+    ) -> None:
+        """Trains the runs in worker processes.
+
+        Raises:
+            Interrupted: stopped() was true. Whatever a worker raised, once the others have saved.
+        """
+        # Long batches first, and none so long that one process is left alone with it.
+        batches = _batches(runs, MOST_APART)
+        batches.sort(key=lambda batch: -sum(run.work for run in batch))
+        context = multiprocessing.get_context("spawn")
+        reports, stop = context.Queue(), context.Event()
+        with ProcessPoolExecutor(processes, context, _begin, (reports, stop)) as pool:
+            running = {
+                pool.submit(_train_in_worker, number, batch, self.options): batch
+                for number, batch in enumerate(batches)
+            }
+            waiting: set[Future[None]] = set(running)
+            try:
+                while waiting:
+                    finished, waiting = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
+                    while not reports.empty():
+                        number, *where = reports.get()
+                        self._report(batches[number], *where)
+                    for future in finished:
+                        future.result()
+                        self._end(running[future])
+                        saved()
+                    if stopped():
+                        raise Interrupted
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _report(self, batch: tuple[Run, ...], where: str, steps: int, total: int) -> None:
+        """Shows how far a batch is; a worker's last report may come after its end."""
+        if batch[0].folder not in self.missing:
+            return
+        self.shares[batch] = steps / total
+        first, last = self.trained + 1, self.trained + sum(map(len, self.shares))
+        numbers = f"run {first}" if first == last else f"runs {first} to {last}"
+        text = f"{numbers} of {self.total}: {batch[0].name} {where}"
+        self.display.update(text, self._done(), self.work)
+
+    def _end(self, batch: tuple[Run, ...]) -> None:
+        self.shares.pop(batch, None)
+        self.done += sum(run.work for run in batch)
+        for run in batch:
+            del self.missing[run.folder]
+            self.trained += 1
+            accuracy, done = (run.outcome() or {}).get("mean_accuracy"), self._done()
+            result = "diverged" if accuracy is None else f"accuracy {accuracy:.4f}"
+            left = (time.perf_counter() - self.start) * (self.work - done) / done
+            text = f"run {self.trained} of {self.total}: {run.name}: {result}; left "
+            text += str(timedelta(seconds=round(left)))
+            self.display.update(text, done, self.work, milestone=True)
+
+    def _done(self) -> float:
+        shares = self.shares.items()
+        return self.done + sum(share * sum(run.work for run in batch) for batch, share in shares)
+
+
+def processes_for(work: float, runs: int, device: torch.device) -> int:
+    """How many processes runs of so many multiplications are worth."""
+    if device.type != "cpu" or work < WORTH:
+        return 1
+    return max(1, min(torch.get_num_threads(), os.cpu_count() or 1, runs))
+
+
+def _batches(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
+    """The runs in groups of at most so many that can be trained as one program."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        key = (id(run.data), together(run.config)) if run.evaluation is None else run
+        groups.setdefault(key, []).append(run)
+    return [
+        tuple(group[first : first + most])
+        for group in groups.values()
+        for first in range(0, len(group), most)
+    ]
+
+
+def train_batch(
+    batch: Sequence[Run],
     options: RunOptions,
     watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> list[dict[str, Any]]:
-    """Trains what has not been trained yet; the summaries, in the order of the configs.
+) -> None:
+    """Trains runs as one program, or evaluates the only one.
 
-    Runs that differ only in numbers (trainer.OWN) are trained side by side as one program. One that
-    diverges is left out, and the others go on; in place of its summary stands {"diverged": why},
-    with versions and commit. That is kept, so it is not trained again until its folder is deleted.
+    One that diverges is left out, and the others go on; that is kept, so it is not trained again
+    until its folder is deleted.
 
     Args:
-        configs: one per run. data: of all of them. root: holds a folder for each run.
-        options, watch, stopped: see ssd.run.run; a run that was begun is always resumed.
+        batch: runs that differ only in numbers (trainer.OWN), on the same data.
+        options, watch, stopped: see ssd.run.run.
 
     Raises:
         UserError, Interrupted, OSError: see ssd.run.run.
     """
-    for config in configs:
-        config.validate()
-    resumed = replace(options, resume=True)
-    waiting = [c for c in configs if not ended(job_folder(root, c, data))]
-    for batch in _batches(waiting):
-        while batch:
-            folders = [job_folder(root, config, data) for config in batch]
-            checkpoint = _checkpoint(root, folders)
-            try:
-                run_together(batch, data, folders, checkpoint, resumed, watch, stopped)
-                batch = []
-            except Diverged as error:
-                reason = str(error.__cause__ or error)
-                bad = folders.pop(error.number)
-                batch.pop(error.number)
-                if batch:
-                    leave_out(checkpoint, error.number, _checkpoint(root, folders))
-                write_diverged(bad, reason)
-            checkpoint.unlink(missing_ok=True)
-    ends = []
-    for folder in (job_folder(root, config, data) for config in configs):
-        whole = (folder / SUMMARY).is_file()
-        ends.append(read_summary(folder) if whole else read_diverged(folder))
-    return ends
+    left = list(batch)
+    if left[0].evaluation is not None:
+        _evaluate(left.pop(), options.device)
+    while left:
+        folders = [run.folder for run in left]
+        checkpoint = _checkpoint(folders)
+        configs = [run.config for run in left]
+        try:
+            run_together(configs, left[0].data, folders, checkpoint, options, watch, stopped)
+            left = []
+        except Diverged as error:
+            diverged = folders.pop(error.number)
+            del left[error.number]
+            if left:
+                leave_out(checkpoint, error.number, _checkpoint(folders))
+            write_diverged(diverged, str(error.__cause__ or error))
+        checkpoint.unlink(missing_ok=True)
 
 
-def _checkpoint(root: Path, folders: Sequence[Path]) -> Path:
+def _evaluate(run: Run, device: torch.device) -> None:
+    evaluation, data = run.evaluation, run.data
+    assert evaluation is not None
+    tasks = [task.to(device) for task in make_tasks(run.config, data)]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    try:
+        accuracy = evaluation.evaluate(tasks).cpu()
+    except Diverged as error:
+        write_diverged(run.folder, str(error))
+        return
+    summary = {
+        "dataset": data.name,
+        "method": evaluation.method,
+        "seed": run.config.seed,
+        "evaluated_on": "validation" if run.config.validation > 0 else "test",
+        "accuracy_matrix": accuracy.tolist(),
+        "mean_accuracy": metrics.mean_accuracy(accuracy),
+        "bwt": metrics.backward_transfer(accuracy),
+        "forgetting": metrics.forgetting(accuracy),
+        "seconds": time.perf_counter() - start,
+        "device": device_name(device),
+        "versions": versions(),
+        "commit": commit(),
+        "neurons": evaluation.neurons,
+        "settings": evaluation.settings,
+    }
+    write_atomically(run.folder / SUMMARY, dumps(summary, indent=2) + "\n")
+
+
+def _checkpoint(folders: Sequence[Path]) -> Path:
     """Of runs that are trained together."""
-    names = "\n".join(folder.name for folder in folders)
-    return root / f"together-{_digest(names)}.safetensors"
-
-
-def _batches(configs: Sequence[Config]) -> list[list[Config]]:
-    """The distinct configs, grouped into what can be trained together."""
-    groups: dict[tuple[Any, ...], list[Config]] = {}
-    for config in dict.fromkeys(configs):
-        groups.setdefault(together(config), []).append(config)
-    return [
-        group[first : first + MOST]
-        for group in groups.values()
-        for first in range(0, len(group), MOST)
-    ]
+    digest = _digest("\n".join(folder.name for folder in folders))
+    return folders[0].with_name(f"together-{digest}.safetensors")
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-# A process takes seconds to start: multiplications that one thread does in many times that.
-WORTH = 2e12
+_shared: dict[str, Any] = {}  # of a worker
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Runs that one worker trains; see ssd.jobs.run_jobs."""
-
-    configs: Sequence[Config]
-    data: Dataset
-    root: Path
-    options: RunOptions
-
-
-def processes_for(work: float, batches: int, device: torch.device) -> int:
-    """How many processes batches of so many multiplications are worth."""
-    if device.type != "cpu" or work < WORTH:
-        return 1
-    return max(1, min(torch.get_num_threads(), os.cpu_count() or 1, batches))
-
-
-def train_all(
-    batches: Sequence[Batch],
-    processes: int,
-    report: Callable[[int, float, str], None],
-    ended: Callable[[int], None],
-    stopped: Callable[[], bool],
-) -> None:
-    """Trains the batches in order, so many at a time.
-
-    Args:
-        report: takes the number of a batch, the share of it that is done, and where it is.
-        ended: takes the number of a batch that has ended.
-        stopped: asked several times a second; when true, the workers save what they have.
-
-    Raises:
-        Interrupted: stopped() was true. Whatever a worker raised, once the others have saved.
-    """
-    context = multiprocessing.get_context("spawn")
-    reports, stop = context.Queue(), context.Event()
-    with ProcessPoolExecutor(processes, context, _begin, (reports, stop)) as pool:
-        running = {pool.submit(_train, n, batch): n for n, batch in enumerate(batches)}
-        waiting: set[Future[None]] = set(running)
-        try:
-            while waiting:
-                finished, waiting = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
-                while not reports.empty():
-                    report(*reports.get())
-                for future in finished:
-                    future.result()
-                    ended(running[future])
-                if stopped():
-                    raise Interrupted
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-_shared: dict[str, Any] = {}
-
-
-def _begin(reports: Queue[tuple[int, float, str]], stop: Flag) -> None:
+def _begin(reports: Any, stop: Any) -> None:
+    """Readies a worker: reports is a queue, stop an event of multiprocessing."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -193,9 +390,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train(number: int, batch: Batch) -> None:
-    def watch(trainer: Trainer, event: Event) -> None:
-        if event.kind != "step" or event.step % STEPS_PER_UPDATE == 0:
-            _shared["reports"].put((number, *progress(trainer, event)))
-
-    run_jobs(batch.configs, batch.data, batch.root, batch.options, watch, _shared["stop"].is_set)
+def _train_in_worker(number: int, batch: tuple[Run, ...], options: RunOptions) -> None:
+    watch = position_watcher(lambda *where: _shared["reports"].put((number, *where)))
+    train_batch(batch, options, watch, _shared["stop"].is_set)

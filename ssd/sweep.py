@@ -18,12 +18,10 @@ A run lies in a folder named by its settings: a file that has grown trains only 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import product
@@ -31,8 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from ssd.cli import (
     SETTINGS,
@@ -47,17 +43,16 @@ from ssd.cli import (
     reword,
     stop_on_interrupt,
 )
-from ssd.config import Config, hints, resolve
+from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root, load
 from ssd.errors import MOST_RUNS, UserError
-from ssd.metrics import estimate
-from ssd.run import RunOptions, make_tasks
+from ssd.progress import Display
+from ssd.run import RunOptions
 from ssd.storage.files import dumps, read_json, read_text, write_atomically
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import doubts, versions_of
-from ssd.storage.run_folder import ended
-from ssd.study import job_folder, run_jobs
-from ssd.trainer import Event, Trainer
+from ssd.study import Run, Study, hints_for, measured
+from ssd.tables import DIGITS, columns, csv_text, markdown_table, plus_minus, rich_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,10 +61,15 @@ else:
 
 CSV, MARKDOWN = "sweep.csv", "sweep.md"
 SOURCE = "sweep.json"  # whose tables these are
-SECTIONS = {
-    "dataset": str, "features": str, "preset": str, "seeds": int,
-    "base": dict, "grid": dict, "runs": list,
-}  # fmt: skip
+SECTIONS: dict[str, tuple[type, str]] = {
+    "dataset": (str, "a string"),
+    "features": (str, "a string"),
+    "preset": (str, "a string"),
+    "seeds": (int, "an integer"),
+    "base": (dict, "a table"),
+    "grid": (dict, "a table"),
+    "runs": (list, "[[runs]] tables"),
+}
 # Settings that belong at the top of the file: they are the same for the whole sweep.
 SHARED = {"dataset", "features"}
 MEASURES = ("mean_accuracy", "bwt", "forgetting", "seconds")
@@ -130,10 +130,9 @@ def read_sweep(path: Path) -> Sweep:
 def _parse(content: Mapping[str, Any]) -> Sweep:
     for name, value in content.items():
         _require_known(name, SECTIONS, "the file")
-        kind = SECTIONS[name]
+        kind, called = SECTIONS[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            called = {str: "a string", int: "an integer", dict: "a table", list: "[[runs]] tables"}
-            raise UserError(f"{name} must be {called[kind]}, not {value!r}")
+            raise UserError(f"{name} must be {called}, not {value!r}")
     seeds, base = content.get("seeds", 1), content.get("base", {})
     grid, runs = content.get("grid", {}), content.get("runs", [{}])
     if not 1 <= seeds <= MOST_RUNS:
@@ -172,7 +171,7 @@ def _require_settings(
                 raise UserError(f"{name} is in both {other} and {where}; leave it in one")
 
 
-def _require_known(name: str, known: Any, where: str) -> None:
+def _require_known(name: str, known: Iterable[str], where: str) -> None:
     if name not in known:
         close = get_close_matches(name, list(known), 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
@@ -183,78 +182,36 @@ def _shown(row: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in row.items()) or "the only row"
 
 
-class SweepDisplay:
-    """How far a sweep is: a bar on a terminal, else a line a finished run."""
-
-    def __init__(self, console: Console, folders: Mapping[Path, str], quiet: bool) -> None:
-        self.console, self.waiting, self.total = console, dict(folders), len(folders)
-        self.plain = not quiet and not console.is_terminal
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} runs"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-        )
-        self.bar = self.progress.add_task("starting", total=self.total)
-        self.advance(announce=False)
-
-    def watch(self, trainer: Trainer, event: Event) -> None:
-        """Takes in an event of the run in training."""
-        if event.kind == "step":
-            return
-        config, beside = trainer.config, len(trainer.learners)
-        task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
-        self.progress.update(
-            self.bar,
-            description=f"{config.method}, {beside} side by side: task {task}/{config.tasks} "
-            f"epoch {epoch}/{config.epochs}",
-        )
-        if event.kind == "task":
-            self.advance()
-
-    def advance(self, announce: bool = True) -> None:
-        """Looks which runs have ended; the last one shows when it is called after the sweep."""
-        for folder in [folder for folder in self.waiting if ended(folder)]:
-            text = self.waiting.pop(folder)
-            if self.plain and announce:
-                self.console.print(f"{self.total - len(self.waiting)}/{self.total} {text}")
-        self.progress.update(self.bar, completed=self.total - len(self.waiting))
-
-
 def rank(
-    sweep: Sweep, configs: Sequence[Config], summaries: Sequence[Sequence[Mapping[str, Any]]]
+    sweep: Sweep, configs: Sequence[Config], outcomes: Sequence[Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
     """One record a row: its varied settings, then each measure's mean and standard error.
 
     Args:
-        configs: of each row. summaries: of each row's runs.
+        configs: of each row. outcomes: of each row's runs, see Run.outcome.
 
     Returns:
-        records, the highest mean accuracy first; the standard error of a single run is None. A row
-        of which a run diverged comes last and has no measures: the mean of the rest would flatter.
+        records, the highest mean accuracy first. A row of which a run diverged comes last and has
+        no measures: the mean of the rest would flatter.
     """
     records = []
-    for config, group in zip(configs, summaries, strict=True):
+    for config, group in zip(configs, outcomes, strict=True):
         record = {name: getattr(config, name) for name in sweep.varied}
-        diverged = any("diverged" in summary for summary in group)
+        sound = [] if any("diverged" in outcome for outcome in group) else group
         for measure in MEASURES:
-            record[measure] = record[f"{measure}_standard_error"] = None
-            if diverged:
-                continue
-            values = [summary[measure] for summary in group]
-            if measure == "seconds":  # of all runs that were trained side by side
-                values = [summary["seconds"] / summary["trained_together"] for summary in group]
-            record[measure], record[f"{measure}_standard_error"] = estimate(values)
+            record |= columns(measure, [measured(outcome, measure)[0] for outcome in sound])
         shown = "validation" if config.validation > 0 else "test"
-        record |= {"seeds": len(group), "evaluated_on": shown}
-        records.append(record)
+        records.append(record | {"seeds": len(group), "evaluated_on": shown})
     return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
 
 
 def _diverged(record: Mapping[str, Any]) -> bool:
     return record["mean_accuracy"] is None
+
+
+def header(varied: Sequence[str]) -> list[str]:
+    """The names of the columns of cells()."""
+    return [*varied, *(measure.replace("_", " ") for measure in MEASURES)]
 
 
 def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
@@ -263,9 +220,8 @@ def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
     if _diverged(record):
         return [*texts, "diverged", *[""] * (len(MEASURES) - 1)]
     for measure in MEASURES:
-        digits = 1 if measure == "seconds" else 4
-        text, error = f"{record[measure]:.{digits}f}", record[f"{measure}_standard_error"]
-        texts.append(text if error is None else f"{text} ± {error:.{digits}f}")
+        error, digits = record[f"{measure}_standard_error"], DIGITS.get(measure, 4)
+        texts.append(plus_minus(record[measure], error, digits))
     return texts
 
 
@@ -275,52 +231,28 @@ def _text(value: Any) -> str:
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
-def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """sweep.csv: full precision; what is not known is empty, as the measures of a diverged row."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return stream.getvalue()
-
-
 def markdown_text(
     title: str,
     varied: Sequence[str],
     records: Sequence[Mapping[str, Any]],
-    runs: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Mapping[str, Any]],
 ) -> str:
     """sweep.md: the table, the best row in bold, what it was measured on and with.
 
     Args:
-        records: of rank. runs: summaries of all runs behind them.
+        records: of rank. outcomes: of all runs behind them.
     """
-    header = [*varied, *(measure.replace("_", " ") for measure in MEASURES)]
-    lines = [f"# {title}", "", " | ".join(["", *header, ""]).strip(), "|---" * len(header) + "|"]
-    for number, record in enumerate(records):
-        texts = cells(record, varied)
-        texts = [f"**{text}**" for text in texts] if number == 0 else texts
-        lines.append("| " + " | ".join(texts) + " |")
-    commits = sorted({run["commit"] for run in runs})
+    best, *others = (cells(record, varied) for record in records)
+    rows = [[f"**{text}**" for text in best], *others]
+    lines = [f"# {title}", "", *markdown_table(header(varied), rows)]
+    commits = sorted({outcome["commit"] for outcome in outcomes})
     lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
     if any(record["evaluated_on"] == "test" for record in records):
         lines += ["", "**Ranked on the TEST set**: nothing may be chosen by this table."]
-    lines += ["", f"{versions_of(runs)}; commit {', '.join(commits)}."]
+    lines += ["", f"{versions_of(outcomes)}; commit {', '.join(commits)}."]
     if warning := doubts(commits):
         lines += ["", f"Warning: {warning}."]
     return "\n".join(lines) + "\n"
-
-
-def result_table(title: str, varied: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Table:
-    """The ranking for a terminal; * marks the best."""
-    table = Table(title=title, title_style="bold", caption=SPREAD)
-    table.add_column("")
-    for name in (*varied, *(measure.replace("_", " ") for measure in MEASURES)):
-        table.add_column(name, justify="right", overflow="fold")
-    for number, record in enumerate(records):
-        best = number == 0
-        table.add_row("*" if best else "", *cells(record, varied), style="bold" if best else None)
-    return table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -353,60 +285,53 @@ def execute(arguments: Sequence[str]) -> None:
             if other != source:
                 raise UserError(f"{folder} is of {other}, not of {source}; name another --out")
         data, configs = _load(sweep, given.data_root or default_root())
+        rows = [
+            [
+                Run(f"{_shown(row)} seed {seed}", replace(config, seed=seed), data, folder)
+                for seed in range(config.seed, config.seed + sweep.seeds)
+            ]
+            for row, config in zip(sweep.rows, configs, strict=True)
+        ]
+        runs = [run for row in rows for run in row]
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
             write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
-            _train_and_rank(sweep, configs, data, folder, options, given)
+            study = Study(runs, options, Display(Console(), given.quiet))
+            with stop_on_interrupt() as stopped:
+                study.train(runs, stopped)
+            _report(sweep, rows, folder, given.file.stem, given.quiet)
 
 
-def _train_and_rank(
-    sweep: Sweep,
-    configs: Sequence[Config],
-    data: Dataset,
-    folder: Path,
-    options: RunOptions,
-    given: argparse.Namespace,
+def _report(
+    sweep: Sweep, rows: Sequence[Sequence[Run]], folder: Path, stem: str, quiet: bool
 ) -> None:
-    jobs = [
-        replace(config, seed=config.seed + number)
-        for config in configs
-        for number in range(sweep.seeds)
-    ]
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    rows = [row for row in sweep.rows for _ in range(sweep.seeds)]
-    display = SweepDisplay(
-        console,
-        {
-            job_folder(folder, job, data): f"{_shown(row)} seed {job.seed}"
-            for job, row in zip(jobs, rows, strict=True)
-        },
-        given.quiet,
-    )
-    with stop_on_interrupt() as stopped, display.progress:
-        summaries = run_jobs(jobs, data, folder, options, display.watch, stopped)
-        display.advance()
-    for row, job, summary in zip(rows, jobs, summaries, strict=True):
-        if "diverged" in summary:
-            note(f"{_shown(row)} seed {job.seed}: {summary['diverged']}")
-    groups = [summaries[i : i + sweep.seeds] for i in range(0, len(jobs), sweep.seeds)]
-    records = rank(sweep, configs, groups)
-    measured = " and ".join(sorted({record["evaluated_on"] for record in records}))
+    """Ranks the rows, writes the tables and prints the best row."""
+    groups = [[run.outcome() or {} for run in row] for row in rows]
+    outcomes = [outcome for group in groups for outcome in group]
+    for run, outcome in zip((run for row in rows for run in row), outcomes, strict=True):
+        if "diverged" in outcome:
+            note(f"{run.name}: {outcome['diverged']}")
+    records = rank(sweep, [row[0].config for row in rows], groups)
+    split = " and ".join(sorted({record["evaluated_on"] for record in records}))
     count = f"{sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
-    name = f"{data.name} {configs[0].features}" if configs[0].features else data.name
-    title = f"{given.file.stem}: {name}, accuracy on {measured} data, {count}"
-    commits = {summary["commit"] for summary in summaries}
+    data, features = rows[0][0].data.name, rows[0][0].config.features
+    name = f"{data} {features}" if features else data
+    title = f"{stem}: {name}, accuracy on {split} data, {count}"
+    commits = {outcome["commit"] for outcome in outcomes}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")
     write_atomically(folder / CSV, csv_text(records))
-    text = markdown_text(title, sweep.varied, records, summaries)
-    write_atomically(folder / MARKDOWN, text)
-    if not given.quiet:
-        Console().print(result_table(title, sweep.varied, records))
+    write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records, outcomes))
+    if not quiet:
+        marked = [["* "[number > 0], *cells(r, sweep.varied)] for number, r in enumerate(records)]
+        table = rich_table(title, ["", *header(sweep.varied)], marked, caption=SPREAD)
+        table.rows[0].style = "bold"
+        Console().print(table)
     if _diverged(records[0]):
         raise UserError(f"every row diverged, so none is the best  -> {folder}")
     best = {name: records[0][name] for name in sweep.varied}
     accuracy = records[0]["mean_accuracy"]
-    print(f"best of {len(records)} ({measured}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
+    print(f"best of {len(records)} ({split}): {_shown(best)}  {accuracy:.4f}  -> {folder}")
 
 
 def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:
@@ -416,13 +341,10 @@ def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:
     data = load(first.dataset, root, features, notice=note)
     # The subset may stand in for MNIST: the settings are then the subset's.
     configs = [sweep.config(row, data.name) for row in sweep.rows]
-    streams = {(c.tasks, c.validation): c for c in configs}
-    samples = {key: len(make_tasks(c, data)[0].y_train) for key, c in streams.items()}
-    largest = data.x_train.abs().max().item()
-    found = [hint for c in configs for hint in hints(c, samples[c.tasks, c.validation], largest)]
+    found = hints_for(configs, data)
     if any(config.validation == 0 for config in configs):
-        found.insert(0, "without validation in [base] the rows are ranked on the test set")
-    for hint in dict.fromkeys(found):
+        note("without validation in [base] the rows are ranked on the test set")
+    for hint in found:
         note(reword(hint, SETTINGS))
     return data, configs
 

@@ -21,27 +21,28 @@ from ssd.cli import (
     resumable,
     stop_on_interrupt,
 )
-from ssd.config import PENALTIES, PRESETS, Config, hints, option, penalty_settings, resolve
+from ssd.config import PENALTIES, PRESETS, Config, option, penalty_settings, resolve
 from ssd.data import SOURCES, Dataset, default_root, load
 from ssd.errors import MOST_RUNS, Interrupted, UserError
-from ssd.figures import write_figures, write_structure_figures
-from ssd.progress import Display
+from ssd.figures import draw
+from ssd.progress import Display, watcher
 from ssd.run import RunOptions, make_tasks, require_fit, run, run_together
 from ssd.storage.files import dumps, read_json, write_atomically
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import versions
-from ssd.storage.run_folder import CHECKPOINT, CONFIG, STRUCTURE, SUMMARY, claimed, describe
-from ssd.tables import accuracy_table, seeds_table
+from ssd.storage.run_folder import CHECKPOINT, CONFIG, SUMMARY, claimed, describe
+from ssd.study import hints_for
+from ssd.tables import accuracy_table, plus_minus, seeds_table
 
 # The settings that have an option of their own, by the group of --help that shows them.
 GROUPS = {
-    "data": ("tasks", "validation"),
-    "run": ("seed",),
-    "method": ("method", "alpha", "lam", "temperature", "subnetwork", "kl", "hidden", "logits",
-               "frequency", *penalty_settings(*PENALTIES)),
-    "network": ("neurons", "k", "inhibition", "schedule", "anneal_samples"),
-    "training": ("epochs", "batch_size", "lr", "momentum", "max_norm", "eval_every"),
-}  # fmt: skip
+    "data": "tasks validation",
+    "run": "seed",
+    "method": "method alpha lam temperature subnetwork kl hidden logits frequency "
+    + " ".join(penalty_settings(*PENALTIES)),
+    "network": "neurons k inhibition schedule anneal_samples",
+    "training": "epochs batch_size lr momentum max_norm eval_every",
+}
 METAVARS = {int: "N", float: "X", str: None}
 
 # Options that a run may be resumed with: they do not change its numbers.
@@ -78,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quiet", action="store_true", help="print the result line alone")
     settings = {setting.name: setting for setting in fields(Config)}
     for title, names in GROUPS.items():
-        for name in names:
+        for name in names.split():
             default, choices = settings[name].default, settings[name].metadata["choices"]
             groups[title].add_argument(
                 option(name),
@@ -122,28 +123,20 @@ def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **settings, "seeds": seeds}
 
 
-def draw(folder: Path) -> None:
-    """All figures of a finished run."""
-    write_figures(folder)
-    if (folder / STRUCTURE).is_file():
-        write_structure_figures(folder)
-
-
 @dataclass(frozen=True)
 class Session:
     """One invocation of the command line: what every run of it shares."""
 
     data: Dataset
     options: RunOptions
-    console: Console
-    quiet: bool
+    display: Display
     stopped: Callable[[], bool]
 
     def train(self, config: Config, folder: Path) -> dict[str, Any]:
-        """One run with its display and figures."""
-        display = Display(self.console, config, self.quiet)
-        with display.progress:
-            summary = run(config, self.data, folder, self.options, display.watch, self.stopped)
+        """One run, then its figures."""
+        with self.display:
+            watch = watcher(self.display)
+            summary = run(config, self.data, folder, self.options, watch, self.stopped)
         with folder_lock(folder):
             draw(folder)
         return summary
@@ -152,26 +145,22 @@ class Session:
         """Seeds seed, seed + 1, .. side by side, each in its folder; mean and deviation."""
         make_tasks(config, self.data)  # complains before there is a folder
         require_fit(config, self.data, count, self.options.device)
-        with claimed(folder, describe(config, self.data, count), self.options.resume):
-            return self._train_seeds(config, count, folder)
-
-    def _train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
         configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
-        folders = [folder / f"seed{each.seed}" for each in configs]
-        display = Display(self.console, config, self.quiet)
-        # The folder is this run's: what lies in it is gone on with.
-        options = replace(self.options, resume=True)
-        with display.progress:
-            summaries = run_together(
-                configs, self.data, folders, folder / CHECKPOINT, options, display.watch,
-                self.stopped,
-            )  # fmt: skip
-        for each in folders:
-            draw(each)
-            if self.stopped():
-                raise Interrupted
-        aggregate = summarize_seeds(summaries, config)
-        write_atomically(folder / SUMMARY, dumps(aggregate, indent=2) + "\n")
+        folders = [folder / f"seed{config.seed}" for config in configs]
+        with claimed(folder, describe(config, self.data, count), self.options.resume):
+            # The folder is this run's: what lies in it is gone on with.
+            options = replace(self.options, resume=True)
+            watch, checkpoint = watcher(self.display), folder / CHECKPOINT
+            with self.display:
+                summaries = run_together(
+                    configs, self.data, folders, checkpoint, options, watch, self.stopped
+                )
+            for seed_folder in folders:
+                draw(seed_folder)
+                if self.stopped():
+                    raise Interrupted
+            aggregate = summarize_seeds(summaries, config)
+            write_atomically(folder / SUMMARY, dumps(aggregate, indent=2) + "\n")
         return aggregate
 
 
@@ -213,19 +202,19 @@ def execute(arguments: Sequence[str] | None) -> None:
     if data.name != config.dataset:
         # The subset stands in: everything that is written bears its name and its settings.
         config = resolve({**given, "dataset": data.name})
-    samples, largest = len(make_tasks(config, data)[0].y_train), data.x_train.abs().max().item()
-    for hint in hints(config, samples, largest):
+    for hint in hints_for([config], data):
         note(hint)
-    folder, quiet, console = choose_folder(given, config), given.get("quiet", False), Console()
+    folder, console = choose_folder(given, config), Console()
+    display = Display(console, given.get("quiet", False))
     place = ["--data-root", str(root)] if "data_root" in given else []
     again = command_line("ssd.train", ["--out", str(folder), *place, "--resume"])
     with resumable(f"go on with: {again}"), stop_on_interrupt() as stopped:
-        session = Session(data, options, console, quiet, stopped)
+        session = Session(data, options, display, stopped)
         if count == 1:
             summary = session.train(config, folder)
         else:
             summary = session.train_seeds(config, count, folder)
-    if not quiet:
+    if not display.quiet:
         console.print(seeds_table(summary) if count > 1 else accuracy_table(summary, console.width))
     print(f"{data.name} {config.method}  {result_line(summary)}  -> {folder}")
 
@@ -235,7 +224,7 @@ def result_line(summary: dict[str, Any]) -> str:
     if "seeds" not in summary:
         return f"mean accuracy {summary['mean_accuracy']:.4f}  BWT {summary['bwt']:+.4f}"
     texts = [
-        f"{label} {summary[measure]['mean']:.4f} ± {summary[measure]['std']:.4f}"
+        f"{label} {plus_minus(summary[measure]['mean'], summary[measure]['std'])}"
         for label, measure in (("mean accuracy", "mean_accuracy"), ("BWT", "bwt"))
     ]
     return "  ".join(texts) + f"  (± std of {len(summary['seeds'])} seeds)"

@@ -29,7 +29,7 @@ from ssd.embed.embedding import (
 )
 from ssd.embed.images import SHAPES
 from ssd.errors import UserError, fitting
-from ssd.progress import StepDisplay
+from ssd.progress import Display
 from ssd.storage.lock import file_lock
 
 CONVERTING = ("convert", "out", "quiet")
@@ -93,7 +93,7 @@ def execute(arguments: Sequence[str]) -> None:
     check_out(out)
     request = check(given)
     again = command_line("ssd.embed", [*arguments, *([] if request.resume else ["--resume"])])
-    display = StepDisplay(Console(), request.quiet)
+    display = Display(Console(), request.quiet)
     batch = f"--batch-size {request.settings.batch_size}"
     with fitting(batch, request.device), resumable(f"go on with: {again}"), file_lock(out):
         loaded = data.load(request.dataset, request.data_root, strict=True)

@@ -30,7 +30,7 @@ from ssd.embed.images import (
 )
 from ssd.errors import Interrupted, UserError
 from ssd.metrics import finite
-from ssd.progress import StepDisplay
+from ssd.progress import Display
 from ssd.storage.checkpoint import save_checkpoint
 from ssd.storage.files import difference, dumps, write_atomically
 
@@ -192,7 +192,7 @@ class Session:
 
     request: Request
     data: Dataset
-    display: StepDisplay
+    display: Display
     stopped: Callable[[], bool]  # whether to stop at the next step
 
     def run(self) -> str:

@@ -8,7 +8,8 @@ from statistics import mean
 
 from ssd.metrics import estimate
 from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE
-from ssd.reproduce.lines import NOT_RUN, Line, shown
+from ssd.reproduce.lines import NOT_RUN, Line
+from ssd.tables import spread
 
 GAIN = 0.05  # of accuracy, from each method to the next
 FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD
@@ -27,12 +28,12 @@ def verdicts(lines: Sequence[Line]) -> Iterator[str]:
         if line.row.factor in ("", DEFAULT) and line.row.peer is None
     }
     for benchmark, neurons in dict.fromkeys((b, n) for b, n, _ in by_key):
-        where = f"{benchmark.title}, R = {neurons:,}"
         found = [by_key.get((benchmark, neurons, m)) for m in SHORT_LARGE]
         group = [line for line in found if line is not None]
         if len(group) < len(found):
             continue
         sdmlp, ssd, best = group
+        where = sdmlp.row.place
         for measure, name in (("mean_accuracy", "accuracy"), ("bwt", "BWT")):
             order = f"SDMLP < SSD < SSD+EWC in {name}, standard errors apart"
             yield f"{where}: {order}: {_ordered(group, measure)}"
@@ -48,13 +49,13 @@ def _ordered(group: Sequence[Line], measure: str) -> str:
     values = [line.values(measure) for line in group]
     if not all(values):
         return NOT_RUN
-    figures = " / ".join(shown(measure, each) for each in values)
+    figures = " / ".join(map(spread, values))
     figures += "; " + " and ".join(_difference(a, b, measure) for a, b in pairwise(group))
-    if any(len(each) == 1 for each in values):
+    if any(len(seeds) == 1 for seeds in values):
         return f"undecided, one seed has no standard error ({figures})"
     bounds = [(m - e, m + e) for m, e in map(estimate, values) if e is not None]
     apart = all(low[1] < high[0] for low, high in pairwise(bounds))
-    return f"{'yes' if apart else 'no'} ({figures})"
+    return f"{_yes(apart)} ({figures})"
 
 
 def _gained(before: Line, after: Line) -> str:
@@ -62,7 +63,7 @@ def _gained(before: Line, after: Line) -> str:
     if not gains:
         return NOT_RUN
     # Accuracies are sums of fractions: a gain of exactly GAIN must not fall to rounding.
-    verdict = "yes" if round(mean(gains), 9) >= GAIN else "no"
+    verdict = _yes(round(mean(gains), 9) >= GAIN)
     return f"{verdict} ({_difference(before, after, 'mean_accuracy')})"
 
 
@@ -75,7 +76,7 @@ def _kept(before: Line, after: Line) -> str:
         return f"undecided, SDMLP does not forget ({was:.4f})"
     change = now / was - 1
     difference = _difference(before, after, "forgetting")
-    verdict = "yes" if round(change, 9) <= FORGOTTEN else "no"
+    verdict = _yes(round(change, 9) <= FORGOTTEN)
     return f"{verdict} ({was:.4f} to {now:.4f}, {change:+.0%}; {difference})"
 
 
@@ -83,7 +84,11 @@ def _reached(line: Line, bound: float) -> str:
     values = line.values("mean_accuracy")
     if not values:
         return NOT_RUN
-    return f"{'yes' if mean(values) >= bound else 'no'} ({shown('mean_accuracy', values)})"
+    return f"{_yes(mean(values) >= bound)} ({spread(values)})"
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
 
 
 def paired(before: Line, after: Line, measure: str) -> list[float]:
@@ -97,6 +102,6 @@ def _difference(before: Line, after: Line, measure: str) -> str:
     if not differences:
         return "no class order in common"
     center, error = estimate(differences)
-    spread = "" if error is None else f" ± {error:.4f}"
+    plus_minus = "" if error is None else f" ± {error:.4f}"
     orders = f"{len(differences)} class order{'s' * (len(differences) > 1)}"
-    return f"paired {center:+.4f}{spread} over {orders}"
+    return f"paired {center:+.4f}{plus_minus} over {orders}"

@@ -1,6 +1,6 @@
 """What is reproduced: benchmarks, tables, ablations, peers, and the figures that were published.
 
-Everything here is data: ssd.reproduce runs it, ssd.tables and ssd.figures show it.
+Everything here is data, but for how a row's settings follow from it.
 """
 
 from __future__ import annotations
@@ -38,10 +38,9 @@ BENCHMARKS = (
     ),
 )
 
+PLAIN = ("naive", "topk-mlp")
 # In the order of the tables.
-TABLE1 = (
-    "naive", "topk-mlp", "sdmlp", "l2", "si", "mas", "ewc", "lwf", "ssd", "ssd+ewc", "joint",
-)  # fmt: skip
+TABLE1 = (*PLAIN, "sdmlp", "l2", "si", "mas", "ewc", "lwf", "ssd", "ssd+ewc", JOINT)
 # The rows of the paper's claims: with --short too over all SEEDS, and at R = 10,000, where a run
 # takes a minute or two, over all with --large.
 SHORT_LARGE = ("sdmlp", "ssd", "ssd+ewc")
@@ -50,26 +49,23 @@ SIZES = (1_000, 10_000)
 SEEDS = (0, 1, 2, 3, 4)  # class orders; 0 is the ordinal one
 SHORT_SEEDS = (0, 1)  # of --short, for all else
 
+_LARGE = {"epochs": 3, "anneal_samples": 24_000}
 # --short: (benchmark, R, method) -> settings that its validation sweeps (results/sweeps) chose
 # where they differ from the preset's. Epochs may be among them: every method its own length.
 SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
     ("mnist", 1_000, "ssd+ewc"): {"alpha": 0.7},
-    ("mnist", 10_000, "sdmlp"): {"epochs": 3, "anneal_samples": 24_000},
-    ("mnist", 10_000, "ssd"): {"epochs": 3, "anneal_samples": 24_000, "alpha": 0.25},
-    ("mnist", 10_000, "ssd+ewc"): {
-        "epochs": 3, "anneal_samples": 24_000, "alpha": 0.7, "ewc_coefficient": 600.0,
-    },
+    ("mnist", 10_000, "sdmlp"): _LARGE,
+    ("mnist", 10_000, "ssd"): {**_LARGE, "alpha": 0.25},
+    ("mnist", 10_000, "ssd+ewc"): {**_LARGE, "alpha": 0.7, "ewc_coefficient": 600.0},
     ("cifar10", 1_000, "ssd"): {"alpha": 0.3},
     ("cifar10", 10_000, "ssd"): {"alpha": 0.3},
     # A single long task: the switch takes as large a part of it as of the stream's first task.
     ("mnist", 1_000, JOINT): {"anneal_samples": 400_000},
     ("cifar10", 1_000, JOINT): {"anneal_samples": 250_000},
     ("cifar100", 1_000, JOINT): {"anneal_samples": 100_000, "lr": 2.0},
-}  # fmt: skip
+}
 # SDMLP's own best learning rate in the sweeps; the preset's suits SSD + EWC.
 SHORT_SLOWER = 0.5
-# --short: its learning rate is SDMLP's; plain networks keep the papers'.
-PLAIN = ("naive", "topk-mlp")
 
 # Each factor's values; the one that is the method's default makes no row of its own, and of the
 # others --short takes the last two.
@@ -108,7 +104,16 @@ class Peer:
     method: str = ""
 
 
-def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> Peer:
+_Settings = Mapping[str, Any] | None  # of a peer on a benchmark; None: it is not measured there
+
+
+def _by_benchmark(settings: Sequence[_Settings]) -> dict[str, Mapping[str, Any]]:
+    """Settings in the order of BENCHMARKS."""
+    pairs = zip(BENCHMARKS, settings, strict=True)
+    return {benchmark.name: chosen for benchmark, chosen in pairs if chosen is not None}
+
+
+def _peer(name: str, sizes: tuple[int, ...], *settings: _Settings) -> dict[str, Peer]:
     """A learner of ssd.peers by its name there."""
 
     def evaluate(
@@ -119,10 +124,10 @@ def _peer(name: str, sizes: tuple[int, ...], **settings: Mapping[str, Any]) -> P
         learner = entry.make(features, classes, neurons, config.seed, chosen)
         return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
 
-    return Peer(evaluate, sizes, settings)
+    return {name: Peer(evaluate, sizes, _by_benchmark(settings))}
 
 
-def _read_out(method: str, **settings: Mapping[str, Any]) -> Peer:
+def _read_out(name: str, method: str, *settings: _Settings) -> dict[str, Peer]:
     """The code of a method's network with a closed-form decoder."""
 
     def evaluate(
@@ -130,7 +135,7 @@ def _read_out(method: str, **settings: Mapping[str, Any]) -> Peer:
     ) -> Tensor:
         return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
 
-    return Peer(evaluate, SIZES[:1], settings, method)
+    return {name: Peer(evaluate, SIZES[:1], _by_benchmark(settings), method)}
 
 
 def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
@@ -138,49 +143,38 @@ def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
 
 
 _FLY_SETTINGS = {"share": 0.05, "lr": 0.005}
-# By name, in the order of the table. Settings were chosen on a validation split at R = 1,000:
-# results/peers/*.csv; a peer is measured where it has some.
+_CODE = _code(0.4, 1e-4, power=0.5)
+# Of the closed-form readouts: readout, strength and share are those of Gaussian addresses.
+_FROZEN = _code(0.4, 1e-4, freeze=True)
+_KEPT = {"readout": "lda", "strength": 1e-2}
+# By name, in the order of the table: sizes (or method), and settings on each of BENCHMARKS. They
+# were chosen on a validation split at R = 1,000: results/peers/*.csv.
 PEERS: dict[str, Peer] = {
-    name: _peer(name, sizes, **settings)
-    for name, sizes, settings in (
-        ("nearest class mean", (), {"mnist": {}, "cifar10": {}, "cifar100": {}}),
-        ("streaming LDA", (), {
-            "mnist": {"shrinkage": 0.1}, "cifar10": {"shrinkage": 1e-3},
-            "cifar100": {"shrinkage": 1e-3},
-        }),
-        ("FlyModel", SIZES, {
-            "mnist": _FLY_SETTINGS, "cifar10": _FLY_SETTINGS,
-            "cifar100": {"share": 0.05, "lr": 0.02},
-        }),
-        ("random ReLU + ridge", SIZES, {
-            "mnist": {"ridge": 1e-3}, "cifar10": {"ridge": 1e-4}, "cifar100": {"ridge": 1e-4},
-        }),
-        ("sparse code, Gaussian addresses", SIZES, {
-            "mnist": _code(0.4, 1e-4, power=0.5), "cifar10": _code(0.4, 1e-2, power=0.5),
-            "cifar100": _code(0.4, 1e-4, power=0.5),
-        }),
-        ("sparse code, local addresses", SIZES, {"mnist": _code(0.3, 1e-4, width=6.0)}),
-        ("sparse code beside the input", SIZES, {
-            "cifar10": _code(0.4, 1e-4, power=0.5), "cifar100": _code(0.4, 1e-3, power=0.5),
-        }),
-        ("control: ReLU beside the input", SIZES, {
-            "cifar10": _code(1.0, 1e-4, power=0.5), "cifar100": _code(1.0, 1e-3, power=1.0),
-        }),
-    )
-}  # fmt: skip
-# Nothing was chosen for these: readout, strength and, if frozen, share are those of Gaussian
-# addresses. A code that keeps training is read at the network's own k.
-_LDA = {"readout": "lda"}
-PEERS |= {
-    f"{method} code, closed-form readout": _read_out(method, cifar10={**_LDA, "strength": 1e-2})
-    for method in ("sdmlp", "ssd")
+    **_peer("nearest class mean", (), {}, {}, {}),
+    **_peer("streaming LDA", (), {"shrinkage": 0.1}, {"shrinkage": 1e-3}, {"shrinkage": 1e-3}),
+    **_peer("FlyModel", SIZES, _FLY_SETTINGS, _FLY_SETTINGS, {"share": 0.05, "lr": 0.02}),
+    **_peer("random ReLU + ridge", SIZES, {"ridge": 1e-3}, {"ridge": 1e-4}, {"ridge": 1e-4}),
+    **_peer("sparse code, Gaussian addresses", SIZES, _CODE, _code(0.4, 1e-2, power=0.5), _CODE),
+    **_peer("sparse code, local addresses", SIZES, _code(0.3, 1e-4, width=6.0), None, None),
+    **_peer("sparse code beside the input", SIZES, None, _CODE, _code(0.4, 1e-3, power=0.5)),
+    **_peer(
+        "control: ReLU beside the input",
+        SIZES,
+        None,
+        _code(1.0, 1e-4, power=0.5),
+        _code(1.0, 1e-3, power=1.0),
+    ),
+    # Nothing was chosen for these. A code that keeps training is read at the network's own k.
+    **_read_out("sdmlp code, closed-form readout", "sdmlp", None, _KEPT, None),
+    **_read_out("ssd code, closed-form readout", "ssd", None, _KEPT, None),
+    **_read_out(
+        "sdmlp code of the first task, closed-form readout",
+        "sdmlp",
+        _FROZEN,
+        _code(0.4, 1e-2, freeze=True),
+        _FROZEN,
+    ),
 }
-PEERS["sdmlp code of the first task, closed-form readout"] = _read_out(
-    "sdmlp",
-    mnist=_code(0.4, 1e-4, freeze=True),
-    cifar10=_code(0.4, 1e-2, freeze=True),
-    cifar100=_code(0.4, 1e-4, freeze=True),
-)
 
 
 @dataclass(frozen=True)
@@ -235,6 +229,11 @@ class Row:
         return self.config.neurons if self.peer is None or self.peer.sizes else 0
 
     @property
+    def place(self) -> str:
+        """Benchmark and size, as a title says them."""
+        return f"{self.benchmark.title}, R = {self.neurons:,}"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a peer's figures depend on beside its stream."""
         return {} if self.peer is None else dict(self.peer.settings.get(self.benchmark.name, {}))
@@ -259,14 +258,14 @@ def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
             large = short and neurons > SIZES[0]
             if large and benchmark.name not in SHORT_LARGE_ON:
                 continue
-            config = _config(benchmark, short, neurons, features)
             for method in SHORT_LARGE if large else TABLE1:
-                # One task of all classes: what the method joint would train on in the end, without
-                # the tasks on the way to it, which cost 25 times as much for 50 tasks.
-                tasks = 1 if method == JOINT else config.tasks
-                own = replace(_of(config, benchmark, method, short), tasks=tasks)
+                config = _config(benchmark, method, neurons, short, features)
+                if method == JOINT:
+                    # One task of all classes: what it would train on in the end, without the tasks
+                    # on the way to it, which cost 25 times as much for 50 tasks.
+                    config = replace(config, tasks=1)
                 few = large or (short and method not in SHORT_LARGE)
-                rows.append(Row(benchmark, method, own, SHORT_SEEDS if few else SEEDS))
+                rows.append(Row(benchmark, method, config, SHORT_SEEDS if few else SEEDS))
     return rows
 
 
@@ -284,27 +283,27 @@ def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
     """Peers beside SDMLP and the paper's methods at R = 1,000; --short: peers of that size too."""
     rows = []
     for benchmark in BENCHMARKS:
-        config = _config(benchmark, short, SIZES[0], features)
-        rows += [Row(benchmark, m, _of(config, benchmark, m, short), SEEDS) for m in SHORT_LARGE]
+        for method in SHORT_LARGE:
+            config = _config(benchmark, method, SIZES[0], short, features)
+            rows.append(Row(benchmark, method, config, SEEDS))
         seeds = SHORT_SEEDS if short else SEEDS
         for name, peer in PEERS.items():
             if peer.settings and benchmark.name not in peer.settings:
                 continue
             sizes = [r for r in peer.sizes if r <= SIZES[0] or not short]
-            for neurons in sizes if peer.sizes else (SIZES[0],):
-                sized, note = replace(config, neurons=neurons), ""
-                if peer.method:
-                    trained = _config(benchmark, True, neurons, features)
-                    sized = _of(trained, benchmark, peer.method, short=True)
-                    note = "" if short else "its network is trained as with --short"
-                rows.append(Row(benchmark, name, sized, seeds, peer=peer, note=note))
+            noted = peer.method and not short
+            note = "its network is trained as with --short" if noted else ""
+            for neurons in sizes if peer.sizes else SIZES[:1]:
+                method, as_short = peer.method or Config().method, short or bool(peer.method)
+                config = _config(benchmark, method, neurons, as_short, features)
+                rows.append(Row(benchmark, name, config, seeds, peer=peer, note=note))
     return rows
 
 
 def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
     """SSD with one factor changed at a time, on one benchmark at R = 1,000."""
     benchmark = next(b for b in BENCHMARKS if b.name == ABLATED)
-    config = _of(_config(benchmark, short, SIZES[0], features), benchmark, "ssd", short)
+    config = _config(benchmark, "ssd", SIZES[0], short, features)
     seeds = SHORT_SEEDS if short else SEEDS
     rows = [Row(benchmark, "ssd", config, seeds, DEFAULT)]
     for factor, values in ABLATIONS.items():
@@ -316,10 +315,30 @@ def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
             rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
     if short:  # what of SSD's gain is owed to its learning rate
         for method in ("sdmlp", "ssd"):
-            own = _of(_config(benchmark, short, SIZES[0], features), benchmark, method, short)
+            own = _config(benchmark, method, SIZES[0], short, features)
             slower = replace(own, lr=SHORT_SLOWER)
             rows.append(Row(benchmark, method, slower, seeds, "lr", f"{SHORT_SLOWER:g}"))
     return rows
+
+
+def _config(
+    benchmark: Benchmark, method: str, neurons: int, short: bool, features: Mapping[str, str]
+) -> Config:
+    """The settings of a method: the benchmark's, but for what --short tunes to each."""
+    name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
+    config = replace(
+        resolve({"preset": name, "dataset": benchmark.protocol}),
+        dataset=benchmark.dataset,
+        features=features.get(benchmark.name),
+        neurons=neurons,
+        method=method,
+    )
+    if not short:
+        return config
+    if method in PLAIN:  # the preset's learning rate is SDMLP's; plain networks keep the papers'
+        config = replace(config, lr=Config().lr)
+    config = replace(config, **SHORT_OWN.get((benchmark.name, neurons, method), {}))
+    return replace(config, eval_every=config.epochs)  # after tasks only, as the preset
 
 
 @dataclass(frozen=True)
@@ -337,41 +356,15 @@ class Result:
     per_task: bool = False  # whether a table over tasks and a figure over tasks belong to it
 
 
+_STRUCTURE = "Structure of the code, mean over tasks"
+_OF_THE_CODE = """mean_entropy_bits dead_fraction mean_active jaccard kl_bits address_cosine
+    effective_rank used_fraction"""
+_TABLE2 = ("mean_accuracy", "forgetting", "seconds")
+_ABLATIONS = "Ablations of SSD, one factor at a time"
 RESULTS: Mapping[str, Result] = {
     "table1": Result("Accuracy after the last task", table1, ("mean_accuracy",), claims=True),
     "bwt": Result("Backward transfer and forgetting", streams, ("bwt", "forgetting"), claims=True),
-    "structure": Result(
-        "Structure of the code, mean over tasks",
-        streams,
-        ("mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits",
-         "address_cosine", "effective_rank", "used_fraction"),
-        per_task=True,
-    ),
-    "table2": Result(
-        "Peers on the same streams", table2, ("mean_accuracy", "forgetting", "seconds")
-    ),
-    "ablations": Result("Ablations of SSD, one factor at a time", ablations,
-                        ("mean_accuracy", "bwt")),
-}  # fmt: skip
-
-
-def _of(config: Config, benchmark: Benchmark, method: str, short: bool) -> Config:
-    """The settings of a method: the benchmark's, but for what --short tunes to each."""
-    config = replace(config, method=method)
-    if not short:
-        return config
-    if method in PLAIN:
-        config = replace(config, lr=Config().lr)
-    config = replace(config, **SHORT_OWN.get((benchmark.name, config.neurons, method), {}))
-    return replace(config, eval_every=config.epochs)  # after tasks only, as the preset
-
-
-def _config(benchmark: Benchmark, short: bool, neurons: int, features: Mapping[str, str]) -> Config:
-    name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
-    config = resolve({"preset": name, "dataset": benchmark.protocol})
-    return replace(
-        config,
-        dataset=benchmark.dataset,
-        features=features.get(benchmark.name),
-        neurons=neurons,
-    )
+    "structure": Result(_STRUCTURE, streams, tuple(_OF_THE_CODE.split()), per_task=True),
+    "table2": Result("Peers on the same streams", table2, _TABLE2),
+    "ablations": Result(_ABLATIONS, ablations, ("mean_accuracy", "bwt")),
+}

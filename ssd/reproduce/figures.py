@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from ssd.figures import NAMED, busiest_first, draw_heat_map
+from ssd.figures import NAMED, busiest_first, draw_heat_map, integer_ticks, panels
 from ssd.metrics import estimate
 from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE, Result
 from ssd.reproduce.lines import Line
@@ -69,15 +68,9 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
     methods = list(dict.fromkeys(line.row.method for line in lines))[::-1]
     measures = [m for m in result.measures if m != "seconds"]
     sizes = sorted({line.row.neurons for line in lines})
-    figure, grid = plt.subplots(
-        len(measures),
-        len(benchmarks),
-        figsize=(1.6 + 3.1 * len(benchmarks), 1.1 + 0.3 * len(methods) * len(measures)),
-        sharey=True,
-        sharex="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    width, height = 1.6 + 3.1 * len(benchmarks), 1.1 + 0.3 * len(methods) * len(measures)
+    shape = len(measures), len(benchmarks)
+    figure, grid = panels(*shape, width, height, sharey=True, sharex="row")
     shift = 0.36 / max(1, len(sizes) - 1)
     for row, measure in zip(grid, measures, strict=True):
         for axes, benchmark in zip(row, benchmarks, strict=True):
@@ -94,30 +87,32 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
         if measure == "mean_accuracy":
             row[0].set_xlim(-0.02, 1.02)  # for the whole row
     named = any(line.row.published(result.measures[0]) for line in lines)
-    figure.legend(handles=_legend(sizes, named), loc="outside lower center", ncols=4, frameon=False)
+    handles = _legend(sizes, named)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
 def _mark(axes: Axes, line: Line, measure: str, height: float, number: int) -> None:
-    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-    values, paper = line.values(measure), line.row.published(measure)
+    style, values, paper = _style(number), line.values(measure), line.row.published(measure)
     if values:
         center, error = estimate(values)
-        axes.errorbar(center, height, xerr=error, color=color, marker=marker, capsize=2, ms=5)
+        axes.errorbar(center, height, xerr=error, **style, capsize=2, ms=5)
     if paper is not None:
-        axes.plot(paper.value, height, marker=marker, ms=8, mfc="none", mec=color, ls="none")
+        axes.plot(paper.value, height, **style, ms=8, mfc="none", ls="none")
 
 
 def _legend(sizes: Sequence[int], named: bool) -> list[Line2D]:
-    handles = [
-        Line2D([], [], color=COLORS[n % len(COLORS)], marker=MARKERS[n % len(MARKERS)], ms=5,
-               ls="none", label=f"R = {size:,}" if size else "no neurons")
-        for n, size in enumerate(sizes)
-    ]  # fmt: skip
+    handles = []
+    for number, size in enumerate(sizes):
+        label = f"R = {size:,}" if size else "no neurons"
+        handles.append(Line2D([], [], **_style(number), ms=5, ls="none", label=label))
     if named:
-        handles.append(
-            Line2D([], [], marker="o", ms=8, mfc="none", mec="0.3", ls="none", label="published")
-        )
+        style: dict[str, Any] = {"marker": "o", "mfc": "none", "mec": "0.3", "label": "published"}
+        handles.append(Line2D([], [], ms=8, ls="none", **style))
     return handles
 
 
@@ -131,15 +126,10 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
         + f"{line.row.factor} = {line.row.value}"
         for line in varied
     ]
-    figure, row = plt.subplots(
-        1,
-        len(result.measures),
-        figsize=(2.0 + 3.4 * len(result.measures), 1.2 + 0.24 * max(4, len(varied))),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, measure in zip(row[0], result.measures, strict=True):
+    columns = len(result.measures)
+    height = 1.2 + 0.24 * max(4, len(varied))
+    figure, grid = panels(1, columns, 2.0 + 3.4 * columns, height, sharey=True)
+    for axes, measure in zip(grid[0], result.measures, strict=True):
         values = default.values(measure) if default else []
         if values:
             center, error = estimate(values)
@@ -153,10 +143,9 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
                 axes.axhline(height + 0.5, color="0.92", lw=1)
         axes.set(xlabel=AXIS[measure], yticks=range(len(names)), yticklabels=names)
     if default is not None:
-        handles, labels = row[0][0].get_legend_handles_labels()
+        handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", frameon=False)
-    title = f"{base.method.upper()} on {base.benchmark.title}, R = {base.neurons:,}"
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(f"{base.method.upper()} on {base.place}", fontsize="medium")
     return figure
 
 
@@ -165,13 +154,7 @@ def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
     recorded = [m for m in result.measures if any(line.per_task(m) for line in lines)]
     columns = min(3, len(recorded))
     rows = -(-len(recorded) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(1.4 + 3.2 * columns, 0.4 + 2.9 * rows),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, grid = panels(rows, columns, 1.4 + 3.2 * columns, 0.4 + 2.9 * rows)
     for axes, measure in zip(grid.flat, recorded, strict=False):
         for number, line in enumerate(lines):
             _curve(axes, line, measure, number)
@@ -181,11 +164,10 @@ def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        integer_ticks(axes.xaxis)
     for axes in grid.flat[len(recorded) :]:
         axes.set_axis_off()
-    row = lines[0].row
-    figure.suptitle(f"{row.benchmark.title}, R = {row.neurons:,}", fontsize="medium")
+    figure.suptitle(lines[0].row.place, fontsize="medium")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
     return figure
@@ -197,13 +179,12 @@ def _curve(axes: Axes, line: Line, measure: str, number: int) -> None:
         return
     values = np.array(runs)
     tasks = np.arange(line.row.config.tasks - values.shape[1], line.row.config.tasks)
-    center, color = values.mean(0), COLORS[number % len(COLORS)]
+    center, style = values.mean(0), _style(number)
     axes.plot(
         tasks,
         center,
-        color=color,
+        **style,
         linestyle=DASHES[number // len(COLORS) % len(DASHES)],
-        marker=MARKERS[number % len(MARKERS)],
         markersize=4,
         markevery=max(1, len(tasks) // NAMED),
         linewidth=1.2,
@@ -211,7 +192,8 @@ def _curve(axes: Axes, line: Line, measure: str, number: int) -> None:
     )
     if len(values) > 1:
         error = values.std(0, ddof=1) / np.sqrt(len(values))
-        axes.fill_between(tasks, center - error, center + error, color=color, alpha=0.15, lw=0)
+        low, high, color = center - error, center + error, style["color"]
+        axes.fill_between(tasks, low, high, color=color, alpha=0.15, lw=0)
 
 
 def _heat_maps(lines: Sequence[Line]) -> Figure | None:
@@ -230,17 +212,12 @@ def _heat_maps(lines: Sequence[Line]) -> Figure | None:
     together = np.mean(list(found.values()), axis=0)
     most = np.argsort(-together.mean(0), kind="stable")[:HEAT_MAP_NEURONS]
     order = most[busiest_first(together[:, most])]
-    figure, column = plt.subplots(
-        len(found), 1, figsize=(7.2, 0.8 + 1.9 * len(found)), sharex=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for axes, (method, frequency) in zip(column[:, 0], found.items(), strict=True):
+    figure, grid = panels(len(found), 1, 7.2, 0.8 + 1.9 * len(found), sharex=True)
+    column = list(grid[:, 0])
+    for axes, (method, frequency) in zip(column, found.items(), strict=True):
         image = draw_heat_map(axes, frequency[:, order])
         axes.set_title(method, fontsize="medium")
     axes.set(xlabel=f"the {len(order)} most active neurons, sorted by their busiest task")
-    figure.colorbar(image, ax=list(column[:, 0]), label="activation frequency", extend="min")
-    row = lines[0].row
-    figure.suptitle(
-        f"{row.benchmark.title}, R = {row.neurons:,}, seed {min(seeds)}", fontsize="medium"
-    )
+    figure.colorbar(image, ax=column, label="activation frequency", extend="min")
+    figure.suptitle(f"{lines[0].row.place}, seed {min(seeds)}", fontsize="medium")
     return figure

@@ -1,20 +1,28 @@
-"""Lines of a reproduction's tables: a row with the runs that exist of it."""
+"""Lines of a reproduction's tables: rows with the runs that exist of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ssd import metrics
 from ssd.config import Config
-from ssd.metrics import estimate
+from ssd.data import Dataset
+from ssd.distillation import select_subnetwork
+from ssd.peers import learners as peers
 from ssd.reproduce.experiments import Row
-from ssd.storage.run_folder import FREQUENCY
+from ssd.storage.run_folder import FREQUENCY, read_frequency
+from ssd.study import Evaluation, Run, measured
 
 NOT_RUN = "not run"
-DIGITS = {"seconds": 1, "mean_active": 1, "effective_rank": 1}  # all else: 4
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,17 @@ class Line:
 
     def per_task(self, measure: str) -> list[list[float]]:
         """A measure of each run that has it, one value a task; a scalar is a list of one."""
-        found = (_measured(summary, measure) for summary in self.summaries)
+        found = (measured(summary, measure) for summary in self.summaries)
         return [values for values in found if values]
 
     def values(self, measure: str) -> list[float]:
         """A measure of each run that has it, lists over tasks averaged."""
         return [mean(values) for values in self.per_task(measure)]
+
+    def by_seed(self, measure: str) -> dict[int, float]:
+        """What values() gives, by the seed of the run."""
+        found = ((summary["seed"], measured(summary, measure)) for summary in self.summaries)
+        return {seed: mean(values) for seed, values in found if values}
 
     def frequencies(self) -> dict[int, tuple[Path, Config]]:
         """What read_frequency takes for each run that has its activation frequency, by its seed."""
@@ -54,31 +67,66 @@ class Line:
             if (folder / FREQUENCY).is_file()
         }
 
-    def by_seed(self, measure: str) -> dict[int, float]:
-        """What values() gives, by the seed of the run."""
-        found = ((summary["seed"], _measured(summary, measure)) for summary in self.summaries)
-        return {seed: mean(values) for seed, values in found if values}
+
+def runs_of(row: Row, data: Dataset, root: Path) -> list[Run]:
+    """The runs of a row on its benchmark's data, one a seed; root: folder of all runs."""
+    size = f"R={row.neurons}" if row.neurons else ""
+    changed = f"{row.factor}={row.value}" if row.value else ""
+    runs = []
+    for seed in row.seeds:
+        name = " ".join(filter(None, [row.benchmark.name, row.method, size, changed]))
+        config, evaluation = replace(row.config, seed=seed), None
+        if row.peer is not None:
+            given = {"classes": data.classes, "neurons": row.neurons, "config": config}
+            evaluation = Evaluation(
+                row.method,
+                partial(row.peer.evaluate, **given, **row.settings),
+                row.neurons,
+                row.settings,
+                peers.ALGORITHM,
+                trains=bool(row.peer.method),
+            )
+        runs.append(Run(f"{name} seed {seed}", config, data, root, evaluation))
+    return runs
 
 
-def seconds(summary: Mapping[str, Any]) -> float:
-    """A run's part of the time of all that were trained side by side with it."""
-    return summary["seconds"] / summary.get("trained_together", 1)
+def line_of(row: Row, runs: Sequence[Run], left_out: bool) -> Line:
+    """A row with what its runs have come to; left_out: whether --only lets none be trained."""
+    outcomes = {run: outcome for run in runs if (outcome := run.outcome()) is not None}
+    found = {
+        run: _with_structure(run, outcome)
+        for run, outcome in outcomes.items()
+        if "diverged" not in outcome
+    }
+    missing = ""
+    if diverged := len(outcomes) - len(found):
+        missing = f"{diverged} of {len(runs)} seeds diverged"
+    elif len(found) < len(runs):
+        why = " (left out by --only)" if left_out else ""
+        missing = f"{len(runs) - len(found)} of {len(runs)} seeds {NOT_RUN}{why}"
+    return Line(row, tuple(found.values()), missing, tuple(run.folder for run in found))
 
 
-def _measured(summary: Mapping[str, Any], measure: str) -> list[float]:
-    if measure == "seconds":
-        return [seconds(summary)]
-    value = summary.get("structure", {}).get(measure, summary.get(measure))
-    values = value if isinstance(value, list) else [value]
-    # The first task has nothing to be compared with.
-    return [v for v in values if v is not None]
+def _with_structure(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the structure of the run's code, as far as its frequency tells it."""
+    if "structure" in summary or not (run.folder / FREQUENCY).is_file():
+        return summary
+    frequency = torch.from_numpy(read_frequency(run.folder, run.config))
+    size = max(1, round(run.config.subnetwork * run.config.k))
+    return {**summary, "structure": overlaps(frequency, size)}
 
 
-def shown(measure: str, values: Sequence[float]) -> str:
-    """`mean ± standard error`; empty without values."""
-    if not values:
-        return ""
-    center, error = estimate(values)
-    digits = DIGITS.get(measure, 4)
-    text = f"{center:.{digits}f}"
-    return text if error is None else f"{text} ± {error:.{digits}f}"
+def overlaps(frequency: Tensor, size: int) -> dict[str, list[float | None]]:
+    """How each task's code differs from that of the task before; None for the first task.
+
+    Args:
+        frequency: [T, R] activation frequency. size: n, neurons of the subnetwork.
+
+    Returns:
+        jaccard of the subnetworks and kl_bits of the frequencies, as in ssd.structure.compare.
+    """
+    chosen = [select_subnetwork(row, size) for row in frequency]
+    return {
+        "jaccard": [None, *(metrics.jaccard(now, was) for was, now in pairwise(chosen))],
+        "kl_bits": [None, *(metrics.kl_divergence(now, was) for was, now in pairwise(frequency))],
+    }

@@ -109,11 +109,6 @@ def write_diverged(folder: Path, reason: str) -> None:
     write_atomically(folder / DIVERGED, dumps(content, indent=2) + "\n")
 
 
-def ended(folder: Path) -> bool:
-    """Whether a run finished or diverged, so that the same command does not train it again."""
-    return (folder / SUMMARY).is_file() or (folder / DIVERGED).is_file()
-
-
 def read_frequency(folder: Path, config: Config) -> np.ndarray:
     """The activation frequency [T, R] of a run; UserError if the file is damaged."""
     path, shape = folder / FREQUENCY, (config.tasks, config.neurons)

@@ -59,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("data/features").mkdir(parents=True)
     write_features(Path("data/features/cifar10.npz"), 96)
     monkeypatch.setattr(train, "draw", lambda folder: None)
-    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    monkeypatch.setattr("ssd.reproduce.reproduction.draw", lambda *result: [])
     monkeypatch.setattr(experiments, "BENCHMARKS", experiments.BENCHMARKS[1:2])
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
@@ -185,16 +185,13 @@ def refused(main: Main, given: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 # What is interrupted, and what is said then after "interrupted; ".
 INTERRUPTED = {
-    "train": (
-        "ssd.train.run",
-        "go on with: python -m ssd.train --out out --resume",
-    ),
+    "train": ("ssd.train.run", "go on with: python -m ssd.train --out out --resume"),
     "sweep": (
-        "ssd.sweep.run_jobs",
+        "ssd.study.train_batch",
         "go on with: python -m ssd.sweep s.toml --device cpu --out out",
     ),
     "reproduce": (
-        "ssd.reproduce.__main__.stop_on_interrupt",
+        "ssd.study.train_batch",
         "out shows what exists; go on with: python -m ssd.",
     ),
     "peers": (

@@ -23,8 +23,8 @@ from ssd.run import RunOptions, make_learner, make_tasks, run
 from ssd.storage.checkpoint import load_checkpoint
 from ssd.storage.files import dumps
 from ssd.storage.run_folder import CHECKPOINT, DIVERGED, METRICS, SUMMARY
-from ssd.study import job_folder, run_jobs
-from ssd.trainer import Trainer
+from ssd.study import Run, train_batch
+from ssd.trainer import Event, Trainer
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -213,21 +213,27 @@ def test_companions_go_on_from_the_checkpoint(
 ) -> None:
     """The task that was done is not trained again, and the bits are those of runs of their own."""
     data = load("features", folder, Path("f.npz"))
-    configs = [replace(CONFIG, method="ssd", seed=seed) for seed in range(3)]
-    expected = run_jobs([configs[0], configs[2]], data, Path("alone"), RunOptions(CPU))
+    alone, jobs = (
+        [Run("", replace(CONFIG, method="ssd", seed=seed), data, Path(root)) for seed in range(3)]
+        for root in ("alone", "jobs")
+    )
+    train_batch([alone[0], alone[2]], RunOptions(CPU))
     poison(monkeypatch, 8, seed=1)  # in the second task
     steps: list[int] = []
-    ends = run_jobs(
-        configs, data, Path("jobs"), RunOptions(CPU),
-        lambda trainer, event: event.kind == "task" and steps.append(len(trainer.learners)),
-    )  # fmt: skip
+
+    def watch(trainer: Trainer, event: Event) -> None:
+        if event.kind == "task":
+            steps.append(len(trainer.learners))
+
+    train_batch(jobs, RunOptions(CPU, resume=True), watch)
     assert steps == [3, 2]
-    assert "--seed 1" in ends[1]["diverged"]
-    assert not (job_folder(Path("jobs"), configs[1], data) / SUMMARY).exists()
-    for ours, theirs in zip((ends[0], ends[2]), expected, strict=True):
-        assert ours["accuracy_matrix"] == theirs["accuracy_matrix"]
-    logs = [job_folder(Path(root), configs[2], data) / METRICS for root in ("jobs", "alone")]
-    assert strictly(logs[0]) == strictly(logs[1])
+    assert "--seed 1" in (jobs[1].outcome() or {})["diverged"]
+    assert not (jobs[1].folder / SUMMARY).exists()
+    for ours, theirs in ((jobs[0], alone[0]), (jobs[2], alone[2])):
+        assert (ours.outcome() or {})["accuracy_matrix"] == (theirs.outcome() or {})[
+            "accuracy_matrix"
+        ]
+    assert strictly(jobs[2].folder / METRICS) == strictly(alone[2].folder / METRICS)
 
 
 def test_scores_that_are_not_finite_are_no_accuracy(

@@ -63,13 +63,20 @@ def test_damaged_results(tmp_path: Path, file: str) -> None:
     "change",
     [
         *({name: None} for name in summary_of([[0.5]])),
-        {"accuracy_matrix": []}, {"accuracy_matrix": [[0.5, 0.5], [0.5]]}, {"bwt": "0.5"},
-        {"mean_accuracy": float("nan")}, {"config": {"k": "3"}},
-        {"config": {"tasks": 3}}, {"config": []}, {"versions": "2"}, {"structure": [1]},
-        {"structure": {"jaccard": [0.5]}}, {"dead_fraction": [0.5]},
+        {"accuracy_matrix": []},
+        {"accuracy_matrix": [[0.5, 0.5], [0.5]]},
+        {"bwt": "0.5"},
+        {"mean_accuracy": float("nan")},
+        {"config": {"k": "3"}},
+        {"config": {"tasks": 3}},
+        {"config": []},
+        {"versions": "2"},
+        {"structure": [1]},
+        {"structure": {"jaccard": [0.5]}},
+        {"dead_fraction": [0.5]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_damaged_values_of_a_summary(tmp_path: Path, change: dict) -> None:
     summary = finished(tmp_path, 2)
     read_summary(tmp_path)
@@ -89,12 +96,13 @@ def test_damaged_log(tmp_path: Path, content: str) -> None:
     accuracy = '"test_accuracy": ['
     path.write_text(
         {
-            "first line": lines[0], "half the lines": "\n".join(lines[:2]),
+            "first line": lines[0],
+            "half the lines": "\n".join(lines[:2]),
             "no accuracy": "\n".join([*lines[:3], lines[2].replace("0}", "1}")]),
             "of other tasks": path.read_text().replace(accuracy, accuracy + "1,"),
             "NUL": "\0" * 9,
         }.get(content, content)
-    )  # fmt: skip
+    )
     with pytest.raises(UserError, match=rf"{METRICS} (is damaged|cannot be read)"):
         write_figures(tmp_path)
     assert not list(tmp_path.glob("*.png"))
@@ -135,8 +143,16 @@ def test_table_of_many_tasks_fits(tmp_path: Path, width: int) -> None:
 def test_seeds_table() -> None:
     measure = {"mean": 0.25, "std": 0.125}
     names = ("mean_accuracy", "bwt", "forgetting")
-    text = shown(seeds_table({"method": "ssd", "dataset": "mnist", "seeds": [0, 1, 2],
-                              **dict.fromkeys(names, measure)}))  # fmt: skip
+    text = shown(
+        seeds_table(
+            {
+                "method": "ssd",
+                "dataset": "mnist",
+                "seeds": [0, 1, 2],
+                **dict.fromkeys(names, measure),
+            }
+        )
+    )
     for name in names:
         line = next(line for line in text.splitlines() if name in line)
         assert "0.2500" in line

@@ -17,7 +17,8 @@ from ssd import sweep
 from ssd.config import Config
 from ssd.run import run
 from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
-from ssd.sweep import cells, csv_text, markdown_text, rank, read_sweep
+from ssd.sweep import cells, markdown_text, rank, read_sweep
+from ssd.tables import csv_text
 
 BASE = """
 features = "f.npz"
@@ -79,9 +80,10 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(table) == 4
     for row in table:
         group = [
-            s for s in found.values()
+            s
+            for s in found.values()
             if s["method"] == row["method"] and s["config"]["lr"] == float(row["lr"])
-        ]  # fmt: skip
+        ]
         assert sorted(s["seed"] for s in group) == [0, 1]
         for measure in ("mean_accuracy", "bwt", "forgetting", "seconds"):
             share = "trained_together" if measure == "seconds" else None
@@ -94,7 +96,7 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracies == sorted(accuracies, reverse=True)
     printed = capsys.readouterr().out
     assert printed.count("seed 0") == printed.count("seed 1") == 4
-    assert "8/8 method=ssd lr=1 seed 1" in printed
+    assert "run 8 of 8: method=ssd lr=1 seed 1: accuracy " in printed
     best = f"best of 4 (validation): method={table[0]['method']} lr={table[0]['lr']}"
     assert printed.splitlines()[-1].startswith(best)
     marked = [line for line in printed.splitlines() if "*" in line]
@@ -144,7 +146,7 @@ def test_interruption_says_how_to_go_on(
     def stop(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "run_jobs", stop)
+    monkeypatch.setattr("ssd.study.train_batch", stop)
     assert sweep.main(SWEPT) == 130
     said = capsys.readouterr().err
     assert said == ("interrupted; go on with: python -m ssd.sweep s.toml --device cpu --out out\n")
@@ -260,7 +262,7 @@ FILES = {
     "indivisible": ('features = "f.npz"\n[base]\ntasks = 3', "error: tasks 3 does not divide"),
     "NUL": ('features = "a\\u0000b.npz"', r": features 'a\\x00b.npz' must be a path"),
     "absent features": ('features = "g.npz"', ": features g.npz is not a file"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FILES)

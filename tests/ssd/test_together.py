@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import kill_resume
 import pytest
 import torch
+from rich.console import Console
 
 from ssd.config import Config
 from ssd.data import Dataset, class_order, load, split
 from ssd.learner import Learner, build_model
+from ssd.progress import Display
 from ssd.run import Interrupted, RunOptions, run
-from ssd.study import run_jobs
+from ssd.study import Run, Study
 from ssd.trainer import Trainer
 from tests.ssd.test_step import watch
 
@@ -143,23 +145,19 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
     configs = [replace(small, seed=s, alpha=0.5 + s / 10) for s in range(3)]
     configs.append(replace(small, k=2))
     stops = 0
-    while True:
-        events = iter([*[False] * 9, True])
+    runs = [Run("", config, data, tmp_path / "jobs") for config in configs]
+    while not all(study_run.outcome() for study_run in runs):
+        events = chain([False] * 9, repeat(True))
         try:
-            summaries = run_jobs(configs, data, tmp_path / "jobs", CPU, stopped=events.__next__)
-            break
+            Study(runs, CPU, Display(Console(), quiet=True)).train(runs, events.__next__)
         except Interrupted:
             stops += 1
     assert stops > 3
     assert not list((tmp_path / "jobs").glob("*.safetensors"))
-    for number, (config, summary) in enumerate(zip(configs, summaries, strict=True)):
+    for number, (config, study_run) in enumerate(zip(configs, runs, strict=True)):
+        summary = study_run.outcome() or {}
         single = run(config, data, tmp_path / f"single{number}", CPU)
         for name in ("accuracy_matrix", "bwt", "mean_active", "config"):
             assert single[name] == summary[name]
-        folder = next(
-            path.parent
-            for path in (tmp_path / "jobs").glob("*/config.json")
-            if json.loads(path.read_text())["config"] == config.to_dict()
-        )
         log = (tmp_path / f"single{number}" / "metrics.jsonl").read_text()
-        assert (folder / "metrics.jsonl").read_text() == log
+        assert (study_run.folder / "metrics.jsonl").read_text() == log

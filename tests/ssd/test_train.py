@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ssd import train
 from ssd.config import Config, preset, resolve
-from ssd.progress import Display
+from ssd.progress import Display, watcher
 from ssd.run import RunOptions, run
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.run_folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
@@ -99,7 +99,7 @@ OPTIONS = {
     "out is foreign": (["--out", "."], "exists and is not the folder of a run"),
     "seeds, out is foreign": (["--out", ".", "--seeds", "2"], "is not the folder of a run"),
     "resume foreign": (["--out", ".", "--resume"], "exists and is not the folder of a run"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -149,8 +149,13 @@ def half(folder: Path) -> Path:
     config = resolve(vars(train.build_parser().parse_args(small())))
     data = train.load("features", folder, Path("f.npz"))
     with pytest.raises(train.Interrupted):
-        run(config, data, folder / "half", RunOptions(torch.device("cpu")),
-            stopped=lambda: next(events) > 3)  # fmt: skip
+        run(
+            config,
+            data,
+            folder / "half",
+            RunOptions(torch.device("cpu")),
+            stopped=lambda: next(events) > 3,
+        )
     return folder / "half"
 
 
@@ -194,7 +199,7 @@ def test_corrupted_config(half: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (with_setting("k", "3"), "-k 3 must be of type int"),
         (with_setting("k", 4), "of another run"),
         (json.dumps({**whole, "seeds": "2"}), "of this version (seeds 2)"),
-    ):  # fmt: skip
+    ):
         path.write_text(text)
         assert message in refused(half.parent, capsys, ["--resume", "--out", "half"])
 
@@ -292,10 +297,13 @@ def test_a_run_and_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert printed.splitlines()[-1].startswith("features ssd+ewc  mean accuracy 0.")
     assert printed.splitlines()[-1].endswith("-> runs/f-ssd+ewc-seed0")
     assert {file.name for file in out.glob("*.png")} == {
-        "accuracy_over_time.png", "accuracy_matrix.png", "activation_heatmap.png",
-        "entropy_histogram.png", "structure_coverage.png",
+        "accuracy_over_time.png",
+        "accuracy_matrix.png",
+        "activation_heatmap.png",
+        "entropy_histogram.png",
+        "structure_coverage.png",
         "structure_transfer.png",
-    }  # fmt: skip
+    }
     before = content(out)
     assert train.main(small("--quiet")) == 0
     assert (folder / "runs" / "f-ssd+ewc-seed0-2" / SUMMARY).is_file()
@@ -319,8 +327,9 @@ def test_quiet_is_one_line_however_long_the_path(
 def test_resume_from_the_folder_alone(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(small("--out", "whole", "--quiet")) == 0
     assert train.main(["--resume", "--out", "half", "--quiet", "--device", "cpu"]) == 0
-    whole, resumed = (json.loads((half.parent / n / SUMMARY).read_text()) for n in
-                      ("whole", "half"))  # fmt: skip
+    whole, resumed = (
+        json.loads((half.parent / n / SUMMARY).read_text()) for n in ("whole", "half")
+    )
     assert resumed["accuracy_matrix"] == whole["accuracy_matrix"]
     assert resumed["config"] == whole["config"]
     assert (half / METRICS).read_bytes() == (half.parent / "whole" / METRICS).read_bytes()
@@ -477,11 +486,10 @@ def test_progress_bar(folder: Path) -> None:
     console = Console(file=stream, force_terminal=True, width=100, color_system=None)
     config = resolve(vars(train.build_parser().parse_args(small())))
     data = train.load("features", folder, Path("f.npz"))
-    display = Display(console, config, quiet=False)
-    with display.progress:
-        run(config, data, folder / "r", RunOptions(torch.device("cpu")), display.watch)
+    with Display(console) as display:
+        run(config, data, folder / "r", RunOptions(torch.device("cpu")), watcher(display))
     last = stream.getvalue().split("\r")[-1]
-    assert "task 2/2 epoch 2/2 loss " in last
+    assert "task 2/2: loss " in last
     assert " accuracy 0." in last
     assert "100%" in last
     assert "left" in last

@@ -131,7 +131,7 @@ def test_convmixer_features_are_those_of_its_weights(capsys: pytest.CaptureFixtu
 
 def test_train_accepts_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     assert embed.main(CONVMIXER) == 0
-    monkeypatch.setattr(train, "write_figures", lambda folder: None)
+    monkeypatch.setattr(train, "draw", lambda folder: None)
     options = "--features f.npz --tasks 2 --neurons 16 -k 2 --epochs 1 --device cpu --out run"
     assert train.main(options.split()) == 0
 

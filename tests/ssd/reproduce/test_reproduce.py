@@ -17,24 +17,23 @@ from kill_resume import write_features
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from ssd import config
+from ssd import config, progress, study
 from ssd.config import Config, Protocol
 from ssd.data import Task
 from ssd.errors import Diverged
 from ssd.metrics import estimate
 from ssd.reproduce import __main__ as reproduce
-from ssd.reproduce import campaign, experiments
-from ssd.reproduce import display as campaign_display
+from ssd.reproduce import experiments, reproduction
 from ssd.reproduce.claims import paired, verdicts
 from ssd.reproduce.experiments import PAPER, RESULTS, TABLE1, Peer, Row
 from ssd.reproduce.figures import draw
-from ssd.reproduce.lines import Line
+from ssd.reproduce.lines import Line, overlaps
 from ssd.reproduce.tables import markdown_text, provenance, records, task_records
 from ssd.run import Interrupted
+from ssd.study import Run
+from ssd.trainer import Event
 
-TINY = {
-    "epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0
-}  # fmt: skip
+TINY = {"epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0}
 UNKNOWN = "unheard-of"  # a method that no version trains
 RUN = ["naive", "sdmlp", "ssd", "ssd+ewc", "joint"]
 
@@ -56,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar10.npz"), 96)
     write_features(Path("data/features/cifar100.npz"), 120)
     benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
-    for module in ("run", "reproduce.campaign"):
+    for module in ("run", "study"):
         monkeypatch.setattr(f"ssd.{module}.commit", lambda: "c0ffee")  # of a run, never dirty
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     monkeypatch.setattr(experiments, "SHORT_OWN", {})
@@ -76,7 +75,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of something else: drawing takes longer than tiny runs."""
-    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    monkeypatch.setattr(reproduction, "draw", lambda *result: [])
 
 
 @pytest.fixture
@@ -84,12 +83,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that were trained."""
     names: list[str] = []
 
-    def count(jobs: Sequence[Config], *rest: Any) -> list[dict[str, Any]]:
-        names.extend(f"{job.features} {job.method} {job.seed}" for job in jobs)
-        return original(jobs, *rest)
+    def count(batch: Sequence[Run], *rest: Any) -> None:
+        names.extend(run.name for run in batch if run.evaluation is None)
+        original(batch, *rest)
 
-    original = campaign.run_jobs
-    monkeypatch.setattr(campaign, "run_jobs", count)
+    original = study.train_batch
+    monkeypatch.setattr(study, "train_batch", count)
     return names
 
 
@@ -108,9 +107,11 @@ def summaries() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_everything(
-    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     assert call("all") == 0
     out = folder / "results" / "reproduction-short"
     printed, said = capsys.readouterr()
@@ -125,8 +126,14 @@ def test_everything(
         assert "warning" not in text
         spread = (out / f"{name}.csv").read_text().splitlines()[0]
         assert spread.startswith("# spread: standard error of the mean over seeds")
-    for stem in ("table1", "bwt", "table2", "ablations", "structure_cifar10_24",
-                 "structure_heat_maps_cifar10_24"):  # fmt: skip
+    for stem in (
+        "table1",
+        "bwt",
+        "table2",
+        "ablations",
+        "structure_cifar10_24",
+        "structure_heat_maps_cifar10_24",
+    ):
         assert plt.imread(out / f"{stem}.png")[..., :3].std() > 0.02
         assert (out / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
     assert not plt.get_fignums()
@@ -150,12 +157,18 @@ def test_everything(
         found = [row[m] != "" for m in ("address_cosine", "effective_rank", "used_fraction")]
         assert found == [row["method"] in ("sdmlp", "ssd", "ssd+ewc")] * 3
     assert {r["measure"] for r in table(out / "structure_tasks.csv")} == {
-        "mean_entropy_bits", "dead_fraction", "mean_active", "jaccard", "kl_bits",
-        "address_cosine", "effective_rank", "used_fraction",
-    }  # fmt: skip
+        "mean_entropy_bits",
+        "dead_fraction",
+        "mean_active",
+        "jaccard",
+        "kl_bits",
+        "address_cosine",
+        "effective_rank",
+        "used_fraction",
+    }
     # The second time nothing is trained, and the tables are the same but for their origin.
     trained.clear()
-    monkeypatch.setattr(reproduce, "draw", lambda *result: [])
+    monkeypatch.setattr(reproduction, "draw", lambda *result: [])
     assert call("all") == 0
     assert trained == []
     assert "0 runs trained" in capsys.readouterr().out
@@ -226,26 +239,32 @@ def test_what_diverges_leaves_a_note(
         assert len(calls) == 2
     for name, method in (("table1", "sdmlp"), ("table2", "majority")):
         rows = table(folder / "results" / "reproduction-short" / f"{name}.csv")
-        [row] = [r for r in rows if (r["benchmark"], r["method"]) == ("cifar10", method)
-                 and r["neurons"] in ("24", "0", "")]  # fmt: skip
+        [row] = [
+            r
+            for r in rows
+            if (r["benchmark"], r["method"]) == ("cifar10", method)
+            and r["neurons"] in ("24", "0", "")
+        ]
         assert row["mean_accuracy"] == ""
         assert "2 of 2 seeds diverged" in row["note"]
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_interrupted_and_resumed(
-    folder: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    train = campaign.Campaign.train
+) -> None:
+    train = study.train_batch
 
-    def stop(self: campaign.Campaign, *rest: Any) -> None:
+    def stop(*arguments: Any) -> None:
         if trained:
             raise Interrupted
-        train(self, *rest)
+        train(*arguments)
 
     arguments = ["table1", "bwt", "--only", "cifar10", "24"]
-    monkeypatch.setattr(campaign.Campaign, "train", stop)
+    monkeypatch.setattr(study, "train_batch", stop)
     assert call(*arguments) == 130
     said = capsys.readouterr().err
     assert "go on with: python -m ssd.reproduce table1 bwt --only cifar10 24 --short" in said
@@ -262,7 +281,7 @@ def test_interrupted_and_resumed(
         if name == "bwt":  # of joint training there is none
             del expected["joint"]
         assert notes == expected
-    monkeypatch.setattr(campaign.Campaign, "train", train)
+    monkeypatch.setattr(study, "train_batch", train)
     assert call(*arguments) == 0
     assert len(trained) == len(set(trained)) == 2 * len(RUN)
     after = entry(" ".join(arguments))
@@ -270,9 +289,10 @@ def test_interrupted_and_resumed(
     assert after["finished"]
     assert after["seconds"] > before["seconds"]
     assert "not run" not in {
-        r["note"] for r in table(out / "table1.csv")
+        r["note"]
+        for r in table(out / "table1.csv")
         if r["benchmark"] == "cifar10" and r["neurons"] == "24" and r["method"] in RUN
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -281,20 +301,20 @@ def test_interrupt_within_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     import os
     import signal
 
-    watch, steps = campaign_display.CampaignDisplay.watch, []
+    is_due, steps = progress.is_due, []
 
-    def hit(self: campaign_display.CampaignDisplay, *event: Any) -> None:
+    def hit(event: Event) -> bool:
         steps.append(event)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        watch(self, *event)
+        return is_due(event)
 
     arguments = ["table1", "--only", "cifar10", "24", "ssd"]
-    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", hit)
+    monkeypatch.setattr(progress, "is_due", hit)
     assert call(*arguments) == 130
     assert len(steps) == 2
     assert summaries() == []
-    monkeypatch.setattr(campaign_display.CampaignDisplay, "watch", watch)
+    monkeypatch.setattr(progress, "is_due", is_due)
     assert call(*arguments) == 0
     assert call(*arguments, "--runs", "runs/undisturbed") == 0
     for seed in (0, 1):
@@ -341,7 +361,7 @@ BAD = {
     "out is a file": (["--out", "file"], "--out file is not a folder"),
     "runs is a file": (["--runs", "file"], "--runs file is not a folder"),
     "no data at all": (["--features-folder", "absent"], "no data: features absent/cifar10.npz"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -485,10 +505,16 @@ def test_inferred_is_explained_where_it_is_shown(row: Row) -> None:
 )
 def test_runs_of_several_commits(row: Row, commits: list[str], warning: str) -> None:
     runs = [
-        {"seed": n, "commit": c, "device": "cpu", "evaluated_on": "test", "seconds": 1.0,
-         "versions": {"torch": "2.6"}}
+        {
+            "seed": n,
+            "commit": c,
+            "device": "cpu",
+            "evaluated_on": "test",
+            "seconds": 1.0,
+            "versions": {"torch": "2.6"},
+        }
         for n, c in enumerate(commits)
-    ]  # fmt: skip
+    ]
     origin = provenance("command", [Line(row, runs)])
     assert origin.get("warning", "") == warning
     assert ("warning" in origin) == bool(warning)
@@ -521,18 +547,18 @@ def test_definitions(short: bool) -> None:
     for result in RESULTS.values():
         rows = result.rows(short, {"cifar10": "a.npz", "cifar100": "b.npz"})
         assert len(set(rows)) == len(rows)
-        for each in rows:
-            if set(each.config.method.split("+")) <= set(config.method_parts()):
-                each.config.validate()
-            tasks = 50 if each.benchmark.name == "cifar100" else 5
-            assert each.config.tasks == (1 if each.method == "joint" else tasks)
+        for row in rows:
+            if set(row.config.method.split("+")) <= set(config.method_parts()):
+                row.config.validate()
+            tasks = 50 if row.benchmark.name == "cifar100" else 5
+            assert row.config.tasks == (1 if row.method == "joint" else tasks)
     # The switch to inhibition can end within the first task: a neuron counts once a sample.
     first = {"mnist": 12_665, "cifar10": 10_000, "cifar100": 1_000}
     joint = {"mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000}
-    for each in RESULTS["table1"].rows(short, {}):
-        samples = joint if each.method == "joint" else first
-        counted = each.config.epochs * samples[each.benchmark.name]
-        assert each.config.anneal_samples < counted
+    for row in RESULTS["table1"].rows(short, {}):
+        samples = joint if row.method == "joint" else first
+        counted = row.config.epochs * samples[row.benchmark.name]
+        assert row.config.anneal_samples < counted
 
 
 def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,8 +568,9 @@ def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
     for short in (True, False):
         found = {
             (r.neurons, r.method): r.config
-            for r in experiments.table1(short, {}) if r.benchmark.name == "mnist"
-        }  # fmt: skip
+            for r in experiments.table1(short, {})
+            if r.benchmark.name == "mnist"
+        }
         changed, other = found[10_000, "ssd"], found[1_000, "ssd"]
         assert ({name: getattr(changed, name) for name in own} == own) is short
         assert other.epochs != own["epochs"]
@@ -585,15 +612,15 @@ def test_large_adds_class_orders(
 
 def test_note_of_networks_that_are_trained_short() -> None:
     for short in (True, False):
-        for each in experiments.table2(short, {}):
-            noted = each.peer is not None and bool(each.peer.method) and not short
-            assert bool(each.note) == noted
-            assert Line(each, [], "not run").note == (f"{each.note}; " if noted else "") + "not run"
+        for row in experiments.table2(short, {}):
+            noted = row.peer is not None and bool(row.peer.method) and not short
+            assert bool(row.note) == noted
+            assert Line(row, [], "not run").note == (f"{row.note}; " if noted else "") + "not run"
 
 
 def test_overlaps() -> None:
     frequency = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.9, 0.0, 0.8, 0.1], [0.9, 0.0, 0.8, 0.1]])
-    found = campaign.overlaps(frequency, 2)
+    found = overlaps(frequency, 2)
     assert found["jaccard"] == [None, pytest.approx(1 / 3), 1.0]  # {0, 1}, {0, 2}, {0, 2}
     [first, second, third] = found["kl_bits"]
     assert first is None
@@ -627,11 +654,13 @@ def test_ablations_figure_tells_methods_apart(row: Row) -> None:
     rows = [
         replace(row, method=method, factor=factor, value=value)
         for method, factor, value in (
-            ("ssd", experiments.DEFAULT, ""), ("ssd", "kl", "forward"),
-            ("sdmlp", "lr", "0.5"), ("ssd", "lr", "0.5"),
+            ("ssd", experiments.DEFAULT, ""),
+            ("ssd", "kl", "forward"),
+            ("sdmlp", "lr", "0.5"),
+            ("ssd", "lr", "0.5"),
         )
-    ]  # fmt: skip
-    lines = [Line(each, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for each in rows]
+    ]
+    lines = [Line(row, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for row in rows]
     for shown, labels in (
         (lines, ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),
         (lines[1:], ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),  # the default was not run
@@ -719,7 +748,7 @@ def test_processes_train_what_one_would(
     arguments = ["table1", "--only", "cifar10", "24", "sdmlp", "ssd"]
     assert call(*arguments, "--runs", "runs/one") == 0
     one = {path.parent.name: path.read_text() for path in Path("runs/one").glob("*/*.csv")}
-    monkeypatch.setattr(reproduce, "processes_for", lambda *_: 2)
+    monkeypatch.setattr(study, "processes_for", lambda *_: 2)
     assert call(*arguments, "--runs", "runs/several") == 0
     several = {path.parent.name: path.read_text() for path in Path("runs/several").glob("*/*.csv")}
     assert len(one) == 4

@@ -1,0 +1,258 @@
+"""A reproduction: trains what its results need and is missing, and writes their files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ssd.cli import SETTINGS, note, resumable, reword, stop_on_interrupt
+from ssd.data import Dataset, load
+from ssd.errors import Interrupted, UserError
+from ssd.figures import save_figure
+from ssd.progress import Display
+from ssd.reproduce import experiments
+from ssd.reproduce.claims import verdicts
+from ssd.reproduce.experiments import RESULTS, Row
+from ssd.reproduce.figures import draw
+from ssd.reproduce.lines import Line, line_of, runs_of
+from ssd.reproduce.tables import (
+    SPREAD,
+    doubts_of,
+    markdown_text,
+    provenance,
+    records,
+    task_records,
+    terminal_table,
+)
+from ssd.run import RunOptions, make_tasks
+from ssd.storage.files import damaged, dumps, read_json, write_atomically
+from ssd.storage.provenance import commit, device_name, machine, versions
+from ssd.study import Run, Study, hints_for
+from ssd.tables import csv_text
+
+COMMANDS = "command.json"
+# What library code calls --out is the folder of a run.
+WORDS = {**SETTINGS, "--out": "--runs"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks for.
+
+    Args:
+        results: the rows of each result. only: names of what may be trained; empty: everything.
+        out: folder of the tables and figures. runs: folder of the runs' folders.
+        options: of every run. short: whether the rows are scaled down.
+        command: as typed. start: time.perf_counter() when it began.
+    """
+
+    results: Mapping[str, Sequence[Row]]
+    only: Sequence[str]
+    out: Path
+    runs: Path
+    options: RunOptions
+    short: bool
+    command: str
+    start: float
+
+
+def nameable() -> dict[str, set[str]]:
+    """What --only may name, by the kind of the name."""
+    return {
+        "benchmark": {benchmark.name for benchmark in experiments.BENCHMARKS},
+        "size": set(map(str, experiments.SIZES)),
+        "method": {*experiments.TABLE1, *experiments.PEERS},
+        "factor": set(experiments.ABLATIONS),
+    }
+
+
+def selects(only: Sequence[str], row: Row) -> bool:
+    """Whether --only lets a row be trained: for each kind of name, it has one of those named."""
+    names = {"benchmark": row.benchmark.name, "method": row.method, "factor": row.factor}
+    if row.neurons:  # a peer without neurons is of every size
+        names["size"] = str(row.neurons)
+    wanted = {kind: known & set(only) for kind, known in nameable().items()}
+    return all(not wanted[kind] or name in wanted[kind] for kind, name in names.items())
+
+
+def load_benchmarks(
+    rows: Sequence[Row], root: Path, features: Mapping[str, str]
+) -> tuple[dict[str, Dataset], dict[str, str]]:
+    """The data of the rows' benchmarks by name, and why others have none.
+
+    Raises:
+        UserError: none of them has data.
+    """
+    data: dict[str, Dataset] = {}
+    absent: dict[str, str] = {}
+    most_tasks = sorted(rows, key=lambda row: row.config.tasks)
+    for benchmark, config in {row.benchmark: row.config for row in most_tasks}.items():
+        path = Path(features[benchmark.name]) if benchmark.features else None
+        try:
+            found = load(benchmark.dataset, root, path, strict=True)
+            make_tasks(config, found)
+            data[benchmark.name] = found
+        except UserError as error:
+            absent[benchmark.name] = str(error)
+    if not data:
+        raise UserError(f"no data: {'; '.join(absent.values())}")
+    return data, absent
+
+
+def _refusal(row: Row, absent: Mapping[str, str]) -> str:
+    """Why a row cannot be run at all; empty if it can."""
+    if row.benchmark.name in absent:
+        return f"no data: {absent[row.benchmark.name]}"
+    try:
+        row.config.validate()
+    except UserError as error:
+        return f"refused: {error}"
+    return ""
+
+
+def read_commands(path: Path) -> dict[str, Any]:
+    """What all commands that wrote into a folder took; UserError if the file is damaged."""
+    entries = read_json(path) if path.is_file() else {}
+    summed: dict[str, Any] = {"commits": list, "runs_trained": int, "seconds": (int, float)}
+    for entry in entries.values():
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), kind) for name, kind in summed.items()
+        ):
+            raise damaged(path, f"not an entry with {', '.join(summed)}")
+    return entries
+
+
+class Reproduction:
+    """The results asked for, the runs they need, and their files.
+
+    Args:
+        request: what is asked for. data, absent: of load_benchmarks.
+
+    Raises:
+        UserError: a summary or the folder's record of commands is damaged.
+    """
+
+    def __init__(
+        self, request: Request, data: Mapping[str, Dataset], absent: Mapping[str, str]
+    ) -> None:
+        self.request, self.data = request, data
+        self.console = Console(soft_wrap=True, markup=False, highlight=False)
+        self.refused: dict[Row, str] = {}  # and why
+        self.runs: dict[Row, list[Run]] = {}
+        for row in dict.fromkeys(row for rows in request.results.values() for row in rows):
+            if why := _refusal(row, absent):
+                self.refused[row] = reword(why, WORDS)
+            else:
+                self.runs[row] = runs_of(row, data[row.benchmark.name], request.runs)
+        self.chosen = [row for row in self.runs if selects(request.only, row)]
+        needed = [run for row in self.chosen for run in self.runs[row]]
+        self.study = Study(needed, request.options, Display(self.console))
+        self.needed = len({run.folder for run in needed})
+        self.checksums = {name: found.checksum() for name, found in data.items()}
+        entry = read_commands(request.out / COMMANDS).get(request.command, {})
+        self.before = entry if entry.get("data") == self.checksums else {}
+
+    def hints(self) -> list[str]:
+        """What the user should know of the networks that may be trained."""
+        networks = [row for row in self.chosen if row.peer is None or row.peer.method]
+        return [
+            f"{benchmark.title}: {reword(hint, WORDS)}"
+            for benchmark in dict.fromkeys(row.benchmark for row in networks)
+            for hint in hints_for(
+                [row.config for row in networks if row.benchmark == benchmark],
+                self.data[benchmark.name],
+            )
+        ]
+
+    def run(self) -> None:
+        """Trains and writes result by result: the first tables are there before the last runs.
+
+        Raises:
+            Interrupted: Ctrl-C was hit; the tables show what exists.
+        """
+        request = self.request
+        with resumable(f"{request.out} shows what exists; go on with: {request.command}"):
+            try:
+                for name in request.results:
+                    self._train(name)
+                    self._show(name, self.write(name))
+            except (Interrupted, KeyboardInterrupt):
+                for name in request.results:
+                    self.write(name)
+                self._write_command()
+                raise
+        self._write_command(finished=True)
+        self.console.print(f"{self.study.trained} runs trained  -> {request.out}")
+
+    def _train(self, name: str) -> None:
+        rows = [row for row in self.request.results[name] if row in self.chosen]
+        with stop_on_interrupt() as stopped:
+            runs = [run for row in rows for run in self.runs[row]]
+            self.study.train(runs, stopped, self._write_command)
+
+    def _write_command(self, finished: bool = False) -> None:
+        """Writes what the command took from end to end, its interruptions added up.
+
+        A command that was stopped goes on with its entry. One that had ended keeps it while there
+        is nothing to train, and begins a new one otherwise, as it does on other data.
+        """
+        request, ended = self.request, self.before.get("finished", False)
+        if ended and not self.study.trained:
+            return
+        before = {} if ended else self.before
+        entry = {
+            "commits": sorted({*before.get("commits", []), commit()}),
+            "machine": machine(),
+            "device": device_name(request.options.device),
+            "data": self.checksums,
+            "versions": versions(),
+            "runs_needed": self.needed,
+            "runs_trained": before.get("runs_trained", 0) + self.study.trained,
+            "seconds": before.get("seconds", 0.0) + time.perf_counter() - request.start,
+            "finished": finished,
+        }
+        request.out.mkdir(parents=True, exist_ok=True)
+        path = request.out / COMMANDS
+        entries = {**read_commands(path), request.command: entry}
+        write_atomically(path, dumps(entries, indent=2) + "\n")
+
+    def lines(self, name: str) -> list[Line]:
+        """The rows of a result with the runs that exist."""
+        return [
+            Line(row, (), self.refused[row])
+            if row in self.refused
+            else line_of(row, self.runs[row], left_out=row not in self.chosen)
+            for row in self.request.results[name]
+        ]
+
+    def write(self, name: str) -> list[Line]:
+        """Writes a result's tables and figures, with what exists of its runs; its lines."""
+        result, lines, out = RESULTS[name], self.lines(name), self.request.out
+        title = f"{name}: {result.title}"
+        if self.request.short:
+            title += " (--short: scaled down, not the protocol of the paper)"
+        origin = provenance(self.request.command, lines)
+        out.mkdir(parents=True, exist_ok=True)
+        tables = {name: records(result, lines)}
+        if result.per_task:
+            tables[f"{name}_tasks"] = task_records(result, lines)
+        for stem, table in tables.items():
+            text = csv_text(table, {"spread": SPREAD, **origin})
+            write_atomically(out / f"{stem}.csv", text)
+        write_atomically(out / f"{name}.md", markdown_text(title, result, lines, origin))
+        for stem, figure in draw(name, result, lines):
+            save_figure(figure, out / stem)
+        return lines
+
+    def _show(self, name: str, lines: Sequence[Line]) -> None:
+        result = RESULTS[name]
+        if warning := doubts_of(lines):
+            note(f"{name} shows {warning}")
+        self.console.print(terminal_table(f"{name}: {result.title}", result, lines))
+        for claim in verdicts(lines) if result.claims else ():
+            self.console.print(claim)
