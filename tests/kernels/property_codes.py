@@ -16,7 +16,7 @@ from tests.kernels.property_cases import (
     STRANGE,
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     codes,
@@ -68,9 +68,7 @@ def spread(
     return bounds._replace(free=bounds.free | unclear)
 
 
-class SparseLinear(Op):
-    name = "sparse_linear"
-
+class SparseLinear(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=False, distinct=0.5)
         outputs = d.features()
@@ -138,9 +136,7 @@ def slot_gradient(case: Case, gradient: Tensor, weight: Tensor, indices: Tensor)
     return Bounds.around(exact, rounding(size, weight.shape[1], case.dtype, grain))
 
 
-class RowGradient(Op):
-    name = "row_gradient"
-
+class RowGradient(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=True, distinct=0.4)
         case.arguments["coefficients"] = case.arguments.pop("values")
@@ -165,9 +161,7 @@ class RowGradient(Op):
         yield from ()  # it is private, and its callers have checked
 
 
-class CountActive(Op):
-    name = "count_active"
-
+class CountActive(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=False, distinct=1.0)
         case.counters(neurons, "counts", *d.some(["last_active"]))
@@ -198,9 +192,7 @@ class CountActive(Op):
         yield "counts 0-d", {"counts": torch.zeros((), dtype=torch.int64)}
 
 
-class CodeGram(Op):
-    name = "code_gram"
-
+class CodeGram(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=True, distinct=1.0, most=600)
         case.dtype = d.pick([torch.float32, torch.float64])
@@ -274,9 +266,7 @@ class CodeGram(Op):
             yield from mislabelled(case, "targets", cross.shape[1])
 
 
-class RowUpdate(Op):
-    name = "row_update"
-
+class RowUpdate(Drawn):
     def draw(self, d: Draw) -> Case:
         usual = [style for style in STYLES if style not in ("wide", "mixed", "subnormal")]
         case, neurons = code(d, [*usual, *STRANGE], flat=True, distinct=0.5)

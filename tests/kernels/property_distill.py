@@ -12,7 +12,7 @@ from tests.kernels.property_bounds import Bounds, finite
 from tests.kernels.property_cases import (
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     mislabelled,
@@ -22,9 +22,7 @@ from tests.kernels.property_cases import (
 from tests.kernels.property_draws import STYLES, Draw
 
 
-class Distill(Op):
-    name = "distill"
-
+class Distill(Drawn):
     def draw(self, d: Draw) -> Case:
         d.style = d.pick([*STYLES, "infinite"])
         case = Case(d, d.dtype())

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ssd_kernels import reference
 from ssd_kernels._graded_code import Shadow
-from tests.kernels import ops as sk
 from tests.kernels.property_bounds import Bounds, Ranking, finite, rounding, scores
 from tests.kernels.property_cases import (
     STRANGE,
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     counting,
@@ -39,9 +38,7 @@ def ranked(d: Draw) -> tuple[Case, int]:
     return case, neurons
 
 
-class TopK(Op):
-    name = "topk"
-
+class TopK(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = ranked(d)
         if d.chance(0.3):
@@ -56,7 +53,7 @@ class TopK(Op):
         case.truth = self.expected(case)
         return case
 
-    def expected(self, case: Case) -> sk.TopKOutput:
+    def expected(self, case: Case) -> reference.TopKOutput:
         """Keys are products in the accumulation dtype, and so exact everywhere."""
         accumulate = reference.accumulation_dtype(case.dtype)
         boost, mask = case["boost"], case["mask"]
@@ -125,9 +122,7 @@ class Scores:
         return Bounds.of(activation.lower - above - error, activation.upper - below + error, free)
 
 
-class LinearTopK(Op):
-    name = "linear_topk"
-
+class LinearTopK(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -291,9 +286,7 @@ def layer_gradients(
     return bounds
 
 
-class LinearInhibit(Op):
-    name = "linear_inhibit"
-
+class LinearInhibit(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -389,9 +382,7 @@ class LinearInhibit(Op):
         yield from layer_faults(case)
 
 
-class LinearActive(Op):
-    name = "linear_active"
-
+class LinearActive(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d, flat=True)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -443,9 +434,7 @@ class LinearActive(Op):
         yield "x 3-d", {"x": case["x"].unsqueeze(0)}
 
 
-class LinearCode(Op):
-    name = "linear_code"
-
+class LinearCode(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d, flat=True, sign=True)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -465,12 +454,12 @@ class LinearCode(Op):
         arguments = dict(arguments)
         dtype = arguments.pop("shadow", None)
         shadow = None if dtype is None else Shadow(arguments["weight"], dtype)
-        code, wider = sk.linear_code(**arguments, shadow=shadow, impl=impl)
+        code, wider = self.function(**arguments, shadow=shadow, impl=impl)
         outputs = {**named(code), "wider": wider}
         if shadow is not None:
             plain = code
             if impl != "numba":
-                plain, wider = sk.linear_code(**arguments, impl=impl)
+                plain, wider = self.function(**arguments, impl=impl)
             outputs |= {f"plain {name}": t for name, t in named(plain).items()}
             outputs["plain wider"] = wider
         return outputs

@@ -17,7 +17,7 @@ from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     codes,
@@ -39,7 +39,7 @@ from tests.kernels.property_layers import (
 )
 
 
-class Module(Op):
+class Module(Drawn):
     """A module of ssd_kernels.nn; the environment chooses the implementation."""
 
     prefixes = ("topk", "linear_topk", "sparse_linear", "TopKLinear", "SparseLinear")
@@ -65,7 +65,6 @@ class Module(Op):
 
 
 class TopKModule(Module, TopK):
-    name = "TopK"
     table = "topk"
 
     def draw(self, d: Draw) -> Case:
@@ -98,7 +97,6 @@ class TopKModule(Module, TopK):
 
 
 class TopKLinear(Module, LinearTopK):
-    name = "TopKLinear"
     table = "linear_topk"
 
     def draw(self, d: Draw) -> Case:
@@ -130,7 +128,6 @@ class TopKLinear(Module, LinearTopK):
 
 
 class SparseLinearModule(Module, SparseLinear):
-    name = "SparseLinear"
     table = "sparse_linear"
 
     def module(self, arguments: Arguments) -> torch.nn.Module:
@@ -151,7 +148,6 @@ class SparseLinearModule(Module, SparseLinear):
 
 
 class KSparseMLP(Module, LinearTopK):
-    name = "KSparseMLP"
     table = "linear_topk"
 
     def draw(self, d: Draw) -> Case:

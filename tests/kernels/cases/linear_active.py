@@ -1,0 +1,53 @@
+"""Cases of linear_active."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ssd_kernels._graded_code import linear_active
+from tests.kernels.cases import FP16, FP32, Call, Draw, Op, Results, Run
+from tests.kernels.cases import _checked as small
+from tests.kernels.cases import _refused as refused
+from tests.kernels.property_layers import LinearActive
+
+
+def call(draw: Draw, least: float = 0.9, networks: int = 1) -> Run:
+    x, weight = draw(networks * draw.B, draw.D), draw(networks * draw.R, draw.D)
+    gaba = draw.ramp(least, networks)
+
+    def run(impl: str | None) -> Results:
+        counts = draw.counts(networks * draw.R)
+        given = {"counts": counts, "every": True, "blocks": networks, "impl": impl}
+        active = linear_active(x, weight, draw.K, gaba, **given)
+        return active.values, active.gate > 0, counts
+
+    return run
+
+
+def check(dtype: torch.dtype, gaba: bool, inhibition: str) -> None:
+    x, weight = small.integers(4, 9, dtype=dtype), small.integers(70, 9, dtype=dtype)
+    response = torch.randint(1, 5, (70,)).to(dtype) / 4 if gaba else None
+    results = []
+    for impl in ("torch", "reference"):
+        counts = small.counter(70)
+        out = linear_active(x, weight, 2, response, inhibition=inhibition, counts=counts, impl=impl)
+        results.append((tuple(out), counts))
+    small.equal(*results)
+
+
+OP = Op(
+    linear_active,
+    calls={
+        "": Call(call, half=False, traced=False),
+        "of networks, excited": Call(partial(call, least=-1, networks=2), half=False, traced=False),
+    },
+    good=refused.active_layer,
+    bad=refused.ACTIVE,
+    drawn=LinearActive(linear_active),
+    checked={
+        "half": partial(check, FP16, True, "subtract"),
+        "torch": partial(check, FP32, True, "mask"),
+    },
+)

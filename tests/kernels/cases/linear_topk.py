@@ -1,0 +1,307 @@
+"""Cases of linear_topk."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ssd_kernels import linear_topk, sparse_linear
+from tests.kernels.cases import (
+    BF16,
+    FP16,
+    FP32,
+    Call,
+    Draw,
+    Op,
+    Pin,
+    Results,
+    Run,
+    grid,
+)
+from tests.kernels.cases import _checked as small
+from tests.kernels.cases import _meta as meta
+from tests.kernels.cases import _refused as refused
+from tests.kernels.property_layers import LinearTopK
+
+# fp32 inputs take descriptors and the walk over tiles, 16-bit ones of odd strides neither.
+TILE = {"TOGETHER": 2, "BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages": 1}
+PLAIN, DESCRIBED = ({**TILE, "DESCRIPTORS": on, "PERSISTENT": on} for on in (0, 1))
+
+
+def call(draw: Draw, networks: int = 1) -> Run:
+    x, weight, bias = draw.layer(networks)
+    counts = draw.counts(networks * draw.R)
+
+    def run(impl: str | None) -> Results:
+        now = counts.clone()
+        out = linear_topk(
+            x,
+            weight,
+            draw.K,
+            bias,
+            inhibition="subtract",
+            threshold=True,
+            counts=now,
+            blocks=networks,
+            impl=impl,
+        )
+        return out.values, out.indices, out.threshold, now
+
+    return run
+
+
+def of_all(draw: Draw) -> Run:
+    """Every neuron stays active, and none is counted."""
+    x, weight, bias = draw.layer()
+
+    def run(impl: str | None) -> Results:
+        out = linear_topk(x, weight, draw.R, bias, impl=impl)
+        return out.values, out.indices
+
+    return run
+
+
+def preactivations(draw: Draw) -> Run:
+    x, weight, bias = draw.layer()
+
+    def run(impl: str | None) -> Results:
+        out = linear_topk(x, weight, draw.K, bias, preactivations=True, impl=impl)
+        return out.values, out.indices, out.preactivations
+
+    return run
+
+
+def forward(draw: Draw, batch: int, d: int, networks: int = 1) -> Run:
+    x, weight = draw(networks * batch, d), draw(networks * draw.R, d)
+    bias = draw(networks * draw.R)
+
+    def run(impl: str | None) -> Results:
+        out = linear_topk(x, weight, draw.K, bias, blocks=networks, impl=impl)
+        return out.values, out.indices
+
+    return run
+
+
+def launch(
+    dtype: torch.dtype,
+    *,
+    B: int,
+    d: int,
+    R: int,
+    k: int,
+    S: int = 1,
+    bias: bool = True,
+    counts: bool = False,
+    backward: bool = False,
+    **options: Any,
+) -> None:
+    output = linear_topk(
+        meta.new(S * B, d, dtype=dtype, grad=True),
+        meta.new(S * R, d, dtype=dtype, grad=True),
+        k,
+        meta.new(S * R, dtype=dtype, grad=True) if bias else None,
+        counts=meta.longs(S * R) if counts else None,
+        blocks=S,
+        **options,
+    )
+    if backward:
+        loss = output.values.sum()
+        (loss if output.threshold is None else loss + output.threshold.sum()).backward()
+
+
+def check(
+    batch: int,
+    neurons: int,
+    features: int,
+    k: int,
+    bias: bool = True,
+    inhibition: str = "mask",
+    count: bool = True,
+    blocks: int = 1,
+    grad: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    given = small.layer(batch * blocks, neurons * blocks, features, bias, dtype)
+    leaves = [t.requires_grad_(grad) for t in given if t is not None]
+    results = []
+    for name in ("triton", "reference"):
+        counts = small.counter(neurons * blocks) if count else None
+        out = linear_topk(
+            given[0],
+            given[1],
+            k,
+            given[2],
+            inhibition=inhibition,
+            threshold=True,
+            counts=counts,
+            blocks=blocks,
+            impl=name,
+        )
+        assert out.threshold is not None
+        loss = (out.values * small.ramp(out.values)).sum() + (
+            out.threshold * small.ramp(out.threshold)
+        ).sum()
+        results.append((out[:3], counts, small.gradients(loss, leaves) if grad else ()))
+    small.equal(*results)
+
+
+def rescored(blocks: int, bias: bool) -> None:
+    """Scores that differ, of which few are looked at; and a row whose scores are too close."""
+    x, weight = torch.randn(3 * blocks, 7), torch.randn(170 * blocks, 7)
+    x[1] = 10 + torch.rand(7)
+    weight[:170] = x[1] + 1e-5 * torch.rand(170, 7)
+    shift = torch.randn(170 * blocks) * 1e-3 if bias else None
+    got = linear_topk(x, weight, 2, shift, blocks=blocks, impl="triton")
+    expected = linear_topk(
+        x.double(),
+        weight.double(),
+        2,
+        None if shift is None else shift.double(),
+        blocks=blocks,
+        impl="reference",
+    )
+    torch.testing.assert_close(got.values.double(), expected.values, rtol=1e-5, atol=1e-5)
+
+
+def encoder(needs: str = "xwb", parts: str = "values", **shape: int) -> meta.Prepare:
+    """The backward of linear_topk, for x, w(eight) and b(ias)."""
+
+    def prepare() -> meta.Run:
+        B, R = shape["B"], shape["R"]
+        leaves = [
+            meta.new(*size, grad=name in needs)
+            for name, size in (("x", (B, 256)), ("w", (R, 256)), ("b", (R,)))
+        ]
+        out = linear_topk(*leaves[:2], shape["k"], leaves[2], threshold=True)
+        outputs = [getattr(out, part) for part in parts.split()]
+        return meta.backward(outputs, [leaf for leaf in leaves if leaf.requires_grad])
+
+    return prepare
+
+
+def encode(
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+    backward: bool = False,
+    threshold: bool = False,
+    **shape: int,
+) -> meta.Prepare:
+    """linear_topk, and its backward to x, weight and bias."""
+
+    def prepare() -> meta.Run:
+        B, R = shape["B"], shape["R"]
+        leaves = [meta.new(*size, dtype=dtype, grad=grad) for size in ((B, 256), (R, 256), (R,))]
+        slopes, counts = meta.new(B, shape["k"], dtype=dtype), meta.longs(R)
+
+        def run() -> Any:
+            x, weight, bias = leaves
+            out = linear_topk(x, weight, shape["k"], bias, threshold=threshold, counts=counts)
+            return out, torch.autograd.grad(out.values, leaves, slopes) if backward else None
+
+        return run
+
+    return prepare
+
+
+def both(**shape: int) -> meta.Prepare:
+    """The backward of a decoder and its encoder."""
+
+    def prepare() -> meta.Run:
+        leaves = [meta.new(shape["R"], 256, grad=True) for _ in range(2)]
+        hidden = linear_topk(meta.new(shape["B"], 256), leaves[0], shape["k"])
+        return meta.backward([sparse_linear(hidden.values, hidden.indices, leaves[1])], leaves)
+
+    return prepare
+
+
+ENCODE = "_keys_kernel _code_kernel"
+PINS = {
+    "": Pin(encode(threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2),
+    "in 16 bits": Pin(encode(BF16, threshold=True, **meta.SMALL), ENCODE, 2),
+    "with gradients": Pin(
+        encode(grad=True, threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2
+    ),
+    "both ways": Pin(
+        encode(grad=True, backward=True, threshold=True, **meta.SMALL),
+        f"_halve_kernel {ENCODE} _gather_kernel {meta.RANKED} segment_kernel",
+        3,
+    ),
+    # Two blocks of rows.
+    "both ways, large": Pin(
+        encode(grad=True, backward=True, threshold=True, **meta.LARGE),
+        f"_halve_kernel {ENCODE} {ENCODE} _gather_kernel {meta.SORTED} segment_kernel",
+        6,
+    ),
+    "backward": Pin(encoder(**meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1),
+    "backward to x": Pin(encoder("x", **meta.SMALL), "_gather_kernel", 0),
+    "backward to weight": Pin(encoder("w", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
+    "backward to bias": Pin(encoder("b", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
+    "backward large": Pin(encoder(**meta.LARGE), f"_gather_kernel {meta.SORTED} segment_kernel", 4),
+    "backward of threshold": Pin(
+        encoder(parts="threshold", **meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1
+    ),
+    "backward of values and threshold": Pin(
+        encoder(parts="values threshold", **meta.SMALL),
+        f"cat cat cat _gather_kernel {meta.RANKED} segment_kernel",
+        4,
+    ),
+    "with its decoder, backward": Pin(
+        both(**meta.SMALL), f"{meta.RANKED} segment_kernel segment_kernel", 2
+    ),
+    "with its decoder, backward large": Pin(
+        both(**meta.LARGE), f"{meta.SORTED} segment_kernel segment_kernel", 5
+    ),
+}
+
+
+OP = Op(
+    linear_topk,
+    calls={
+        "": Call(call),
+        "of networks": Call(partial(call, networks=2)),
+        "of all neurons": Call(of_all),
+        "and preactivations": Call(preactivations),
+        "large": Call(partial(forward, batch=Draw.MANY, d=24), traced=False),
+        "large, unaligned": Call(partial(forward, batch=Draw.MANY, d=Draw.UNALIGNED), traced=False),
+        "of networks, large": Call(
+            partial(forward, batch=Draw.MANY, d=24, networks=2), traced=False
+        ),
+    },
+    good=refused.layer,
+    bad=refused.LAYER,
+    drawn=LinearTopK(linear_topk),
+    launch=launch,
+    compiled=[
+        *grid(FP32, B=128, d=256, R=10000, k=10, bias=False, inhibition="subtract", counts=True),
+        *grid(FP32, BF16, B=1024, d=256, R=10000, k=10, threshold=True, counts=True, backward=True),
+        *grid(FP16, B=64, d=512, R=4096, k=32, backward=True),
+        *grid(BF16, B=64, d=512, R=4096, k=32),
+        *grid(FP32, B=128, d=1024, R=8192, k=10, counts=True, inhibition="subtract"),
+        *grid(FP32, B=8192, d=1024, R=131072, k=127),
+        *grid(FP32, B=8192, d=1024, R=262144, k=255),
+        *grid(BF16, B=8192, d=1024, R=1048576, k=32),
+        *grid(FP32, B=37, d=100, R=517, k=16, bias=False),
+        *grid(FP32, BF16, B=8192, d=1021, R=16384, k=32),  # no whole 16 bytes
+        *grid(FP32, S=10, B=128, d=512, R=10000, k=10, counts=True, bias=False),
+    ],
+    checked={
+        **{
+            f"{name} {word}": partial(check, *shape, **options, dtype=dtype)
+            for dtype, word in ((FP32, "single"), (FP16, "half"))
+            for name, shape, options in (
+                ("one", (5, 70, 9, 1), {"bias": False}),
+                ("ties", (3, 130, 9, 3), {"inhibition": "subtract"}),
+                ("blocks", (5, 65, 9, 2), {"blocks": 2, "bias": False, "count": False}),
+                ("all", (1, 33, 37, 33), {"count": False}),
+                ("many groups", (2, 700, 1, 1), {"bias": False, "grad": False}),
+            )
+        },
+        "": partial(check, 2, 40, 3, 3),
+        "rescored": partial(rescored, 2, True),
+        "rescored without bias": partial(rescored, 1, False),
+    },
+    tiles={"linear_topk": (({"aligned": 0}, PLAIN), ({}, DESCRIBED))},
+    pins=PINS,
+)
