@@ -185,7 +185,7 @@ class KSparseMLP(Module, LinearTopK):
         """And the code, without gradient, which the truth of the output is taken from."""
         out = self.forward(arguments, "x")
         with torch.no_grad():
-            encoder = TopKLinear()
+            encoder = TopKLinear(sk.nn.TopKLinear)
             return {"out": out, **encoder.outputs(arguments)}
 
     def shapes(self, case: Case) -> Shapes:

@@ -71,7 +71,9 @@ def test_compiles_to_one_graph(name: str, impl: str | None, device: str) -> None
     and shutil.which("clang++") is None,
     reason="inductor needs a C++ compiler, and neither g++ nor clang++ is installed here",
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name in OPS or name.endswith(("networks", "preactivations"))]
+)
 def test_compiles_with_inductor(name: str, device: str) -> None:
     check_compiled(name, None, "inductor", device)
 
@@ -79,7 +81,7 @@ def test_compiles_with_inductor(name: str, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
 def test_no_grad(name: str, impl: str | None, device: str) -> None:
-    run, leaves = prepared(name, device)
+    run, _ = prepared(name, device)
     with torch.no_grad():
         without = run(impl)
     assert not any(out.requires_grad for out in without if out is not None)

@@ -16,7 +16,7 @@ for package in (ssd_kernels, ssd.ops):  # every op registers when its module is 
     for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 EVERY = {"calls", "checked"}
-KERNELS = {"launch", "compiled"}
+KERNELS = {"launch", "compiled", "pins"}
 PUBLIC = {"good", "bad", "drawn"}
 
 

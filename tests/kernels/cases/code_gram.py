@@ -141,8 +141,8 @@ OP = Op(
     pins={
         "": Pin(
             meta.of(code_gram, *meta.code(**meta.SMALL), meta.new(10_000, 10_000)),
-            "",
-            0,
+            f"{meta.RANKED} _gram_kernel",
+            1,
         ),
     },
 )

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from ssd_kernels._graded_code import linear_active
-from tests.kernels.cases import FP16, FP32, Call, Draw, Op, Results, Run
+from tests.kernels.cases import FP16, FP32, Call, Draw, Op, Pin, Results, Run, grid
 from tests.kernels.cases import _checked as small
+from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_layers import LinearActive
 
@@ -24,6 +25,15 @@ def call(draw: Draw, least: float = 0.9, networks: int = 1) -> Run:
         return active.values, active.gate > 0, counts
 
     return run
+
+
+def launch(dtype: torch.dtype, *, B: int, d: int, R: int, k: int) -> None:
+    x, weight = meta.new(B, d, dtype=dtype), meta.new(R, d, dtype=dtype)
+    linear_active(x, weight, k, meta.new(R, dtype=dtype), inhibition="mask", counts=meta.longs(R))
+
+
+def pinned() -> meta.Prepare:
+    return meta.of(linear_active, meta.new(128, 256), meta.new(10_000, 256), 10)
 
 
 def check(dtype: torch.dtype, gaba: bool, inhibition: str) -> None:
@@ -46,8 +56,11 @@ OP = Op(
     good=refused.active_layer,
     bad=refused.ACTIVE,
     drawn=LinearActive(linear_active),
+    launch=launch,
+    compiled=grid(FP32, B=128, d=256, R=10000, k=10),
     checked={
         "half": partial(check, FP16, True, "subtract"),
         "torch": partial(check, FP32, True, "mask"),
     },
+    pins={"": Pin(pinned(), "mm _select_kernel _select_kernel _inhibit_kernel", 6)},
 )

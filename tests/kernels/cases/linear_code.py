@@ -25,7 +25,7 @@ def call(
     def run(impl: str | None) -> Results:
         counts = draw.counts(neurons)
         given: dict[str, Any] = {"counts": counts, "blocks": networks, "impl": impl}
-        if shadow is not None and impl != "triton":  # which needs none
+        if shadow is not None and impl != "triton" and not x.is_meta:
             given["shadow"] = Shadow(weight, shadow)
         width = min(4 * draw.K, draw.R)
         code, wider = linear_code(x, weight, draw.K, width, gaba, **given)

@@ -49,6 +49,11 @@ def row_bias(neurons: int) -> None:
     small.equal(sums, torch.zeros(neurons).index_add_(0, indices.flatten(), values.flatten()))
 
 
+def pinned(B: int = 128, R: int = 10_000, k: int = 10) -> meta.Prepare:
+    coefficients, indices = meta.code(B, R, k)
+    return meta.of(row_gradient, coefficients, meta.new(B, 256), indices, R)
+
+
 OP = Op(
     row_gradient,
     calls={"": Call(call)},
@@ -68,11 +73,5 @@ OP = Op(
         "offsets": tile(BLOCK=4, num_warps=1),
         "segments": tile(SLOTS=2, BLOCK=8, num_warps=1),
     },
-    pins={
-        "": Pin(
-            meta.of(row_gradient, *meta.code(**meta.SMALL), meta.new(128, 256), 10_000),
-            "",
-            0,
-        ),
-    },
+    pins={"": Pin(pinned(), f"{meta.RANKED} segment_kernel", 1)},
 )
