@@ -144,7 +144,7 @@ def _linear_topk_of_networks(shape: Shape, device: torch.device) -> Case:
 
     def call(given: Any, impl: str | None) -> Any:
         x, weight, bias = given
-        return ours.linear_topk(x, weight, k, bias, blocks=count, impl=impl)[:2]
+        return ours.linear_topk(x, weight, k, bias, networks=count, impl=impl)[:2]
 
     def loop(select: Callable[[Tensor, Tensor, Tensor], Any], given: Any) -> Any:
         each = [select(*own)[:2] for own in zip(*(t.chunk(count) for t in given), strict=True)]

@@ -229,7 +229,7 @@ class GraphedEpochs:
         """The hidden layer in its form, and whether a sample's code lacks some of it."""
         stack, k = self.stack, self.encoder.k
         given: dict[str, Any] = {
-            "inhibition": self.encoder.inhibition, "counts": stack.counts, "blocks": len(stack)
+            "inhibition": self.encoder.inhibition, "counts": stack.counts, "networks": len(stack)
         }  # fmt: skip
         if form == EXACT:
             return linear_topk(x, stack.weights[0], k, **given), None

@@ -89,16 +89,16 @@ def linear(
             f"for weight {list(weight.shape)}"
         )
     shape(op, "bias", bias, (weight.shape[0],))
-    blocks(op, networks, x=math.prod(x.shape[:-1]), weight=weight.shape[0])
+    divides(op, networks, x=math.prod(x.shape[:-1]), weight=weight.shape[0])
     active_range(op, k, weight.shape[0] // networks)
 
 
-def blocks(op: str, networks: int, **rows: int) -> None:
+def divides(op: str, networks: int, **rows: int) -> None:
     """The rows of every named tensor can be shared out among the networks."""
-    whole(op, "blocks", networks, -math.inf)
+    whole(op, "networks", networks, -math.inf)
     for name, count in rows.items():
         if networks != 1 and (networks < 1 or count % networks):
-            raise ValueError(f"{op}: blocks={networks} must divide the {count} rows of {name}")
+            raise ValueError(f"{op}: networks={networks} must divide the {count} rows of {name}")
 
 
 def response(

@@ -1,6 +1,6 @@
-"""Launches of linear_topk and linear_inhibit.
+"""Launches of linear_topk, and of linear_code under graded inhibition.
 
-linear_topk stores no score. A product keeps the two largest keys of each group of neurons
+They store no score. A product keeps the two largest keys of each group of neurons
 (_keys_kernel); then a program for each row (_code_kernel) bisects the groups' largest keys for M, a
 lower bound of the row's (k+1)-th score, and looks at what may reach M: the largest of a group, and
 all of a group whose second may reach M too, a "crowded" one.
@@ -48,10 +48,8 @@ from ssd_kernels._encoder_kernels import (
     _code_kernel,
     _graded_kernel,
     _halve_kernel,
-    _inhibit_kernel,
     _keys_kernel,
 )
-from ssd_kernels.topk import select_triton
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -64,7 +62,6 @@ WORKSPACE = 2**26
 MAX_GROUPS = 4096
 # Entries of a tile of rows that a program of four warps holds.
 ENTRIES = 4096
-MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
 
 
 class Code(NamedTuple):
@@ -106,21 +103,21 @@ def code(
     k: int,
     inhibition: str,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, indices, cut of a Code, and the rest of it packed."""
     values, indices, cut, kept = code = _code_like(x, weight, bias, k)
     if len(x) == 0:
         return code
     after, active, cut_active = unpacked(kept, len(x), k)
-    best = min(k + 1, len(weight) // blocks)
+    best = min(k + 1, len(weight) // networks)
     if best == k:
         after.zero_()
     bias = None if bias is None else bias.detach().contiguous()
-    product = Product(x, weight, bias, None, best, best, blocks)
+    product = Product(x, weight, bias, None, best, best, networks)
     for start, size in product.blocks():
         with torch.cuda.device_of(x):
-            _code_kernel[(blocks * size,)](
+            _code_kernel[(networks * size,)](
                 product.x,
                 product.weight,
                 x if bias is None else bias,
@@ -169,17 +166,17 @@ def graded_code(
     gaba: Tensor,
     inhibition: str,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices [B, width] of fp32 x; bool [B]: whether more fire. k < R, gaba in (0, 1]."""
     values, indices, overflow = code = _graded_like(x, weight, k, width)
     if len(x) == 0:
         return code
     gaba = gaba.detach().contiguous()
-    product = Product(x, weight, None, gaba, k + 1, max(k + 1, width), blocks)
+    product = Product(x, weight, None, gaba, k + 1, max(k + 1, width), networks)
     for start, size in product.blocks():
         with torch.cuda.device_of(x):
-            _graded_kernel[(blocks * size,)](
+            _graded_kernel[(networks * size,)](
                 product.x,
                 product.weight,
                 gaba,
@@ -210,7 +207,7 @@ class Product:
         x: [S B, d]. weight: [S R, d]. bias: [S R] or None. gaba: [S R] or None, see GRADED.
         best: how many of the largest scores the groups shall tell apart.
         room: entries of a row's buffer that a cut leaves.
-        blocks: S.
+        networks: S.
     """
 
     def __init__(
@@ -221,12 +218,12 @@ class Product:
         gaba: Tensor | None,
         best: int,
         room: int,
-        blocks: int,
+        networks: int,
     ) -> None:
         self.x, self.weight = _rows_contiguous(x), _rows_contiguous(weight)
         self.bias, self.gaba = bias, gaba
         self.estimate = x.dtype == torch.float32
-        batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
+        batch, neurons, features = len(x) // networks, len(weight) // networks, x.shape[1]
         shape = {
             "batch": batch,
             "aligned": _aligned(self.x, self.weight),
@@ -241,8 +238,8 @@ class Product:
         scored = ENTRIES // block // (1 if features % 4 == 0 else 2)
         capacity = 2 * _power(max(room, scored))
         keys, buffer = 4 * planes * groups, 8 * capacity
-        self.rows = min(batch, max(1, WORKSPACE // (max(keys, buffer) * blocks)))
-        self.sizes = batch, blocks, neurons, features, groups
+        self.rows = min(batch, max(1, WORKSPACE // (max(keys, buffer) * networks)))
+        self.sizes = batch, networks, neurons, features, groups
         self.strides = self.x.stride(0), self.weight.stride(0)
         self.errors = relative_error(features), features * 2.0**-124
         self.constants = {
@@ -254,7 +251,7 @@ class Product:
             "BK": block,
             "num_warps": min(16, max(4, _power(groups) // 1024)),
         }
-        self._allocate(buffer, keys, blocks * groups)
+        self._allocate(buffer, keys, networks * groups)
         self.factors = self.x, self.weight
         if self.estimate:
             self._halve()
@@ -369,115 +366,6 @@ def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
 def relative_error(features: int) -> float:
     """Of |x| |w|: what an estimate of their product may be off; see the proof above."""
     return 1.001 * (2.0**-10 + 2.0**-20 + features * 2.0**-21)
-
-
-def _inhibit_like(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    need_passes: bool,
-    blocks: int,
-) -> tuple[Tensor, Tensor]:
-    hidden = x.new_empty(x.shape[0], weight.shape[0] // blocks)
-    return hidden, hidden.new_empty(hidden.shape if need_passes else 0, dtype=torch.bool)
-
-
-@_op.operator("ssd_kernels::linear_inhibit", _inhibit_like, mutates=("counts",))
-def inhibit(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    need_passes: bool,
-    blocks: int,
-) -> tuple[Tensor, Tensor]:
-    """The dense activations [B, R] and, if needed, bool [B, R]: where the gradient passes."""
-    x, weight = x.detach(), weight.detach()
-    neurons = len(weight) // blocks
-    hidden, passes = _inhibit_like(
-        x, weight, bias, k, gaba, inhibition, counts, need_passes, blocks
-    )
-    gaba = None if gaba is None else gaba.detach().contiguous()
-    chosen = _tuning.config("linear_inhibit", x.device)
-    for rows, first, networks, scores in _slabs(x, weight, bias, hidden, blocks):
-        size = len(scores) // networks
-        best = scores if k == neurons else select_triton(scores, k + 1)[0]
-        own = slice(first * neurons, (first + networks) * neurons)
-        tiles = _ceil_div(neurons, chosen["BN"]) * _ceil_div(size, chosen["BM"])
-        with torch.cuda.device_of(x):
-            _inhibit_kernel[(tiles * networks,)](
-                scores,
-                best,
-                x if gaba is None else gaba[own],
-                hidden[rows],
-                passes[rows] if need_passes else passes,
-                passes if counts is None else counts[own],
-                size,
-                neurons,
-                k,
-                1 if counts is None else counts.stride(0),
-                CUT=k < neurons,
-                GABA=gaba is not None,
-                SUBTRACT=inhibition == "subtract",
-                COUNT=counts is not None,
-                PASSES=need_passes,
-                **chosen,
-            )
-    return hidden, passes
-
-
-def _slabs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, blocks: int
-) -> Iterator[tuple[slice, int, int, Tensor]]:
-    """fp32 scores of rows of the batch: the rows, their first network, how many, and the scores.
-
-    fp32 inputs: all rows, where the result will be. Else a few rows of a network, in memory that is
-    used again.
-    """
-    batch, neurons = len(x) // blocks, len(weight) // blocks
-    if batch == 0:
-        return
-    if hidden.dtype == torch.float32:
-        scores = hidden.view(blocks, batch, neurons)
-        factors = x.view(blocks, batch, -1), weight.view(blocks, neurons, -1).mT
-        if blocks == 1:
-            torch.mm(*(factor[0] for factor in factors), out=hidden)
-        else:
-            torch.bmm(*factors, out=scores)
-        if bias is not None:
-            scores += bias.detach().view(blocks, 1, neurons)
-        yield slice(0, len(x)), 0, blocks, hidden
-        return
-    height = min(batch, slab_rows(neurons))
-    slab = hidden.new_empty(height, neurons, dtype=torch.float32)
-    for network in range(blocks):
-        own = slice(network * neurons, (network + 1) * neurons)
-        for start in range(network * batch, (network + 1) * batch, height):
-            rows = slice(start, min(start + height, (network + 1) * batch))
-            scores = slab[: rows.stop - rows.start]
-            _multiply(x[rows], weight[own].T, scores)
-            if bias is not None:
-                scores += bias.detach()[own]
-            yield rows, network, 1, scores
-
-
-def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if x.is_cuda and MIXED_MM:
-        torch.mm(x, weight, out_dtype=torch.float32, out=out)
-    else:  # Triton's interpreter, and torch before 2.8
-        torch.mm(x.float(), weight.float(), out=out)
-
-
-def slab_rows(neurons: int) -> int:
-    """Rows of 16-bit inputs whose scores are held at a time: what a cache of 32 MiB holds."""
-    return max(128, 2**23 // neurons // 64 * 64)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ssd_kernels import _checks, _cpu_groups, _dispatch, _encoder, reference
 from ssd_kernels.count_active import count_active
-from ssd_kernels.linear_inhibit import linear_inhibit
+from ssd_kernels.linear_inhibit import inhibit_triton, linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.topk import MAX_K, select, topk
@@ -147,7 +147,7 @@ def linear_code(
     counts: Tensor | None = None,
     shadow: Shadow | None = None,
     scratch: Scratch | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> tuple[TopKOutput, Tensor]:
     """The neurons that fire in linear_inhibit(x, weight, k, gaba), as a sparse code.
@@ -160,7 +160,7 @@ def linear_code(
         shadow: an up-to-date Shadow of weight; the result is the same without it, but for rounding
             where numba serves.
         scratch: memory of an earlier call, used again on a CPU.
-        blocks: networks whose rows follow one another; with several there is no shadow.
+        networks: networks whose rows follow one another; with several there is no shadow.
         impl: "triton", "numba", "torch" or "reference".
 
     Returns:
@@ -172,20 +172,20 @@ def linear_code(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_code", x, weight, k, gaba, inhibition, blocks, positive=True)
+    _check("linear_code", x, weight, k, gaba, inhibition, networks, positive=True)
     _checks.counter("linear_code", "counts", counts, x, weight.shape[0])
-    neurons = weight.shape[0] // blocks
+    neurons = weight.shape[0] // networks
     _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
-    if blocks > 1 and shadow is not None:
-        raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
+    if networks > 1 and shadow is not None:
+        raise ValueError(f"linear_code: a shadow serves one network, not networks={networks}")
     # Without gaba the torch path goes by linear_topk's kernels.
     served = gaba is not None and x.dtype == torch.float32 and k < neurons
     served = served and max(k + 1, width) <= MAX_K
     looped = (
         gaba is None
-        and blocks == 1
+        and networks == 1
         and k < MAX_LOOPED
         and len(x) > 0
         and weight.dtype == torch.float32
@@ -196,12 +196,12 @@ def linear_code(
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
     with torch.no_grad():
         if serve is _triton_code and gaba is not None:
-            return _triton_code(x, weight, k, width, gaba, inhibition, counts, blocks)
+            return _triton_code(x, weight, k, width, gaba, inhibition, counts, networks)
         if serve is _numba_code:
             own = scratch or Scratch()
             code, wider = _numba_code(x, weight, k, width, inhibition, shadow, own)
         else:
-            options = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
+            options = {"inhibition": inhibition, "shadow": shadow, "networks": networks}
             code, wider = serve(x, weight, k, width, gaba, **options)
         if counts is not None:
             count_active(code.values, code.indices, counts)
@@ -215,12 +215,12 @@ def _check(
     k: int,
     gaba: Tensor | None,
     inhibition: str,
-    blocks: int,
+    networks: int,
     positive: bool,
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [B, d]")
-    _checks.linear(op, x, weight, None, k, blocks)
+    _checks.linear(op, x, weight, None, k, networks)
     _checks.response(op, gaba, x, weight.shape[0], positive=positive)
     _checks.inhibition(op, inhibition)
 
@@ -234,10 +234,10 @@ def _reference_code(
     *,
     inhibition: str,
     shadow: Shadow | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    hidden = reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
-    return _compress(hidden, width, blocks)
+    hidden = reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition, networks=networks)
+    return _compress(hidden, width, networks)
 
 
 def _torch_code(
@@ -249,25 +249,27 @@ def _torch_code(
     *,
     inhibition: str,
     shadow: Shadow | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[TopKOutput, Tensor]:
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
-    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
+    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // networks:
         # Ties with the threshold show in its own precision alone.
         tell = inhibition == "subtract" or reference.accumulation_dtype(x.dtype) == x.dtype
         if gaba is None and tell:
-            code = linear_topk(x, weight, k, inhibition=inhibition, threshold=True, blocks=blocks)
+            code = linear_topk(
+                x, weight, k, inhibition=inhibition, threshold=True, networks=networks
+            )
             if inhibition == "mask" and code.threshold is not None:
                 # linear_topk keeps the k-th of those that tie with the threshold.
                 tied = code.values <= code.threshold.unsqueeze(1)
                 code = code._replace(values=code.values.masked_fill(tied, 0.0))
             wider = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             return _widened(code, width), wider
-        hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
-        return _compress(hidden, width, blocks)
-    if blocks > 1:
-        return _one_by_one(x, weight, k, width, gaba, inhibition, blocks)
+        hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, networks=networks)
+        return _compress(hidden, width, networks)
+    if networks > 1:
+        return _one_by_one(x, weight, k, width, gaba, inhibition, networks)
 
     def decide(x: Tensor, candidates: Candidates) -> tuple[TopKOutput, Tensor, Tensor]:
         return _decide(x, weight, candidates, k, width, gaba, inhibition)
@@ -299,20 +301,22 @@ def _one_by_one(
     width: int,
     gaba: Tensor | None,
     inhibition: str,
-    blocks: int,
+    networks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    responses = [None] * blocks if gaba is None else gaba.chunk(blocks)
+    responses = [None] * networks if gaba is None else gaba.chunk(networks)
     codes, wider = zip(
         *(
-            _torch_code(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
+            _torch_code(
+                own, rows, k, width, response, inhibition=inhibition, shadow=None, networks=1
+            )
             for own, rows, response in zip(
-                x.chunk(blocks), weight.chunk(blocks), responses, strict=True
+                x.chunk(networks), weight.chunk(networks), responses, strict=True
             )
         ),
         strict=True,
     )
     indices = torch.cat([code.indices for code in codes])
-    indices = reference.numbered_through(indices, weight.shape[0] // blocks, blocks)
+    indices = reference.numbered_through(indices, weight.shape[0] // networks, networks)
     values = torch.cat([code.values for code in codes])
     return TopKOutput(values, indices), torch.cat(wider)
 
@@ -435,9 +439,9 @@ def _widened(code: TopKOutput, width: int) -> TopKOutput:
     return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
 
 
-def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tensor]:
+def _compress(hidden: Tensor, width: int, networks: int) -> tuple[TopKOutput, Tensor]:
     code = topk(hidden, width)
-    indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
+    indices = reference.numbered_through(code.indices, hidden.shape[-1], networks)
     # What is not a number fires, so that it is seen.
     return code._replace(indices=indices), (~(hidden <= 0)).sum(-1) > width
 
@@ -450,9 +454,9 @@ def _triton_code(
     gaba: Tensor,
     inhibition: str,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[TopKOutput, Tensor]:
-    given = x, weight, k, width, gaba, inhibition, counts, blocks
+    given = x, weight, k, width, gaba, inhibition, counts, networks
     values, indices, wider = _encoder.graded_code(*given)
     return TopKOutput(values, indices), wider
 
@@ -477,7 +481,7 @@ def linear_active(
     counts: Tensor | None = None,
     scratch: Scratch | None = None,
     every: bool = False,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> ActiveNeurons:
     """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
@@ -489,8 +493,8 @@ def linear_active(
         x: [S B, d] floating; weight: [S R, d]; gaba: [S R].
         counts: as in linear_inhibit.
         scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
-        every: return all columns. Several blocks and Triton, which read no value back, always do.
-        blocks: S, networks side by side, as in linear_inhibit.
+        every: return all columns. Several networks and Triton, which read no value back, always do.
+        networks: S, networks side by side, as in linear_inhibit.
         impl: "triton", "numba", "torch" or "reference".
 
     Returns:
@@ -499,18 +503,18 @@ def linear_active(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_active", x, weight, k, gaba, inhibition, blocks, positive=False)
+    _check("linear_active", x, weight, k, gaba, inhibition, networks, positive=False)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
     if _dispatch.symbolic(x) and not every:
         raise TypeError(
             "linear_active: how many neurons fire depends on values, and x has none here; "
             "every=True gives all"
         )
-    looped = blocks == 1 and len(x) > 0 and weight.dtype == torch.float32
+    looped = networks == 1 and len(x) > 0 and weight.dtype == torch.float32
     serve = _dispatch.choose("linear_active", impl, x, looped=looped)
-    every = every or blocks > 1
+    every = every or networks > 1
     with torch.no_grad():
-        return serve(x, weight, k, gaba, inhibition, counts, scratch or Scratch(), every, blocks)
+        return serve(x, weight, k, gaba, inhibition, counts, scratch or Scratch(), every, networks)
 
 
 def _reference_active(
@@ -522,12 +526,12 @@ def _reference_active(
     counts: Tensor | None,
     scratch: Scratch,
     every: bool,
-    blocks: int,
+    networks: int,
 ) -> ActiveNeurons:
     hidden = reference.linear_inhibit(
-        x, weight, k, gaba, inhibition=inhibition, counts=counts, blocks=blocks
+        x, weight, k, gaba, inhibition=inhibition, counts=counts, networks=networks
     )
-    gate = hidden * (reference.scores_of(x, weight, None, blocks) > 0)
+    gate = hidden * (reference.scores_of(x, weight, None, networks) > 0)
     if every:
         return ActiveNeurons(hidden, None, gate)
     neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
@@ -545,12 +549,12 @@ def _torch_active(
     counts: Tensor | None,
     scratch: Scratch,
     every: bool,
-    blocks: int,
+    networks: int,
 ) -> ActiveNeurons:
     batch, neurons = len(x), len(weight)
     wide = reference.accumulation_dtype(x.dtype) == x.dtype
-    if not x.is_cpu or not wide or batch == 0 or blocks > 1:
-        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
+    if not x.is_cpu or not wide or batch == 0 or networks > 1:
+        given = x, weight, k, gaba, inhibition, counts, scratch, every, networks
         return _reference_active(*given)
     scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
     cut = _cut(scores, k)
@@ -566,7 +570,7 @@ def _torch_active(
     highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
-        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
+        given = x, weight, k, gaba, inhibition, counts, scratch, every, networks
         return _reference_active(*given)
     if not (every or excited):
         chosen = (~(highest <= 0)).nonzero().squeeze(1)
@@ -599,7 +603,7 @@ def _numba_active(
     counts: Tensor | None,
     scratch: Scratch,
     every: bool,
-    blocks: int,
+    networks: int,
 ) -> ActiveNeurons:
     from ssd_kernels import _loops
 
@@ -647,9 +651,9 @@ def _triton_active(
     counts: Tensor | None,
     scratch: Scratch,
     every: bool,
-    blocks: int,
+    networks: int,
 ) -> ActiveNeurons:
-    hidden, passes = _encoder.inhibit(x, weight, None, k, gaba, inhibition, counts, True, blocks)
+    hidden, passes = inhibit_triton(x, weight, None, k, gaba, inhibition, counts, True, networks)
     return ActiveNeurons(hidden, None, passes)
 
 

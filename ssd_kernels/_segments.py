@@ -53,14 +53,14 @@ def segments(indices: Tensor, kept: Tensor) -> Segments:
     return Segments(neurons, lengths.cumsum(0) - lengths, positions[order])
 
 
-def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: int = 1) -> Order:
+def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, networks: int = 1) -> Order:
     """The slots of a code [B, K] in order; `by_neuron`: with the offsets of all R neurons.
 
-    blocks: networks whose samples and neurons follow one another; each is ranked by itself.
+    networks: networks whose samples and neurons follow one another; each is ranked by itself.
     """
     flat = indices.reshape(-1)
     count, heads = len(flat), neurons + 1 if by_neuron else 0
-    own = max(1, count // blocks)
+    own = max(1, count // networks)
     if own > MAX_RANKED or neurons > 2**31:
         narrowest = next(dtype for dtype in KEYS if neurons <= torch.iinfo(dtype).max + 1)
         ranked, slots = flat.to(narrowest).sort(stable=True)
@@ -82,7 +82,7 @@ def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: 
                 count,
                 heads - missing,
                 own,
-                neurons // blocks,
+                neurons // networks,
                 **chosen,
             )
     if missing:
@@ -310,7 +310,7 @@ def walk(
 ) -> None:
     """Launches segment_kernel; what is None is not computed. vectors [B, D] has unit stride."""
     count, width = len(order.slots), vectors.shape[1]
-    blocks = 1 if squares is None else squares.shape[1]
+    networks = 1 if squares is None else squares.shape[1]
     chosen = _tuning.config("segments", vectors.device, width=width)
     with torch.cuda.device_of(vectors):
         segment_kernel[(order.programs, tiles(width, vectors.device))](
@@ -328,7 +328,7 @@ def walk(
             vectors if touched is None else touched,
             count,
             width,
-            blocks,
+            networks,
             block_rows,
             vectors.stride(0),
             0 if weight is None else weight.stride(0),
@@ -340,7 +340,7 @@ def walk(
             GATED=gates is not None,
             BIAS=bias_gradient is not None,
             COMPACT=squares is not None,
-            BLOCKS=1 << (blocks - 1).bit_length(),
+            BLOCKS=1 << (networks - 1).bit_length(),
             **chosen,
         )
 

@@ -30,7 +30,7 @@ def row_update(
     normalize: Sequence[bool] | None = None,
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> Tensor:
     """One step of clipped, projected SGD on several matrices that share the neurons of one code.
@@ -45,31 +45,31 @@ def row_update(
     Args:
         weights: matrices [R, d_i], updated in place.
         coefficients: [B, K] each. inputs: [B, d_i] each. indices: [B, K] int64.
-        lr: learning rate, or one for each block [blocks].
+        lr: learning rate, or one for each block [networks].
         max_norm: clips the global L2 norm of the gradients, as clip_grad_norm_, or one for each
-            block [blocks]; None: no clip.
+            block [networks]; None: no clip.
         nonnegative: clamp touched rows at 0 after the step (SDMLP).
         normalize: for each matrix, whether touched rows are then scaled to unit L2 norm; an
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
             Lazy: the buffer of an untouched row rests and does not move it.
-        blocks: number of networks whose rows follow one another, R / blocks each, and whose samples
-            do, B / blocks each; every one is clipped by itself.
+        networks: number S of networks whose rows follow one another, R / S each, and whose samples
+            do, B / S each; each gradient is clipped by itself.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
-        The global gradient norm before clipping: 0-d, or [blocks] if there are several.
+        The global gradient norm before clipping: 0-d, or [networks] if there are several.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit, before any work.
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
-    _check_blocks(weights, lr, max_norm, indices, blocks)
+    _check_blocks(weights, lr, max_norm, indices, networks)
     in_place = [*weights, *(buffers or ())]
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
     )
-    looped = blocks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
+    looped = networks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
     looped = looped and all(t.dtype == torch.float32 for t in (*weights, *coefficients, *inputs))
     serve = _dispatch.choose("row_update", impl, weights[0], served=served, looped=looped)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def row_update(
             normalize=normalize,
             momentum=momentum,
             buffers=buffers,
-            blocks=blocks,
+            networks=networks,
         )
 
 
@@ -100,13 +100,13 @@ def _torch(
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
-    blocks: int,
+    networks: int,
 ) -> Tensor:
     touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
-    block = group.neurons // (weights[0].shape[0] // blocks)
-    norm = _block_norms(gradients, torch.bincount(block, minlength=blocks))
+    block = group.neurons // (weights[0].shape[0] // networks)
+    norm = _block_norms(gradients, torch.bincount(block, minlength=networks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
@@ -133,7 +133,7 @@ def _numba(
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
-    blocks: int,
+    networks: int,
 ) -> Tensor:
     from ssd_kernels import _loops
 
@@ -157,7 +157,7 @@ def _numba(
 
 
 def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
-    """L2 norm of each block's rows [blocks]; sizes: how many of the rows [n, d_i] it has."""
+    """L2 norm of each block's rows [networks]; sizes: how many of the rows [n, d_i] it has."""
     wide = reference.accumulation_dtype(gradients[0].dtype)
     lengths = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=wide) for g in gradients])
     # Summed in order within a block, so that a block's norm does not depend on the others.
@@ -300,12 +300,12 @@ def _triton(
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
-    blocks: int,
+    networks: int,
 ) -> Tensor:
     device = indices.device
     if _dispatch.tracing():  # a number that changes from step to step would be compiled in
-        lr = _per_block(lr, blocks, device)
-        max_norm = None if max_norm is None else _per_block(max_norm, blocks, device)
+        lr = _per_block(lr, networks, device)
+        max_norm = None if max_norm is None else _per_block(max_norm, networks, device)
     return _launch(
         list(weights),
         [c.detach() for c in coefficients],
@@ -319,15 +319,15 @@ def _triton(
         [False] * len(weights) if normalize is None else list(normalize),
         momentum,
         list(buffers or ()),
-        blocks,
+        networks,
     )
 
 
-def _per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
+def _per_block(value: float | Tensor, networks: int, device: torch.device) -> Tensor:
     """One float32 value for each block."""
     if isinstance(value, Tensor):
         return value.to(torch.float32)
-    return torch.full((blocks,), float(value), device=device)
+    return torch.full((networks,), float(value), device=device)
 
 
 def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
@@ -335,7 +335,7 @@ def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
 
 
 def _norms(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """What row_update returns of the norms [blocks]."""
+    """What row_update returns of the norms [networks]."""
     norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     return norm if len(norm) > 1 else norm[0]
 
@@ -354,15 +354,15 @@ def _launch(
     normalize: Sequence[bool],
     momentum: float,
     buffers: Sequence[Tensor],
-    blocks: int,
+    networks: int,
 ) -> Tensor:
-    """rates, bounds: [blocks], or None where one number serves; no bound: no clip."""
+    """rates, bounds: [networks], or None where one number serves; no bound: no clip."""
     neurons = weights[0].shape[0]
     by_neuron = neurons <= indices.numel()
-    order = _segments.sorted_slots(indices, neurons, by_neuron, blocks)
-    gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, blocks)
+    order = _segments.sorted_slots(indices, neurons, by_neuron, networks)
+    gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, networks)
     dtype = reduce(torch.promote_types, (w.dtype for w in weights))
-    norm = torch.empty(blocks, dtype=dtype, device=indices.device)
+    norm = torch.empty(networks, dtype=dtype, device=indices.device)
     with torch.cuda.device_of(indices):
         for number, weight in enumerate(weights):
             width = weight.shape[1]
@@ -379,15 +379,15 @@ def _launch(
                 rate if rates is None else rates.contiguous(),
                 (bound or 0.0) if bounds is None else bounds.contiguous(),
                 float(momentum),
-                blocks,
-                neurons // blocks,
+                networks,
+                neurons // networks,
                 weight.stride(0),
                 buffer.stride(0),
                 BY_NEURON=order.offsets is not None,
                 SHARING=len(weights),
                 RATES=rates is not None,
                 BOUNDS=bounds is not None,
-                BLOCKS=1 << (blocks - 1).bit_length(),
+                BLOCKS=1 << (networks - 1).bit_length(),
                 WIDTH=width,
                 CLIP=bounds is not None or bound is not None,
                 CLAMP=nonnegative,
@@ -395,7 +395,7 @@ def _launch(
                 MOMENTUM=bool(buffers),
                 **chosen,
             )
-    return norm if blocks > 1 else norm[0]
+    return norm if networks > 1 else norm[0]
 
 
 def _gradients(
@@ -403,14 +403,14 @@ def _gradients(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     neurons: int,
-    blocks: int,
+    networks: int,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Each matrix's gradient [programs, D] fp32, what touched its rows; squares [blocks] of all."""
+    """Gradients [programs, D] fp32, which rows were touched, and the squares [networks] of all."""
     programs, device = order.programs, order.slots.device
     tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
     # The rows of a block follow one another if there is a program a neuron; else a program says
     # in which block its neuron is.
-    told = 1 if order.offsets is not None else blocks
+    told = 1 if order.offsets is not None else networks
     squares = torch.empty(sum(tiles), told, programs, dtype=torch.float64, device=device)
     touched = torch.empty(len(inputs), programs, dtype=torch.uint8, device=device)
     gradients = []
@@ -428,7 +428,7 @@ def _gradients(
             block_rows=neurons // told,
         )
         gradients.append(gradient)
-    return gradients, touched, squares.view(sum(tiles), blocks, -1).sum((0, 2))
+    return gradients, touched, squares.view(sum(tiles), networks, -1).sum((0, 2))
 
 
 def _check_blocks(
@@ -436,14 +436,14 @@ def _check_blocks(
     lr: float | Tensor,
     max_norm: float | Tensor | None,
     indices: Tensor,
-    blocks: int,
+    networks: int,
 ) -> None:
     neurons = weights[0].shape[0]
-    _checks.blocks("row_update", blocks, weights=neurons, indices=len(indices))
-    if blocks > 1 and indices.is_cpu and indices.numel() and not _dispatch.symbolic(indices):
-        least, most = indices.view(blocks, -1).aminmax(dim=1)
-        for network, low, high in zip(range(blocks), least.tolist(), most.tolist(), strict=True):
-            first, last = network * neurons // blocks, (network + 1) * neurons // blocks - 1
+    _checks.divides("row_update", networks, weights=neurons, indices=len(indices))
+    if networks > 1 and indices.is_cpu and indices.numel() and not _dispatch.symbolic(indices):
+        least, most = indices.view(networks, -1).aminmax(dim=1)
+        for network, low, high in zip(range(networks), least.tolist(), most.tolist(), strict=True):
+            first, last = network * neurons // networks, (network + 1) * neurons // networks - 1
             wrong = low if low < first else high
             if not first <= wrong <= last:
                 raise ValueError(
@@ -452,7 +452,7 @@ def _check_blocks(
                 )
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
-            _checks.shape("row_update", name, value, (blocks,))
+            _checks.shape("row_update", name, value, (networks,))
             _checks.same_device("row_update", "weights", weights[0], name, value)
         elif value is not None and value != math.inf:
             _checks.number("row_update", name, value)

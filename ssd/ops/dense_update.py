@@ -30,7 +30,7 @@ def dense_update(
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
     samples: Tensor | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> None:
     """One step of clipped, projected SGD on several matrices of the same neurons.
@@ -50,7 +50,7 @@ def dense_update(
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
         samples: [S], 0 where a network has no sample: its weights and buffers keep their bits,
             whatever its gradients hold. None: all have some.
-        blocks: S, networks whose rows follow one another.
+        networks: S, networks whose rows follow one another.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
     matrices = [*weights, *gradients, *(buffers or ())]
@@ -67,7 +67,7 @@ def dense_update(
             momentum=momentum,
             buffers=buffers,
             samples=samples,
-            blocks=blocks,
+            networks=networks,
         )
 
 
@@ -82,22 +82,30 @@ def _torch(
     momentum: float,
     buffers: Sequence[Tensor] | None,
     samples: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> None:
     """Network by network in place; on a CPU, where the host may look at samples and norms."""
     if not weights[0].is_cpu:
         reference.dense_update(
-            weights, gradients, lr=lr, max_norm=max_norm, nonnegative=nonnegative,
-            normalize=normalize, momentum=momentum, buffers=buffers, samples=samples, blocks=blocks,
-        )  # fmt: skip
+            weights,
+            gradients,
+            lr=lr,
+            max_norm=max_norm,
+            nonnegative=nonnegative,
+            normalize=normalize,
+            momentum=momentum,
+            buffers=buffers,
+            samples=samples,
+            networks=networks,
+        )
         return
     sorts = [weights, gradients] if buffers is None else [weights, gradients, buffers]
-    for network in range(blocks):
+    for network in range(networks):
         if samples is not None and samples[network] == 0:
             continue
         own = sorts
-        if blocks > 1:
-            own = [[by_network(t, blocks)[network] for t in matrices] for matrices in sorts]
+        if networks > 1:
+            own = [[by_network(t, networks)[network] for t in matrices] for matrices in sorts]
         rate = lr[network] if isinstance(lr, Tensor) else lr
         bound = max_norm[network] if isinstance(max_norm, Tensor) else max_norm
         scale = 1.0 if bound is None else torch_clip_scale(global_norm(own[1]), bound).item()
@@ -206,7 +214,7 @@ def _triton(
     momentum: float,
     buffers: Sequence[Tensor] | None,
     samples: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> None:
     _launch(
         list(weights),
@@ -220,7 +228,7 @@ def _triton(
         momentum,
         list(buffers or ()),
         samples,
-        blocks,
+        networks,
     )
 
 
@@ -237,7 +245,7 @@ def _launch(
     momentum: float,
     buffers: Sequence[Tensor],
     samples: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> None:
     """rates, bounds: [S], or None where one number serves; no bound: no clip."""
     device, rows = weights[0].device, weights[0].shape[0]
@@ -245,13 +253,13 @@ def _launch(
     clip = bounds is not None or bound is not None
     chosen = dict(_tuning.config("squares", device))
     most = chosen.pop("PARTS")
-    sizes = [gradient.numel() // blocks for gradient in gradients]
+    sizes = [gradient.numel() // networks for gradient in gradients]
     parts = [min(most, -(-size // chosen["BLOCK"])) for size in sizes]
-    squares = torch.empty(blocks, sum(parts), dtype=torch.float64, device=device)
+    squares = torch.empty(networks, sum(parts), dtype=torch.float64, device=device)
     with torch.cuda.device_of(weights[0]):
         for first in range(0, len(gradients) if clip else 0, 2):
             last = min(first + 1, len(gradients) - 1)
-            _squares_kernel[(sum(parts[first : first + 2]), blocks)](
+            _squares_kernel[(sum(parts[first : first + 2]), networks)](
                 gradients[first],
                 gradients[last],
                 squares,
@@ -274,7 +282,7 @@ def _launch(
                 rate if rates is None else rates.contiguous(),
                 (bound or 0.0) if bounds is None else bounds.contiguous(),
                 float(momentum),
-                rows // blocks,
+                rows // networks,
                 0 if samples is None else samples.stride(0),
                 weight.stride(0),
                 buffer.stride(0),

@@ -64,18 +64,18 @@ def dense_update(
     momentum: float,
     buffers: Sequence[Tensor] | None,
     samples: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> None:
     """One clipped, projected SGD step on all rows of the networks that have samples."""
     rows = weights[0].shape[0]
-    moves = torch.ones(blocks, dtype=torch.bool, device=weights[0].device)
+    moves = torch.ones(networks, dtype=torch.bool, device=weights[0].device)
     if samples is not None:
         moves = samples > 0
     wide = accumulation_dtype(reduce(torch.promote_types, (w.dtype for w in weights)))
     sgd_step(
-        weights, [g.to(wide) for g in gradients], moves.repeat_interleave(rows // blocks), lr=lr,
+        weights, [g.to(wide) for g in gradients], moves.repeat_interleave(rows // networks), lr=lr,
         max_norm=max_norm, nonnegative=nonnegative, normalize=normalize, momentum=momentum,
-        buffers=buffers, blocks=blocks,
+        buffers=buffers, networks=networks,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ class TopKLinear(Module, LinearTopK):
     def draw(self, d: Draw) -> Case:
         case = layer(d, networks=False)
         case.arguments.pop("counts", None)
-        case.arguments.pop("blocks")
+        case.arguments.pop("networks")
         case.in_place = ()
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
         return self.finish(case)
@@ -152,7 +152,7 @@ class KSparseMLP(Module, LinearTopK):
 
     def draw(self, d: Draw) -> Case:
         case = layer(d, networks=False)
-        for name in ("counts", "blocks"):
+        for name in ("counts", "networks"):
             case.arguments.pop(name, None)
         case.in_place = ()
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])

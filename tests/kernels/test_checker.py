@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,7 +47,7 @@ class Function(NamedTuple):
         return inspect.getsourcefile(self.jitted.fn) or ""
 
 
-# Short tiles: the smallest shapes have several of each, and a short last one.
+LINEAR_INHIBIT = importlib.import_module("ssd_kernels.linear_inhibit")  # not the function
 CASES = {
     f"{name} {case}".strip(): run for name, op in OPS.items() for case, run in op.checked.items()
 }
@@ -54,13 +55,19 @@ CASES = {
 
 @contextmanager
 def small_tiles(slab: int | None = None, groups: int | None = None) -> Iterator[None]:
-    """Launches with short tiles; few rows and programs of few groups where asked for."""
+    """Launches with tiles so short that the smallest shapes have several, and a short last one.
+
+    slab: rows at a time. groups: the most that a program selects from.
+    """
     table = {name: {"default": rows} for op in OPS.values() for name, rows in op.tiles.items()}
-    limits: dict[str, Any] = {} if slab is None else {"slab_rows": lambda *_: slab, "WORKSPACE": 1}
-    limits |= {} if groups is None else {"MAX_GROUPS": groups}
+    limits: list[tuple[Any, str, Any]] = []
+    if slab is not None:
+        limits += [(LINEAR_INHIBIT, "slab_rows", lambda *_: slab), (_encoder, "WORKSPACE", 1)]
+    if groups is not None:
+        limits += [(_encoder, "MAX_GROUPS", groups)]
     with ExitStack() as stack:
-        for name, limit in limits.items():
-            stack.enter_context(mock.patch.object(_encoder, name, limit))
+        for limit in limits:
+            stack.enter_context(mock.patch.object(*limit))
         stack.enter_context(mock.patch.object(_tuning, "TABLE", table))
         stack.enter_context(mock.patch.dict("os.environ", SSD_KERNELS_IMPL="triton"))
         yield
@@ -68,7 +75,7 @@ def small_tiles(slab: int | None = None, groups: int | None = None) -> Iterator[
 
 def slabs(case: str) -> dict[str, int]:
     """Few rows at a time for some, few groups at a time for others."""
-    if "blocks" in case or case.endswith("gaba"):
+    if "networks" in case or case.endswith("gaba"):
         return {"slab": 4}
     return {"groups": 3} if "ties" in case else {}
 

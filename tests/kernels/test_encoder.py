@@ -54,8 +54,8 @@ def test_every_form_of_the_product(
     tile(monkeypatch, DESCRIPTORS=described, PERSISTENT=persistent, BM=16, BN=64, BK=32)
     for dtype in DTYPES:
         x, weight, bias = networks(2, 37, 150, 40, dtype, device)
-        got = op(x, weight, 3, bias, blocks=2, impl=impl)
-        expected = spec(x, weight, 3, bias, blocks=2)
+        got = op(x, weight, 3, bias, networks=2, impl=impl)
+        expected = spec(x, weight, 3, bias, networks=2)
         assert torch.equal(got.indices, expected.indices)
 
 
@@ -265,10 +265,10 @@ def test_what_descriptors_describe() -> None:
     assert not any(_encoder._aligned(x, wide) or _encoder._aligned(wide, x) for x in others)
 
 
-def graded(x: Tensor, weight: Tensor, k: int, gaba: Tensor, how: str, blocks: int) -> Tensor:
+def graded(x: Tensor, weight: Tensor, k: int, gaba: Tensor, how: str, networks: int) -> Tensor:
     """The dense activations in fp64."""
     given = x.double(), weight.double(), k, gaba.double()
-    return reference.linear_inhibit(*given, inhibition=how, blocks=blocks)
+    return reference.linear_inhibit(*given, inhibition=how, networks=networks)
 
 
 # (S, B, R, d, k, width); a few groups, many, and one network of several.
@@ -286,21 +286,23 @@ def test_graded_codes(
     """Neurons that hardly answer, some that do, all that do; too many for the code or not."""
     if rows is not None:
         monkeypatch.setattr(_encoder, "WORKSPACE", rows)
-    blocks, batch, neurons, features, k, width = shape
-    x, weight, _ = networks(blocks, batch, neurons, features, torch.float32, device)
+    networks, batch, neurons, features, k, width = shape
+    x, weight, _ = networks(networks, batch, neurons, features, torch.float32, device)
     for least, positive in ((0.05, False), (0.6, True), (1.0, True)):
-        gaba = least + (1 - least) * torch.rand(blocks * neurons, device=device)
+        gaba = least + (1 - least) * torch.rand(networks * neurons, device=device)
         given = (x.abs(), weight.abs()) if positive else (x, weight)
-        values, indices, overflow = _encoder.graded_code(*given, k, width, gaba, how, None, blocks)
-        dense = graded(*given, k, gaba, how, blocks)
+        values, indices, overflow = _encoder.graded_code(
+            *given, k, width, gaba, how, None, networks
+        )
+        dense = graded(*given, k, gaba, how, networks)
         assert torch.equal(overflow, (dense > 0).sum(1) > width)
         expected, order = dense.sort(dim=1, descending=True, stable=True)
         error = 2e-6 * dense.abs().max() + scale_of_rounding(*given, None)
         assert ((values - expected[:, :width]).abs() <= error).all()
-        own = reference.numbered_through(order[:, :width], neurons, blocks)
+        own = reference.numbered_through(order[:, :width], neurons, networks)
         active = expected[:, :width] > error
         assert torch.equal(indices[active], own[active])
-        first = torch.arange(blocks, device=device).repeat_interleave(batch).unsqueeze(1)
+        first = torch.arange(networks, device=device).repeat_interleave(batch).unsqueeze(1)
         assert (indices // neurons == first).all()
 
 

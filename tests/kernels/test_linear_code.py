@@ -329,7 +329,7 @@ def test_blocks_equal_the_loop_over_networks(
     x, weight, gaba = (torch.cat(parts) for parts in zip(*layers, strict=True))
     gaba[neurons : 2 * neurons] = 0.3  # the second network alone has too many active neurons
     response = gaba if graded else None
-    code, wider = linear_code(x, weight, 5, width, response, impl=impl, blocks=3)
+    code, wider = linear_code(x, weight, 5, width, response, impl=impl, networks=3)
     assert wider.shape == (27,)
     assert wider.view(3, 9).any(1).tolist() == [False, graded, False] or width == 5
     for number in range(3):
@@ -346,7 +346,7 @@ def test_blocks_equal_the_loop_over_networks(
 def test_blocks_of_an_empty_batch() -> None:
     _, weight, gaba = layer(300, 16, torch.float32)
     for width, response in ((20, gaba), (5, None)):
-        code, wider = linear_code(torch.zeros(0, 16), weight, 5, width, response, blocks=3)
+        code, wider = linear_code(torch.zeros(0, 16), weight, 5, width, response, networks=3)
         assert code.indices.shape == (0, width)
         assert wider.shape == (0,)
 
@@ -354,9 +354,9 @@ def test_blocks_of_an_empty_batch() -> None:
 def test_bad_blocks() -> None:
     x, weight = torch.rand(6, 8), torch.rand(60, 8)
     with pytest.raises(ValueError, match=r"width=21 must lie in 5\.\.20"):
-        linear_code(x, weight, 5, 21, blocks=3)
+        linear_code(x, weight, 5, 21, networks=3)
     with pytest.raises(ValueError, match="a shadow serves one network"):
-        linear_code(x, weight, 5, 20, shadow=Shadow(weight), blocks=3)
-    for blocks in (0, -3, 4, 5):
-        with pytest.raises(ValueError, match=f"linear_code: blocks={blocks} must divide"):
-            linear_code(x, weight, 5, 10, blocks=blocks)
+        linear_code(x, weight, 5, 20, shadow=Shadow(weight), networks=3)
+    for networks in (0, -3, 4, 5):
+        with pytest.raises(ValueError, match=f"linear_code: networks={networks} must divide"):
+            linear_code(x, weight, 5, 10, networks=networks)

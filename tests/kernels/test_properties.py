@@ -268,7 +268,7 @@ KINDS: dict[str, Callable[[Case], bool]] = {
     "C = 0": lambda case: "out" in case.upstream and case.upstream["out"].shape[-1] == 0,
     "k = R": lambda case: case["scores"] is not None and case["k"] == case["scores"].shape[-1],
     "k >= MAX_K": lambda case: isinstance(case["k"], int) and case["k"] >= MAX_K,
-    "networks": lambda case: (case["blocks"] or 1) > 1,
+    "networks": lambda case: (case["networks"] or 1) > 1,
     "gradients": lambda case: case.grad and bool(case.wants),
     "no gradients": lambda case: not case.grad and bool(case.wants),
     "infinite gradients": lambda case: any(bool(t.isinf().any()) for t in case.upstream.values()),

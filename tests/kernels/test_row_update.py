@@ -63,25 +63,25 @@ def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
     norm = row_update(
         weights, step.coefficients, step.inputs, step.indices + 5 * network.unsqueeze(1),
         lr=torch.tensor(rates, device=device), max_norm=torch.tensor(bounds, device=device),
-        blocks=3, impl=impl, **options,
+        networks=3, impl=impl, **options,
     )  # fmt: skip
     torch.testing.assert_close(norm.double(), torch.stack(norms), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(weights, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("blocks", "rows"), [(0, 15), (4, 15), (5, 2)])
-def test_blocks_must_divide_the_rows(blocks: int, rows: int) -> None:
+@pytest.mark.parametrize(("networks", "rows"), [(0, 15), (4, 15), (5, 2)])
+def test_blocks_must_divide_the_rows(networks: int, rows: int) -> None:
     step = Step(2, 2, 15, [4])
     with pytest.raises(ValueError, match=f"must divide the {rows} rows"):
-        step.run("torch", torch.float32, blocks=blocks)
+        step.run("torch", torch.float32, networks=networks)
 
 
 def test_samples_follow_one_another_as_their_networks_do() -> None:
     step = Step(2, 2, 6, [4])
     step.indices = torch.tensor([[0, 2], [3, 1]])
     with pytest.raises(ValueError, match=r"indices of network 1 hold 1; they must lie in 3\.\.5"):
-        step.run("torch", torch.float32, blocks=2)
+        step.run("torch", torch.float32, networks=2)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -201,15 +201,15 @@ def scaled(tensors: list[Tensor], exponent: int, dtype: torch.dtype) -> list[Ten
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("dtype", "exponent"), SCALES, ids=str)
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("networks", [1, 3])
 def test_clip_is_free_of_scale(
-    impl: str, dtype: torch.dtype, exponent: int, blocks: int, device: str
+    impl: str, dtype: torch.dtype, exponent: int, networks: int, device: str
 ) -> None:
     """Gradients, weights and clip in other units give the same step in these units."""
     step = Step(6, 4, 15, [20, 3], device)
-    if blocks > 1:
-        network = torch.arange(blocks, device=device).repeat_interleave(6 // blocks)
-        step.indices = step.indices % (15 // blocks) + 15 // blocks * network.unsqueeze(1)
+    if networks > 1:
+        network = torch.arange(networks, device=device).repeat_interleave(6 // networks)
+        step.indices = step.indices % (15 // networks) + 15 // networks * network.unsqueeze(1)
     for coefficients, inputs in ((0, exponent), (exponent, 0)):
         got, expected = [], []
         for unit, results in ((exponent, got), (0, expected)):
@@ -218,7 +218,7 @@ def test_clip_is_free_of_scale(
                 weights,
                 scaled(step.coefficients, coefficients and unit, dtype),
                 scaled(step.inputs, inputs and unit, dtype),
-                step.indices, lr=0.1, max_norm=0.5 * 2.0**unit, blocks=blocks, impl=impl,
+                step.indices, lr=0.1, max_norm=0.5 * 2.0**unit, networks=networks, impl=impl,
             )  # fmt: skip
             results += scaled([norm, *weights], -unit, dtype)
         for ours, theirs in zip(got, expected, strict=True):

@@ -42,8 +42,8 @@ LAYER: list[Bad] = [
     *SETTINGS,
     ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
     ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
-    ({"blocks": True}, TypeError, "blocks=True must be an integer"),
-    ({"blocks": 1.0}, TypeError, r"blocks=1\.0 must be an integer"),
+    ({"networks": True}, TypeError, "networks=True must be an integer"),
+    ({"networks": 1.0}, TypeError, r"networks=1\.0 must be an integer"),
     ({"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
     ({"weight": torch.ones(9, 5).half()}, TypeError, "weight has dtype torch.float16"),
     ({"bias": torch.ones(9).double()}, TypeError, "bias has dtype torch.float64"),
@@ -56,11 +56,11 @@ LAYER: list[Bad] = [
     ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
     ({"counts": torch.zeros(8).long()}, ValueError, r"counts has shape \[8\]"),
     ({"counts": torch.zeros(9, device=META).long()}, ValueError, "counts is on meta"),
-    ({"blocks": 0}, ValueError, "blocks=0 must divide the 4 rows of x"),
-    ({"blocks": -1}, ValueError, "blocks=-1 must divide the 4 rows of x"),
-    ({"blocks": 3}, ValueError, "blocks=3 must divide the 4 rows of x"),
-    ({"blocks": 2}, ValueError, "blocks=2 must divide the 9 rows of weight"),
-    ({"blocks": 3, "x": torch.ones(3, 5), "k": 4}, ValueError, r"k=4 must lie in 1\.\.3"),
+    ({"networks": 0}, ValueError, "networks=0 must divide the 4 rows of x"),
+    ({"networks": -1}, ValueError, "networks=-1 must divide the 4 rows of x"),
+    ({"networks": 3}, ValueError, "networks=3 must divide the 4 rows of x"),
+    ({"networks": 2}, ValueError, "networks=2 must divide the 9 rows of weight"),
+    ({"networks": 3, "x": torch.ones(3, 5), "k": 4}, ValueError, r"k=4 must lie in 1\.\.3"),
 ]
 GABA: list[Bad] = [
     ({"gaba": torch.ones(8)}, ValueError, r"gaba has shape \[8\], expected \[9\]"),
@@ -72,7 +72,7 @@ ACTIVE: list[Bad] = [
     *GABA,
     ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
     ({"x": torch.ones(2, 4, 5)}, ValueError, r"x has shape \[2, 4, 5\], expected \[B, d\]"),
-    ({"blocks": 3}, ValueError, "blocks=3 must divide the 4 rows of x"),
+    ({"networks": 3}, ValueError, "networks=3 must divide the 4 rows of x"),
 ]
 GRADED: list[Bad] = [
     *ACTIVE,

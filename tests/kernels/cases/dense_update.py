@@ -30,7 +30,7 @@ def call(draw: Draw) -> Run:
             momentum=0.9,
             buffers=buffers,
             samples=samples,
-            blocks=draw.S,
+            networks=draw.S,
             impl=impl,
         )
         return *weights, *buffers
@@ -72,14 +72,14 @@ def launch(
         momentum=momentum,
         buffers=[torch.empty_like(weight) for weight in weights] if momentum else None,
         samples=meta.longs(S) if several else None,
-        blocks=S,
+        networks=S,
     )
 
 
-def check(widths: list[int], blocks: int, nonnegative: bool = True, **options: Any) -> None:
-    given = [[torch.randn(5 * blocks, width) for width in widths] for _ in range(3)]
-    if blocks > 1:
-        bounds, samples = torch.rand(blocks), torch.arange(blocks) % 2
+def check(widths: list[int], networks: int, nonnegative: bool = True, **options: Any) -> None:
+    given = [[torch.randn(5 * networks, width) for width in widths] for _ in range(3)]
+    if networks > 1:
+        bounds, samples = torch.rand(networks), torch.arange(networks) % 2
         options |= {"max_norm": bounds, "lr": bounds.flip(0), "samples": samples}
     results = []
     for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
@@ -91,7 +91,7 @@ def check(widths: list[int], blocks: int, nonnegative: bool = True, **options: A
             nonnegative=nonnegative,
             normalize=[True, False],
             buffers=kept,
-            blocks=blocks,
+            networks=networks,
             impl=impl,
             **options,
         )
@@ -111,7 +111,7 @@ def pinned(S: int = 10) -> meta.Prepare:
         max_norm=meta.new(S),
         samples=samples,
         normalize=[True, False],
-        blocks=S,
+        networks=S,
     )
 
 
@@ -127,7 +127,7 @@ OP = Op(
     checked={
         "": partial(check, [5, 3], 1, False, lr=0.1),
         "clipped": partial(check, [11, 8], 1, lr=0.1, max_norm=0.5, momentum=0.9),
-        "blocks": partial(check, [9, 2], 3),
+        "networks": partial(check, [9, 2], 3),
     },
     tiles={"squares": tile(PARTS=3, BLOCK=4, num_warps=1)},
     pins={

@@ -20,7 +20,7 @@ def call(draw: Draw, least: float = 0.9, networks: int = 1) -> Run:
 
     def run(impl: str | None) -> Results:
         counts = draw.counts(networks * draw.R)
-        given = {"counts": counts, "every": True, "blocks": networks, "impl": impl}
+        given = {"counts": counts, "every": True, "networks": networks, "impl": impl}
         active = linear_active(x, weight, draw.K, gaba, **given)
         return active.values, active.gate > 0, counts
 

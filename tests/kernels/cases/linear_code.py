@@ -24,7 +24,7 @@ def call(
 
     def run(impl: str | None) -> Results:
         counts = draw.counts(neurons)
-        given: dict[str, Any] = {"counts": counts, "blocks": networks, "impl": impl}
+        given: dict[str, Any] = {"counts": counts, "networks": networks, "impl": impl}
         if shadow is not None and impl != "triton" and not x.is_meta:
             given["shadow"] = Shadow(weight, shadow)
         width = min(4 * draw.K, draw.R)
@@ -54,7 +54,7 @@ def launch(
 ) -> None:
     shapes = (S * B, d), (S * R, d), (S * R,)
     x, weight, gaba = (meta.new(*shape, dtype=dtype) for shape in shapes)
-    given = {"counts": meta.longs(S * R) if counts else None, "blocks": S, **options}
+    given = {"counts": meta.longs(S * R) if counts else None, "networks": S, **options}
     linear_code(x, weight, k, width, gaba, **given)
 
 
@@ -63,19 +63,19 @@ def check(
     gaba: bool,
     inhibition: str,
     shadow: bool = False,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str = "triton",
     count: bool = False,
     crowded: bool = False,
 ) -> None:
     """By way of the kernels; or the torch path, for what it reads. Crowded: too many fire."""
-    x, weight = torch.rand(4, 9).to(dtype), torch.rand(400 * blocks, 9).to(dtype)
-    x[1::blocks] += 1
-    response = (1 - torch.rand(400 * blocks) / 64).to(dtype) if gaba else None
+    x, weight = torch.rand(4, 9).to(dtype), torch.rand(400 * networks, 9).to(dtype)
+    x[1::networks] += 1
+    response = (1 - torch.rand(400 * networks) / 64).to(dtype) if gaba else None
     if crowded and response is not None:
         response *= 0.5
     copy = Shadow(weight) if shadow else None
-    counts = small.counter(400 * blocks) if count else None
+    counts = small.counter(400 * networks) if count else None
     got, wider = linear_code(
         x,
         weight,
@@ -85,11 +85,11 @@ def check(
         inhibition=inhibition,
         counts=counts,
         shadow=copy,
-        blocks=blocks,
+        networks=networks,
         impl=impl,
     )
     expected, _ = linear_code(
-        x, weight, 2, 6, response, inhibition=inhibition, blocks=blocks, impl="reference"
+        x, weight, 2, 6, response, inhibition=inhibition, networks=networks, impl="reference"
     )
     assert bool(wider.all()) if crowded else not wider.any()
     if not crowded:
@@ -127,12 +127,12 @@ OP = Op(
     ],
     checked={
         "half": partial(check, FP16, False, "mask"),
-        "half gaba": partial(check, FP16, True, "mask", blocks=2),
+        "half gaba": partial(check, FP16, True, "mask", networks=2),
         "graded": partial(check, FP32, True, "mask"),
-        "graded blocks": partial(linear_code, FP32, True, "subtract", blocks=2, count=True),
-        "graded crowded": partial(linear_code, FP32, True, "mask", count=True, crowded=True),
-        "torch": partial(check, FP32, True, "subtract", blocks=2, impl="torch"),
-        "torch shadow": partial(linear_code, FP32, True, "subtract", shadow=True, impl="torch"),
+        "graded networks": partial(check, FP32, True, "subtract", networks=2, count=True),
+        "graded crowded": partial(check, FP32, True, "mask", count=True, crowded=True),
+        "torch": partial(check, FP32, True, "subtract", networks=2, impl="torch"),
+        "torch shadow": partial(check, FP32, True, "subtract", shadow=True, impl="torch"),
     },
     pins={
         "": Pin(

@@ -34,7 +34,7 @@ def call(draw: Draw, networks: int = 1) -> Run:
 
     def run(impl: str | None) -> Results:
         now = counts.clone()
-        options: dict[str, Any] = {"counts": now, "blocks": networks, "impl": impl}
+        options: dict[str, Any] = {"counts": now, "networks": networks, "impl": impl}
         return linear_inhibit(x, weight, draw.K, gaba, bias, **options), now
 
     return run
@@ -42,7 +42,9 @@ def call(draw: Draw, networks: int = 1) -> Run:
 
 def without_gradients(draw: Draw) -> Run:
     x, weight = draw(2 * draw.B, draw.D), draw(2 * draw.R, draw.D)
-    return lambda impl: (linear_inhibit(x, weight, draw.K, inhibition="mask", blocks=2, impl=impl),)
+    return lambda impl: (
+        linear_inhibit(x, weight, draw.K, inhibition="mask", networks=2, impl=impl),
+    )
 
 
 def good() -> Arguments:
@@ -70,7 +72,7 @@ def launch(
         meta.new(S * R, dtype=dtype) if gaba else None,
         meta.new(S * R, dtype=dtype) if bias else None,
         counts=meta.longs(S * R) if counts else None,
-        blocks=S,
+        networks=S,
         **options,
     )
 
@@ -83,16 +85,16 @@ def check(
     bias: bool = True,
     inhibition: str = "subtract",
     count: bool = True,
-    blocks: int = 1,
+    networks: int = 1,
     grad: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    x, weight, shift = small.layer(batch * blocks, neurons * blocks, 9, bias, dtype)
-    response = torch.randint(1, 5, (neurons * blocks,)).to(dtype) / 4 if gaba else None
+    x, weight, shift = small.layer(batch * networks, neurons * networks, 9, bias, dtype)
+    response = torch.randint(1, 5, (neurons * networks,)).to(dtype) / 4 if gaba else None
     leaves = [t.requires_grad_(grad) for t in (x, weight, shift) if t is not None]
     results = []
     for impl in ("triton", "reference"):
-        counts = small.counter(neurons * blocks) if count else None
+        counts = small.counter(neurons * networks) if count else None
         out = linear_inhibit(
             x,
             weight,
@@ -101,7 +103,7 @@ def check(
             shift,
             inhibition=inhibition,
             counts=counts,
-            blocks=blocks,
+            networks=networks,
             impl=impl,
         )
         slopes = small.gradients((out * small.ramp(out)).sum(), leaves) if grad else ()
@@ -138,9 +140,7 @@ OP = Op(
     checked={
         "gaba": partial(check, 5, 70, 3),
         "one": partial(check, 2, 40, 1, gaba=False, count=False),
-        "blocks": partial(
-            linear_inhibit, 3, 40, 2, bias=False, inhibition="mask", blocks=2, grad=False
-        ),
+        "networks": partial(check, 3, 40, 2, bias=False, inhibition="mask", networks=2, grad=False),
         "all": partial(check, 2, 40, 40),
         "half": partial(check, 2, 40, 2, dtype=FP16, grad=False),
     },

@@ -44,7 +44,7 @@ def call(draw: Draw, networks: int = 1) -> Run:
             inhibition="subtract",
             threshold=True,
             counts=now,
-            blocks=networks,
+            networks=networks,
             impl=impl,
         )
         return out.values, out.indices, out.threshold, now
@@ -78,7 +78,7 @@ def forward(draw: Draw, batch: int, d: int, networks: int = 1) -> Run:
     bias = draw(networks * draw.R)
 
     def run(impl: str | None) -> Results:
-        out = linear_topk(x, weight, draw.K, bias, blocks=networks, impl=impl)
+        out = linear_topk(x, weight, draw.K, bias, networks=networks, impl=impl)
         return out.values, out.indices
 
     return run
@@ -103,7 +103,7 @@ def launch(
         k,
         meta.new(S * R, dtype=dtype, grad=True) if bias else None,
         counts=meta.longs(S * R) if counts else None,
-        blocks=S,
+        networks=S,
         **options,
     )
     if backward:
@@ -119,15 +119,15 @@ def check(
     bias: bool = True,
     inhibition: str = "mask",
     count: bool = True,
-    blocks: int = 1,
+    networks: int = 1,
     grad: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    given = small.layer(batch * blocks, neurons * blocks, features, bias, dtype)
+    given = small.layer(batch * networks, neurons * networks, features, bias, dtype)
     leaves = [t.requires_grad_(grad) for t in given if t is not None]
     results = []
     for name in ("triton", "reference"):
-        counts = small.counter(neurons * blocks) if count else None
+        counts = small.counter(neurons * networks) if count else None
         out = linear_topk(
             given[0],
             given[1],
@@ -136,7 +136,7 @@ def check(
             inhibition=inhibition,
             threshold=True,
             counts=counts,
-            blocks=blocks,
+            networks=networks,
             impl=name,
         )
         assert out.threshold is not None
@@ -147,19 +147,19 @@ def check(
     small.equal(*results)
 
 
-def rescored(blocks: int, bias: bool) -> None:
+def rescored(networks: int, bias: bool) -> None:
     """Scores that differ, of which few are looked at; and a row whose scores are too close."""
-    x, weight = torch.randn(3 * blocks, 7), torch.randn(170 * blocks, 7)
+    x, weight = torch.randn(3 * networks, 7), torch.randn(170 * networks, 7)
     x[1] = 10 + torch.rand(7)
     weight[:170] = x[1] + 1e-5 * torch.rand(170, 7)
-    shift = torch.randn(170 * blocks) * 1e-3 if bias else None
-    got = linear_topk(x, weight, 2, shift, blocks=blocks, impl="triton")
+    shift = torch.randn(170 * networks) * 1e-3 if bias else None
+    got = linear_topk(x, weight, 2, shift, networks=networks, impl="triton")
     expected = linear_topk(
         x.double(),
         weight.double(),
         2,
         None if shift is None else shift.double(),
-        blocks=blocks,
+        networks=networks,
         impl="reference",
     )
     torch.testing.assert_close(got.values.double(), expected.values, rtol=1e-5, atol=1e-5)
@@ -293,7 +293,7 @@ OP = Op(
             for name, shape, options in (
                 ("one", (5, 70, 9, 1), {"bias": False}),
                 ("ties", (3, 130, 9, 3), {"inhibition": "subtract"}),
-                ("blocks", (5, 65, 9, 2), {"blocks": 2, "bias": False, "count": False}),
+                ("networks", (5, 65, 9, 2), {"networks": 2, "bias": False, "count": False}),
                 ("all", (1, 33, 37, 33), {"count": False}),
                 ("many groups", (2, 700, 1, 1), {"bias": False, "grad": False}),
             )

@@ -51,7 +51,7 @@ def call(draw: Draw, networks: int = 1, momentum: float = 0.0) -> Run:
             normalize=[True, False],
             momentum=momentum,
             buffers=buffers or None,
-            blocks=networks,
+            networks=networks,
             impl=impl,
         )
         return norm, *weights, *buffers
@@ -101,7 +101,7 @@ BAD: list[Bad] = [
     ({"buffers": None}, ValueError, "momentum=0.9 and buffers must be given together"),
     ({"momentum": 0.0}, ValueError, "momentum=0.0 and buffers must be given together"),
     *refused.CODE,
-    ({"blocks": True}, TypeError, "blocks=True must be an integer"),
+    ({"networks": True}, TypeError, "networks=True must be an integer"),
     ({"lr": torch.ones(1, device=refused.META)}, ValueError, "lr is on meta"),
     ({"lr": float("nan")}, ValueError, "lr=nan must be finite"),
     ({"lr": True}, TypeError, "lr=True must be a number"),
@@ -177,7 +177,7 @@ def launch(
         normalize=[project, False],
         momentum=momentum,
         buffers=[torch.empty_like(weight) for weight in weights] if momentum else None,
-        blocks=S,
+        networks=S,
     )
 
 
@@ -216,13 +216,15 @@ class Step:
         return self
 
 
-def check(widths: list[int], neurons: int = 8, blocks: int = 1, **options: Any) -> None:
-    step = Step(5 if blocks == 1 else 2 * blocks, 3, neurons, widths)
-    if blocks > 1:  # samples follow one another as their networks do
-        own = neurons // blocks
-        step.indices = step.indices % own + own * torch.arange(blocks).repeat_interleave(2)[:, None]
-        bounds = torch.full((blocks,), options.pop("max_norm"))
-        options |= {"blocks": blocks, "max_norm": bounds, "lr": torch.rand(blocks)}
+def check(widths: list[int], neurons: int = 8, networks: int = 1, **options: Any) -> None:
+    step = Step(5 if networks == 1 else 2 * networks, 3, neurons, widths)
+    if networks > 1:  # samples follow one another as their networks do
+        own = neurons // networks
+        step.indices = (
+            step.indices % own + own * torch.arange(networks).repeat_interleave(2)[:, None]
+        )
+        bounds = torch.full((networks,), options.pop("max_norm"))
+        options |= {"networks": networks, "max_norm": bounds, "lr": torch.rand(networks)}
     got = step.run("triton", torch.float32, **options)
     expected = step.run("reference", torch.float64, **options)
     for ours, theirs in zip(got, expected, strict=True):
@@ -241,7 +243,7 @@ def update(*widths: int, S: int = 1, **shape: int) -> meta.Prepare:
         lr=rates,
         max_norm=rates,
         normalize=[True] * len(widths),
-        blocks=S,
+        networks=S,
     )
 
 
@@ -272,14 +274,14 @@ OP = Op(
     checked={
         "": partial(check, [11, 3]),
         "clipped": partial(
-            row_update,
+            check,
             [20, 3],
             max_norm=0.5,
             nonnegative=True,
             normalize=[True, True],
             momentum=0.9,
         ),
-        "blocks": partial(check, [9], 9, 3, max_norm=1e6, normalize=[True]),
+        "networks": partial(check, [9], 9, 3, max_norm=1e6, normalize=[True]),
         "few slots": partial(check, [11, 3], 39, 3, max_norm=0.5, nonnegative=True),
     },
     tiles={"row_update": tile(BLOCK=8, num_warps=1)},
