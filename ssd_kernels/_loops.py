@@ -184,9 +184,17 @@ def inhibition(scores: Any, k: int, cut: Any) -> None:
 
 @loop
 def inhibit(
-    scores: Any, cut: Any, gaba: Any, mask: bool, every: bool, excited: bool,
-    values: Any, gate: Any, neurons: Any, counts: Any,
-) -> int:  # fmt: skip
+    scores: Any,
+    cut: Any,
+    gaba: Any,
+    mask: bool,
+    every: bool,
+    excited: bool,
+    values: Any,
+    gate: Any,
+    neurons: Any,
+    counts: Any,
+) -> int:
     """Rows of scores [R, B] after inhibition, those that fire or `every`; returns how many.
 
     gaba, gate and counts that are not wanted have length 0.
@@ -269,9 +277,18 @@ def _ranked_in(best: Any, who: Any, held: int, score: float, neuron: int) -> int
 
 @loop
 def code_of_estimates(
-    estimates: Any, group: int, share: int, error: float, tiny: float, x: Any, weight: Any,
-    k: int, mask: bool, values: Any, indices: Any,
-) -> bool:  # fmt: skip
+    estimates: Any,
+    group: int,
+    share: int,
+    error: float,
+    tiny: float,
+    x: Any,
+    weight: Any,
+    k: int,
+    mask: bool,
+    values: Any,
+    indices: Any,
+) -> bool:
     """The code [B, k] by bfloat16 estimates of scores, the bits of numbers >= 0 [R', B].
 
     The (k+1)-th largest maximum of groups bounds the inhibition from below. What may reach it,

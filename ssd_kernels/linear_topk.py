@@ -115,7 +115,7 @@ class _LinearTopK(torch.autograd.Function):
             return (None,) * 8
         slopes, ranked, passes = parts[0]
         if len(parts) > 1:
-            slopes, ranked, passes = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+            slopes, ranked, passes = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
         batched = _dispatch.symbolic(slopes) and not _dispatch.tracing()
         plain = not ctx.kernels or _dispatch.differentiable() or batched
         gradients = _plain_gradients if plain else _triton_gradients
@@ -205,8 +205,8 @@ def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int) -> Te
     wide = reference.accumulation_dtype(x.dtype)
     shifts = [None] * networks if bias is None else bias.to(wide).unsqueeze(1).chunk(networks)
     own = zip(x.to(wide).chunk(networks), weight.to(wide).chunk(networks), shifts, strict=True)
-    each = [w @ a.T if shift is None else torch.addmm(shift, w, a.T) for a, w, shift in own]
-    return (each[0] if networks == 1 else torch.cat(each, dim=1)).T
+    scores = [w @ a.T if shift is None else torch.addmm(shift, w, a.T) for a, w, shift in own]
+    return (scores[0] if networks == 1 else torch.cat(scores, dim=1)).T
 
 
 def _ranked_triton(scores: Tensor, k: int) -> Tensor:

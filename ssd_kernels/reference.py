@@ -193,9 +193,17 @@ def row_update(
         for c, i in zip(coefficients, inputs, strict=True)
     ]
     return sgd_step(
-        weights, gradients, touched, lr=lr, max_norm=max_norm, nonnegative=nonnegative,
-        normalize=normalize, momentum=momentum, buffers=buffers, networks=networks,
-    )  # fmt: skip
+        weights,
+        gradients,
+        touched,
+        lr=lr,
+        max_norm=max_norm,
+        nonnegative=nonnegative,
+        normalize=normalize,
+        momentum=momentum,
+        buffers=buffers,
+        networks=networks,
+    )
 
 
 def sgd_step(
@@ -284,8 +292,8 @@ def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int = 1)
     if networks > 1:
         samples, neurons = by_network(x, networks), by_network(weight, networks)
         shifts = [None] * networks if bias is None else bias.reshape(networks, -1)
-        each = [scores_of(*own) for own in zip(samples, neurons, shifts, strict=True)]
-        return torch.stack(each).view(*x.shape[:-1], neurons.shape[1])
+        scores = [scores_of(*own) for own in zip(samples, neurons, shifts, strict=True)]
+        return torch.stack(scores).view(*x.shape[:-1], neurons.shape[1])
     accumulate = accumulation_dtype(x.dtype)
     return F.linear(
         x.to(accumulate),

@@ -57,7 +57,7 @@ def spread(
     dtype: torch.dtype,
     grain: float,
 ) -> Bounds:
-    """row_gradient within its rounding."""  # fmt: skip
+    """row_gradient within its rounding."""
     exact = reference.row_gradient(coefficients.double(), inputs.double(), indices, neurons)
     size = reference.row_gradient(finite(coefficients), finite(inputs), indices, neurons)
     terms = torch.bincount(indices.flatten(), minlength=neurons).unsqueeze(1)
@@ -152,9 +152,13 @@ class RowGradient(Drawn):
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
         grain = case.grain("coefficients", "inputs")
         bounds = spread(
-            case["coefficients"], case["inputs"], case["indices"], case["neurons"], case.dtype,
+            case["coefficients"],
+            case["inputs"],
+            case["indices"],
+            case["neurons"],
+            case.dtype,
             grain,
-        )  # fmt: skip
+        )
         yield from off("out", got["out"], bounds)
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:

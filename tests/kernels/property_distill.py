@@ -42,8 +42,8 @@ class Distill(Drawn):
             if kind == "number":
                 case.arguments[name] = round(float(d.rng.uniform(low, high)), 2)
             elif kind == "each":
-                each = torch.from_numpy(d.rng.uniform(low, high, batch)).to(case.dtype)
-                case.add(name, each)
+                values = torch.from_numpy(d.rng.uniform(low, high, batch)).to(case.dtype)
+                case.add(name, values)
         if d.chance(0.4):
             case.add("weight", torch.from_numpy(d.rng.uniform(0.1, 2, batch)).to(case.dtype))
         case.arguments["kl"] = d.pick(["reverse", "forward"])
@@ -95,9 +95,14 @@ class Distill(Drawn):
             )
         for share, student, teacher, columns in terms:
             term, term_error, slope, slope_error = divergence(
-                case[student].double(), case[teacher].double(), columns, temperature,
-                case["kl"], unit, dtype,
-            )  # fmt: skip
+                case[student].double(),
+                case[teacher].double(),
+                columns,
+                temperature,
+                case["kl"],
+                unit,
+                dtype,
+            )
             # A share rounds too, as 1 - alpha does, whatever is left of it.
             loss = loss + share * term
             loss_error = loss_error + share.abs() * term_error + 4 * unit * term.abs()

@@ -313,8 +313,8 @@ class LinearInhibit(Drawn):
         truth.response = torch.ones(1, 1, dtype=torch.float64)
         if case["gaba"] is not None:
             own = case["gaba"].double().view(truth.networks, truth.neurons)
-            each = len(truth.first) // truth.networks
-            truth.response = own.repeat_interleave(each, dim=0)
+            rows = len(truth.first) // truth.networks
+            truth.response = own.repeat_interleave(rows, dim=0)
         truth.excess = excess = truth.surplus(truth.activation, truth.response)
         certain = ~excess.free & ~truth.bounds.free
         mask = case["inhibition"] == "mask"

@@ -110,9 +110,13 @@ class TopKLinear(Module, LinearTopK):
     def module(self, arguments: Arguments) -> torch.nn.Module:
         weight = arguments["weight"]
         return sk.nn.TopKLinear(
-            *reversed(weight.shape), arguments["k"], arguments.get("bias") is not None,
-            arguments["inhibition"], weight.device, weight.dtype,
-        )  # fmt: skip
+            *reversed(weight.shape),
+            arguments["k"],
+            arguments.get("bias") is not None,
+            arguments["inhibition"],
+            weight.device,
+            weight.dtype,
+        )
 
     def parameters(self, arguments: Arguments) -> dict[str, Tensor]:
         return {"weight": arguments["weight"], "bias": arguments.get("bias")}
@@ -169,9 +173,14 @@ class KSparseMLP(Module, LinearTopK):
     def module(self, arguments: Arguments) -> torch.nn.Module:
         weight, decoder = arguments["weight"], arguments["decoder"]
         return sk.nn.KSparseMLP(
-            *reversed(weight.shape), decoder.shape[1], arguments["k"],
-            arguments.get("bias") is not None, arguments["inhibition"], weight.device, weight.dtype,
-        )  # fmt: skip
+            *reversed(weight.shape),
+            decoder.shape[1],
+            arguments["k"],
+            arguments.get("bias") is not None,
+            arguments["inhibition"],
+            weight.device,
+            weight.dtype,
+        )
 
     def parameters(self, arguments: Arguments) -> dict[str, Tensor]:
         return {

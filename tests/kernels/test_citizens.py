@@ -128,8 +128,8 @@ def test_batches_of_gradients_and_forward_mode(name: str) -> None:
     kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
     batched = torch.autograd.grad(out, arguments, upstream, is_grads_batched=True, **kept)
     for number in range(2):
-        each = torch.autograd.grad(out, arguments, upstream[number], **kept)
-        for got, want in zip(batched, each, strict=True):
+        single = torch.autograd.grad(out, arguments, upstream[number], **kept)
+        for got, want in zip(batched, single, strict=True):
             torch.testing.assert_close(got[number], want)
     tangents = [torch.randn_like(a) for a in arguments]
     with forward_ad.dual_level():
@@ -190,8 +190,8 @@ def test_gradients_of_each_sample(randomness: str) -> None:
     def loss(given: dict[str, Tensor], sample: Tensor) -> Tensor:
         return torch.func.functional_call(model, given, (sample,)).square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)
-    gradients = each(parameters, x)
+    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)
+    gradients = by_sample(parameters, x)
     for number in range(BATCH):
         model.zero_grad()
         loss(parameters, x[number]).backward()

@@ -85,9 +85,13 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ],
 )
 def test_few_neurons_are_scored_in_fp32(
-    impl: str, features: int, neurons: int, k: int, dtype: torch.dtype,
+    impl: str,
+    features: int,
+    neurons: int,
+    k: int,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """At the benchmark's shapes: on average no more than 2 k + 100 a row."""
     tile(monkeypatch, DESCRIPTORS=0, PERSISTENT=0, BM=16, BN=4096, BK=256)
     monkeypatch.setattr(_encoder, "ENTRIES", 2**20)
@@ -131,9 +135,17 @@ def adverse(kind: str, device: str) -> tuple[Tensor, Tensor]:
 
 
 ADVERSE = [
-    "sorted", "duplicates", "scattered duplicates", "ties", "zero", "huge row", "near", "scales",
-    "spread", "subnormal",
-]  # fmt: skip
+    "sorted",
+    "duplicates",
+    "scattered duplicates",
+    "ties",
+    "zero",
+    "huge row",
+    "near",
+    "scales",
+    "spread",
+    "subnormal",
+]
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -280,9 +292,13 @@ CODES = [(1, 3, 33, 7, 2, 8), (1, 3, 600, 24, 5, 20), (2, 2, 200, 16, 4, 40)]
 @pytest.mark.parametrize("shape", CODES)
 @pytest.mark.parametrize("rows", [None, 1])
 def test_graded_codes(
-    device: str, impl: str, how: str, shape: tuple[int, ...], rows: int | None,
+    device: str,
+    impl: str,
+    how: str,
+    shape: tuple[int, ...],
+    rows: int | None,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Neurons that hardly answer, some that do, all that do; too many for the code or not."""
     if rows is not None:
         monkeypatch.setattr(_encoder, "WORKSPACE", rows)

@@ -118,9 +118,11 @@ def test_compiled_transforms(impl: str | None, device: str) -> None:
     """Of torch.func: they take the specification."""
     torch._dynamo.reset()
     run = Reconstruction(impl, device)
-    each = torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))
+    by_row = torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))
     x = torch.randn(2, BATCH, INPUTS, device=device)
-    torch.testing.assert_close(torch.compile(each, fullgraph=True, backend="aot_eager")(x), each(x))
+    torch.testing.assert_close(
+        torch.compile(by_row, fullgraph=True, backend="aot_eager")(x), by_row(x)
+    )
 
 
 @pytest.mark.parametrize("strict", [True, False])

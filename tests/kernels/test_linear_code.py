@@ -47,9 +47,12 @@ def test_equals_the_dense_layer(
     options: dict[str, Any] = {"inhibition": inhibition, "impl": impl}
     code, wider = linear_code(x, weight, 5, width, gaba, shadow=shadow, **options)
     expected = reference.linear_inhibit(
-        x.double(), weight.double(), 5, None if gaba is None else gaba.double(),
+        x.double(),
+        weight.double(),
+        5,
+        None if gaba is None else gaba.double(),
         inhibition=inhibition,
-    )  # fmt: skip
+    )
     assert torch.equal(wider, (expected > 0).sum(1) > width)
     error = (scatter(code, neurons) - expected).abs()[~wider]
     native = (reference.linear_inhibit(x, weight, 5, gaba, inhibition=inhibition) - expected).abs()
@@ -172,9 +175,19 @@ def adverse(name: str, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
 @pytest.mark.parametrize(
     "name",
-    ["plain", "duplicates", "equal", "zeros", "negative zeros", "few fire", "lengths", "huge",
-     "tiny", "subnormal"],
-)  # fmt: skip
+    [
+        "plain",
+        "duplicates",
+        "equal",
+        "zeros",
+        "negative zeros",
+        "few fire",
+        "lengths",
+        "huge",
+        "tiny",
+        "subnormal",
+    ],
+)
 @pytest.mark.parametrize("k", [1, 10, 186, 187, 3001])  # of 188 groups
 def test_loops_against_fp64(
     k: int, name: str, inhibition: str, shadow_dtype: torch.dtype | None
@@ -322,7 +335,7 @@ def test_the_shadow_refuses_negative_numbers() -> None:
 # Codes by way of all activations, of k slots, and by way of candidates.
 @pytest.mark.parametrize(("neurons", "width"), [(63, 20), (63, 5), (3001, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_equal_the_loop_over_networks(
+def test_networks_equal_the_loop_over_networks(
     impl: str, graded: bool, neurons: int, width: int, dtype: torch.dtype
 ) -> None:
     layers = [layer(neurons, 32, dtype) for _ in range(3)]
@@ -343,7 +356,7 @@ def test_blocks_equal_the_loop_over_networks(
         assert torch.equal(code.indices[rows], alone.indices + number * neurons)
 
 
-def test_blocks_of_an_empty_batch() -> None:
+def test_networks_of_an_empty_batch() -> None:
     _, weight, gaba = layer(300, 16, torch.float32)
     for width, response in ((20, gaba), (5, None)):
         code, wider = linear_code(torch.zeros(0, 16), weight, 5, width, response, networks=3)

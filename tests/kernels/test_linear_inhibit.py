@@ -172,24 +172,32 @@ def test_torch_path_on_any_shape(batch: int, neurons: int, features: int, data: 
 
 
 def one_by_one(
-    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, bias: Tensor | None, networks: int,
-    counts: Tensor, **more: Any,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    bias: Tensor | None,
+    networks: int,
+    counts: Tensor,
+    **more: Any,
+) -> Tensor:
     """The loop over networks that a call with several stands for."""
     shares = [
         [None] * networks if t is None else t.chunk(networks)
         for t in (x, weight, gaba, bias, counts)
     ]
-    return torch.cat([
-        op(own, rows, k, response, shift, counts=hits, **more)
-        for own, rows, response, shift, hits in zip(*shares, strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            op(own, rows, k, response, shift, counts=hits, **more)
+            for own, rows, response, shift, hits in zip(*shares, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)])
 @pytest.mark.parametrize("slab", [None, 2, 11])
-def test_blocks_equal_the_loop_over_networks(
+def test_networks_equal_the_loop_over_networks(
     device: str,
     impl: str,
     shape: tuple[int, int, int, int, int],
@@ -216,7 +224,7 @@ def test_blocks_equal_the_loop_over_networks(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("impl", FAST)
-def test_blocks_large(device: str, impl: str) -> None:
+def test_networks_large(device: str, impl: str) -> None:
     x, weight, bias, gaba = layer(10 * 128, 10 * 10_000, 256, torch.float32, device)
     got = op(x, weight, 10, gaba, bias, impl=impl, networks=10)
     shares = (t.chunk(10) for t in (got, x, weight, gaba, bias))

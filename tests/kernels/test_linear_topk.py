@@ -229,7 +229,7 @@ def test_empty_batch_strides_and_leading_dimensions(device: str, impl: str) -> N
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_blocks_of_rows_and_reused_memory(
+def test_networks_of_rows_and_reused_memory(
     device: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows at a time; what the kernels do not write would stay NaN."""
@@ -293,7 +293,7 @@ def test_gradcheck(inhibition: str) -> None:
     assert torch.autograd.gradcheck(run, (x, weight, bias))
 
 
-def networks(
+def layers(
     count: int, batch: int, neurons: int, features: int, dtype: torch.dtype, device: str
 ) -> list[Tensor]:
     """Scores that differ in scale, so that what one network says shows in another's rows."""
@@ -337,7 +337,7 @@ NETWORKS = [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)]
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", NETWORKS)
 @pytest.mark.parametrize("workspace", [None, 1, 2**14])
-def test_blocks_equal_the_loop_over_networks(
+def test_networks_equal_the_loop_over_networks(
     device: str,
     impl: str,
     shape: tuple[int, int, int, int, int],
@@ -349,22 +349,31 @@ def test_blocks_equal_the_loop_over_networks(
         monkeypatch.setattr(_encoder, "WORKSPACE", workspace)
     networks, batch, neurons, features, k = shape
     for inhibition, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
-        x, weight, bias = networks(networks, batch, neurons, features, dtype, device)
+        x, weight, bias = layers(networks, batch, neurons, features, dtype, device)
         shift = bias if inhibition == "mask" else None
         counts, expected_counts = torch.ones(
             2, networks * neurons, dtype=torch.int64, device=device
         )
         options: dict[str, Any] = {"inhibition": inhibition, "impl": impl}
         got = op(
-            x, weight, k, shift, threshold=True, preactivations=impl == "reference",
-            counts=counts, networks=networks, **options,
-        )  # fmt: skip
+            x,
+            weight,
+            k,
+            shift,
+            threshold=True,
+            preactivations=impl == "reference",
+            counts=counts,
+            networks=networks,
+            **options,
+        )
         expected = one_by_one(x, weight, k, shift, networks, expected_counts, **options)
         for ours, theirs in zip(got[:3], expected[:3], strict=True):
             same(ours, theirs)  # type: ignore[arg-type]
         assert torch.equal(counts, expected_counts)
-        assert (got.indices // neurons == torch.arange(networks, device=device)
-                .repeat_interleave(batch).unsqueeze(1)).all()  # fmt: skip
+        assert (
+            got.indices // neurons
+            == torch.arange(networks, device=device).repeat_interleave(batch).unsqueeze(1)
+        ).all()
         if got.preactivations is not None:
             assert got.preactivations.shape == (networks * batch, neurons)
 
@@ -372,9 +381,9 @@ def test_blocks_equal_the_loop_over_networks(
 @pytest.mark.cuda
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("shape", [(10, 128, 10_000, 256, 10), (7, 40, 4_099, 1024, 32)])
-def test_blocks_large(device: str, impl: str, shape: tuple[int, int, int, int, int]) -> None:
+def test_networks_large(device: str, impl: str, shape: tuple[int, int, int, int, int]) -> None:
     networks, batch, neurons, features, k = shape
-    x, weight, bias = networks(networks, batch, neurons, features, torch.float32, device)
+    x, weight, bias = layers(networks, batch, neurons, features, torch.float32, device)
     got = op(x, weight, k, bias, impl=impl, networks=networks)
     for number, own in enumerate(x.chunk(networks)):
         rows = slice(number * batch, (number + 1) * batch)
@@ -389,7 +398,7 @@ def test_blocks_large(device: str, impl: str, shape: tuple[int, int, int, int, i
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_blocks(device: str, impl: str) -> None:
-    leaves = networks(3, 5, 63, 7, torch.float32, device)
+    leaves = layers(3, 5, 63, 7, torch.float32, device)
     grads = []
     for together in (True, False):
         x, weight, bias = (t.detach().clone().requires_grad_() for t in leaves)
@@ -407,8 +416,8 @@ def test_gradients_of_blocks(device: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_blocks_of_a_batch_with_leading_dimensions_or_none(device: str, impl: str) -> None:
-    x, weight, bias = networks(2, 6, 40, 8, torch.float32, device)
+def test_networks_of_a_batch_with_leading_dimensions_or_none(device: str, impl: str) -> None:
+    x, weight, bias = layers(2, 6, 40, 8, torch.float32, device)
     flat = op(x, weight, 3, bias, impl=impl, networks=2)
     folded = op(x.view(2, 3, 2, 8), weight, 3, bias, threshold=True, impl=impl, networks=2)
     assert torch.equal(folded.indices, flat.indices.view(2, 3, 2, 3))

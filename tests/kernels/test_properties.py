@@ -33,18 +33,18 @@ def drawn(impl: str, numbers: range) -> None:
     assert not lines, "\n".join(lines)
 
 
-@pytest.mark.parametrize("share", range(20))
+@pytest.mark.parametrize("part", range(20))
 @pytest.mark.parametrize("impl", SERVED_BY)
-def test_500_cases(impl: str, share: int) -> None:
-    each = 4 if INTERPRETED else 25  # there one takes a tenth of a second or more
-    drawn(impl, range(share * each, (share + 1) * each))
+def test_500_cases(impl: str, part: int) -> None:
+    count = 4 if INTERPRETED else 25  # there one takes a tenth of a second or more
+    drawn(impl, range(part * count, (part + 1) * count))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("share", range(40))
+@pytest.mark.parametrize("part", range(40))
 @pytest.mark.parametrize("impl", SERVED_BY)
-def test_10_000_cases(impl: str, share: int) -> None:
-    drawn(impl, range(share * 250, (share + 1) * 250))
+def test_10_000_cases(impl: str, part: int) -> None:
+    drawn(impl, range(part * 250, (part + 1) * 250))
 
 
 Serve = Callable[..., Any]

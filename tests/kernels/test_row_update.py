@@ -44,7 +44,7 @@ def test_close_to_fp64(impl: str, dtype: torch.dtype, options: dict[str, Any], d
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
+def test_networks_are_steps_of_their_own(impl: str, device: str) -> None:
     """Three networks in one call, each with its rate and clip, equal three calls."""
     step, rates, bounds = Step(9, 4, 5, [20, 3], device), [0.1, 0.2, 0.05], [0.5, 1e6, 0.01]
     network = torch.arange(3, device=device).repeat_interleave(3)  # of each sample
@@ -54,24 +54,36 @@ def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
     norms = []
     for number in range(3):
         own = network == number
-        norms.append(row_update(
-            [w[5 * number : 5 * number + 5] for w in expected],
-            [c[own].double() for c in step.coefficients], [i[own].double() for i in step.inputs],
-            step.indices[own], lr=rates[number], max_norm=bounds[number], impl="reference",
-            **options,
-        ))  # fmt: skip
+        norms.append(
+            row_update(
+                [w[5 * number : 5 * number + 5] for w in expected],
+                [c[own].double() for c in step.coefficients],
+                [i[own].double() for i in step.inputs],
+                step.indices[own],
+                lr=rates[number],
+                max_norm=bounds[number],
+                impl="reference",
+                **options,
+            )
+        )
     norm = row_update(
-        weights, step.coefficients, step.inputs, step.indices + 5 * network.unsqueeze(1),
-        lr=torch.tensor(rates, device=device), max_norm=torch.tensor(bounds, device=device),
-        networks=3, impl=impl, **options,
-    )  # fmt: skip
+        weights,
+        step.coefficients,
+        step.inputs,
+        step.indices + 5 * network.unsqueeze(1),
+        lr=torch.tensor(rates, device=device),
+        max_norm=torch.tensor(bounds, device=device),
+        networks=3,
+        impl=impl,
+        **options,
+    )
     torch.testing.assert_close(norm.double(), torch.stack(norms), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(weights, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("networks", "rows"), [(0, 15), (4, 15), (5, 2)])
-def test_blocks_must_divide_the_rows(networks: int, rows: int) -> None:
+def test_networks_must_divide_the_rows(networks: int, rows: int) -> None:
     step = Step(2, 2, 15, [4])
     with pytest.raises(ValueError, match=f"must divide the {rows} rows"):
         step.run("torch", torch.float32, networks=networks)
@@ -218,8 +230,12 @@ def test_clip_is_free_of_scale(
                 weights,
                 scaled(step.coefficients, coefficients and unit, dtype),
                 scaled(step.inputs, inputs and unit, dtype),
-                step.indices, lr=0.1, max_norm=0.5 * 2.0**unit, networks=networks, impl=impl,
-            )  # fmt: skip
+                step.indices,
+                lr=0.1,
+                max_norm=0.5 * 2.0**unit,
+                networks=networks,
+                impl=impl,
+            )
             results += scaled([norm, *weights], -unit, dtype)
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -237,9 +253,15 @@ def test_rows_of_any_scale_become_unit_rows(
     for unit in (2.0 ** rows.double().unsqueeze(1), torch.ones(15, 1, device=device)):
         weight = (step.weights[0].double() * unit).to(dtype)
         row_update(
-            [weight], [step.coefficients[0].to(dtype)], [0 * step.inputs[0].to(dtype)],
-            step.indices, lr=0.1, nonnegative=True, normalize=[True], impl=impl,
-        )  # fmt: skip
+            [weight],
+            [step.coefficients[0].to(dtype)],
+            [0 * step.inputs[0].to(dtype)],
+            step.indices,
+            lr=0.1,
+            nonnegative=True,
+            normalize=[True],
+            impl=impl,
+        )
         results.append(weight)
     touched = step.indices[step.coefficients[0] > 0].unique()
     torch.testing.assert_close(results[0][touched], results[1][touched])
