@@ -1,19 +1,19 @@
-"""A layer under graded inhibition without its dense form, on a CPU: private to the two packages.
+"""Sparse codes of a layer under graded inhibition, private to the two packages.
 
-While some neurons answer inhibition with g < 1, a few more than k fire: linear_code gives them as a
-sparse code. Where one sample may activate too many for that, a batch still leaves most of the layer
-silent: linear_active gives the neurons that fire somewhere, dense among them, for little more than
-the product. linear_inhibit compares all R activations with their bounds; with a Shadow of the
-weight linear_code looks closely at few.
+While some neurons answer inhibition with g < 1, a few more than k fire. linear_code returns them as
+a sparse code. One sample may fire too many for that, though over a batch most of the layer stays
+silent: linear_active returns the neurons that fire for some sample, dense among them, for little
+more than the product costs. linear_inhibit compares all R activations with their bounds; with a
+Shadow of the weight, linear_code scores a few candidates only.
 
-Why that is exact. One product, in bfloat16 where the CPU is fast at it and else in float32,
-estimates all scores s_j. Nothing is negative, so the rounding errors of s_j and of s_j / g_j add up
-to at most a share c. Any k + 1 neurons bound I, the (k+1)-th largest activation, from below; the
-largest estimates of their groups bound it closely. A neuron whose estimate of s_j / g_j, c added,
-stays under that bound, c taken off, neither fires nor sets I. The few others are candidates; their
-scores are computed in float32. A row whose scores leave the range where c holds, and a batch with
-too many candidates, take theirs from all float32 scores. Either way a score is summed in one fixed
-order, so both give the same bits.
+Why that is exact. One product estimates all scores s_j, in bfloat16 where the CPU multiplies it
+fast, else in float32. Nothing is negative, so the rounding errors of s_j and s_j / g_j are together
+at most a fraction c of them. Any k + 1 neurons bound I, the (k+1)-th largest activation, from
+below; the largest estimates of their groups bound it closely. If the estimate of s_j / g_j, raised
+by c, is under that bound, lowered by c, neuron j neither fires nor sets I. All others are
+candidates, and are scored in float32. All neurons are scored for a row whose scores leave the range
+where c holds, and for a batch with too many candidates. A score is always summed in the same order,
+so both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.topk import MAX_K, select, topk
 
-# Candidates are at least so many for each of the k: enough to settle almost every row.
-CANDIDATES = 3
+CANDIDATES = 3  # at least, for each of the k: enough to settle almost every row
 TINY = 1e-30
-GROUP = 16  # neighbours that share a maximum
-# Opening more groups than one in so many costs more than all scores.
-GROUP_SHARE = 8
+NEIGHBOURS = 16  # whose estimates have one maximum
 MAX_LOOPED = 64  # the k that numba's loops rank, by insertion
-# More candidates than one in so many neurons cost more than all scores.
-DENSE_SHARE = 32
+# To score all neurons is faster once one group in so many may hold a candidate,
+GROUPS_PER_CANDIDATE = 8
+# or once a candidate has fewer neurons than this.
+NEURONS_PER_CANDIDATE = 32
 
 
 class Scratch:
-    """Memory kept from call to call: the operating system zeroes each page of fresh memory."""
+    """Memory kept from call to call: the operating system zeroes every page of new memory."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
@@ -58,12 +57,12 @@ class Scratch:
 
 
 class Shadow:
-    """A copy of a weight by which scores are estimated, and what it is a copy of.
+    """A copy of a weight that estimates scores, and which version of the weight it copies.
 
     Args:
         weight: [R, d] float32, not negative.
-        dtype: bfloat16 or float32; by default what this CPU multiplies faster. A copy in float32
-            is the weight itself.
+        dtype: bfloat16 or float32, by default the one that this CPU multiplies faster. A copy in
+            float32 is the weight itself.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -75,9 +74,9 @@ class Shadow:
     def estimates(self, x: Tensor) -> Tensor:
         """x @ weight.T in the copy's dtype, [R', B], valid until the next call.
 
-        R' is R and rows of zeros up to a whole number of groups.
+        R' is R, padded with rows of zeros to whole groups.
         """
-        padded = -(-len(self.rows) // GROUP) * GROUP
+        padded = -(-len(self.rows) // NEIGHBOURS) * NEIGHBOURS
         estimates = self._scratch(0, self.rows, padded, len(x))
         # Neurons first: the faster order of the product, and of the maxima over groups.
         torch.mm(self.rows, x.to(self.rows.dtype).T, out=estimates[: len(self.rows)])
@@ -101,8 +100,8 @@ class Shadow:
         """Copies all rows, or those of `neurons` [n] if no others changed.
 
         Raises:
-            ValueError: a negative weight, for which the error bound would not hold. Looked for
-                when all rows are copied: those named later must not be negative either.
+            ValueError: a negative weight, for which the error bound would not hold. Checked when
+                all rows are copied; rows named later must not be negative either.
         """
         weight = weight.detach()
         if neurons is None and weight.numel() > 0 and not weight.min() >= 0:
@@ -132,7 +131,7 @@ def fast_bfloat16() -> bool:
 
 
 def estimate_dtype() -> torch.dtype:
-    """In what this CPU estimates scores fastest."""
+    """The dtype in which this CPU estimates scores fastest."""
     return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
@@ -156,7 +155,7 @@ def linear_code(
         x: [B, d] floating, float32 and not negative if there is a shadow; weight: [R, d].
         width: slots of the code, k..R.
         gaba: [R] in (0, 1].
-        counts: as in linear_topk, of what the code holds.
+        counts: as in linear_topk, of the neurons in the code.
         shadow: an up-to-date Shadow of weight; the result is the same without it, but for rounding
             where numba serves.
         scratch: memory of an earlier call, used again on a CPU.
@@ -180,7 +179,7 @@ def linear_code(
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
     if networks > 1 and shadow is not None:
         raise ValueError(f"linear_code: a shadow serves one network, not networks={networks}")
-    # Without gaba the torch path goes by linear_topk's kernels.
+    # Without gaba the torch path calls linear_topk, which has kernels.
     served = gaba is not None and x.dtype == torch.float32 and k < neurons
     served = served and max(k + 1, width) <= MAX_K
     looped = (
@@ -253,15 +252,15 @@ def _torch_code(
 ) -> tuple[TopKOutput, Tensor]:
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
-    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // networks:
-        # Ties with the threshold show in its own precision alone.
+    if not exact or len(x) == 0 or count * NEURONS_PER_CANDIDATE > weight.shape[0] // networks:
+        # Ties with the threshold are seen in its own precision alone.
         tell = inhibition == "subtract" or reference.accumulation_dtype(x.dtype) == x.dtype
         if gaba is None and tell:
             code = linear_topk(
                 x, weight, k, inhibition=inhibition, threshold=True, networks=networks
             )
             if inhibition == "mask" and code.threshold is not None:
-                # linear_topk keeps the k-th of those that tie with the threshold.
+                # linear_topk keeps neurons among the k that tie with the threshold.
                 tied = code.values <= code.threshold.unsqueeze(1)
                 code = code._replace(values=code.values.masked_fill(tied, 0.0))
             wider = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -286,7 +285,7 @@ def _torch_code(
         code, _, fires = decide(x, rank(x))
     else:
         code, cut, fires = decide(x, near)
-        # Beyond these the bound on the rounding does not hold: products underflow or overflow.
+        # Outside these the rounding bound does not hold: products underflow or overflow.
         doubtful = ~((cut > TINY) & (cut < 1 / TINY))
         if doubtful.any():
             again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
@@ -322,7 +321,7 @@ def _one_by_one(
 
 
 class Candidates(NamedTuple):
-    """Neurons of which some may fire, sample by sample, ascending within each."""
+    """Neurons that may fire, sample by sample, ascending within a sample."""
 
     neurons: Tensor  # [m]
     lengths: Tensor  # [B], their sum is m
@@ -332,23 +331,23 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     """All neurons that may fire or set the inhibition; None if they lie in too many groups."""
     batch = len(x)
     estimates = shadow.estimates(x)
-    groups = estimates.view(-1, GROUP, batch)
+    groups = estimates.view(-1, NEIGHBOURS, batch)
     reached = best = groups.amax(1)
     if gaba is not None:
-        groups = shadow.graded(estimates, gaba).view(-1, GROUP, batch)
+        groups = shadow.graded(estimates, gaba).view(-1, NEIGHBOURS, batch)
         best = groups.amax(1)
-    # Some neuron of each group has that activation, so the inhibition is no less than `least`.
+    # Every group has a neuron of that activation, so the inhibition is at least `least`.
     least = _cpu_groups.largest(reached.T, k + 1)[0][:, k].float()
     error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
-    # What is not a number is a candidate, so that it is seen.
+    # NaN is a candidate, so that it is seen.
     sample, group = (best < least).logical_not_().T.contiguous().nonzero(as_tuple=True)
-    if len(sample) * GROUP_SHARE > best.numel():
+    if len(sample) * GROUPS_PER_CANDIDATE > best.numel():
         return None
     near = (groups[group, :, sample] < least[sample].unsqueeze(1)).logical_not_()
     place, member = near.nonzero(as_tuple=True)
     return Candidates(
-        (group * GROUP)[place] + member,
+        (group * NEIGHBOURS)[place] + member,
         torch.bincount(sample[place], minlength=batch),
     )
 
@@ -365,7 +364,7 @@ def _decide(
     """The code among the candidates, the inhibition I [B], and how many fire [B]."""
     neurons, lengths = candidates
     starts = F.pad(lengths.cumsum(0), (1, 0))
-    # Sampled: one dot product a candidate, summed in one order whatever the others are.
+    # One dot product per candidate, summed in the same order whatever the others are.
     scores = torch.sparse.sampled_addmm(
         _pattern(starts, neurons, weight), x, weight.T, beta=0.0
     ).values()
@@ -386,7 +385,7 @@ def _decide(
 
 
 def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
-    """A sparse matrix [B, R] of zeros stored at each sample's neurons."""
+    """A sparse matrix [B, R] that stores zeros at the neurons of every sample."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "beta state"
         return torch.sparse_csr_tensor(
@@ -413,11 +412,11 @@ def _numba_code(
     code = TopKOutput(x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64))
     given = k, inhibition == "mask", code.values.numpy(), code.indices.numpy()
     served = False
-    if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // GROUP:
+    if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // NEIGHBOURS:
         served = _loops.code_of_estimates(
             shadow.estimates(x).view(torch.uint16).numpy(),
-            GROUP,
-            GROUP_SHARE,
+            NEIGHBOURS,
+            GROUPS_PER_CANDIDATE,
             shadow.relative_error(),
             TINY,
             x.contiguous().numpy(),
@@ -442,7 +441,7 @@ def _widened(code: TopKOutput, width: int) -> TopKOutput:
 def _compress(hidden: Tensor, width: int, networks: int) -> tuple[TopKOutput, Tensor]:
     code = topk(hidden, width)
     indices = reference.numbered_through(code.indices, hidden.shape[-1], networks)
-    # What is not a number fires, so that it is seen.
+    # NaN fires, so that it is seen.
     return code._replace(indices=indices), (~(hidden <= 0)).sum(-1) > width
 
 
@@ -462,12 +461,10 @@ def _triton_code(
 
 
 class ActiveNeurons(NamedTuple):
-    """What fires in a batch."""
+    """The neurons that fire for some sample of a batch."""
 
     values: Tensor  # [S B, n] >= 0
-    neurons: (
-        Tensor | None
-    )  # [n] int64, ascending: those with a value > 0 for some sample; None: all
+    neurons: Tensor | None  # [n] int64, ascending; None: all
     gate: Tensor  # [S B, n]: the gradient passes where it is > 0
 
 
@@ -486,14 +483,15 @@ def linear_active(
 ) -> ActiveNeurons:
     """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
 
-    On a CPU scores stay in the order [R, B], in which the product is fastest and a neuron's maximum
-    over the batch is a contiguous pass; what follows touches the firing rows alone.
+    On a CPU scores keep the order [R, B]: the product is fastest, and a neuron's maximum over the
+    batch is one contiguous pass. All later work is on the rows of neurons that fire.
 
     Args:
         x: [S B, d] floating; weight: [S R, d]; gaba: [S R].
         counts: as in linear_inhibit.
         scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
-        every: return all columns. Several networks and Triton, which read no value back, always do.
+        every: return all columns. So do calls of several networks, and Triton, which reads no value
+            back.
         networks: S, networks side by side, as in linear_inhibit.
         impl: "triton", "numba", "torch" or "reference".
 

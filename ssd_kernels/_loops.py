@@ -1,8 +1,8 @@
-"""Loops over float32 tensors on a CPU, compiled by numba: what serves as `numba` where it is there.
+"""Loops over float32 tensors on a CPU, compiled by numba: the implementations named `numba`.
 
-They are for the steps of small layers, where PyTorch spends its time on calls and on one pass after
-another. One thread runs them; a second pool of threads would slow PyTorch's down. Imported when an
-op is first called, for importing numba takes longer than torch.topk.
+They serve the steps of small layers, where PyTorch spends its time on calls and repeated passes.
+One thread runs them, since a second pool of threads would slow PyTorch's. An op imports them on its
+first call, because importing numba takes longer than torch.topk.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 LANES = 16  # columns that are ranked side by side: a vector register of them
-# Rows that share a maximum, and how many groups for each of the k make it worth while.
+# Rows with one maximum, and how many groups for each of the k are worth it.
 GROUP, LEAST = 8, 2
 NORMAL = np.float32(2.0**-126)  # smaller numbers may be flushed to 0
 
 
 def loop(function: F) -> F:
-    """numba.njit, kept on the disk where some folder may be written to."""
-    # A sum in another order than written, the same every time: one that fills vector registers.
+    """numba.njit, cached on disk where a folder is writable."""
+    # Sums may be reordered to fill vector registers, but have the same order every time.
     options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract"}}
     try:
         return numba.njit(cache=True, **options)(function)

@@ -1,4 +1,4 @@
-"""The gradient of a matrix of which a sparse code picks rows, private to the two packages."""
+"""The gradient of a matrix whose rows a sparse code selects, private to the two packages."""
 
 from __future__ import annotations
 

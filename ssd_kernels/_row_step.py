@@ -1,4 +1,4 @@
-"""What a program of the updates does with its row: clipped, projected SGD with momentum."""
+"""The step of one row in the update kernels: clipped, projected SGD with momentum."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
 from ssd_kernels._triton import jit, tl
 
+_tuning.TABLE["count_active"] = {"default": (({}, {"BLOCK": 512, "num_warps": 4}),)}
+
 
 def count_active(
     values: Tensor,
@@ -56,7 +58,7 @@ def _torch(
     last_active: Tensor | None,
     step: int | Tensor,
 ) -> None:
-    """At a cost free of R."""
+    """At a cost independent of R."""
     active = values > 0
     counts.index_add_(0, indices.flatten(), active.flatten().to(counts.dtype))
     if last_active is not None:

@@ -12,6 +12,8 @@ from ssd_kernels import _checks, _dispatch, _op, _tuning, reference
 from ssd_kernels._encoder_kernels import _inhibit_kernel
 from ssd_kernels.topk import MAX_K, select_triton
 
+_tuning.TABLE["linear_inhibit"] = {"default": (({}, {"BM": 16, "BN": 256, "num_warps": 4}),)}
+
 MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
 
 
@@ -30,7 +32,7 @@ def linear_inhibit(
     """h = relu(a - gaba * I) with a = relu(x weight^T + bias), I its (k+1)-th largest entry a row.
 
     While some gaba < 1 more than k neurons may be active, so the result is dense; with gaba = 1
-    everywhere it equals linear_topk scattered into [.., R], but that "mask" drops all that tie with
+    everywhere it equals linear_topk scattered into [.., R], except that "mask" drops all ties with
     I. (SDMLP, Bricken et al. 2023: the GABA switch goes from -1, excitation, to 1, inhibition.)
 
     Args:
@@ -56,7 +58,7 @@ def linear_inhibit(
     _checks.response("linear_inhibit", gaba, x, weight.shape[0])
     _checks.inhibition("linear_inhibit", inhibition)
     _checks.counter("linear_inhibit", "counts", counts, x, weight.shape[0])
-    # The annealing starts with k = R: nothing to select that a sort would not do better.
+    # Annealing starts with k = R, where a sort is faster than any selection.
     learned = gaba is not None and gaba.requires_grad and torch.is_grad_enabled()
     served = k < MAX_K and not learned
     serve = _dispatch.choose("linear_inhibit", impl, x, served=served)
@@ -160,10 +162,10 @@ def inhibit_triton(
 def _slabs(
     x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, networks: int
 ) -> Iterator[tuple[slice, int, int, Tensor]]:
-    """fp32 scores of rows of the batch: the rows, their first network, how many, and the scores.
+    """Rows of the batch, their first network, the number of networks, and their fp32 scores.
 
-    fp32 inputs: all rows, where the result will be. Else a few rows of a network, in memory that is
-    used again.
+    fp32 inputs: all rows, scored in the memory of the result. Else a few rows of one network at a
+    time, in memory that is reused.
     """
     batch, neurons = len(x) // networks, len(weight) // networks
     if batch == 0:
@@ -200,7 +202,7 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def slab_rows(neurons: int) -> int:
-    """Rows of 16-bit inputs whose scores are held at a time: what a cache of 32 MiB holds."""
+    """Rows of 16-bit inputs scored at a time, as many as fit a cache of 32 MiB."""
     return max(128, 2**23 // neurons // 64 * 64)
 
 

@@ -105,12 +105,12 @@ class _LinearTopK(torch.autograd.Function):
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
-        x, weight, indices, after, active, cut_active = ctx.saved_tensors
+        x, weight, indices, after, passes, cut_passes = ctx.saved_tensors
         parts = []  # slopes, neurons, whether the gradient passes
         if grad_values is not None:
-            parts.append((grad_values, indices, active))
+            parts.append((grad_values, indices, passes))
         if grad_cut is not None and ctx.has_cut:
-            parts.append((grad_cut[:, None], after[:, None], cut_active[:, None]))
+            parts.append((grad_cut[:, None], after[:, None], cut_passes[:, None]))
         if not parts:
             return (None,) * 8
         slopes, ranked, passes = parts[0]
@@ -151,7 +151,7 @@ def _triton_gradients(
     weight: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The same in one gather and one walk over the slots by neuron."""
+    """The same in one gather and one walk over the slots in the order of neurons."""
     slopes, gates = slopes.contiguous(), passes.contiguous().view(torch.uint8)
     grads: list[Tensor | None] = [None] * 3
     if needed[0]:
@@ -180,7 +180,7 @@ def _torch_code(
     tops = scores.gather(1, ranked).relu()
     ranked = reference.numbered_through(ranked, scores.shape[1], networks)
     values, indices = tops[:, :k], ranked[:, :k].contiguous()
-    # With k = R there is no (k+1)-th neuron and nothing is inhibited.
+    # With k = R there is no (k+1)-th neuron, so nothing is inhibited.
     cut, after = tops.new_zeros(len(x)), indices.new_zeros(len(x))
     if ranked.shape[1] > k:
         cut, after = tops[:, k], ranked[:, k].contiguous()
@@ -199,7 +199,7 @@ def _triton_code(*given: Any) -> Code:
 
 
 def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int) -> Tensor:
-    """reference.scores_of x [B, d]; on a CPU the transpose of [R, B], the faster product."""
+    """reference.scores_of x [B, d]; on a CPU as the transpose of [R, B], a faster product."""
     if not x.is_cpu:
         return reference.scores_of(x, weight, bias, networks)
     wide = reference.accumulation_dtype(x.dtype)

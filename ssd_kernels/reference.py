@@ -56,8 +56,8 @@ def topk(
     if mask is None:
         indices = select(keys, k)
         return TopKOutput(scores.gather(-1, indices), indices)
-    # A disallowed neuron ranks below every allowed one, -inf included, and ties with the other
-    # disallowed ones: order by key, then stably by permission.
+    # A disallowed neuron ranks below every allowed one, -inf included, and disallowed neurons tie:
+    # order by key, then stably by permission.
     order = select(keys.masked_fill(~mask, -torch.inf), keys.shape[-1])
     allowed_first = torch.sort((~mask)[order].to(torch.int8), dim=-1, stable=True).indices
     indices = order.gather(-1, allowed_first)[..., :k]
@@ -116,7 +116,7 @@ def linear_inhibit(
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
     surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(networks, 1, -1) * cut)
     if inhibition == "mask":
-        # What is not a number stays, so that it is seen.
+        # NaN stays, so that it is seen.
         hidden = torch.where((surplus > 0) | a.isnan(), a, torch.zeros_like(a))
     else:
         hidden = surplus
@@ -243,7 +243,7 @@ def sgd_step(
 
 
 def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
-    """The factor that clips a gradient of this global norm, of any scale.
+    """The factor that clips a gradient of this global norm, whatever its scale.
 
     That of torch.nn.utils.clip_grad_norm_, whose 1e-6 counts here in units of max_norm.
     """
@@ -259,9 +259,9 @@ def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
 
 
 def power_of_two(peak: Tensor) -> Tensor:
-    """The largest power of two that is not above peak; 1 for zero and what is not finite.
+    """The largest power of two that is not above peak; 1 where peak is 0 or not finite.
 
-    To divide by it is exact, but for what vanishes beside peak.
+    Division by it is exact, except for numbers that vanish beside peak.
     """
     wide = peak.detach().to(accumulation_dtype(peak.dtype))
     unit = wide / (2 * torch.frexp(wide).mantissa)
@@ -269,7 +269,7 @@ def power_of_two(peak: Tensor) -> Tensor:
 
 
 def length(rows: Tensor) -> Tensor:
-    """L2 norm [.., 1] of rows [.., d]; no square leaves the range of the dtype."""
+    """L2 norm [.., 1] of rows [.., d], whose squares stay in the range of the dtype."""
     if rows.shape[-1] == 0:
         return rows.new_zeros(*rows.shape[:-1], 1)
     unit = power_of_two(rows.abs().amax(dim=-1, keepdim=True))
@@ -310,7 +310,7 @@ def by_network(rows: Tensor, networks: int) -> Tensor:
 
 
 def numbered_through(indices: Tensor, neurons: int, networks: int) -> Tensor:
-    """[.., k] of each network's own neurons -> the same among those of all networks."""
+    """Indices [.., k] within each network -> indices through the neurons of all networks."""
     if networks == 1:
         return indices
     first = neurons * torch.arange(networks, device=indices.device)

@@ -1,4 +1,4 @@
-"""Projected SGD on the rows that a sparse code touches, at a cost free of R."""
+"""Projected SGD on the rows that a sparse code touches, at a cost independent of R."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from ssd_kernels._row_gradient import segment_sum
 from ssd_kernels._row_step import clip_scale, step_row
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
+
+_tuning.TABLE["row_update"] = {
+    "default": (
+        ({"width": 64}, {"BLOCK": 64, "num_warps": 1}),
+        ({"width": 256}, {"BLOCK": 256, "num_warps": 2}),
+        ({"width": 1024}, {"BLOCK": 1024, "num_warps": 4}),
+        ({}, {"BLOCK": 2048, "num_warps": 8}),
+    ),
+}
 
 
 def row_update(
@@ -45,14 +54,14 @@ def row_update(
     Args:
         weights: matrices [R, d_i], updated in place.
         coefficients: [B, K] each. inputs: [B, d_i] each. indices: [B, K] int64.
-        lr: learning rate, or one for each block [networks].
-        max_norm: clips the global L2 norm of the gradients, as clip_grad_norm_, or one for each
-            block [networks]; None: no clip.
+        lr: learning rate, or one for each network [networks].
+        max_norm: bound of the global L2 norm of the gradients, as in clip_grad_norm_, or one for
+            each network [networks]; None: no clip.
         nonnegative: clamp touched rows at 0 after the step (SDMLP).
         normalize: for each matrix, whether touched rows are then scaled to unit L2 norm; an
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
-            Lazy: the buffer of an untouched row rests and does not move it.
+            Lazy: an untouched row keeps its buffer and does not move.
         networks: number S of networks whose rows follow one another, R / S each, and whose samples
             do, B / S each; each gradient is clipped by itself.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
@@ -64,7 +73,7 @@ def row_update(
         TypeError, ValueError: a dtype, shape, device or value that does not fit, before any work.
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
-    _check_blocks(weights, lr, max_norm, indices, networks)
+    _check_networks(weights, lr, max_norm, indices, networks)
     in_place = [*weights, *(buffers or ())]
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
@@ -106,7 +115,7 @@ def _torch(
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
     block = group.neurons // (weights[0].shape[0] // networks)
-    norm = _block_norms(gradients, torch.bincount(block, minlength=networks))
+    norm = _network_norms(gradients, torch.bincount(block, minlength=networks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
@@ -156,11 +165,11 @@ def _numba(
     return norm
 
 
-def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
-    """L2 norm of each block's rows [networks]; sizes: how many of the rows [n, d_i] it has."""
+def _network_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+    """L2 norms [networks] of rows [n, d_i]; sizes: how many of the rows each network has."""
     wide = reference.accumulation_dtype(gradients[0].dtype)
     lengths = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=wide) for g in gradients])
-    # Summed in order within a block, so that a block's norm does not depend on the others.
+    # Summed in order within a network, so that its norm does not depend on the others.
     squares = lengths.square().sum(0)
     norm = torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt()
     if _sound(*norm.aminmax()):
@@ -185,7 +194,7 @@ def project_(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
 def row_lengths(rows: Tensor) -> Tensor:
     """L2 norm [n, 1] of rows [n, d], in the dtype of sums, whatever their scale.
 
-    A plain norm, where the host can see that it is sound; else as reference.length.
+    A plain norm where the host can check that it is sound, else reference.length.
     """
     wide = reference.accumulation_dtype(rows.dtype)
     if rows.is_cuda and wide == torch.float32:
@@ -222,7 +231,7 @@ def _sound(least: Tensor, most: Tensor) -> bool:
 
 @cache
 def _least(dtype: torch.dtype) -> float:
-    """Norms above this lose nothing to squares too small for the dtype."""
+    """Above this a norm loses nothing to squares that are too small for the dtype."""
     return torch.finfo(dtype).tiny ** 0.5 / torch.finfo(dtype).eps
 
 
@@ -304,8 +313,8 @@ def _triton(
 ) -> Tensor:
     device = indices.device
     if _dispatch.tracing():  # a number that changes from step to step would be compiled in
-        lr = _per_block(lr, networks, device)
-        max_norm = None if max_norm is None else _per_block(max_norm, networks, device)
+        lr = _per_network(lr, networks, device)
+        max_norm = None if max_norm is None else _per_network(max_norm, networks, device)
     return _launch(
         list(weights),
         [c.detach() for c in coefficients],
@@ -323,8 +332,8 @@ def _triton(
     )
 
 
-def _per_block(value: float | Tensor, networks: int, device: torch.device) -> Tensor:
-    """One float32 value for each block."""
+def _per_network(value: float | Tensor, networks: int, device: torch.device) -> Tensor:
+    """One float32 value for each network."""
     if isinstance(value, Tensor):
         return value.to(torch.float32)
     return torch.full((networks,), float(value), device=device)
@@ -335,7 +344,7 @@ def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
 
 
 def _norms(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """What row_update returns of the norms [networks]."""
+    """The norms [networks] as row_update returns them."""
     norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     return norm if len(norm) > 1 else norm[0]
 
@@ -408,8 +417,8 @@ def _gradients(
     """Gradients [programs, D] fp32, which rows were touched, and the squares [networks] of all."""
     programs, device = order.programs, order.slots.device
     tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
-    # The rows of a block follow one another if there is a program a neuron; else a program says
-    # in which block its neuron is.
+    # With a program per neuron the rows of a network follow one another; else a program finds the
+    # network of its neuron.
     told = 1 if order.offsets is not None else networks
     squares = torch.empty(sum(tiles), told, programs, dtype=torch.float64, device=device)
     touched = torch.empty(len(inputs), programs, dtype=torch.uint8, device=device)
@@ -431,7 +440,7 @@ def _gradients(
     return gradients, touched, squares.view(sum(tiles), networks, -1).sum((0, 2))
 
 
-def _check_blocks(
+def _check_networks(
     weights: Sequence[Tensor],
     lr: float | Tensor,
     max_norm: float | Tensor | None,

@@ -113,8 +113,8 @@ def test_groups_agree_with_the_specification(
     batch: int, neurons: int, k: int, kind: str, turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups of groups, neurons left over, keys by rows and by neurons."""
-    monkeypatch.setattr(_cpu_groups, "LEAST", 0)
-    monkeypatch.setattr(_cpu_groups, "SHARE", 1)
+    monkeypatch.setattr(_cpu_groups, "LEAST_KEYS", 0)
+    monkeypatch.setattr(_cpu_groups, "LEAST_GROUPS", 1)
     scores = fill(kind, batch, neurons, torch.float32)
     agrees(scores.T.contiguous().T if turned else scores, k, "torch")
 
