@@ -4,6 +4,9 @@ Rows of the batch are worked on in blocks that hold `size` rows of every network
 `start` of its network. Networks follow one another in every tensor: x [S B, d], weight [S R, d].
 """
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from ssd_kernels._triton import jit, tl

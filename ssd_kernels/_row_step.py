@@ -1,5 +1,8 @@
 """The step of one row in the update kernels: clipped, projected SGD with momentum."""
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from ssd_kernels._triton import jit, tl

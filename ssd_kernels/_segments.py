@@ -6,6 +6,9 @@ the first of a neuron works. Shapes depend on B K and R alone and nothing is rea
 graph can capture it. Sums have one fixed order, so results are the same from run to run.
 """
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence

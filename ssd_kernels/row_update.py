@@ -1,5 +1,8 @@
 """Projected SGD on the rows that a sparse code touches, at a cost independent of R."""
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import math

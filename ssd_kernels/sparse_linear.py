@@ -1,5 +1,8 @@
 """A k-sparse code times a matrix: the decoder of a k-sparse layer."""
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence
