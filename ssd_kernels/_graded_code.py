@@ -19,6 +19,7 @@ so both ways give the same bits.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -124,6 +125,23 @@ class Shadow:
         return self._seen != (weight._version, weight.data_ptr())
 
 
+class Layer(NamedTuple):
+    """A layer under inhibition, and its input."""
+
+    x: Tensor  # [S B, d]
+    weight: Tensor  # [S R, d]
+    k: int
+    gaba: Tensor | None  # [S R]
+    inhibition: str
+    networks: int  # S
+
+    def hidden(self, op: Callable[..., Tensor], counts: Tensor | None = None) -> Tensor:
+        """The dense output, by linear_inhibit or its reference."""
+        x, weight, k, gaba, inhibition, networks = self
+        given = {"inhibition": inhibition, "counts": counts, "networks": networks}
+        return op(x, weight, k, gaba, **given)
+
+
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -193,15 +211,14 @@ def linear_code(
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
+    layer = Layer(x, weight, k, gaba, inhibition, networks)
     with torch.no_grad():
         if serve is _triton_code and gaba is not None:
-            return _triton_code(x, weight, k, width, gaba, inhibition, counts, networks)
+            return _triton_code(layer, gaba, width, counts)
         if serve is _numba_code:
-            own = scratch or Scratch()
-            code, wider = _numba_code(x, weight, k, width, inhibition, shadow, own)
+            code, wider = _numba_code(layer, width, shadow, scratch or Scratch())
         else:
-            options = {"inhibition": inhibition, "shadow": shadow, "networks": networks}
-            code, wider = serve(x, weight, k, width, gaba, **options)
+            code, wider = serve(layer, width, shadow)
         if counts is not None:
             count_active(code.values, code.indices, counts)
     return code, wider
@@ -224,32 +241,12 @@ def _check(
     _checks.inhibition(op, inhibition)
 
 
-def _reference_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    *,
-    inhibition: str,
-    shadow: Shadow | None,
-    networks: int,
-) -> tuple[TopKOutput, Tensor]:
-    hidden = reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition, networks=networks)
-    return _compress(hidden, width, networks)
+def _reference_code(layer: Layer, width: int, shadow: Shadow | None) -> tuple[TopKOutput, Tensor]:
+    return _compress(layer.hidden(reference.linear_inhibit), width, layer.networks)
 
 
-def _torch_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    *,
-    inhibition: str,
-    shadow: Shadow | None,
-    networks: int,
-) -> tuple[TopKOutput, Tensor]:
+def _torch_code(layer: Layer, width: int, shadow: Shadow | None) -> tuple[TopKOutput, Tensor]:
+    x, weight, k, gaba, inhibition, networks = layer
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
     if not exact or len(x) == 0 or count * NEURONS_PER_CANDIDATE > weight.shape[0] // networks:
@@ -265,52 +262,37 @@ def _torch_code(
                 code = code._replace(values=code.values.masked_fill(tied, 0.0))
             wider = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             return _widened(code, width), wider
-        hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, networks=networks)
-        return _compress(hidden, width, networks)
+        return _compress(layer.hidden(linear_inhibit), width, networks)
     if networks > 1:
-        return _one_by_one(x, weight, k, width, gaba, inhibition, networks)
-
-    def decide(x: Tensor, candidates: Candidates) -> tuple[TopKOutput, Tensor, Tensor]:
-        return _decide(x, weight, candidates, k, width, gaba, inhibition)
+        return _one_by_one(layer, width)
 
     def rank(x: Tensor) -> Candidates:
         scores = x @ weight.T
         best = select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
         return Candidates(best.flatten(), torch.full((len(x),), count, device=x.device))
 
-    near = None
-    if shadow is not None:
-        near = _candidates(shadow, x, k, gaba)
+    near = None if shadow is None else _candidates(shadow, x, k, gaba)
     if near is None:
-        code, _, fires = decide(x, rank(x))
+        code, _, fires = _decide(layer, rank(x), width)
     else:
-        code, cut, fires = decide(x, near)
+        code, cut, fires = _decide(layer, near, width)
         # Outside these the rounding bound does not hold: products underflow or overflow.
         doubtful = ~((cut > TINY) & (cut < 1 / TINY))
         if doubtful.any():
-            again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
+            rest = layer._replace(x=x[doubtful])
+            again, _, fires[doubtful] = _decide(rest, rank(rest.x), width)
             code.values[doubtful], code.indices[doubtful] = again.values, again.indices
     return code, fires > width
 
 
-def _one_by_one(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    networks: int,
-) -> tuple[TopKOutput, Tensor]:
+def _one_by_one(layer: Layer, width: int) -> tuple[TopKOutput, Tensor]:
+    x, weight, k, gaba, inhibition, networks = layer
+    parts = x.chunk(networks), weight.chunk(networks)
     responses = [None] * networks if gaba is None else gaba.chunk(networks)
     codes, wider = zip(
         *(
-            _torch_code(
-                own, rows, k, width, response, inhibition=inhibition, shadow=None, networks=1
-            )
-            for own, rows, response in zip(
-                x.chunk(networks), weight.chunk(networks), responses, strict=True
-            )
+            _torch_code(Layer(own, rows, k, response, inhibition, 1), width, None)
+            for own, rows, response in zip(*parts, responses, strict=True)
         ),
         strict=True,
     )
@@ -352,16 +334,9 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     )
 
 
-def _decide(
-    x: Tensor,
-    weight: Tensor,
-    candidates: Candidates,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    inhibition: str,
-) -> tuple[TopKOutput, Tensor, Tensor]:
+def _decide(layer: Layer, candidates: Candidates, width: int) -> tuple[TopKOutput, Tensor, Tensor]:
     """The code among the candidates, the inhibition I [B], and how many fire [B]."""
+    x, weight, k, gaba, inhibition, _ = layer
     neurons, lengths = candidates
     starts = F.pad(lengths.cumsum(0), (1, 0))
     # One dot product per candidate, summed in the same order whatever the others are.
@@ -399,16 +374,11 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
 
 
 def _numba_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    inhibition: str,
-    shadow: Shadow | None,
-    scratch: Scratch,
+    layer: Layer, width: int, shadow: Shadow | None, scratch: Scratch
 ) -> tuple[TopKOutput, Tensor]:
     from ssd_kernels import _loops
 
+    x, weight, k, _, inhibition, _ = layer
     code = TopKOutput(x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64))
     given = k, inhibition == "mask", code.values.numpy(), code.indices.numpy()
     served = False
@@ -446,15 +416,9 @@ def _compress(hidden: Tensor, width: int, networks: int) -> tuple[TopKOutput, Te
 
 
 def _triton_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor,
-    inhibition: str,
-    counts: Tensor | None,
-    networks: int,
+    layer: Layer, gaba: Tensor, width: int, counts: Tensor | None
 ) -> tuple[TopKOutput, Tensor]:
+    x, weight, k, _, inhibition, networks = layer
     given = x, weight, k, width, gaba, inhibition, counts, networks
     values, indices, wider = _encoder.graded_code(*given)
     return TopKOutput(values, indices), wider
@@ -512,48 +476,31 @@ def linear_active(
     serve = _dispatch.choose("linear_active", impl, x, looped=looped)
     every = every or networks > 1
     with torch.no_grad():
-        return serve(x, weight, k, gaba, inhibition, counts, scratch or Scratch(), every, networks)
+        layer = Layer(x, weight, k, gaba, inhibition, networks)
+        return serve(layer, counts, scratch or Scratch(), every)
 
 
 def _reference_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    networks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
-    hidden = reference.linear_inhibit(
-        x, weight, k, gaba, inhibition=inhibition, counts=counts, networks=networks
-    )
-    gate = hidden * (reference.scores_of(x, weight, None, networks) > 0)
+    hidden = layer.hidden(reference.linear_inhibit, counts)
+    gate = hidden * (reference.scores_of(layer.x, layer.weight, None, layer.networks) > 0)
     if every:
         return ActiveNeurons(hidden, None, gate)
     neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
-    if len(neurons) == len(weight):
+    if len(neurons) == len(layer.weight):
         return ActiveNeurons(hidden, None, gate)
     return ActiveNeurons(hidden.index_select(1, neurons), neurons, gate.index_select(1, neurons))
 
 
 def _torch_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    networks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
+    x, weight, k, gaba, inhibition, networks = layer
     batch, neurons = len(x), len(weight)
     wide = reference.accumulation_dtype(x.dtype) == x.dtype
     if not x.is_cpu or not wide or batch == 0 or networks > 1:
-        given = x, weight, k, gaba, inhibition, counts, scratch, every, networks
-        return _reference_active(*given)
+        return _reference_active(layer, counts, scratch, every)
     scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
     cut = _cut(scores, k)
     surplus = scratch(1, x, neurons, batch)
@@ -568,8 +515,7 @@ def _torch_active(
     highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
-        given = x, weight, k, gaba, inhibition, counts, scratch, every, networks
-        return _reference_active(*given)
+        return _reference_active(layer, counts, scratch, every)
     if not (every or excited):
         chosen = (~(highest <= 0)).nonzero().squeeze(1)
         if len(chosen) == neurons:
@@ -593,18 +539,11 @@ def _torch_active(
 
 
 def _numba_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    networks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
     from ssd_kernels import _loops
 
+    x, weight, k, gaba, inhibition, _ = layer
     batch, size = len(x), len(weight)
     scores = torch.mm(weight, x.T, out=scratch(0, x, size, batch))
     if k < min(size, MAX_LOOPED):
@@ -641,17 +580,11 @@ def _cut(scores: Tensor, k: int) -> Tensor:
 
 
 def _triton_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    networks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
-    hidden, passes = inhibit_triton(x, weight, None, k, gaba, inhibition, counts, True, networks)
+    x, weight, k, gaba, inhibition, networks = layer
+    given = x, weight, None, k, gaba, inhibition, counts, True, networks
+    hidden, passes = inhibit_triton(*given)
     return ActiveNeurons(hidden, None, passes)
 
 

@@ -228,18 +228,10 @@ def _serve(
     networks: int,
 ) -> TopKOutput:
     if preactivations:
-        return reference.linear_topk(
-            x,
-            weight,
-            k,
-            bias,
-            inhibition=inhibition,
-            threshold=threshold,
-            preactivations=preactivations,
-            counts=counts,
-            networks=networks,
-            ranking=_ranked_triton if kernels else select,
-        )
+        options: dict[str, Any] = {"inhibition": inhibition, "threshold": threshold}
+        options |= {"counts": counts, "networks": networks, "preactivations": True}
+        ranking = _ranked_triton if kernels else select
+        return reference.linear_topk(x, weight, k, bias, ranking=ranking, **options)
     batch = x.shape[:-1]
     given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, networks
     leaves = (t for t in given[:3] if t is not None)

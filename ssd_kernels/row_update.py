@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,18 @@ _tuning.TABLE["row_update"] = {
         ({}, {"BLOCK": 2048, "num_warps": 8}),
     ),
 }
+
+
+class Step(NamedTuple):
+    """The options of row_update."""
+
+    lr: float | Tensor
+    max_norm: float | Tensor | None
+    nonnegative: bool
+    normalize: Sequence[bool] | None
+    momentum: float
+    buffers: Sequence[Tensor] | None
+    networks: int
 
 
 def row_update(
@@ -84,20 +96,19 @@ def row_update(
     looped = networks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
     looped = looped and all(t.dtype == torch.float32 for t in (*weights, *coefficients, *inputs))
     serve = _dispatch.choose("row_update", impl, weights[0], served=served, looped=looped)
+    step = Step(lr, max_norm, nonnegative, normalize, momentum, buffers, networks)
     with torch.no_grad():
-        return serve(
-            weights,
-            coefficients,
-            inputs,
-            indices,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            networks=networks,
-        )
+        return serve(weights, coefficients, inputs, indices, step)
+
+
+def _reference(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    step: Step,
+) -> Tensor:
+    return reference.row_update(weights, coefficients, inputs, indices, **step._asdict())
 
 
 def _torch(
@@ -105,15 +116,9 @@ def _torch(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    networks: int,
+    step: Step,
 ) -> Tensor:
+    lr, max_norm, nonnegative, normalize, momentum, buffers, networks = step
     touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
@@ -122,12 +127,12 @@ def _torch(
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
-        step = -rate * scale
+        factor = -rate * scale
         if buffers is not None:
             direction.mul_(scale).add_(momentum * buffers[number].index_select(0, group.neurons))
             buffers[number].index_copy_(0, group.neurons, direction)
-            step = torch.full_like(scale, -1.0) * rate
-        rows = weight.index_select(0, group.neurons).addcmul_(direction, step)
+            factor = torch.full_like(scale, -1.0) * rate
+        rows = weight.index_select(0, group.neurons).addcmul_(direction, factor)
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return _norms(norm, weights)
@@ -138,14 +143,7 @@ def _numba(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    networks: int,
+    step: Step,
 ) -> Tensor:
     from ssd_kernels import _loops
 
@@ -159,12 +157,13 @@ def _numba(
     for factor, vector, gradient in zip(factors, vectors, gradients, strict=True):
         squares += _loops.row_sums(slots, heads, factor, vector, gradient)
     norm = weights[0].new_tensor(math.sqrt(squares))
-    step = float(lr) * float(reference.clip_scale(norm, max_norm))
+    rate = float(step.lr) * float(reference.clip_scale(norm, step.max_norm))
     rows = flat[slots[heads[:-1]]]
     torch.autograd.graph.increment_version(weights)
     for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
-        scaled = normalize is not None and normalize[number]
-        _loops.move_rows(weight.detach().numpy(), rows, gradient, step, nonnegative, scaled)
+        scaled = step.normalize is not None and step.normalize[number]
+        matrix = weight.detach().numpy()
+        _loops.move_rows(matrix, rows, gradient, rate, step.nonnegative, scaled)
     return norm
 
 
@@ -305,15 +304,9 @@ def _triton(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    networks: int,
+    step: Step,
 ) -> Tensor:
+    lr, max_norm, nonnegative, normalize, momentum, buffers, networks = step
     device = indices.device
     if _dispatch.tracing():  # a number that changes from step to step would be compiled in
         lr = _per_network(lr, networks, device)
@@ -512,6 +505,4 @@ def _check(
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-_dispatch.register(
-    "row_update", reference=reference.row_update, torch=_torch, numba=_numba, triton=_triton
-)
+_dispatch.register("row_update", reference=_reference, torch=_torch, numba=_numba, triton=_triton)

@@ -82,6 +82,11 @@ def with_options(**changed: Any) -> Mutation:
     return lambda serve: lambda *args, **options: serve(*args, **options | changed)
 
 
+def with_step(**changed: Any) -> Mutation:
+    """Ignores what the caller of row_update asked for."""
+    return with_arguments(lambda *args: (*args[:-1], args[-1]._replace(**changed)))
+
+
 def with_arguments(change: Callable[..., tuple[Any, ...]]) -> Mutation:
     """Changes the positional arguments."""
     return lambda serve: lambda *args, **options: serve(*change(*args), **options)
@@ -185,8 +190,8 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         with_arguments(lambda c, inputs, *rest: (c, inputs.roll(1, 0), *rest)),
         "out: ",
     ),
-    "no clip": ("row_update", with_options(max_norm=None), "weights[0]: "),
-    "no momentum": ("row_update", with_options(momentum=0.0), "buffers[0]: "),
+    "no clip": ("row_update", with_step(max_norm=None), "weights[0]: "),
+    "no momentum": ("row_update", with_step(momentum=0.0), "buffers[0]: "),
     "one too many": ("count_active", one_more, "counts: "),
     "the next label": (
         "code_gram",
