@@ -175,14 +175,14 @@ def _copied(arguments: Any) -> Any:
 
 
 @cache
-def operator_calls(name: str, device: str) -> list[tuple[str, Any]]:
+def operator_calls(name: str, device: str) -> list[tuple[str, Any, Any]]:
     """The operators that a call and its backward come to, and their arguments."""
     calls = []
     cross = CustomOpDef.__call__
 
-    def recorded(operator: CustomOpDef, *args: Any) -> Any:
-        calls.append((operator._qualname.partition("::")[2], _copied(args)))
-        return cross(operator, *args)
+    def recorded(operator: CustomOpDef, *args: Any, **kwargs: Any) -> Any:
+        calls.append((operator._qualname.partition("::")[2], _copied(args), _copied(kwargs)))
+        return cross(operator, *args, **kwargs)
 
     run, leaves = prepared(name, device)
     with (
@@ -196,14 +196,14 @@ def operator_calls(name: str, device: str) -> list[tuple[str, Any]]:
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str, impl: str, device: str) -> None:
-    for operator, given in operator_calls(name, device):
-        results = torch.library.opcheck(_operators()[operator], given)
+    for operator, args, kwargs in operator_calls(name, device):
+        results = torch.library.opcheck(_operators()[operator], args, kwargs)
         assert set(results.values()) == {"SUCCESS"}, operator
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_every_operator_is_checked(impl: str, device: str) -> None:
-    called = {operator for name in CASES for operator, _ in operator_calls(name, device)}
+    called = {operator for name in CASES for operator, *_ in operator_calls(name, device)}
     assert _operators().keys() == called
 
 
