@@ -45,12 +45,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _op, _tuning
-from ssd_kernels._encoder_kernels import (
-    _code_kernel,
-    _graded_kernel,
-    _halve_kernel,
-    _keys_kernel,
-)
+from ssd_kernels._encoder_kernels import _code_kernel, _graded_kernel, _halve_kernel, _keys_kernel
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -329,8 +329,7 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     near = (groups[group, :, sample] < least[sample].unsqueeze(1)).logical_not_()
     place, member = near.nonzero(as_tuple=True)
     return Candidates(
-        (group * NEIGHBOURS)[place] + member,
-        torch.bincount(sample[place], minlength=batch),
+        (group * NEIGHBOURS)[place] + member, torch.bincount(sample[place], minlength=batch)
     )
 
 

@@ -29,7 +29,7 @@ _tuning.TABLE["segments"] = {
         ({"width": 256}, {"SLOTS": 4, "BLOCK": 256, "num_warps": 2}),
         ({"width": 1024}, {"SLOTS": 2, "BLOCK": 1024, "num_warps": 2}),
         ({}, {"SLOTS": 2, "BLOCK": 2048, "num_warps": 4}),
-    ),
+    )
 }
 
 # Up to this many slots, to rank each against all takes one launch and less time than a sort. The

@@ -55,11 +55,7 @@ def count_active(
 
 
 def _torch(
-    values: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    last_active: Tensor | None,
-    step: int | Tensor,
+    values: Tensor, indices: Tensor, counts: Tensor, last_active: Tensor | None, step: int | Tensor
 ) -> None:
     """At a cost independent of R."""
     active = values > 0
@@ -97,11 +93,7 @@ def _count_kernel(
 
 
 def _triton(
-    values: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    last_active: Tensor | None,
-    step: int | Tensor,
+    values: Tensor, indices: Tensor, counts: Tensor, last_active: Tensor | None, step: int | Tensor
 ) -> None:
     number, on_device = (0, step) if isinstance(step, Tensor) else (step, None)
     _launch(values.detach(), indices, counts, last_active, number, on_device)

@@ -296,9 +296,7 @@ def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int = 1)
         return torch.stack(scores).view(*x.shape[:-1], neurons.shape[1])
     accumulate = accumulation_dtype(x.dtype)
     return F.linear(
-        x.to(accumulate),
-        weight.to(accumulate),
-        None if bias is None else bias.to(accumulate),
+        x.to(accumulate), weight.to(accumulate), None if bias is None else bias.to(accumulate)
     )
 
 

@@ -26,7 +26,7 @@ _tuning.TABLE["row_update"] = {
         ({"width": 256}, {"BLOCK": 256, "num_warps": 2}),
         ({"width": 1024}, {"BLOCK": 1024, "num_warps": 4}),
         ({}, {"BLOCK": 2048, "num_warps": 8}),
-    ),
+    )
 }
 
 

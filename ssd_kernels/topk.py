@@ -20,7 +20,7 @@ _tuning.TABLE["topk"] = {
         ({"neurons": 4096, "k": 64}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
         ({"k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
         ({}, {"TILE": 2048, "PROGRAMS": 32, "num_warps": 4}),
-    ),
+    )
 }
 
 # The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.

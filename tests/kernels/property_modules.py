@@ -29,14 +29,7 @@ from tests.kernels.property_cases import (
 )
 from tests.kernels.property_codes import SparseLinear, decoded, slot_gradient, spread
 from tests.kernels.property_draws import Draw
-from tests.kernels.property_layers import (
-    LinearTopK,
-    Scores,
-    TopK,
-    layer,
-    layer_gradients,
-    ranked,
-)
+from tests.kernels.property_layers import LinearTopK, Scores, TopK, layer, layer_gradients, ranked
 
 
 class Module(Drawn):

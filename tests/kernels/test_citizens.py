@@ -89,7 +89,7 @@ BY_REFERENCE: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
     "row_gradient": (
         lambda c, x: row_gradient(c, x, indices().to(c.device), NEURONS),
         [(BATCH, SLOTS), (BATCH, INPUTS)],
-    ),
+    )
 }
 ALL = DIFFERENTIABLE | BY_REFERENCE
 

@@ -168,11 +168,7 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         with_arguments(lambda x, weight, k, *rest: (x, weight, max(k - 1, 1), *rest)),
         "h: ",
     ),
-    "a neuron less": (
-        "linear_active",
-        with_output(a_neuron_less),
-        "h: ",
-    ),
+    "a neuron less": ("linear_active", with_output(a_neuron_less), "h: "),
     "a gate that is open": ("linear_active", with_output(always_open), "the gradient passes"),
     "never wider": (
         "linear_code",

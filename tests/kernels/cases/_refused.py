@@ -25,10 +25,7 @@ def active_layer() -> Arguments:
 
 
 def code() -> Arguments:
-    return {
-        "values": torch.rand(BATCH, SLOTS),
-        "indices": torch.randint(NEURONS, (BATCH, SLOTS)),
-    }
+    return {"values": torch.rand(BATCH, SLOTS), "indices": torch.randint(NEURONS, (BATCH, SLOTS))}
 
 
 META = torch.device("meta")

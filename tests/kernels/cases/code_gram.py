@@ -7,32 +7,19 @@ from functools import partial
 import torch
 
 from ssd.ops.code_gram import code_gram
-from tests.kernels.cases import (
-    BF16,
-    FP32,
-    FP64,
-    Arguments,
-    Bad,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP32, FP64
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_codes import CodeGram
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     values, indices = draw.code()
     labels, targets = draw.labels(), draw(draw.B, draw.C)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         gram, cross = values.new_zeros(draw.R, draw.R), values.new_zeros(2, draw.R, draw.C)
         code_gram(values, indices, gram, cross[0], labels, impl=impl)
         code_gram(values, indices, gram, cross[1], targets, impl=impl)
@@ -42,7 +29,7 @@ def call(draw: Draw) -> Run:
     return run
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     return refused.code() | {
         "gram": torch.rand(refused.NEURONS, refused.NEURONS),
         "cross": torch.rand(refused.NEURONS, refused.OUTPUTS),
@@ -50,7 +37,7 @@ def good() -> Arguments:
     }
 
 
-BAD: list[Bad] = [
+BAD: list[cases.Bad] = [
     *refused.CODE,
     ({"values": torch.ones(4, 2).long()}, TypeError, "values has dtype torch.int64"),
     (
@@ -119,17 +106,17 @@ def check(
     small.equal(*results)
 
 
-OP = Op(
+OP = cases.Op(
     code_gram,
-    calls={"": Call(call, half=False)},
+    calls={"": cases.Call(call, half=False)},
     good=good,
     bad=BAD,
     drawn=CodeGram(code_gram),
     launch=launch,
     compiled=[
-        *grid(FP32, B=1024, R=10000, k=32),
-        *grid(BF16, B=1024, R=10000, k=32, C=10, into=FP64),
-        *grid(FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
+        *cases.grid(FP32, B=1024, R=10000, k=32),
+        *cases.grid(BF16, B=1024, R=10000, k=32, C=10, into=FP64),
+        *cases.grid(FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
     ],
     checked={
         "": partial(check, 4, 6, 9, "none"),
@@ -137,12 +124,12 @@ OP = Op(
         "dense": partial(check, 4, 3, 5, "dense"),
         "one": partial(check, 3, 1, 2, "labels"),
     },
-    tiles={"code_gram": tile(BLOCK=4, num_warps=1)},
+    tiles={"code_gram": cases.tile(BLOCK=4, num_warps=1)},
     pins={
-        "": Pin(
+        "": cases.Pin(
             meta.of(code_gram, *meta.code(**meta.SMALL), meta.new(10_000, 10_000)),
             f"{meta.RANKED} _gram_kernel",
             1,
-        ),
+        )
     },
 )

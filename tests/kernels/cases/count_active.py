@@ -8,31 +8,19 @@ from typing import Any
 import torch
 
 from ssd_kernels import count_active
-from tests.kernels.cases import (
-    BF16,
-    FP32,
-    Arguments,
-    Bad,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_codes import CountActive
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     values, indices = draw.code()
     step = draw.integers(7)[0]
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         counts, last = draw.counts(), draw.counts() - 1
         count_active(values, indices, counts, last, 3, impl=impl)
         count_active(values[:1], indices[:1], counts, last, step, impl=impl)
@@ -42,12 +30,12 @@ def call(draw: Draw) -> Run:
     return run
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     counts = torch.zeros(refused.NEURONS, dtype=torch.int64)
     return refused.code() | {"counts": counts, "last_active": counts.clone(), "step": 3}
 
 
-BAD: list[Bad] = [
+BAD: list[cases.Bad] = [
     *refused.CODE,
     ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
     ({"counts": torch.zeros(9, device=refused.META).long()}, ValueError, "counts is on meta"),
@@ -86,25 +74,25 @@ def pinned(**options: Any) -> meta.Prepare:
     return meta.of(count_active, *meta.code(**meta.SMALL), meta.longs(10_000), **options)
 
 
-OP = Op(
+OP = cases.Op(
     count_active,
-    calls={"": Call(call)},
+    calls={"": cases.Call(call)},
     good=good,
     bad=BAD,
     drawn=CountActive(count_active),
     launch=launch,
     compiled=[
-        *grid(BF16, B=128, R=10000, k=10, stamp=True),
-        *grid(FP32, B=128, R=10000, k=10, stamp=True, tensor_step=True),
+        *cases.grid(BF16, B=128, R=10000, k=10, stamp=True),
+        *cases.grid(FP32, B=128, R=10000, k=10, stamp=True, tensor_step=True),
     ],
     checked={
         "": partial(check, 5, 4, 9),
         "stamp": partial(check, 5, 4, 9, stamp=True),
         "stamp on device": partial(check, 1, 1, 1, stamp=True, on_device=True),
     },
-    tiles={"count_active": tile(BLOCK=8, num_warps=1)},
+    tiles={"count_active": cases.tile(BLOCK=8, num_warps=1)},
     pins={
-        "": Pin(pinned(), "_count_kernel", 0),
-        "stamp": Pin(pinned(last_active=meta.longs(10_000), step=3), "_count_kernel", 0),
+        "": cases.Pin(pinned(), "_count_kernel", 0),
+        "stamp": cases.Pin(pinned(last_active=meta.longs(10_000), step=3), "_count_kernel", 0),
     },
 )

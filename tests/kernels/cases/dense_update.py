@@ -8,17 +8,18 @@ from typing import Any
 import torch
 
 from ssd.ops.dense_update import dense_update
-from tests.kernels.cases import FP32, Call, Draw, Op, Pin, Results, Run, grid, tile
+from tests.kernels import cases
+from tests.kernels.cases import FP32
 from tests.kernels.cases import _meta as meta
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     neurons = draw.S * draw.R
     starts, gradients, kept = ([draw(neurons, draw.D), draw(neurons, draw.C)] for _ in range(3))
     samples = draw.integers(0, 3)
     rates = torch.tensor([0.1, 0.2], device=draw.device)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         weights, buffers = [w.clone() for w in starts], [b.clone() for b in kept]
         dense_update(
             weights,
@@ -38,10 +39,10 @@ def call(draw: Draw) -> Run:
     return run
 
 
-def plain(draw: Draw) -> Run:
+def plain(draw: cases.Draw) -> cases.Run:
     start, gradient = draw(draw.R, draw.D), draw(draw.R, draw.D)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         weight = start.clone()
         dense_update([weight], [gradient], lr=0.1, impl=impl)
         return (weight,)
@@ -115,22 +116,20 @@ def pinned(S: int = 10) -> meta.Prepare:
     )
 
 
-OP = Op(
+OP = cases.Op(
     dense_update,
-    calls={"": Call(call, half=False), "plain": Call(plain, half=False)},
+    calls={"": cases.Call(call, half=False), "plain": cases.Call(plain, half=False)},
     launch=launch,
     compiled=[
-        *grid(FP32, R=1000, d=256, project=False, max_norm=None),
-        *grid(FP32, R=10000, d=4096, momentum=0.9),
-        *grid(FP32, S=10, R=10000, d=256, C=100),
+        *cases.grid(FP32, R=1000, d=256, project=False, max_norm=None),
+        *cases.grid(FP32, R=10000, d=4096, momentum=0.9),
+        *cases.grid(FP32, S=10, R=10000, d=256, C=100),
     ],
     checked={
         "": partial(check, [5, 3], 1, False, lr=0.1),
         "clipped": partial(check, [11, 8], 1, lr=0.1, max_norm=0.5, momentum=0.9),
         "networks": partial(check, [9, 2], 3),
     },
-    tiles={"squares": tile(PARTS=3, BLOCK=4, num_warps=1)},
-    pins={
-        "": Pin(pinned(), "_squares_kernel _dense_apply_kernel _dense_apply_kernel", 1),
-    },
+    tiles={"squares": cases.tile(PARTS=3, BLOCK=4, num_warps=1)},
+    pins={"": cases.Pin(pinned(), "_squares_kernel _dense_apply_kernel _dense_apply_kernel", 1)},
 )

@@ -8,32 +8,20 @@ from typing import Any
 import torch
 
 from ssd.ops.distill import distill
-from tests.kernels.cases import (
-    BF16,
-    FP32,
-    Arguments,
-    Bad,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP32
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_distill import Distill
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     logits, target = draw(draw.B, draw.C), draw(draw.B, draw.C)
     hidden, taught = draw(draw.B, draw.K).relu(), draw(draw.B, draw.K).relu()
     labels, weight = draw.labels(), draw(draw.B).abs()
     settings: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0}
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         given = logits, labels, target, hidden, taught
         return (
             *distill(*given, **settings, weight=weight, impl=impl),
@@ -43,14 +31,14 @@ def call(draw: Draw) -> Run:
     return run
 
 
-def each_sample(draw: Draw) -> Run:
+def each_sample(draw: cases.Draw) -> cases.Run:
     """Settings of each sample, the other divergence, and columns that are left out."""
     logits, target = draw(draw.B, draw.C), draw(draw.B, draw.C)
     hidden, taught = draw(draw.B, draw.K).relu(), draw(draw.B, draw.K).relu()
     labels, columns = draw.labels(), logits > -1
     alpha, lam, weight = (draw(draw.B).abs() for _ in range(3))
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         given: dict[str, Any] = {"alpha": alpha, "lam": lam, "temperature": lam + 1}
         given |= {"weight": weight, "columns": columns, "kl": "forward", "impl": impl}
         return tuple(distill(logits, labels, target, hidden, taught, **given))
@@ -58,7 +46,7 @@ def each_sample(draw: Draw) -> Run:
     return run
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     logits = torch.randn(refused.BATCH, refused.OUTPUTS)
     hidden = torch.randn(refused.BATCH, refused.SLOTS)
     labels = torch.randint(refused.OUTPUTS, (refused.BATCH,))
@@ -66,7 +54,7 @@ def good() -> Arguments:
     return {"logits": logits, "labels": labels, "columns": logits > -9, "lam": 0.5} | taught
 
 
-BAD: list[Bad] = [
+BAD: list[cases.Bad] = [
     ({"labels": torch.full((4,), -100)}, ValueError, r"labels run from -100 to -100, .*0\.\.2"),
     ({"labels": torch.full((4,), 3)}, ValueError, r"labels run from 3 to 3, expected 0\.\.2"),
     ({"labels": torch.zeros(4, device=refused.META).long()}, ValueError, "labels is on meta"),
@@ -146,19 +134,19 @@ def pinned(teacher: bool = True, each: bool = False) -> meta.Prepare:
     return meta.of(distill, logits, labels, *terms, **options)
 
 
-OP = Op(
+OP = cases.Op(
     distill,
-    calls={"": Call(call, half=False), "of each sample": Call(each_sample, half=False)},
+    calls={"": cases.Call(call, half=False), "of each sample": cases.Call(each_sample, half=False)},
     good=good,
     bad=BAD,
     drawn=Distill(distill),
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, C=10, teacher=False),
-        *grid(FP32, BF16, B=128, C=10),
-        *grid(FP32, B=128, C=10, n=10, each=True),
-        *grid(FP32, B=128, C=100, n=200, columns=True, kl="forward"),
-        *grid(FP32, BF16, B=128, C=4096, n=4096, columns=True),
+        *cases.grid(FP32, B=128, C=10, teacher=False),
+        *cases.grid(FP32, BF16, B=128, C=10),
+        *cases.grid(FP32, B=128, C=10, n=10, each=True),
+        *cases.grid(FP32, B=128, C=100, n=200, columns=True, kl="forward"),
+        *cases.grid(FP32, BF16, B=128, C=4096, n=4096, columns=True),
     ],
     checked={
         "": partial(check, 10, True, True, True, "reverse"),
@@ -167,10 +155,10 @@ OP = Op(
         "forward": partial(check, 18, True, False, False, "forward"),
         "labels": partial(check, 3, False, False, False, "reverse"),
     },
-    tiles={"distill": tile(num_warps=1)},
+    tiles={"distill": cases.tile(num_warps=1)},
     pins={
-        "": Pin(pinned(), "_distill_kernel", 0),
-        "each": Pin(pinned(each=True), "_distill_kernel", 0),
-        "labels": Pin(pinned(teacher=False), "_distill_kernel", 0),
+        "": cases.Pin(pinned(), "_distill_kernel", 0),
+        "each": cases.Pin(pinned(each=True), "_distill_kernel", 0),
+        "labels": cases.Pin(pinned(teacher=False), "_distill_kernel", 0),
     },
 )

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 
 from ssd.ops.distill_code import distill_code
-from tests.kernels.cases import FP32, Call, Draw, Op, Pin, Results, Run, grid, tile
+from tests.kernels import cases
+from tests.kernels.cases import FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     values, indices = draw.code()
     decoder, labels, target = draw(draw.R, draw.C), draw.labels(), draw(draw.B, draw.C)
     taught, positions = draw(draw.B, draw.K).relu(), draw.range(draw.R).clamp(max=draw.K)
     weight = draw(draw.B).abs()
     settings: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0}
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         code = values, indices, decoder, labels
         options: dict[str, Any] = {"positions": positions, "weight": weight, "impl": impl}
         return (
@@ -31,7 +32,7 @@ def call(draw: Draw) -> Run:
     return run
 
 
-def each_sample(draw: Draw) -> Run:
+def each_sample(draw: cases.Draw) -> cases.Run:
     """Settings of each sample, the other divergence, and columns that are left out."""
     values, indices = draw.code()
     decoder, labels, target = draw(draw.R, draw.C), draw.labels(), draw(draw.B, draw.C)
@@ -39,7 +40,7 @@ def each_sample(draw: Draw) -> Run:
     alpha, lam, weight = (draw(draw.B).abs() for _ in range(3))
     columns = target > -1
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         given: dict[str, Any] = {"alpha": alpha, "lam": lam, "temperature": lam + 1}
         given |= {"weight": weight, "columns": columns, "kl": "forward", "impl": impl}
         code = values, indices, decoder, labels
@@ -120,18 +121,18 @@ def pinned(teacher: bool = True, each: bool = False) -> meta.Prepare:
     )
 
 
-OP = Op(
+OP = cases.Op(
     distill_code,
-    calls={"": Call(call, half=False), "of each sample": Call(each_sample, half=False)},
+    calls={"": cases.Call(call, half=False), "of each sample": cases.Call(each_sample, half=False)},
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, R=10000, K=10, C=10, teacher=False),
-        *grid(FP32, B=128, R=10000, K=10, C=10, n=10, each=True),
-        *grid(FP32, B=1280, R=100000, K=40, C=10, n=20, columns=True, each=True),
-        *grid(FP32, B=128, R=10000, K=40, C=10),
-        *grid(FP32, B=128, R=10000, K=300, C=100, n=200, kl="forward"),
-        *grid(FP32, B=128, R=10000, K=128, C=128, n=4096, each=True),
-        *grid(FP32, B=128, R=10000, K=300, C=4096, n=4096, columns=True),
+        *cases.grid(FP32, B=128, R=10000, K=10, C=10, teacher=False),
+        *cases.grid(FP32, B=128, R=10000, K=10, C=10, n=10, each=True),
+        *cases.grid(FP32, B=1280, R=100000, K=40, C=10, n=20, columns=True, each=True),
+        *cases.grid(FP32, B=128, R=10000, K=40, C=10),
+        *cases.grid(FP32, B=128, R=10000, K=300, C=100, n=200, kl="forward"),
+        *cases.grid(FP32, B=128, R=10000, K=128, C=128, n=4096, each=True),
+        *cases.grid(FP32, B=128, R=10000, K=300, C=4096, n=4096, columns=True),
     ],
     checked={
         "": partial(check, 5, 10, units=6, each=True),
@@ -139,10 +140,10 @@ OP = Op(
         "labels": partial(check, 1, 3, teacher=False),
         "one": partial(check, 4, 1, units=1),
     },
-    tiles={"distill_code": tile(TILE=32, num_warps=1)},
+    tiles={"distill_code": cases.tile(TILE=32, num_warps=1)},
     pins={
-        "": Pin(pinned(), "_distill_code_kernel", 0),
-        "each": Pin(pinned(each=True), "_distill_code_kernel", 0),
-        "labels": Pin(pinned(teacher=False, each=True), "_distill_code_kernel", 0),
+        "": cases.Pin(pinned(), "_distill_code_kernel", 0),
+        "each": cases.Pin(pinned(each=True), "_distill_code_kernel", 0),
+        "labels": cases.Pin(pinned(teacher=False, each=True), "_distill_code_kernel", 0),
     },
 )

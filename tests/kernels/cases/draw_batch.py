@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ssd.ops.batch import draw_batch
-from tests.kernels.cases import FP32, Call, Draw, Op, Pin, Run, grid, tile
+from tests.kernels import cases
+from tests.kernels.cases import FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 
 
-def call(draw: Draw, targets: bool = True) -> Run:
+def call(draw: cases.Draw, targets: bool = True) -> cases.Run:
     stored = draw.S * draw.B
     order = draw.range(stored).flip(0).view(draw.S, draw.B) % draw.B
     samples, position = draw.integers(draw.B, 4), draw.integers(1)[0]
@@ -80,22 +81,19 @@ def pinned(S: int = 10, B: int = 128) -> meta.Prepare:
     )
 
 
-OP = Op(
+OP = cases.Op(
     draw_batch,
     calls={
-        "": Call(call, half=False),
-        "without targets": Call(partial(call, targets=False), half=False),
+        "": cases.Call(call, half=False),
+        "without targets": cases.Call(partial(call, targets=False), half=False),
     },
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, d=256, teacher=False),
-        *grid(FP32, S=10, B=128, d=256, n=200, R=10000),
-        *grid(FP32, B=1024, d=3072, C=100, n=20, R=1000),
+        *cases.grid(FP32, B=128, d=256, teacher=False),
+        *cases.grid(FP32, S=10, B=128, d=256, n=200, R=10000),
+        *cases.grid(FP32, B=1024, d=3072, C=100, n=20, R=1000),
     ],
-    checked={
-        "": partial(check, 5, True, True),
-        "only": partial(check, 1, False, False),
-    },
-    tiles={"draw_batch": tile(BLOCK=4, num_warps=1)},
-    pins={"": Pin(pinned(), "_draw_kernel", 0)},
+    checked={"": partial(check, 5, True, True), "only": partial(check, 1, False, False)},
+    tiles={"draw_batch": cases.tile(BLOCK=4, num_warps=1)},
+    pins={"": cases.Pin(pinned(), "_draw_kernel", 0)},
 )

@@ -7,17 +7,18 @@ from functools import partial
 import torch
 
 from ssd.ops.gate_gradient import gate_gradient
-from tests.kernels.cases import FP32, Call, Draw, Op, Pin, Results, Run, grid, tile
+from tests.kernels import cases
+from tests.kernels.cases import FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     rows, neurons = draw.S * draw.B, draw.S * draw.R
     starts, gate = [draw(rows, draw.R) for _ in range(3)], draw(rows, draw.R)
     slopes, positions = draw(rows, draw.K), (draw.range(neurons) % draw.R).clamp(max=draw.K)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         gradients = [gradient.clone() for gradient in starts]
         gate_gradient(gradients[0], gate, slopes, positions, impl=impl)
         gate_gradient(gradients[1], gate > 0, slopes, positions, gated=False, impl=impl)
@@ -65,24 +66,24 @@ def check(neurons: int, subnetwork: int, gated: bool, transposed: bool = False) 
     small.equal(*results)
 
 
-OP = Op(
+OP = cases.Op(
     gate_gradient,
-    calls={"": Call(call, half=False)},
+    calls={"": cases.Call(call, half=False)},
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, R=10000),
-        *grid(FP32, S=10, B=128, R=1000, n=20),
-        *grid(FP32, B=128, R=10000, n=200, gate=torch.bool, gated=False),
-        *grid(FP32, B=128, R=1000, n=20, transposed=True),
+        *cases.grid(FP32, B=128, R=10000),
+        *cases.grid(FP32, S=10, B=128, R=1000, n=20),
+        *cases.grid(FP32, B=128, R=10000, n=200, gate=torch.bool, gated=False),
+        *cases.grid(FP32, B=128, R=1000, n=20, transposed=True),
     ],
     checked={
         "": partial(check, 9, 3, True),
         "behind": partial(check, 7, 2, False, transposed=True),
         "alone": partial(check, 1, 0, True),
     },
-    tiles={"gate_gradient": tile(BLOCK=4, num_warps=1)},
+    tiles={"gate_gradient": cases.tile(BLOCK=4, num_warps=1)},
     pins={
-        "": Pin(
+        "": cases.Pin(
             meta.of(
                 gate_gradient,
                 meta.new(1280, 1000),
@@ -92,6 +93,6 @@ OP = Op(
             ),
             "_gate_kernel",
             0,
-        ),
+        )
     },
 )

@@ -7,18 +7,19 @@ from functools import partial
 import torch
 
 from ssd_kernels._graded_code import linear_active
-from tests.kernels.cases import FP16, FP32, Call, Draw, Op, Pin, Results, Run, grid
+from tests.kernels import cases
+from tests.kernels.cases import FP16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_layers import LinearActive
 
 
-def call(draw: Draw, least: float = 0.9, networks: int = 1) -> Run:
+def call(draw: cases.Draw, least: float = 0.9, networks: int = 1) -> cases.Run:
     x, weight = draw(networks * draw.B, draw.D), draw(networks * draw.R, draw.D)
     gaba = draw.ramp(least, networks)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         counts = draw.counts(networks * draw.R)
         given = {"counts": counts, "every": True, "networks": networks, "impl": impl}
         active = linear_active(x, weight, draw.K, gaba, **given)
@@ -47,20 +48,22 @@ def check(dtype: torch.dtype, gaba: bool, inhibition: str) -> None:
     small.equal(*results)
 
 
-OP = Op(
+OP = cases.Op(
     linear_active,
     calls={
-        "": Call(call, half=False, traced=False),
-        "of networks, excited": Call(partial(call, least=-1, networks=2), half=False, traced=False),
+        "": cases.Call(call, half=False, traced=False),
+        "of networks, excited": cases.Call(
+            partial(call, least=-1, networks=2), half=False, traced=False
+        ),
     },
     good=refused.active_layer,
     bad=refused.ACTIVE,
     drawn=LinearActive(linear_active),
     launch=launch,
-    compiled=grid(FP32, B=128, d=256, R=10000, k=10),
+    compiled=cases.grid(FP32, B=128, d=256, R=10000, k=10),
     checked={
         "half": partial(check, FP16, True, "subtract"),
         "torch": partial(check, FP32, True, "mask"),
     },
-    pins={"": Pin(pinned(), "mm _select_kernel _select_kernel _inhibit_kernel", 6)},
+    pins={"": cases.Pin(pinned(), "mm _select_kernel _select_kernel _inhibit_kernel", 6)},
 )

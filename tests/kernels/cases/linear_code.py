@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ssd_kernels._graded_code import Shadow, linear_code
-from tests.kernels.cases import FP16, FP32, Arguments, Call, Draw, Op, Pin, Results, Run, grid
+from tests.kernels import cases
+from tests.kernels.cases import FP16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
@@ -16,13 +17,13 @@ from tests.kernels.property_layers import LinearCode
 
 
 def call(
-    draw: Draw, batch: int | None = None, networks: int = 1, shadow: torch.dtype | None = None
-) -> Run:
+    draw: cases.Draw, batch: int | None = None, networks: int = 1, shadow: torch.dtype | None = None
+) -> cases.Run:
     rows, neurons = networks * (batch or draw.B), networks * draw.R
     x, weight = draw(rows, draw.D).abs(), draw(neurons, draw.D).abs()
     gaba = draw.ramp(0.9, networks)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         counts = draw.counts(neurons)
         given: dict[str, Any] = {"counts": counts, "networks": networks, "impl": impl}
         if shadow is not None and impl != "triton" and not x.is_meta:
@@ -36,7 +37,7 @@ def call(
     return run
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     return refused.active_layer() | {"width": refused.SLOTS + 2}
 
 
@@ -99,14 +100,14 @@ def check(
         small.equal(counts, fired + 1)
 
 
-OP = Op(
+OP = cases.Op(
     linear_code,
     calls={
-        "": Call(call, half=False),
-        "of networks": Call(partial(call, networks=2), half=False),
-        "large": Call(partial(call, batch=Draw.MANY), half=False, traced=False),
-        "by a copy": Call(partial(call, shadow=torch.float32), half=False, traced=False),
-        "by a copy in 16 bits": Call(
+        "": cases.Call(call, half=False),
+        "of networks": cases.Call(partial(call, networks=2), half=False),
+        "large": cases.Call(partial(call, batch=cases.Draw.MANY), half=False, traced=False),
+        "by a copy": cases.Call(partial(call, shadow=torch.float32), half=False, traced=False),
+        "by a copy in 16 bits": cases.Call(
             partial(call, shadow=torch.bfloat16), half=False, traced=False
         ),
     },
@@ -120,10 +121,10 @@ OP = Op(
     drawn=LinearCode(linear_code),
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, d=256, R=10000, k=10, width=64, counts=True),
-        *grid(FP32, B=1024, d=256, R=10000, k=10, width=64, inhibition="mask"),
-        *grid(FP32, S=10, B=128, d=512, R=1000, k=10, width=128, counts=True),
-        *grid(FP32, B=1024, d=1024, R=65536, k=32, width=128),
+        *cases.grid(FP32, B=128, d=256, R=10000, k=10, width=64, counts=True),
+        *cases.grid(FP32, B=1024, d=256, R=10000, k=10, width=64, inhibition="mask"),
+        *cases.grid(FP32, S=10, B=128, d=512, R=1000, k=10, width=128, counts=True),
+        *cases.grid(FP32, B=1024, d=1024, R=65536, k=32, width=128),
     ],
     checked={
         "half": partial(check, FP16, False, "mask"),
@@ -135,12 +136,12 @@ OP = Op(
         "torch shadow": partial(check, FP32, True, "subtract", shadow=True, impl="torch"),
     },
     pins={
-        "": Pin(
+        "": cases.Pin(
             meta.of(
                 linear_code, meta.new(128, 256), meta.new(10_000, 256), 10, 40, meta.new(10_000)
             ),
             "_halve_kernel _keys_kernel _graded_kernel",
             1,
-        ),
+        )
     },
 )

@@ -8,31 +8,19 @@ from typing import Any
 import torch
 
 from ssd_kernels import linear_inhibit
-from tests.kernels.cases import (
-    BF16,
-    FP16,
-    FP32,
-    Arguments,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_layers import LinearInhibit
 
 
-def call(draw: Draw, networks: int = 1) -> Run:
+def call(draw: cases.Draw, networks: int = 1) -> cases.Run:
     x, weight, bias = draw.layer(networks)
     gaba, counts = draw.ramp(-1, networks), draw.counts(networks * draw.R)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         now = counts.clone()
         options: dict[str, Any] = {"counts": now, "networks": networks, "impl": impl}
         return linear_inhibit(x, weight, draw.K, gaba, bias, **options), now
@@ -40,14 +28,14 @@ def call(draw: Draw, networks: int = 1) -> Run:
     return run
 
 
-def without_gradients(draw: Draw) -> Run:
+def without_gradients(draw: cases.Draw) -> cases.Run:
     x, weight = draw(2 * draw.B, draw.D), draw(2 * draw.R, draw.D)
     return lambda impl: (
         linear_inhibit(x, weight, draw.K, inhibition="mask", networks=2, impl=impl),
     )
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     return refused.layer() | {"gaba": torch.rand(refused.NEURONS)}
 
 
@@ -120,22 +108,22 @@ def pinned(grad: bool, dtype: torch.dtype = torch.float32) -> meta.Prepare:
     return meta.of(linear_inhibit, x.requires_grad_(grad), weight, 10, gaba)
 
 
-OP = Op(
+OP = cases.Op(
     linear_inhibit,
     calls={
-        "": Call(call),
-        "of networks": Call(partial(call, networks=2)),
-        "without gradients": Call(without_gradients),
+        "": cases.Call(call),
+        "of networks": cases.Call(partial(call, networks=2)),
+        "without gradients": cases.Call(without_gradients),
     },
     good=good,
     bad=[*refused.LAYER, *refused.GABA],
     drawn=LinearInhibit(linear_inhibit),
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, d=256, R=10000, k=10, bias=False, counts=True, inhibition="mask"),
-        *grid(BF16, B=128, d=256, R=10000, k=10, gaba=False, grad=False),
-        *grid(FP32, B=128, d=64, R=200, k=200),
-        *grid(FP32, S=10, B=128, d=256, R=1000, k=10, counts=True),
+        *cases.grid(FP32, B=128, d=256, R=10000, k=10, bias=False, counts=True, inhibition="mask"),
+        *cases.grid(BF16, B=128, d=256, R=10000, k=10, gaba=False, grad=False),
+        *cases.grid(FP32, B=128, d=64, R=200, k=200),
+        *cases.grid(FP32, S=10, B=128, d=256, R=1000, k=10, counts=True),
     ],
     checked={
         "gaba": partial(check, 5, 70, 3),
@@ -144,9 +132,11 @@ OP = Op(
         "all": partial(check, 2, 40, 40),
         "half": partial(check, 2, 40, 2, dtype=FP16, grad=False),
     },
-    tiles={"linear_inhibit": tile(BM=4, BN=32, num_warps=1)},
+    tiles={"linear_inhibit": cases.tile(BM=4, BN=32, num_warps=1)},
     pins={
-        "": Pin(pinned(False), "mm _select_kernel _select_kernel _inhibit_kernel", 6),
-        "with gradients": Pin(pinned(True), "mm _select_kernel _select_kernel _inhibit_kernel", 7),
+        "": cases.Pin(pinned(False), "mm _select_kernel _select_kernel _inhibit_kernel", 6),
+        "with gradients": cases.Pin(
+            pinned(True), "mm _select_kernel _select_kernel _inhibit_kernel", 7
+        ),
     },
 )

@@ -8,18 +8,8 @@ from typing import Any
 import torch
 
 from ssd_kernels import linear_topk, sparse_linear
-from tests.kernels.cases import (
-    BF16,
-    FP16,
-    FP32,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
@@ -30,11 +20,11 @@ TILE = {"TOGETHER": 2, "BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages":
 PLAIN, DESCRIBED = ({**TILE, "DESCRIPTORS": on, "PERSISTENT": on} for on in (0, 1))
 
 
-def call(draw: Draw, networks: int = 1) -> Run:
+def call(draw: cases.Draw, networks: int = 1) -> cases.Run:
     x, weight, bias = draw.layer(networks)
     counts = draw.counts(networks * draw.R)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         now = counts.clone()
         out = linear_topk(
             x,
@@ -52,32 +42,32 @@ def call(draw: Draw, networks: int = 1) -> Run:
     return run
 
 
-def of_all(draw: Draw) -> Run:
+def of_all(draw: cases.Draw) -> cases.Run:
     """Every neuron stays active, and none is counted."""
     x, weight, bias = draw.layer()
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         out = linear_topk(x, weight, draw.R, bias, impl=impl)
         return out.values, out.indices
 
     return run
 
 
-def preactivations(draw: Draw) -> Run:
+def preactivations(draw: cases.Draw) -> cases.Run:
     x, weight, bias = draw.layer()
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         out = linear_topk(x, weight, draw.K, bias, preactivations=True, impl=impl)
         return out.values, out.indices, out.preactivations
 
     return run
 
 
-def forward(draw: Draw, batch: int, d: int, networks: int = 1) -> Run:
+def forward(draw: cases.Draw, batch: int, d: int, networks: int = 1) -> cases.Run:
     x, weight = draw(networks * batch, d), draw(networks * draw.R, d)
     bias = draw(networks * draw.R)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         out = linear_topk(x, weight, draw.K, bias, networks=networks, impl=impl)
         return out.values, out.indices
 
@@ -218,55 +208,59 @@ def both(**shape: int) -> meta.Prepare:
 
 ENCODE = "_keys_kernel _code_kernel"
 PINS = {
-    "": Pin(encode(threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2),
-    "in 16 bits": Pin(encode(BF16, threshold=True, **meta.SMALL), ENCODE, 2),
-    "with gradients": Pin(
+    "": cases.Pin(encode(threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2),
+    "in 16 bits": cases.Pin(encode(BF16, threshold=True, **meta.SMALL), ENCODE, 2),
+    "with gradients": cases.Pin(
         encode(grad=True, threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2
     ),
-    "both ways": Pin(
+    "both ways": cases.Pin(
         encode(grad=True, backward=True, threshold=True, **meta.SMALL),
         f"_halve_kernel {ENCODE} _gather_kernel {meta.RANKED} segment_kernel",
         3,
     ),
     # Two blocks of rows.
-    "both ways, large": Pin(
+    "both ways, large": cases.Pin(
         encode(grad=True, backward=True, threshold=True, **meta.LARGE),
         f"_halve_kernel {ENCODE} {ENCODE} _gather_kernel {meta.SORTED} segment_kernel",
         6,
     ),
-    "backward": Pin(encoder(**meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1),
-    "backward to x": Pin(encoder("x", **meta.SMALL), "_gather_kernel", 0),
-    "backward to weight": Pin(encoder("w", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
-    "backward to bias": Pin(encoder("b", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
-    "backward large": Pin(encoder(**meta.LARGE), f"_gather_kernel {meta.SORTED} segment_kernel", 4),
-    "backward of threshold": Pin(
+    "backward": cases.Pin(encoder(**meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1),
+    "backward to x": cases.Pin(encoder("x", **meta.SMALL), "_gather_kernel", 0),
+    "backward to weight": cases.Pin(encoder("w", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
+    "backward to bias": cases.Pin(encoder("b", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
+    "backward large": cases.Pin(
+        encoder(**meta.LARGE), f"_gather_kernel {meta.SORTED} segment_kernel", 4
+    ),
+    "backward of threshold": cases.Pin(
         encoder(parts="threshold", **meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1
     ),
-    "backward of values and threshold": Pin(
+    "backward of values and threshold": cases.Pin(
         encoder(parts="values threshold", **meta.SMALL),
         f"cat cat cat _gather_kernel {meta.RANKED} segment_kernel",
         4,
     ),
-    "with its decoder, backward": Pin(
+    "with its decoder, backward": cases.Pin(
         both(**meta.SMALL), f"{meta.RANKED} segment_kernel segment_kernel", 2
     ),
-    "with its decoder, backward large": Pin(
+    "with its decoder, backward large": cases.Pin(
         both(**meta.LARGE), f"{meta.SORTED} segment_kernel segment_kernel", 5
     ),
 }
 
 
-OP = Op(
+OP = cases.Op(
     linear_topk,
     calls={
-        "": Call(call),
-        "of networks": Call(partial(call, networks=2)),
-        "of all neurons": Call(of_all),
-        "and preactivations": Call(preactivations),
-        "large": Call(partial(forward, batch=Draw.MANY, d=24), traced=False),
-        "large, unaligned": Call(partial(forward, batch=Draw.MANY, d=Draw.UNALIGNED), traced=False),
-        "of networks, large": Call(
-            partial(forward, batch=Draw.MANY, d=24, networks=2), traced=False
+        "": cases.Call(call),
+        "of networks": cases.Call(partial(call, networks=2)),
+        "of all neurons": cases.Call(of_all),
+        "and preactivations": cases.Call(preactivations),
+        "large": cases.Call(partial(forward, batch=cases.Draw.MANY, d=24), traced=False),
+        "large, unaligned": cases.Call(
+            partial(forward, batch=cases.Draw.MANY, d=cases.Draw.UNALIGNED), traced=False
+        ),
+        "of networks, large": cases.Call(
+            partial(forward, batch=cases.Draw.MANY, d=24, networks=2), traced=False
         ),
     },
     good=refused.layer,
@@ -274,17 +268,21 @@ OP = Op(
     drawn=LinearTopK(linear_topk),
     launch=launch,
     compiled=[
-        *grid(FP32, B=128, d=256, R=10000, k=10, bias=False, inhibition="subtract", counts=True),
-        *grid(FP32, BF16, B=1024, d=256, R=10000, k=10, threshold=True, counts=True, backward=True),
-        *grid(FP16, B=64, d=512, R=4096, k=32, backward=True),
-        *grid(BF16, B=64, d=512, R=4096, k=32),
-        *grid(FP32, B=128, d=1024, R=8192, k=10, counts=True, inhibition="subtract"),
-        *grid(FP32, B=8192, d=1024, R=131072, k=127),
-        *grid(FP32, B=8192, d=1024, R=262144, k=255),
-        *grid(BF16, B=8192, d=1024, R=1048576, k=32),
-        *grid(FP32, B=37, d=100, R=517, k=16, bias=False),
-        *grid(FP32, BF16, B=8192, d=1021, R=16384, k=32),  # no whole 16 bytes
-        *grid(FP32, S=10, B=128, d=512, R=10000, k=10, counts=True, bias=False),
+        *cases.grid(
+            FP32, B=128, d=256, R=10000, k=10, bias=False, inhibition="subtract", counts=True
+        ),
+        *cases.grid(
+            FP32, BF16, B=1024, d=256, R=10000, k=10, threshold=True, counts=True, backward=True
+        ),
+        *cases.grid(FP16, B=64, d=512, R=4096, k=32, backward=True),
+        *cases.grid(BF16, B=64, d=512, R=4096, k=32),
+        *cases.grid(FP32, B=128, d=1024, R=8192, k=10, counts=True, inhibition="subtract"),
+        *cases.grid(FP32, B=8192, d=1024, R=131072, k=127),
+        *cases.grid(FP32, B=8192, d=1024, R=262144, k=255),
+        *cases.grid(BF16, B=8192, d=1024, R=1048576, k=32),
+        *cases.grid(FP32, B=37, d=100, R=517, k=16, bias=False),
+        *cases.grid(FP32, BF16, B=8192, d=1021, R=16384, k=32),  # no whole 16 bytes
+        *cases.grid(FP32, S=10, B=128, d=512, R=10000, k=10, counts=True, bias=False),
     ],
     checked={
         **{

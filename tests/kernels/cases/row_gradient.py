@@ -9,13 +9,14 @@ import torch
 
 from ssd_kernels import _segments
 from ssd_kernels._row_gradient import row_gradient
-from tests.kernels.cases import FP32, Call, Draw, Op, Pin, Run, grid, tile
+from tests.kernels import cases
+from tests.kernels.cases import FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.property_codes import RowGradient
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     values, indices = draw.code()
     inputs = draw(draw.B, draw.D)
     return lambda impl: (row_gradient(values, inputs, indices, draw.R, impl=impl),)
@@ -54,14 +55,12 @@ def pinned(B: int = 128, R: int = 10_000, k: int = 10) -> meta.Prepare:
     return meta.of(row_gradient, coefficients, meta.new(B, 256), indices, R)
 
 
-OP = Op(
+OP = cases.Op(
     row_gradient,
-    calls={"": Call(call)},
+    calls={"": cases.Call(call)},
     drawn=RowGradient(row_gradient),
     launch=launch,
-    compiled=[
-        *grid(FP32, B=128, R=10000, k=10, d=256, sums=True),
-    ],
+    compiled=[*cases.grid(FP32, B=128, R=10000, k=10, d=256, sums=True)],
     checked={
         "": partial(check, 6, 4, 7, 11),
         "one": partial(check, 1, 1, 1, 1),
@@ -69,9 +68,9 @@ OP = Op(
         "bias": partial(row_bias, 7),
     },
     tiles={
-        "rank_slots": tile(BLOCK=8, RIVALS=16, num_warps=1),
-        "offsets": tile(BLOCK=4, num_warps=1),
-        "segments": tile(SLOTS=2, BLOCK=8, num_warps=1),
+        "rank_slots": cases.tile(BLOCK=8, RIVALS=16, num_warps=1),
+        "offsets": cases.tile(BLOCK=4, num_warps=1),
+        "segments": cases.tile(SLOTS=2, BLOCK=8, num_warps=1),
     },
-    pins={"": Pin(pinned(), f"{meta.RANKED} segment_kernel", 1)},
+    pins={"": cases.Pin(pinned(), f"{meta.RANKED} segment_kernel", 1)},
 )

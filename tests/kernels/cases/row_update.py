@@ -9,26 +9,14 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import row_update
-from tests.kernels.cases import (
-    BF16,
-    FP32,
-    Arguments,
-    Bad,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP32
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_codes import RowUpdate
 
 
-def call(draw: Draw, networks: int = 1, momentum: float = 0.0) -> Run:
+def call(draw: cases.Draw, networks: int = 1, momentum: float = 0.0) -> cases.Run:
     coefficients, indices = draw.code(networks)
     rows, neurons = networks * draw.B, networks * draw.R
     starts, kept = ([draw(neurons, draw.D), draw(neurons, draw.C)] for _ in range(2))
@@ -37,7 +25,7 @@ def call(draw: Draw, networks: int = 1, momentum: float = 0.0) -> Run:
     if networks > 1:
         rates = torch.linspace(0.1, 0.2, networks, device="cpu").to(coefficients)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         weights = [weight.clone() for weight in starts]
         buffers = [buffer.clone() for buffer in kept] if momentum else []
         norm = row_update(
@@ -59,19 +47,19 @@ def call(draw: Draw, networks: int = 1, momentum: float = 0.0) -> Run:
     return run
 
 
-def unbounded(draw: Draw) -> Run:
+def unbounded(draw: cases.Draw) -> cases.Run:
     """Neither clipped nor projected."""
     coefficients, indices = draw.code()
     start, inputs = draw(draw.R, draw.D), draw(draw.B, draw.D)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         weight = start.clone()
         return row_update([weight], [coefficients], [inputs], indices, lr=0.1, impl=impl), weight
 
     return run
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     code = refused.code()
     return {
         "weights": [
@@ -94,7 +82,7 @@ def good() -> Arguments:
     }
 
 
-BAD: list[Bad] = [
+BAD: list[cases.Bad] = [
     ({"weights": []}, ValueError, "weights is empty"),
     ({"weights": [torch.rand(9, 5)]}, ValueError, "2 coefficients for 1 weights"),
     ({"normalize": [True]}, ValueError, "1 normalize for 2 weights"),
@@ -248,13 +236,13 @@ def update(*widths: int, S: int = 1, **shape: int) -> meta.Prepare:
 
 
 SUMS = f"{meta.RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel"
-OP = Op(
+OP = cases.Op(
     row_update,
     calls={
-        "": Call(partial(call, momentum=0.9), half=False),
-        "plain": Call(call, half=False),
-        "of networks": Call(partial(call, networks=2), half=False),
-        "unbounded": Call(unbounded, half=False),
+        "": cases.Call(partial(call, momentum=0.9), half=False),
+        "plain": cases.Call(call, half=False),
+        "of networks": cases.Call(partial(call, networks=2), half=False),
+        "unbounded": cases.Call(unbounded, half=False),
     },
     good=good,
     bad=BAD,
@@ -264,32 +252,29 @@ OP = Op(
         *(
             call
             for d in (64, 256, 1024, 4096)
-            for call in grid(FP32, BF16, B=128, R=10000, k=10, d=d)
+            for call in cases.grid(FP32, BF16, B=128, R=10000, k=10, d=d)
         ),
-        *grid(FP32, B=128, R=10000, k=10, d=256, project=False),
-        *grid(FP32, BF16, B=128, R=10000, k=10, d=256, momentum=0.9, max_norm=1.0),
-        *grid(FP32, B=128, R=10000, k=10, d=4096, momentum=0.9, max_norm=1.0),
-        *grid(FP32, S=10, B=128, R=1000, k=10, d=256, max_norm=1.0),
+        *cases.grid(FP32, B=128, R=10000, k=10, d=256, project=False),
+        *cases.grid(FP32, BF16, B=128, R=10000, k=10, d=256, momentum=0.9, max_norm=1.0),
+        *cases.grid(FP32, B=128, R=10000, k=10, d=4096, momentum=0.9, max_norm=1.0),
+        *cases.grid(FP32, S=10, B=128, R=1000, k=10, d=256, max_norm=1.0),
     ],
     checked={
         "": partial(check, [11, 3]),
         "clipped": partial(
-            check,
-            [20, 3],
-            max_norm=0.5,
-            nonnegative=True,
-            normalize=[True, True],
-            momentum=0.9,
+            check, [20, 3], max_norm=0.5, nonnegative=True, normalize=[True, True], momentum=0.9
         ),
         "networks": partial(check, [9], 9, 3, max_norm=1e6, normalize=[True]),
         "few slots": partial(check, [11, 3], 39, 3, max_norm=0.5, nonnegative=True),
     },
-    tiles={"row_update": tile(BLOCK=8, num_warps=1)},
+    tiles={"row_update": cases.tile(BLOCK=8, num_warps=1)},
     pins={
-        "": Pin(update(256, **meta.SMALL), f"{meta.RANKED} segment_kernel sum _apply_kernel", 5),
-        "of two": Pin(update(256, 10, **meta.SMALL), SUMS, 6),
-        "of ten networks": Pin(update(256, 10, S=10, B=1280, R=10_000, k=10), SUMS, 6),
-        "large": Pin(
+        "": cases.Pin(
+            update(256, **meta.SMALL), f"{meta.RANKED} segment_kernel sum _apply_kernel", 5
+        ),
+        "of two": cases.Pin(update(256, 10, **meta.SMALL), SUMS, 6),
+        "of ten networks": cases.Pin(update(256, 10, S=10, B=1280, R=10_000, k=10), SUMS, 6),
+        "large": cases.Pin(
             update(1024, **meta.LARGE), f"{meta.SORTED} segment_kernel sum _apply_kernel", 8
         ),
     },

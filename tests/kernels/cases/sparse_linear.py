@@ -7,34 +7,22 @@ from functools import partial
 import torch
 
 from ssd_kernels import sparse_linear
-from tests.kernels.cases import (
-    BF16,
-    FP16,
-    FP32,
-    Arguments,
-    Bad,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_codes import SparseLinear
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     values, indices = draw.code()
     draw.leaves.append(values.requires_grad_())
     weight, bias = draw.leaf(draw.R, draw.C), draw.leaf(draw.C)
     return lambda impl: (sparse_linear(values, indices, weight, bias, impl=impl),)
 
 
-def frozen(draw: Draw) -> Run:
+def frozen(draw: cases.Draw) -> cases.Run:
     """Of a weight that is not learned."""
     values, indices = draw.code()
     draw.leaves.append(values.requires_grad_())
@@ -42,12 +30,12 @@ def frozen(draw: Draw) -> Run:
     return lambda impl: (sparse_linear(values, indices, weight, impl=impl),)
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     weight, bias = torch.randn(refused.NEURONS, refused.OUTPUTS), torch.randn(refused.OUTPUTS)
     return refused.code() | {"weight": weight, "bias": bias}
 
 
-BAD: list[Bad] = [
+BAD: list[cases.Bad] = [
     *refused.CODE,
     ({"values": torch.ones(4, 2).long()}, TypeError, "values has dtype torch.int64"),
     ({"weight": torch.ones(9, 3).half()}, TypeError, "weight has dtype torch.float16"),
@@ -123,9 +111,9 @@ def decoder(
     return prepare
 
 
-OP = Op(
+OP = cases.Op(
     sparse_linear,
-    calls={"": Call(call), "of a frozen weight": Call(frozen)},
+    calls={"": cases.Call(call), "of a frozen weight": cases.Call(frozen)},
     good=good,
     bad=BAD,
     drawn=SparseLinear(sparse_linear),
@@ -134,11 +122,11 @@ OP = Op(
         *(
             call
             for C in (10, 64, 256, 1000)
-            for call in grid(FP32, BF16, B=128, R=10000, k=32, C=C, bias=True, backward=True)
+            for call in cases.grid(FP32, BF16, B=128, R=10000, k=32, C=C, bias=True, backward=True)
         ),
-        *grid(FP16, B=8192, R=65536, k=64, C=1024, backward=True),
-        *grid(FP32, B=128, R=10000, k=10, C=64, aligned=False, backward=True),
-        *grid(FP32, B=128, R=10000, k=10, C=10, frozen=True, backward=True),
+        *cases.grid(FP16, B=8192, R=65536, k=64, C=1024, backward=True),
+        *cases.grid(FP32, B=128, R=10000, k=10, C=64, aligned=False, backward=True),
+        *cases.grid(FP32, B=128, R=10000, k=10, C=10, frozen=True, backward=True),
     ],
     checked={
         "": partial(check, 4, 6, 20, 18, bias=True),
@@ -146,20 +134,24 @@ OP = Op(
         "values": partial(check, 3, 5, 9, 10, needs=(True, False)),
         "few slots": partial(check, 2, 3, 9, 6, needs=(True, False)),
     },
-    tiles={"sparse_linear": tile(SLOTS=4, BLOCK=16, num_warps=1)},
+    tiles={"sparse_linear": cases.tile(SLOTS=4, BLOCK=16, num_warps=1)},
     pins={
-        "": Pin(
+        "": cases.Pin(
             meta.of(sparse_linear, *meta.code(**meta.SMALL), meta.new(10_000, 256), meta.new(256)),
             "_gather_kernel",
             0,
         ),
-        "backward": Pin(decoder(**meta.SMALL), f"{meta.RANKED} segment_kernel sum", 1),
-        "backward to values": Pin(decoder("v", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
-        "backward to weight": Pin(decoder("w", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
-        "backward to bias": Pin(decoder("b", **meta.SMALL), "sum", 0),
-        "backward large": Pin(decoder(**meta.LARGE), f"{meta.SORTED} segment_kernel sum", 4),
+        "backward": cases.Pin(decoder(**meta.SMALL), f"{meta.RANKED} segment_kernel sum", 1),
+        "backward to values": cases.Pin(
+            decoder("v", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1
+        ),
+        "backward to weight": cases.Pin(
+            decoder("w", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1
+        ),
+        "backward to bias": cases.Pin(decoder("b", **meta.SMALL), "sum", 0),
+        "backward large": cases.Pin(decoder(**meta.LARGE), f"{meta.SORTED} segment_kernel sum", 4),
         # A row of two tiles: their products are added up.
-        "backward wide": Pin(
+        "backward wide": cases.Pin(
             decoder(C=4096, dtype=BF16, **meta.LARGE),
             f"{meta.SORTED} segment_kernel sum _to_copy sum",
             7,

@@ -7,16 +7,17 @@ from functools import partial
 import torch
 
 from ssd.ops.batch import tally
-from tests.kernels.cases import FP32, FP64, Call, Draw, Op, Pin, Results, Run, grid, tile
+from tests.kernels import cases
+from tests.kernels.cases import FP32, FP64
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 
 
-def call(draw: Draw, wider: bool = True) -> Run:
+def call(draw: cases.Draw, wider: bool = True) -> cases.Run:
     rows = draw.S * draw.MANY
     logits, weight, labels = draw(rows, draw.C), draw(rows), draw.labels(rows)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         losses = torch.zeros(draw.S, dtype=FP64, device=draw.device)
         sums = losses, draw.counts(draw.S), draw.counts(draw.S), draw.counts(1)[0]
         crowded = torch.zeros(draw.S, dtype=torch.bool, device=draw.device)
@@ -74,21 +75,15 @@ def pinned(S: int = 10, B: int = 128) -> meta.Prepare:
     return meta.of(tally, *given, *sums, *crowded)
 
 
-OP = Op(
+OP = cases.Op(
     tally,
     calls={
-        "": Call(call, half=False),
-        "of all": Call(partial(call, wider=False), half=False),
+        "": cases.Call(call, half=False),
+        "of all": cases.Call(partial(call, wider=False), half=False),
     },
     launch=launch,
-    compiled=[
-        *grid(FP32, B=128, C=10),
-        *grid(FP32, S=10, B=1024, C=100, wider=True),
-    ],
-    checked={
-        "": partial(check, 3, 6, 9, True),
-        "one": partial(check, 1, 1, 1, False),
-    },
-    tiles={"tally": tile(SAMPLES=4, BLOCK=4, num_warps=1)},
-    pins={"": Pin(pinned(), "_tally_kernel", 0)},
+    compiled=[*cases.grid(FP32, B=128, C=10), *cases.grid(FP32, S=10, B=1024, C=100, wider=True)],
+    checked={"": partial(check, 3, 6, 9, True), "one": partial(check, 1, 1, 1, False)},
+    tiles={"tally": cases.tile(SAMPLES=4, BLOCK=4, num_warps=1)},
+    pins={"": cases.Pin(pinned(), "_tally_kernel", 0)},
 )

@@ -10,34 +10,21 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import topk
-from tests.kernels.cases import (
-    BF16,
-    FP16,
-    FP32,
-    Arguments,
-    Bad,
-    Call,
-    Draw,
-    Op,
-    Pin,
-    Results,
-    Run,
-    grid,
-    tile,
-)
+from tests.kernels import cases
+from tests.kernels.cases import BF16, FP16, FP32
 from tests.kernels.cases import _checked as small
 from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_layers import TopK
 
 
-def call(draw: Draw) -> Run:
+def call(draw: cases.Draw) -> cases.Run:
     scores = draw.leaf(draw.B, draw.R)
     boost = draw(draw.R)
     generator = torch.Generator(device="cpu").manual_seed(1)
     mask = (torch.rand(draw.R, generator=generator, device="cpu") > 0.3).to(draw.device)
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         plain = topk(scores, draw.K, impl=impl)
         chosen = topk(scores, draw.K, boost=boost, mask=mask, impl=impl)
         # By name: torch.compile of torch 2.6 cannot slice a named tuple.
@@ -46,22 +33,22 @@ def call(draw: Draw) -> Run:
     return run
 
 
-def ties(draw: Draw) -> Run:
+def ties(draw: cases.Draw) -> cases.Run:
     scores = draw(draw.B, draw.R).round()
 
-    def run(impl: str | None) -> Results:
+    def run(impl: str | None) -> cases.Results:
         out = topk(scores, draw.K, impl=impl)
         return out.values, out.indices
 
     return run
 
 
-def parts(draw: Draw) -> Run:
+def parts(draw: cases.Draw) -> cases.Run:
     scores = draw(2, 40_003)
     return lambda impl: topk(scores, 64, impl=impl)[:2]
 
 
-def good() -> Arguments:
+def good() -> cases.Arguments:
     return {
         "scores": torch.randn(refused.BATCH, refused.NEURONS),
         "k": refused.SLOTS,
@@ -70,7 +57,7 @@ def good() -> Arguments:
     }
 
 
-BAD: list[Bad] = [
+BAD: list[cases.Bad] = [
     *refused.SETTINGS,
     ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
     ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
@@ -137,26 +124,26 @@ def check(
     small.equal(*slopes)
 
 
-OP = Op(
+OP = cases.Op(
     topk,
     calls={
-        "": Call(call),
-        "of ties": Call(ties),
-        "in parts": Call(parts, traced=False),
+        "": cases.Call(call),
+        "of ties": cases.Call(ties),
+        "in parts": cases.Call(parts, traced=False),
     },
     good=good,
     bad=BAD,
     drawn=TopK(topk),
     launch=launch,
     compiled=[
-        *grid(FP32, B=8192, R=512, k=64),
-        *grid(FP32, BF16, FP16, B=8192, R=1024, k=32),
-        *grid(FP32, B=8192, R=1000, k=7, boost=True, mask=True),
-        *grid(FP32, B=8192, R=131072, k=256),
-        *grid(FP32, BF16, B=8192, R=16384, k=32, boost=True, mask=True),
-        *grid(FP32, B=16, R=131072, k=64),
-        *grid(BF16, B=16, R=131072, k=256, boost=True, mask=True),
-        *grid(FP32, B=5, R=50257, k=40),
+        *cases.grid(FP32, B=8192, R=512, k=64),
+        *cases.grid(FP32, BF16, FP16, B=8192, R=1024, k=32),
+        *cases.grid(FP32, B=8192, R=1000, k=7, boost=True, mask=True),
+        *cases.grid(FP32, B=8192, R=131072, k=256),
+        *cases.grid(FP32, BF16, B=8192, R=16384, k=32, boost=True, mask=True),
+        *cases.grid(FP32, B=16, R=131072, k=64),
+        *cases.grid(BF16, B=16, R=131072, k=256, boost=True, mask=True),
+        *cases.grid(FP32, B=5, R=50257, k=40),
     ],
     checked={
         **{kind: partial(check, kind, 3, 200, 5) for kind in ("ties", "special", "zero")},
@@ -168,10 +155,10 @@ OP = Op(
         "parts boost mask": partial(check, "normal", 2, 520, 30, boost=True, allowed=200),
         "few allowed": partial(check, "normal", 2, 70, 4, allowed=2, dtype=FP16),
     },
-    tiles={"topk": tile(TILE=64, PROGRAMS=2, num_warps=1)},
+    tiles={"topk": cases.tile(TILE=64, PROGRAMS=2, num_warps=1)},
     pins={
-        "": Pin(meta.of(topk, meta.new(8192, 10_000), 10), "_select_kernel", 1),
-        "of few rows": Pin(
+        "": cases.Pin(meta.of(topk, meta.new(8192, 10_000), 10), "_select_kernel", 1),
+        "of few rows": cases.Pin(
             meta.of(topk, meta.new(128, 10_000), 10), "_select_kernel _select_kernel", 4
         ),
     },
