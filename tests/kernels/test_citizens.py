@@ -351,6 +351,8 @@ def test_the_default_device_is_nobodys_business(name: str, impl: str | None, dev
         pytest.skip("tensors on the CPU; Triton serves CUDA here")
     if impl not in (None, *_dispatch.TABLES[name.split()[0]]):
         pytest.skip("the op has no such implementation")
+    if impl == "triton" and name.endswith(("large", "unaligned", "parts")):
+        pytest.skip("long in Triton's interpreter")
     neurons = 300 if impl == "triton" else 4100  # where a CPU takes its shortcuts
 
     def results() -> Results:
