@@ -18,7 +18,7 @@ from tests.kernels.test_linear_topk import (
     FAST,
     KERNELS,
     layer,
-    networks,
+    layers,
     scale_of_rounding,
     spec,
 )
@@ -53,7 +53,7 @@ def test_every_form_of_the_product(
     """Descriptors read zeros past the end of a row, and the next network's rows past a network."""
     tile(monkeypatch, DESCRIPTORS=described, PERSISTENT=persistent, BM=16, BN=64, BK=32)
     for dtype in DTYPES:
-        x, weight, bias = networks(2, 37, 150, 40, dtype, device)
+        x, weight, bias = layers(2, 37, 150, 40, dtype, device)
         got = op(x, weight, 3, bias, networks=2, impl=impl)
         expected = spec(x, weight, 3, bias, networks=2)
         assert torch.equal(got.indices, expected.indices)
@@ -303,7 +303,7 @@ def test_graded_codes(
     if rows is not None:
         monkeypatch.setattr(_encoder, "WORKSPACE", rows)
     networks, batch, neurons, features, k, width = shape
-    x, weight, _ = networks(networks, batch, neurons, features, torch.float32, device)
+    x, weight, _ = layers(networks, batch, neurons, features, torch.float32, device)
     for least, positive in ((0.05, False), (0.6, True), (1.0, True)):
         gaba = least + (1 - least) * torch.rand(networks * neurons, device=device)
         given = (x.abs(), weight.abs()) if positive else (x, weight)
