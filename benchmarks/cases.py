@@ -131,7 +131,7 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
         return ours.linear_topk(x, weight, k, bias, **options)
 
     def call(given: Any, **options: Any) -> Any:
-        return mode(partial(select, blocks=count, **options))(given)
+        return mode(partial(select, networks=count, **options))(given)
 
     providers = impls("linear_topk", device, call)
     if count > 1:

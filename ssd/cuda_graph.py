@@ -233,7 +233,7 @@ class GraphedEpochs:
         given: dict[str, Any] = {
             "inhibition": self.encoder.inhibition,
             "counts": stack.counts,
-            "blocks": len(stack),
+            "networks": len(stack),
         }
         if form == EXACT:
             return linear_topk(x, stack.weights[0], k, **given), None

@@ -114,7 +114,7 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
             max_norm=stack.max_norm,
             nonnegative=True,
             normalize=stack.normalized,
-            blocks=len(stack),
+            networks=len(stack),
         )
         stack.written(lambda: _fired(hidden))
     else:
@@ -288,7 +288,7 @@ def _update(stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | 
         momentum=stack.config.momentum,
         buffers=stack.momentum,
         samples=batch.weight.view(len(stack), -1)[:, 0],
-        blocks=len(stack),
+        networks=len(stack),
     )
     if rows is not None:
         for weight, moved in zip(stack.weights, weights, strict=True):

@@ -14,12 +14,12 @@ from ssd_kernels import _dispatch
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INHIBITIONS = ("mask", "subtract")
-# On other devices than the CPU a look at the indices waits for the device: 1 asks for it.
+# 1: check indices on a GPU too, which waits for the device.
 ENVIRONMENT = "SSD_KERNELS_CHECK_INDICES"
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are floating, of one dtype and on one device."""
+    """All given tensors have one floating dtype and one device."""
     given = {name: t for name, t in tensors.items() if t is not None}
     (first_name, first), *_ = given.items()
     for name, tensor in given.items():
@@ -42,7 +42,7 @@ def same_device(op: str, first_name: str, first: Tensor, name: str, tensor: Tens
 
 
 def whole(op: str, name: str, value: object, least: float = 0) -> None:
-    """An integer of at least `least`; True is none."""
+    """An integer of at least `least`, not a bool."""
     if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{op}: {name}={value!r} must be an integer")
     if value < least:
@@ -50,7 +50,7 @@ def whole(op: str, name: str, value: object, least: float = 0) -> None:
 
 
 def number(op: str, name: str, value: object, positive: bool = False) -> None:
-    """A finite number, not negative, or `positive`; True is none."""
+    """A finite number of at least 0, or above 0 if `positive`; not a bool."""
     if isinstance(value, bool) or not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name}={value!r} must be a number")
     value = cast(float, value)
@@ -79,7 +79,7 @@ def inhibition(op: str, name: str) -> None:
 def linear(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, k: int, networks: int = 1
 ) -> None:
-    """x [.., d], weight [S R, d], bias [S R], 1 <= k <= R; S networks share out the rows of x."""
+    """x [.., d], weight [S R, d], bias [S R], 1 <= k <= R; S networks divide the rows of x."""
     floating(op, x=x, weight=weight, bias=bias)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}, expected [R, d]")
@@ -89,22 +89,22 @@ def linear(
             f"for weight {list(weight.shape)}"
         )
     shape(op, "bias", bias, (weight.shape[0],))
-    blocks(op, networks, x=math.prod(x.shape[:-1]), weight=weight.shape[0])
+    divides(op, networks, x=math.prod(x.shape[:-1]), weight=weight.shape[0])
     active_range(op, k, weight.shape[0] // networks)
 
 
-def blocks(op: str, networks: int, **rows: int) -> None:
-    """The rows of every named tensor can be shared out among the networks."""
-    whole(op, "blocks", networks, -math.inf)
+def divides(op: str, networks: int, **rows: int) -> None:
+    """The number of networks divides the number of rows of every named tensor."""
+    whole(op, "networks", networks, -math.inf)
     for name, count in rows.items():
         if networks != 1 and (networks < 1 or count % networks):
-            raise ValueError(f"{op}: blocks={networks} must divide the {count} rows of {name}")
+            raise ValueError(f"{op}: networks={networks} must divide the {count} rows of {name}")
 
 
 def response(
     op: str, gaba: Tensor | None, like: Tensor, neurons: int, positive: bool = False
 ) -> None:
-    """gaba [R] floating on the device of `like`; `positive`: each in (0, 1], on a CPU."""
+    """gaba [R] floating on the device of `like`; `positive`: every entry in (0, 1], on a CPU."""
     if gaba is None:
         return
     if gaba.dtype not in FLOATING:
@@ -143,7 +143,7 @@ def code(op: str, values: Tensor, indices: Tensor, neurons: int) -> None:
 
 
 def in_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
-    """Every number lies in 0..limit-1; looked at on a CPU, and elsewhere if ENVIRONMENT is 1."""
+    """Every number lies in 0..limit-1; checked on a CPU, and elsewhere if ENVIRONMENT is 1."""
     if not torch.compiler.is_compiling():
         while torch._C._functorch.is_functorch_wrapped_tensor(numbers):
             numbers = torch._C._functorch.get_unwrapped(numbers)
@@ -159,7 +159,7 @@ def in_range(op: str, name: str, numbers: Tensor, limit: int) -> None:
 
 
 def in_place(op: str, what: str) -> None:
-    """torch.func transforms see values, not changes to what lies outside the function."""
+    """A torch.func transform sees results, not changes to tensors outside the function."""
     if not torch.compiler.is_compiling() and _dispatch.transformed():
         raise RuntimeError(
             f"{op}: cannot update {what} in place inside a torch.func transform; do it outside"

@@ -25,7 +25,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Modes in which torch operators on real tensors give tensors without data.
 TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 VMAP = torch._C._dispatch_key_parse("VmapMode")  # of torch.autograd.grad(is_grads_batched=True)
-# Asked here, for torch.compile of torch 2.6 cannot.
+# Asked at import: torch.compile of torch 2.6 cannot trace the question.
 AUTOCASTS = [
     kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
 ]
@@ -39,22 +39,22 @@ def interpreted() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jacrev, ..) is at work."""
+    """Whether a torch.func transform (grad, vmap, jacrev, ..) is running."""
     return torch._C._are_functorch_transforms_active()
 
 
 def tracing() -> bool:
-    """Whether torch.compile or torch.export is at work."""
+    """Whether torch.compile or torch.export is running."""
     return torch.compiler.is_compiling()
 
 
 def differentiable() -> bool:
-    """Whether a backward must be differentiable itself, which no compiled one can be."""
+    """Whether a backward must itself be differentiable; a compiled one never is."""
     return torch.is_grad_enabled() and not tracing()
 
 
 def valueless(tensor: Tensor) -> bool:
-    """Whether values cannot be looked at: traced, batched, or a tensor without data."""
+    """Whether no values can be read: traced, batched, or a tensor without data."""
     return (
         tracing()
         or tensor.is_meta
@@ -69,12 +69,12 @@ def valueless(tensor: Tensor) -> bool:
 
 
 def symbolic(tensor: Tensor) -> bool:
-    """Whether a call needs operators that can be traced, batched and differentiated at will."""
+    """Whether a call needs operators that can be traced, batched and differentiated."""
     return valueless(tensor) or transformed() or forward_ad._current_level >= 0
 
 
 def register(op: str, **implementations: Callable[..., Any]) -> None:
-    """What serves `op`, by name, as far as it is installed."""
+    """Registers the implementations of `op` whose library is installed."""
     there = {"triton": TRITON, "numba": NUMBA}
     TABLES[op] = {name: f for name, f in implementations.items() if there.get(name, True)}
 
@@ -87,12 +87,17 @@ def choose(
     served: bool = True,
     looped: bool = True,
 ) -> Callable[..., Any]:
-    """The implementation of `op` for inputs like `tensor`; ValueError for an unknown name.
+    """The implementation of `op` for inputs like `tensor`.
 
-    `traced` serves what `symbolic` describes: it never looks at a value, and every torch operator
-    in it has its derivatives, batching rule and shape function. Kernels are operators while torch
-    is tracing, see _op. Where they cannot serve the inputs, by dtype or `served`, PyTorch does, and
-    where numba cannot, by dtype, device or `looped`.
+    Args:
+        impl: a name, or None: what the environment names, else the default of the device.
+        traced: serves the inputs that `symbolic` describes. It reads no value, and each of its
+            torch operators has derivatives, a batching rule and a shape function. While torch is
+            tracing the kernels serve as operators, see _op.
+        served, looped: False: "torch" takes the place of Triton's kernels, or of numba's loops.
+
+    Raises:
+        ValueError: the op has no implementation of that name.
     """
     implementations = TABLES[op]
     if impl is None:

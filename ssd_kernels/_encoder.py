@@ -1,12 +1,12 @@
-"""Launches of linear_topk and linear_inhibit.
+"""Launches of linear_topk, and of linear_code under graded inhibition.
 
-linear_topk stores no score. A product keeps the two largest keys of each group of neurons
+They store no score. A product keeps the two largest keys of each group of neurons
 (_keys_kernel); then a program for each row (_code_kernel) bisects the groups' largest keys for M, a
-lower bound of the row's (k+1)-th score, and looks at what may reach M: the largest of a group, and
-all of a group whose second may reach M too, a "crowded" one.
+lower bound of the row's (k+1)-th score, and scores the neurons that may reach M: the largest of a
+group, and all of a "crowded" group, whose second largest may reach M too.
 
-16-bit inputs: the product's score counts, M is the (k+1)-th largest key itself, and only crowded
-groups are scored again, because their other keys are not known.
+16-bit inputs: the product's scores are final, M is the (k+1)-th largest key itself, and only the
+crowded groups are scored again, since their other keys are not known.
 
 fp32 inputs: the product is an estimate in fp16, and whatever may reach M is scored again in fp32.
 That is exact. With e_j the estimate for neuron j and s_j its fp32 score, |e_j - s_j| <= E_j,
@@ -26,9 +26,10 @@ That is exact. With e_j the estimate for neuron j and s_j its fp32 score, |e_j -
 k+1 groups hold a neuron with e_j - E_j >= M, so k+1 neurons have s_j >= M; a neuron with
 e_j + E_j < M has s_j < M and is none of the k+1 largest. E_j grows with |w_j|, so a group takes the
 largest norm of its rows: a neuron of huge weight widens the bound of its own group only. As
-e + 2^-21 |e| grows with e, a group's second bounds all but its largest. A bound that is infinite
-or no number bounds nothing, and all of the group is scored. Norms are rounded up, and infinite from
-2^100 on: below, a product of x and a scaled row of weight does not overflow, sqrt(d) 2^115 at most.
+e + 2^-21 |e| grows with e, a group's second bounds all but its largest. A bound that is
+infinite or NaN bounds nothing, and the whole group is scored. Norms are rounded up, and infinite
+from 2^100 on: below, a product of x and a scaled row of weight does not overflow, being at most
+sqrt(d) 2^115.
 
 Graded inhibition, 0 < g_j <= 1: neuron j fires if a_j > g_j I, I the (k+1)-th activation. M bounds
 I too, so j is looked at if (e_j + E_j) / g_j may exceed M, up to the rounding of the quotient. The
@@ -44,48 +45,63 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _op, _tuning
-from ssd_kernels._encoder_kernels import (
-    _code_kernel,
-    _graded_kernel,
-    _halve_kernel,
-    _inhibit_kernel,
-    _keys_kernel,
-)
-from ssd_kernels.topk import select_triton
+from ssd_kernels._encoder_kernels import _code_kernel, _graded_kernel, _halve_kernel, _keys_kernel
 
 try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # before Triton 3.4, or none at all
     TensorDescriptor = None
 
-# Bytes that the keys of a block of rows may take, and as many for its buffer.
-WORKSPACE = 2**26
-# Group keys that a program selects from: neurons a group are doubled beyond, up to a tile's.
-MAX_GROUPS = 4096
-# Entries of a tile of rows that a program of four warps holds.
-ENTRIES = 4096
-MIXED_MM = "dtype" in torch.ops.aten.mm.overloads()  # 16-bit inputs, fp32 result
+PLAIN = {"DESCRIPTORS": 0, "PERSISTENT": 0, "TOGETHER": 64, "num_stages": 3}
+SMALL = {**PLAIN, "BM": 64, "BN": 64, "BK": 64, "num_warps": 4}
+DESCRIBED = {"DESCRIPTORS": 1, "PERSISTENT": 1, "TOGETHER": 8, "num_stages": 3}
+# Tiles of the product that keeps group keys. Tensor descriptors make the large one (one H100:
+# 3.4 ms in place of 4.3); PERSISTENT programs walk over tiles and overlap them.
+_tuning.TABLE["linear_topk"] = {
+    "default": (
+        ({"batch": 128}, SMALL),
+        ({"graded": 0}, {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8}),
+        ({}, {**SMALL}),
+    ),
+    **{
+        family: (
+            ({"batch": 128}, SMALL),
+            (
+                {"graded": 0, "aligned": 0},
+                {**PLAIN, "BM": 128, "BN": 128, "BK": 32, "num_warps": 8},
+            ),
+            ({"graded": 0}, {**DESCRIBED, "BM": 128, "BN": width, "BK": 64, "num_warps": 8}),
+            ({}, {**SMALL}),
+        )
+        # 256 columns spill on sm100, and larger tiles wherever a product has three keys.
+        for family, width in (("sm90", 256), ("sm100", 128))
+    },
+}
+
+WORKSPACE = 2**26  # bytes of the keys of a block of rows, and of its buffer
+MAX_GROUPS = 4096  # that a program selects from; of more neurons, larger groups up to a tile
+ENTRIES = 4096  # of a tile of rows that a program of four warps holds
 
 
 class Code(NamedTuple):
-    """What linear_topk finds."""
+    """The selection of linear_topk, and what its backward needs."""
 
     values: Tensor  # [B, k]
     indices: Tensor  # [B, k] int64, through all networks
     cut: Tensor  # [B]: the (k+1)-th activation, 0 if k is R
     after: Tensor  # [B] int64: its index, any if k is R
-    # Where a gradient passes: what is not a number passes one, so that it is seen.
-    active: Tensor  # [B, k] bool
-    cut_active: Tensor  # [B] bool
+    # Where a gradient passes; it passes NaN, so that NaN is seen.
+    passes: Tensor  # [B, k] bool
+    cut_passes: Tensor  # [B] bool
 
 
 def unpacked(kept: Tensor, rows: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """after, active and cut_active of a Code, as `code` returns them in one tensor."""
-    after, active, cut_active = kept.split([8 * rows, rows * k, rows])
+    """after, passes and cut_passes of a Code, which `code` returns in one tensor."""
+    after, passes, cut_passes = kept.split([8 * rows, rows * k, rows])
     return (
         after.view(torch.int64),
-        active.view(torch.bool).view(rows, k),
-        cut_active.view(torch.bool),
+        passes.view(torch.bool).view(rows, k),
+        cut_passes.view(torch.bool),
     )
 
 
@@ -106,21 +122,21 @@ def code(
     k: int,
     inhibition: str,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """values, indices, cut of a Code, and the rest of it packed."""
+    """values, indices and cut of a Code, and its other fields in one tensor."""
     values, indices, cut, kept = code = _code_like(x, weight, bias, k)
     if len(x) == 0:
         return code
-    after, active, cut_active = unpacked(kept, len(x), k)
-    best = min(k + 1, len(weight) // blocks)
+    after, passes, cut_passes = unpacked(kept, len(x), k)
+    best = min(k + 1, len(weight) // networks)
     if best == k:
         after.zero_()
     bias = None if bias is None else bias.detach().contiguous()
-    product = Product(x, weight, bias, None, best, best, blocks)
+    product = Product(x, weight, bias, None, best, best, networks)
     for start, size in product.blocks():
         with torch.cuda.device_of(x):
-            _code_kernel[(blocks * size,)](
+            _code_kernel[(networks * size,)](
                 product.x,
                 product.weight,
                 x if bias is None else bias,
@@ -132,8 +148,8 @@ def code(
                 indices,
                 after,
                 cut,
-                active,
-                cut_active,
+                passes,
+                cut_passes,
                 indices if counts is None else counts,
                 start,
                 size,
@@ -169,17 +185,17 @@ def graded_code(
     gaba: Tensor,
     inhibition: str,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values, indices [B, width] of fp32 x; bool [B]: whether more fire. k < R, gaba in (0, 1]."""
     values, indices, overflow = code = _graded_like(x, weight, k, width)
     if len(x) == 0:
         return code
     gaba = gaba.detach().contiguous()
-    product = Product(x, weight, None, gaba, k + 1, max(k + 1, width), blocks)
+    product = Product(x, weight, None, gaba, k + 1, max(k + 1, width), networks)
     for start, size in product.blocks():
         with torch.cuda.device_of(x):
-            _graded_kernel[(blocks * size,)](
+            _graded_kernel[(networks * size,)](
                 product.x,
                 product.weight,
                 gaba,
@@ -204,13 +220,13 @@ def graded_code(
 
 
 class Product:
-    """The product of a call, block of rows by block, and what a kernel selects from.
+    """The product of a call, one block of rows after another, and the workspace of its kernels.
 
     Args:
         x: [S B, d]. weight: [S R, d]. bias: [S R] or None. gaba: [S R] or None, see GRADED.
-        best: how many of the largest scores the groups shall tell apart.
-        room: entries of a row's buffer that a cut leaves.
-        blocks: S.
+        best: how many of the largest scores the groups tell apart.
+        room: entries that a cut leaves in a row's buffer.
+        networks: S.
     """
 
     def __init__(
@@ -221,12 +237,12 @@ class Product:
         gaba: Tensor | None,
         best: int,
         room: int,
-        blocks: int,
+        networks: int,
     ) -> None:
         self.x, self.weight = _rows_contiguous(x), _rows_contiguous(weight)
         self.bias, self.gaba = bias, gaba
         self.estimate = x.dtype == torch.float32
-        batch, neurons, features = len(x) // blocks, len(weight) // blocks, x.shape[1]
+        batch, neurons, features = len(x) // networks, len(weight) // networks, x.shape[1]
         shape = {
             "batch": batch,
             "aligned": _aligned(self.x, self.weight),
@@ -241,8 +257,8 @@ class Product:
         scored = ENTRIES // block // (1 if features % 4 == 0 else 2)
         capacity = 2 * _power(max(room, scored))
         keys, buffer = 4 * planes * groups, 8 * capacity
-        self.rows = min(batch, max(1, WORKSPACE // (max(keys, buffer) * blocks)))
-        self.sizes = batch, blocks, neurons, features, groups
+        self.rows = min(batch, max(1, WORKSPACE // (max(keys, buffer) * networks)))
+        self.sizes = batch, networks, neurons, features, groups
         self.strides = self.x.stride(0), self.weight.stride(0)
         self.errors = relative_error(features), features * 2.0**-124
         self.constants = {
@@ -254,13 +270,13 @@ class Product:
             "BK": block,
             "num_warps": min(16, max(4, _power(groups) // 1024)),
         }
-        self._allocate(buffer, keys, blocks * groups)
+        self._allocate(buffer, keys, networks * groups)
         self.factors = self.x, self.weight
         if self.estimate:
             self._halve()
 
     def _allocate(self, buffer: int, keys: int, groups: int) -> None:
-        """One workspace; buffer, keys: bytes a row. What estimates need is empty without them."""
+        """One workspace. buffer, keys: bytes per row. Without estimates their parts are empty."""
         rows = self.rows * self.sizes[1]
         count = len(self.x) + len(self.weight) if self.estimate else 0
         width = _ceil_div(max(1, self.x.shape[1]), 16) * 16
@@ -274,7 +290,7 @@ class Product:
         self.halves = parts[5].view(torch.float16).view(count, width)
 
     def _halve(self) -> None:
-        """The factors in fp16, a power of two taken out of each row, and the norms of the rows."""
+        """Writes the factors in fp16, each row divided by a power of two, and the rows' norms."""
         width = self.halves.shape[1]
         block = min(1024, _power(width))
         height = ENTRIES // block
@@ -298,7 +314,7 @@ class Product:
         self.factors = self.halves[: len(self.x)], self.halves[len(self.x) :]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Writes the keys of a block of rows: the first of each network, and how many."""
+        """Writes the keys of a block of rows, then yields its first row and its length."""
         batch, networks, neurons, _, groups = self.sizes
         tile = dict(self.tile)
         described, persistent = bool(tile.pop("DESCRIPTORS")), bool(tile.pop("PERSISTENT"))
@@ -344,7 +360,7 @@ class Product:
 
 
 def _aligned(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product's factors may have tensor descriptors; fp32 ones are copied anyway."""
+    """Whether the product can use tensor descriptors; fp32 factors are copied in any case."""
     if TensorDescriptor is None or x.dtype == torch.float32:
         return TensorDescriptor is not None
     return all(
@@ -354,7 +370,7 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
 
 
 def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
-    """Neurons to a group, a power of two up to `most`: the groups shall tell the `best` apart.
+    """Neurons per group, a power of two up to `most`, so that the groups tell the `best` apart.
 
     32 for estimates and 64 else are the fastest on an H100 (docs/performance.md).
     """
@@ -367,117 +383,8 @@ def group_size(neurons: int, best: int, estimate: bool, most: int) -> int:
 
 
 def relative_error(features: int) -> float:
-    """Of |x| |w|: what an estimate of their product may be off; see the proof above."""
+    """The error of an estimated product, as a fraction of |x| |w|; see the proof above."""
     return 1.001 * (2.0**-10 + 2.0**-20 + features * 2.0**-21)
-
-
-def _inhibit_like(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    need_passes: bool,
-    blocks: int,
-) -> tuple[Tensor, Tensor]:
-    hidden = x.new_empty(x.shape[0], weight.shape[0] // blocks)
-    return hidden, hidden.new_empty(hidden.shape if need_passes else 0, dtype=torch.bool)
-
-
-@_op.operator("ssd_kernels::linear_inhibit", _inhibit_like, mutates=("counts",))
-def inhibit(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    need_passes: bool,
-    blocks: int,
-) -> tuple[Tensor, Tensor]:
-    """The dense activations [B, R] and, if needed, bool [B, R]: where the gradient passes."""
-    x, weight = x.detach(), weight.detach()
-    neurons = len(weight) // blocks
-    hidden, passes = _inhibit_like(
-        x, weight, bias, k, gaba, inhibition, counts, need_passes, blocks
-    )
-    gaba = None if gaba is None else gaba.detach().contiguous()
-    chosen = _tuning.config("linear_inhibit", x.device)
-    for rows, first, networks, scores in _slabs(x, weight, bias, hidden, blocks):
-        size = len(scores) // networks
-        best = scores if k == neurons else select_triton(scores, k + 1)[0]
-        own = slice(first * neurons, (first + networks) * neurons)
-        tiles = _ceil_div(neurons, chosen["BN"]) * _ceil_div(size, chosen["BM"])
-        with torch.cuda.device_of(x):
-            _inhibit_kernel[(tiles * networks,)](
-                scores,
-                best,
-                x if gaba is None else gaba[own],
-                hidden[rows],
-                passes[rows] if need_passes else passes,
-                passes if counts is None else counts[own],
-                size,
-                neurons,
-                k,
-                1 if counts is None else counts.stride(0),
-                CUT=k < neurons,
-                GABA=gaba is not None,
-                SUBTRACT=inhibition == "subtract",
-                COUNT=counts is not None,
-                PASSES=need_passes,
-                **chosen,
-            )
-    return hidden, passes
-
-
-def _slabs(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, blocks: int
-) -> Iterator[tuple[slice, int, int, Tensor]]:
-    """fp32 scores of rows of the batch: the rows, their first network, how many, and the scores.
-
-    fp32 inputs: all rows, where the result will be. Else a few rows of a network, in memory that is
-    used again.
-    """
-    batch, neurons = len(x) // blocks, len(weight) // blocks
-    if batch == 0:
-        return
-    if hidden.dtype == torch.float32:
-        scores = hidden.view(blocks, batch, neurons)
-        factors = x.view(blocks, batch, -1), weight.view(blocks, neurons, -1).mT
-        if blocks == 1:
-            torch.mm(*(factor[0] for factor in factors), out=hidden)
-        else:
-            torch.bmm(*factors, out=scores)
-        if bias is not None:
-            scores += bias.detach().view(blocks, 1, neurons)
-        yield slice(0, len(x)), 0, blocks, hidden
-        return
-    height = min(batch, slab_rows(neurons))
-    slab = hidden.new_empty(height, neurons, dtype=torch.float32)
-    for network in range(blocks):
-        own = slice(network * neurons, (network + 1) * neurons)
-        for start in range(network * batch, (network + 1) * batch, height):
-            rows = slice(start, min(start + height, (network + 1) * batch))
-            scores = slab[: rows.stop - rows.start]
-            _multiply(x[rows], weight[own].T, scores)
-            if bias is not None:
-                scores += bias.detach()[own]
-            yield rows, network, 1, scores
-
-
-def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if x.is_cuda and MIXED_MM:
-        torch.mm(x, weight, out_dtype=torch.float32, out=out)
-    else:  # Triton's interpreter, and torch before 2.8
-        torch.mm(x.float(), weight.float(), out=out)
-
-
-def slab_rows(neurons: int) -> int:
-    """Rows of 16-bit inputs whose scores are held at a time: what a cache of 32 MiB holds."""
-    return max(128, 2**23 // neurons // 64 * 64)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

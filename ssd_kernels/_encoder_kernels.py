@@ -4,6 +4,9 @@ Rows of the batch are worked on in blocks that hold `size` rows of every network
 `start` of its network. Networks follow one another in every tensor: x [S B, d], weight [S R, d].
 """
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from ssd_kernels._triton import jit, tl
@@ -229,16 +232,68 @@ def _keys_kernel(
     if PERSISTENT:
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _keys_of_tile(
-                x, weight, bias, units, norms, keys, group_norms, gaba, tile, start, size, batch,
-                networks, neurons, features, groups, x_stride, weight_stride, relative_error, tiny,
-                BIAS, ESTIMATE, GRADED, DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
-            )  # fmt: skip
+                x,
+                weight,
+                bias,
+                units,
+                norms,
+                keys,
+                group_norms,
+                gaba,
+                tile,
+                start,
+                size,
+                batch,
+                networks,
+                neurons,
+                features,
+                groups,
+                x_stride,
+                weight_stride,
+                relative_error,
+                tiny,
+                BIAS,
+                ESTIMATE,
+                GRADED,
+                DESCRIPTORS,
+                GROUP,
+                BM,
+                BN,
+                BK,
+                TOGETHER,
+            )
     else:
         _keys_of_tile(
-            x, weight, bias, units, norms, keys, group_norms, gaba, tl.program_id(0), start, size,
-            batch, networks, neurons, features, groups, x_stride, weight_stride, relative_error,
-            tiny, BIAS, ESTIMATE, GRADED, DESCRIPTORS, GROUP, BM, BN, BK, TOGETHER,
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            units,
+            norms,
+            keys,
+            group_norms,
+            gaba,
+            tl.program_id(0),
+            start,
+            size,
+            batch,
+            networks,
+            neurons,
+            features,
+            groups,
+            x_stride,
+            weight_stride,
+            relative_error,
+            tiny,
+            BIAS,
+            ESTIMATE,
+            GRADED,
+            DESCRIPTORS,
+            GROUP,
+            BM,
+            BN,
+            BK,
+            TOGETHER,
+        )
 
 
 @jit

@@ -1,24 +1,25 @@
-"""A layer under graded inhibition without its dense form, on a CPU: private to the two packages.
+"""Sparse codes of a layer under graded inhibition, private to the two packages.
 
-While some neurons answer inhibition with g < 1, a few more than k fire: linear_code gives them as a
-sparse code. Where one sample may activate too many for that, a batch still leaves most of the layer
-silent: linear_active gives the neurons that fire somewhere, dense among them, for little more than
-the product. linear_inhibit compares all R activations with their bounds; with a Shadow of the
-weight linear_code looks closely at few.
+While some neurons answer inhibition with g < 1, a few more than k fire. linear_code returns them as
+a sparse code. One sample may fire too many for that, though over a batch most of the layer stays
+silent: linear_active returns the neurons that fire for some sample, dense among them, for little
+more than the product costs. linear_inhibit compares all R activations with their bounds; with a
+Shadow of the weight, linear_code scores a few candidates only.
 
-Why that is exact. One product, in bfloat16 where the CPU is fast at it and else in float32,
-estimates all scores s_j. Nothing is negative, so the rounding errors of s_j and of s_j / g_j add up
-to at most a share c. Any k + 1 neurons bound I, the (k+1)-th largest activation, from below; the
-largest estimates of their groups bound it closely. A neuron whose estimate of s_j / g_j, c added,
-stays under that bound, c taken off, neither fires nor sets I. The few others are candidates; their
-scores are computed in float32. A row whose scores leave the range where c holds, and a batch with
-too many candidates, take theirs from all float32 scores. Either way a score is summed in one fixed
-order, so both give the same bits.
+Why that is exact. One product estimates all scores s_j, in bfloat16 where the CPU multiplies it
+fast, else in float32. Nothing is negative, so the rounding errors of s_j and s_j / g_j are together
+at most a fraction c of them. Any k + 1 neurons bound I, the (k+1)-th largest activation, from
+below; the largest estimates of their groups bound it closely. If the estimate of s_j / g_j, raised
+by c, is under that bound, lowered by c, neuron j neither fires nor sets I. All others are
+candidates, and are scored in float32. All neurons are scored for a row whose scores leave the range
+where c holds, and for a batch with too many candidates. A score is always summed in the same order,
+so both ways give the same bits.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,24 +28,23 @@ from torch.nn import functional as F
 
 from ssd_kernels import _checks, _cpu_groups, _dispatch, _encoder, reference
 from ssd_kernels.count_active import count_active
-from ssd_kernels.linear_inhibit import linear_inhibit
+from ssd_kernels.linear_inhibit import inhibit_triton, linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.reference import TopKOutput
 from ssd_kernels.topk import MAX_K, select, topk
 
-# Candidates are at least so many for each of the k: enough to settle almost every row.
-CANDIDATES = 3
+CANDIDATES = 3  # at least, for each of the k: enough to settle almost every row
 TINY = 1e-30
-GROUP = 16  # neighbours that share a maximum
-# Opening more groups than one in so many costs more than all scores.
-GROUP_SHARE = 8
+NEIGHBOURS = 16  # whose estimates have one maximum
 MAX_LOOPED = 64  # the k that numba's loops rank, by insertion
-# More candidates than one in so many neurons cost more than all scores.
-DENSE_SHARE = 32
+# To score all neurons is faster once one group in so many may hold a candidate,
+GROUPS_PER_CANDIDATE = 8
+# or once a candidate has fewer neurons than this.
+NEURONS_PER_CANDIDATE = 32
 
 
 class Scratch:
-    """Memory kept from call to call: the operating system zeroes each page of fresh memory."""
+    """Memory kept from call to call: the operating system zeroes every page of new memory."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Tensor] = {}
@@ -58,12 +58,12 @@ class Scratch:
 
 
 class Shadow:
-    """A copy of a weight by which scores are estimated, and what it is a copy of.
+    """A copy of a weight that estimates scores, and which version of the weight it copies.
 
     Args:
         weight: [R, d] float32, not negative.
-        dtype: bfloat16 or float32; by default what this CPU multiplies faster. A copy in float32
-            is the weight itself.
+        dtype: bfloat16 or float32, by default the one that this CPU multiplies faster. A copy in
+            float32 is the weight itself.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -75,9 +75,9 @@ class Shadow:
     def estimates(self, x: Tensor) -> Tensor:
         """x @ weight.T in the copy's dtype, [R', B], valid until the next call.
 
-        R' is R and rows of zeros up to a whole number of groups.
+        R' is R, padded with rows of zeros to whole groups.
         """
-        padded = -(-len(self.rows) // GROUP) * GROUP
+        padded = -(-len(self.rows) // NEIGHBOURS) * NEIGHBOURS
         estimates = self._scratch(0, self.rows, padded, len(x))
         # Neurons first: the faster order of the product, and of the maxima over groups.
         torch.mm(self.rows, x.to(self.rows.dtype).T, out=estimates[: len(self.rows)])
@@ -101,8 +101,8 @@ class Shadow:
         """Copies all rows, or those of `neurons` [n] if no others changed.
 
         Raises:
-            ValueError: a negative weight, for which the error bound would not hold. Looked for
-                when all rows are copied: those named later must not be negative either.
+            ValueError: a negative weight, for which the error bound would not hold. Checked when
+                all rows are copied; rows named later must not be negative either.
         """
         weight = weight.detach()
         if neurons is None and weight.numel() > 0 and not weight.min() >= 0:
@@ -125,6 +125,23 @@ class Shadow:
         return self._seen != (weight._version, weight.data_ptr())
 
 
+class Layer(NamedTuple):
+    """A layer under inhibition, and its input."""
+
+    x: Tensor  # [S B, d]
+    weight: Tensor  # [S R, d]
+    k: int
+    gaba: Tensor | None  # [S R]
+    inhibition: str
+    networks: int  # S
+
+    def hidden(self, op: Callable[..., Tensor], counts: Tensor | None = None) -> Tensor:
+        """The dense output, by linear_inhibit or its reference."""
+        x, weight, k, gaba, inhibition, networks = self
+        given = {"inhibition": inhibition, "counts": counts, "networks": networks}
+        return op(x, weight, k, gaba, **given)
+
+
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -132,7 +149,7 @@ def fast_bfloat16() -> bool:
 
 
 def estimate_dtype() -> torch.dtype:
-    """In what this CPU estimates scores fastest."""
+    """The dtype in which this CPU estimates scores fastest."""
     return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
@@ -147,7 +164,7 @@ def linear_code(
     counts: Tensor | None = None,
     shadow: Shadow | None = None,
     scratch: Scratch | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> tuple[TopKOutput, Tensor]:
     """The neurons that fire in linear_inhibit(x, weight, k, gaba), as a sparse code.
@@ -156,11 +173,11 @@ def linear_code(
         x: [B, d] floating, float32 and not negative if there is a shadow; weight: [R, d].
         width: slots of the code, k..R.
         gaba: [R] in (0, 1].
-        counts: as in linear_topk, of what the code holds.
+        counts: as in linear_topk, of the neurons in the code.
         shadow: an up-to-date Shadow of weight; the result is the same without it, but for rounding
             where numba serves.
         scratch: memory of an earlier call, used again on a CPU.
-        blocks: networks whose rows follow one another; with several there is no shadow.
+        networks: networks whose rows follow one another; with several there is no shadow.
         impl: "triton", "numba", "torch" or "reference".
 
     Returns:
@@ -172,20 +189,20 @@ def linear_code(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_code", x, weight, k, gaba, inhibition, blocks, positive=True)
+    _check("linear_code", x, weight, k, gaba, inhibition, networks, positive=True)
     _checks.counter("linear_code", "counts", counts, x, weight.shape[0])
-    neurons = weight.shape[0] // blocks
+    neurons = weight.shape[0] // networks
     _checks.whole("linear_code", "width", width)
     if not k <= width <= neurons:
         raise ValueError(f"linear_code: width={width} must lie in {k}..{neurons}")
-    if blocks > 1 and shadow is not None:
-        raise ValueError(f"linear_code: a shadow serves one network, not blocks={blocks}")
-    # Without gaba the torch path goes by linear_topk's kernels.
+    if networks > 1 and shadow is not None:
+        raise ValueError(f"linear_code: a shadow serves one network, not networks={networks}")
+    # Without gaba the torch path calls linear_topk, which has kernels.
     served = gaba is not None and x.dtype == torch.float32 and k < neurons
     served = served and max(k + 1, width) <= MAX_K
     looped = (
         gaba is None
-        and blocks == 1
+        and networks == 1
         and k < MAX_LOOPED
         and len(x) > 0
         and weight.dtype == torch.float32
@@ -194,15 +211,14 @@ def linear_code(
     looked_at = shadow is not None and x.numel() > 0 and not _dispatch.symbolic(x)
     if looked_at and not x.min() >= 0:
         raise ValueError(f"linear_code: with a shadow x must not be negative, not {x.min():g}")
+    layer = Layer(x, weight, k, gaba, inhibition, networks)
     with torch.no_grad():
         if serve is _triton_code and gaba is not None:
-            return _triton_code(x, weight, k, width, gaba, inhibition, counts, blocks)
+            return _triton_code(layer, gaba, width, counts)
         if serve is _numba_code:
-            own = scratch or Scratch()
-            code, wider = _numba_code(x, weight, k, width, inhibition, shadow, own)
+            code, wider = _numba_code(layer, width, shadow, scratch or Scratch())
         else:
-            options = {"inhibition": inhibition, "shadow": shadow, "blocks": blocks}
-            code, wider = serve(x, weight, k, width, gaba, **options)
+            code, wider = serve(layer, width, shadow)
         if counts is not None:
             count_active(code.values, code.indices, counts)
     return code, wider
@@ -215,110 +231,79 @@ def _check(
     k: int,
     gaba: Tensor | None,
     inhibition: str,
-    blocks: int,
+    networks: int,
     positive: bool,
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [B, d]")
-    _checks.linear(op, x, weight, None, k, blocks)
+    _checks.linear(op, x, weight, None, k, networks)
     _checks.response(op, gaba, x, weight.shape[0], positive=positive)
     _checks.inhibition(op, inhibition)
 
 
-def _reference_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    *,
-    inhibition: str,
-    shadow: Shadow | None,
-    blocks: int,
-) -> tuple[TopKOutput, Tensor]:
-    hidden = reference.linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
-    return _compress(hidden, width, blocks)
+def _reference_code(layer: Layer, width: int, shadow: Shadow | None) -> tuple[TopKOutput, Tensor]:
+    return _compress(layer.hidden(reference.linear_inhibit), width, layer.networks)
 
 
-def _torch_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    *,
-    inhibition: str,
-    shadow: Shadow | None,
-    blocks: int,
-) -> tuple[TopKOutput, Tensor]:
+def _torch_code(layer: Layer, width: int, shadow: Shadow | None) -> tuple[TopKOutput, Tensor]:
+    x, weight, k, gaba, inhibition, networks = layer
     count = max(width, CANDIDATES * k) + k
     exact = x.is_cpu and x.dtype in (torch.float32, torch.float64)
-    if not exact or len(x) == 0 or count * DENSE_SHARE > weight.shape[0] // blocks:
-        # Ties with the threshold show in its own precision alone.
+    if not exact or len(x) == 0 or count * NEURONS_PER_CANDIDATE > weight.shape[0] // networks:
+        # Ties with the threshold are seen in its own precision alone.
         tell = inhibition == "subtract" or reference.accumulation_dtype(x.dtype) == x.dtype
         if gaba is None and tell:
-            code = linear_topk(x, weight, k, inhibition=inhibition, threshold=True, blocks=blocks)
+            code = linear_topk(
+                x, weight, k, inhibition=inhibition, threshold=True, networks=networks
+            )
             if inhibition == "mask" and code.threshold is not None:
-                # linear_topk keeps the k-th of those that tie with the threshold.
+                # linear_topk keeps neurons among the k that tie with the threshold.
                 tied = code.values <= code.threshold.unsqueeze(1)
                 code = code._replace(values=code.values.masked_fill(tied, 0.0))
             wider = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             return _widened(code, width), wider
-        hidden = linear_inhibit(x, weight, k, gaba, inhibition=inhibition, blocks=blocks)
-        return _compress(hidden, width, blocks)
-    if blocks > 1:
-        return _one_by_one(x, weight, k, width, gaba, inhibition, blocks)
-
-    def decide(x: Tensor, candidates: Candidates) -> tuple[TopKOutput, Tensor, Tensor]:
-        return _decide(x, weight, candidates, k, width, gaba, inhibition)
+        return _compress(layer.hidden(linear_inhibit), width, networks)
+    if networks > 1:
+        return _one_by_one(layer, width)
 
     def rank(x: Tensor) -> Candidates:
         scores = x @ weight.T
         best = select(scores if gaba is None else scores / gaba, count).sort(dim=1).values
         return Candidates(best.flatten(), torch.full((len(x),), count, device=x.device))
 
-    near = None
-    if shadow is not None:
-        near = _candidates(shadow, x, k, gaba)
+    near = None if shadow is None else _candidates(shadow, x, k, gaba)
     if near is None:
-        code, _, fires = decide(x, rank(x))
+        code, _, fires = _decide(layer, rank(x), width)
     else:
-        code, cut, fires = decide(x, near)
-        # Beyond these the bound on the rounding does not hold: products underflow or overflow.
+        code, cut, fires = _decide(layer, near, width)
+        # Outside these the rounding bound does not hold: products underflow or overflow.
         doubtful = ~((cut > TINY) & (cut < 1 / TINY))
         if doubtful.any():
-            again, _, fires[doubtful] = decide(x[doubtful], rank(x[doubtful]))
+            rest = layer._replace(x=x[doubtful])
+            again, _, fires[doubtful] = _decide(rest, rank(rest.x), width)
             code.values[doubtful], code.indices[doubtful] = again.values, again.indices
     return code, fires > width
 
 
-def _one_by_one(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    blocks: int,
-) -> tuple[TopKOutput, Tensor]:
-    responses = [None] * blocks if gaba is None else gaba.chunk(blocks)
+def _one_by_one(layer: Layer, width: int) -> tuple[TopKOutput, Tensor]:
+    x, weight, k, gaba, inhibition, networks = layer
+    parts = x.chunk(networks), weight.chunk(networks)
+    responses = [None] * networks if gaba is None else gaba.chunk(networks)
     codes, wider = zip(
         *(
-            _torch_code(own, rows, k, width, response, inhibition=inhibition, shadow=None, blocks=1)
-            for own, rows, response in zip(
-                x.chunk(blocks), weight.chunk(blocks), responses, strict=True
-            )
+            _torch_code(Layer(own, rows, k, response, inhibition, 1), width, None)
+            for own, rows, response in zip(*parts, responses, strict=True)
         ),
         strict=True,
     )
     indices = torch.cat([code.indices for code in codes])
-    indices = reference.numbered_through(indices, weight.shape[0] // blocks, blocks)
+    indices = reference.numbered_through(indices, weight.shape[0] // networks, networks)
     values = torch.cat([code.values for code in codes])
     return TopKOutput(values, indices), torch.cat(wider)
 
 
 class Candidates(NamedTuple):
-    """Neurons of which some may fire, sample by sample, ascending within each."""
+    """Neurons that may fire, sample by sample, ascending within a sample."""
 
     neurons: Tensor  # [m]
     lengths: Tensor  # [B], their sum is m
@@ -328,40 +313,32 @@ def _candidates(shadow: Shadow, x: Tensor, k: int, gaba: Tensor | None) -> Candi
     """All neurons that may fire or set the inhibition; None if they lie in too many groups."""
     batch = len(x)
     estimates = shadow.estimates(x)
-    groups = estimates.view(-1, GROUP, batch)
+    groups = estimates.view(-1, NEIGHBOURS, batch)
     reached = best = groups.amax(1)
     if gaba is not None:
-        groups = shadow.graded(estimates, gaba).view(-1, GROUP, batch)
+        groups = shadow.graded(estimates, gaba).view(-1, NEIGHBOURS, batch)
         best = groups.amax(1)
-    # Some neuron of each group has that activation, so the inhibition is no less than `least`.
+    # Every group has a neuron of that activation, so the inhibition is at least `least`.
     least = _cpu_groups.largest(reached.T, k + 1)[0][:, k].float()
     error = shadow.relative_error()
     least = (least * ((1 - error) / (1 + error))).clamp_(min=TINY**1.2)
-    # What is not a number is a candidate, so that it is seen.
+    # NaN is a candidate, so that it is seen.
     sample, group = (best < least).logical_not_().T.contiguous().nonzero(as_tuple=True)
-    if len(sample) * GROUP_SHARE > best.numel():
+    if len(sample) * GROUPS_PER_CANDIDATE > best.numel():
         return None
     near = (groups[group, :, sample] < least[sample].unsqueeze(1)).logical_not_()
     place, member = near.nonzero(as_tuple=True)
     return Candidates(
-        (group * GROUP)[place] + member,
-        torch.bincount(sample[place], minlength=batch),
+        (group * NEIGHBOURS)[place] + member, torch.bincount(sample[place], minlength=batch)
     )
 
 
-def _decide(
-    x: Tensor,
-    weight: Tensor,
-    candidates: Candidates,
-    k: int,
-    width: int,
-    gaba: Tensor | None,
-    inhibition: str,
-) -> tuple[TopKOutput, Tensor, Tensor]:
+def _decide(layer: Layer, candidates: Candidates, width: int) -> tuple[TopKOutput, Tensor, Tensor]:
     """The code among the candidates, the inhibition I [B], and how many fire [B]."""
+    x, weight, k, gaba, inhibition, _ = layer
     neurons, lengths = candidates
     starts = F.pad(lengths.cumsum(0), (1, 0))
-    # Sampled: one dot product a candidate, summed in one order whatever the others are.
+    # One dot product per candidate, summed in the same order whatever the others are.
     scores = torch.sparse.sampled_addmm(
         _pattern(starts, neurons, weight), x, weight.T, beta=0.0
     ).values()
@@ -382,7 +359,7 @@ def _decide(
 
 
 def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
-    """A sparse matrix [B, R] of zeros stored at each sample's neurons."""
+    """A sparse matrix [B, R] that stores zeros at the neurons of every sample."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "beta state"
         return torch.sparse_csr_tensor(
@@ -396,24 +373,19 @@ def _pattern(starts: Tensor, neurons: Tensor, weight: Tensor) -> Tensor:
 
 
 def _numba_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    inhibition: str,
-    shadow: Shadow | None,
-    scratch: Scratch,
+    layer: Layer, width: int, shadow: Shadow | None, scratch: Scratch
 ) -> tuple[TopKOutput, Tensor]:
     from ssd_kernels import _loops
 
+    x, weight, k, _, inhibition, _ = layer
     code = TopKOutput(x.new_empty(len(x), k), x.new_empty(len(x), k, dtype=torch.int64))
     given = k, inhibition == "mask", code.values.numpy(), code.indices.numpy()
     served = False
-    if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // GROUP:
+    if shadow is not None and shadow.rows.dtype == torch.bfloat16 and k < len(weight) // NEIGHBOURS:
         served = _loops.code_of_estimates(
             shadow.estimates(x).view(torch.uint16).numpy(),
-            GROUP,
-            GROUP_SHARE,
+            NEIGHBOURS,
+            GROUPS_PER_CANDIDATE,
             shadow.relative_error(),
             TINY,
             x.contiguous().numpy(),
@@ -435,35 +407,27 @@ def _widened(code: TopKOutput, width: int) -> TopKOutput:
     return TopKOutput(F.pad(code.values, (0, more)), torch.cat([code.indices, spare], dim=1))
 
 
-def _compress(hidden: Tensor, width: int, blocks: int) -> tuple[TopKOutput, Tensor]:
+def _compress(hidden: Tensor, width: int, networks: int) -> tuple[TopKOutput, Tensor]:
     code = topk(hidden, width)
-    indices = reference.numbered_through(code.indices, hidden.shape[-1], blocks)
-    # What is not a number fires, so that it is seen.
+    indices = reference.numbered_through(code.indices, hidden.shape[-1], networks)
+    # NaN fires, so that it is seen.
     return code._replace(indices=indices), (~(hidden <= 0)).sum(-1) > width
 
 
 def _triton_code(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    width: int,
-    gaba: Tensor,
-    inhibition: str,
-    counts: Tensor | None,
-    blocks: int,
+    layer: Layer, gaba: Tensor, width: int, counts: Tensor | None
 ) -> tuple[TopKOutput, Tensor]:
-    given = x, weight, k, width, gaba, inhibition, counts, blocks
+    x, weight, k, _, inhibition, networks = layer
+    given = x, weight, k, width, gaba, inhibition, counts, networks
     values, indices, wider = _encoder.graded_code(*given)
     return TopKOutput(values, indices), wider
 
 
 class ActiveNeurons(NamedTuple):
-    """What fires in a batch."""
+    """The neurons that fire for some sample of a batch."""
 
     values: Tensor  # [S B, n] >= 0
-    neurons: (
-        Tensor | None
-    )  # [n] int64, ascending: those with a value > 0 for some sample; None: all
+    neurons: Tensor | None  # [n] int64, ascending; None: all
     gate: Tensor  # [S B, n]: the gradient passes where it is > 0
 
 
@@ -477,20 +441,21 @@ def linear_active(
     counts: Tensor | None = None,
     scratch: Scratch | None = None,
     every: bool = False,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> ActiveNeurons:
     """The columns of linear_inhibit(x, weight, k, gaba) that are not all 0. No gradient.
 
-    On a CPU scores stay in the order [R, B], in which the product is fastest and a neuron's maximum
-    over the batch is a contiguous pass; what follows touches the firing rows alone.
+    On a CPU scores keep the order [R, B]: the product is fastest, and a neuron's maximum over the
+    batch is one contiguous pass. All later work is on the rows of neurons that fire.
 
     Args:
         x: [S B, d] floating; weight: [S R, d]; gaba: [S R].
         counts: as in linear_inhibit.
         scratch: memory of an earlier call, used again on a CPU; what that call returned is gone.
-        every: return all columns. Several blocks and Triton, which read no value back, always do.
-        blocks: S, networks side by side, as in linear_inhibit.
+        every: return all columns. So do calls of several networks, and Triton, which reads no value
+            back.
+        networks: S, networks side by side, as in linear_inhibit.
         impl: "triton", "numba", "torch" or "reference".
 
     Returns:
@@ -499,59 +464,42 @@ def linear_active(
     Raises:
         TypeError, ValueError: an argument that does not fit.
     """
-    _check("linear_active", x, weight, k, gaba, inhibition, blocks, positive=False)
+    _check("linear_active", x, weight, k, gaba, inhibition, networks, positive=False)
     _checks.counter("linear_active", "counts", counts, x, weight.shape[0])
     if _dispatch.symbolic(x) and not every:
         raise TypeError(
             "linear_active: how many neurons fire depends on values, and x has none here; "
             "every=True gives all"
         )
-    looped = blocks == 1 and len(x) > 0 and weight.dtype == torch.float32
+    looped = networks == 1 and len(x) > 0 and weight.dtype == torch.float32
     serve = _dispatch.choose("linear_active", impl, x, looped=looped)
-    every = every or blocks > 1
+    every = every or networks > 1
     with torch.no_grad():
-        return serve(x, weight, k, gaba, inhibition, counts, scratch or Scratch(), every, blocks)
+        layer = Layer(x, weight, k, gaba, inhibition, networks)
+        return serve(layer, counts, scratch or Scratch(), every)
 
 
 def _reference_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    blocks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
-    hidden = reference.linear_inhibit(
-        x, weight, k, gaba, inhibition=inhibition, counts=counts, blocks=blocks
-    )
-    gate = hidden * (reference.scores_of(x, weight, None, blocks) > 0)
+    hidden = layer.hidden(reference.linear_inhibit, counts)
+    gate = hidden * (reference.scores_of(layer.x, layer.weight, None, layer.networks) > 0)
     if every:
         return ActiveNeurons(hidden, None, gate)
     neurons = (~(hidden <= 0)).any(0).nonzero().squeeze(1)
-    if len(neurons) == len(weight):
+    if len(neurons) == len(layer.weight):
         return ActiveNeurons(hidden, None, gate)
     return ActiveNeurons(hidden.index_select(1, neurons), neurons, gate.index_select(1, neurons))
 
 
 def _torch_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    blocks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
+    x, weight, k, gaba, inhibition, networks = layer
     batch, neurons = len(x), len(weight)
     wide = reference.accumulation_dtype(x.dtype) == x.dtype
-    if not x.is_cpu or not wide or batch == 0 or blocks > 1:
-        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
-        return _reference_active(*given)
+    if not x.is_cpu or not wide or batch == 0 or networks > 1:
+        return _reference_active(layer, counts, scratch, every)
     scores = torch.mm(weight, x.T, out=scratch(0, x, neurons, batch))
     cut = _cut(scores, k)
     surplus = scratch(1, x, neurons, batch)
@@ -566,8 +514,7 @@ def _torch_active(
     highest = surplus.amax(1)
     if inhibition == "mask" and bool(highest.isnan().any()):
         # An infinite activation under infinite inhibition does not fire, a NaN does.
-        given = x, weight, k, gaba, inhibition, counts, scratch, every, blocks
-        return _reference_active(*given)
+        return _reference_active(layer, counts, scratch, every)
     if not (every or excited):
         chosen = (~(highest <= 0)).nonzero().squeeze(1)
         if len(chosen) == neurons:
@@ -591,18 +538,11 @@ def _torch_active(
 
 
 def _numba_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    blocks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
     from ssd_kernels import _loops
 
+    x, weight, k, gaba, inhibition, _ = layer
     batch, size = len(x), len(weight)
     scores = torch.mm(weight, x.T, out=scratch(0, x, size, batch))
     if k < min(size, MAX_LOOPED):
@@ -639,17 +579,11 @@ def _cut(scores: Tensor, k: int) -> Tensor:
 
 
 def _triton_active(
-    x: Tensor,
-    weight: Tensor,
-    k: int,
-    gaba: Tensor | None,
-    inhibition: str,
-    counts: Tensor | None,
-    scratch: Scratch,
-    every: bool,
-    blocks: int,
+    layer: Layer, counts: Tensor | None, scratch: Scratch, every: bool
 ) -> ActiveNeurons:
-    hidden, passes = _encoder.inhibit(x, weight, None, k, gaba, inhibition, counts, True, blocks)
+    x, weight, k, gaba, inhibition, networks = layer
+    given = x, weight, None, k, gaba, inhibition, counts, True, networks
+    hidden, passes = inhibit_triton(*given)
     return ActiveNeurons(hidden, None, passes)
 
 

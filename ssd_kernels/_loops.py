@@ -1,8 +1,8 @@
-"""Loops over float32 tensors on a CPU, compiled by numba: what serves as `numba` where it is there.
+"""Loops over float32 tensors on a CPU, compiled by numba: the implementations named `numba`.
 
-They are for the steps of small layers, where PyTorch spends its time on calls and on one pass after
-another. One thread runs them; a second pool of threads would slow PyTorch's down. Imported when an
-op is first called, for importing numba takes longer than torch.topk.
+They serve the steps of small layers, where PyTorch spends its time on calls and repeated passes.
+One thread runs them, since a second pool of threads would slow PyTorch's. An op imports them on its
+first call, because importing numba takes longer than torch.topk.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
 LANES = 16  # columns that are ranked side by side: a vector register of them
-# Rows that share a maximum, and how many groups for each of the k make it worth while.
+# Rows with one maximum, and how many groups for each of the k are worth it.
 GROUP, LEAST = 8, 2
 NORMAL = np.float32(2.0**-126)  # smaller numbers may be flushed to 0
 
 
 def loop(function: F) -> F:
-    """numba.njit, kept on the disk where some folder may be written to."""
-    # A sum in another order than written, the same every time: one that fills vector registers.
+    """numba.njit, cached on disk where a folder is writable."""
+    # Sums may be reordered to fill vector registers, but have the same order every time.
     options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract"}}
     try:
         return numba.njit(cache=True, **options)(function)
@@ -184,9 +184,17 @@ def inhibition(scores: Any, k: int, cut: Any) -> None:
 
 @loop
 def inhibit(
-    scores: Any, cut: Any, gaba: Any, mask: bool, every: bool, excited: bool,
-    values: Any, gate: Any, neurons: Any, counts: Any,
-) -> int:  # fmt: skip
+    scores: Any,
+    cut: Any,
+    gaba: Any,
+    mask: bool,
+    every: bool,
+    excited: bool,
+    values: Any,
+    gate: Any,
+    neurons: Any,
+    counts: Any,
+) -> int:
     """Rows of scores [R, B] after inhibition, those that fire or `every`; returns how many.
 
     gaba, gate and counts that are not wanted have length 0.
@@ -269,9 +277,18 @@ def _ranked_in(best: Any, who: Any, held: int, score: float, neuron: int) -> int
 
 @loop
 def code_of_estimates(
-    estimates: Any, group: int, share: int, error: float, tiny: float, x: Any, weight: Any,
-    k: int, mask: bool, values: Any, indices: Any,
-) -> bool:  # fmt: skip
+    estimates: Any,
+    group: int,
+    share: int,
+    error: float,
+    tiny: float,
+    x: Any,
+    weight: Any,
+    k: int,
+    mask: bool,
+    values: Any,
+    indices: Any,
+) -> bool:
     """The code [B, k] by bfloat16 estimates of scores, the bits of numbers >= 0 [R', B].
 
     The (k+1)-th largest maximum of groups bounds the inhibition from below. What may reach it,

@@ -1,8 +1,8 @@
-"""One life for a launcher: itself in eager mode, a torch.library operator while tracing.
+"""Launchers of kernels: plain functions in eager mode, torch.library operators while tracing.
 
-So one autograd.Function an op serves both: torch.compile and torch.export trace into it as far as
-the operators, of which they know the shapes of what comes out. An eager call crosses no operator's
-boundary, which costs more than a small kernel.
+So one autograd.Function per op serves both. torch.compile and torch.export trace into it and stop
+at the operators, whose output shapes they know. An eager call skips the operator's dispatch, which
+takes longer than a small kernel.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ T = TypeVar("T")
 def operator(
     name: str, like: Callable[..., Any], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a launcher of kernels, without autograd, whose annotations make a schema.
+    """Decorates a launcher without autograd; its annotations become the operator's schema.
 
     Args:
-        name: of the operator, "namespace::name".
-        like: takes the launcher's arguments; gives empty tensors of the shapes that it returns.
-        mutates: arguments that the launcher writes into. What it returns is always new.
+        name: "namespace::name" of the operator.
+        like: takes the launcher's arguments and returns empty tensors like its results.
+        mutates: arguments that the launcher writes into; it returns new tensors only.
     """
 
     def decorate(launch: Callable[P, T]) -> Callable[P, T]:

@@ -1,4 +1,4 @@
-"""The gradient of a matrix of which a sparse code picks rows, private to the two packages."""
+"""The gradient of a matrix whose rows a sparse code selects, private to the two packages."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def row_gradients(
     inputs: Sequence[Tensor],
     indices: Tensor,
     neurons: int,
-    blocks: int = 1,
+    networks: int = 1,
 ) -> list[Tensor]:
     """row_gradient of several matrices of one code, without autograd; its slots are sorted once.
 
     Args:
-        blocks: networks whose neurons and whose samples follow one another.
+        networks: networks whose neurons and whose samples follow one another.
     """
     serve = _dispatch.choose("row_gradient", None, inputs[0])
     pairs = list(zip(coefficients, inputs, strict=True))
     if serve is not _triton or _dispatch.tracing():
         return [serve(c, i, indices, neurons) for c, i in pairs]
-    order = _segments.with_offsets(_segments.sorted_slots(indices, neurons, True, blocks))
+    order = _segments.with_offsets(_segments.sorted_slots(indices, neurons, True, networks))
     return [
         _segments.row_gradients(c, i, indices, neurons, False, None, order)[0] for c, i in pairs
     ]

@@ -1,4 +1,7 @@
-"""What a program of the updates does with its row: clipped, projected SGD with momentum."""
+"""The step of one row in the update kernels: clipped, projected SGD with momentum."""
+
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

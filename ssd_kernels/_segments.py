@@ -1,11 +1,13 @@
-"""Neuron -> slots of a sparse code, in a stable order: what every backward and update walks.
+"""The slots of a sparse code by neuron, in a stable order: every backward and update walks them.
 
-`segments` serves the torch path. The Triton path sorts the slots by neuron and walks the slots of
-each neuron in order, a program a neuron, or, where there are fewer slots than neurons, a program a
-slot, of which the first of a neuron works. Shapes depend on B K and R alone and nothing is read
-back, so it may be captured in a CUDA graph; sums are taken in one fixed order, so results are the
-same from run to run.
+`segments` serves the torch path. The Triton path sorts the slots by neuron, and one program per
+neuron walks its slots in order; where there are fewer slots than neurons, one program per slot, and
+the first of a neuron works. Shapes depend on B K and R alone and nothing is read back, so a CUDA
+graph can capture it. Sums have one fixed order, so results are the same from run to run.
 """
+
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -18,8 +20,20 @@ from torch import Tensor
 from ssd_kernels import _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
 
-# Up to this many slots, ranking each against all takes one launch and less time than a sort. The
-# offsets are ranked along while that is no more comparisons than the square of it.
+_tuning.TABLE["rank_slots"] = {"default": (({}, {"BLOCK": 16, "RIVALS": 256, "num_warps": 4}),)}
+_tuning.TABLE["offsets"] = {"default": (({}, {"BLOCK": 128, "num_warps": 4}),)}
+_tuning.TABLE["segments"] = {
+    "default": (
+        ({"width": 16}, {"SLOTS": 8, "BLOCK": 16, "num_warps": 1}),
+        ({"width": 64}, {"SLOTS": 4, "BLOCK": 64, "num_warps": 1}),
+        ({"width": 256}, {"SLOTS": 4, "BLOCK": 256, "num_warps": 2}),
+        ({"width": 1024}, {"SLOTS": 2, "BLOCK": 1024, "num_warps": 2}),
+        ({}, {"SLOTS": 2, "BLOCK": 2048, "num_warps": 4}),
+    )
+}
+
+# Up to this many slots, to rank each against all takes one launch and less time than a sort. The
+# same launch ranks the offsets as long as it makes at most the square of that many comparisons.
 MAX_RANKED = 8192
 KEYS = (torch.int16, torch.int32, torch.int64)  # a radix sort of fewer bits makes fewer passes
 
@@ -41,26 +55,26 @@ class Order(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """One a neuron if offsets are known, else one a slot."""
+        """One per neuron if the offsets are known, else one per slot."""
         return len(self.slots) if self.offsets is None else len(self.offsets) - 1
 
 
 def segments(indices: Tensor, kept: Tensor) -> Segments:
-    """Groups the slots [B, K] of a code where `kept` is True by their neuron."""
+    """Groups by neuron those slots [B, K] of a code where `kept` is True."""
     positions = kept.flatten().nonzero().squeeze(1)
     ordered, order = indices.flatten()[positions].sort(stable=True)
     neurons, lengths = torch.unique_consecutive(ordered, return_counts=True)
     return Segments(neurons, lengths.cumsum(0) - lengths, positions[order])
 
 
-def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: int = 1) -> Order:
-    """The slots of a code [B, K] in order; `by_neuron`: with the offsets of all R neurons.
+def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, networks: int = 1) -> Order:
+    """The slots of a code [B, K] in order, with the offsets of all R neurons if `by_neuron`.
 
-    blocks: networks whose samples and neurons follow one another; each is ranked by itself.
+    networks: networks whose samples and neurons follow one another; each is ranked by itself.
     """
     flat = indices.reshape(-1)
     count, heads = len(flat), neurons + 1 if by_neuron else 0
-    own = max(1, count // blocks)
+    own = max(1, count // networks)
     if own > MAX_RANKED or neurons > 2**31:
         narrowest = next(dtype for dtype in KEYS if neurons <= torch.iinfo(dtype).max + 1)
         ranked, slots = flat.to(narrowest).sort(stable=True)
@@ -82,7 +96,7 @@ def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: 
                 count,
                 heads - missing,
                 own,
-                neurons // blocks,
+                neurons // networks,
                 **chosen,
             )
     if missing:
@@ -96,7 +110,7 @@ def sorted_slots(indices: Tensor, neurons: int, by_neuron: bool = True, blocks: 
 
 class _Kept(NamedTuple):
     key: tuple[Any, ...]
-    indices: Tensor  # whose memory is not given to others as long as it is held here
+    indices: Tensor  # held, so that nothing else gets its memory
     order: Sequence[Tensor]
 
 
@@ -108,9 +122,9 @@ def shared_order(indices: Tensor, neurons: int) -> Sequence[Tensor]:
 
     Empty while torch is tracing: an operator sorts for itself.
 
-    The order is taken again only in the same backward, on the same stream, for the same memory in
-    the same version: both nodes saved these indices, and autograd forbids to change what is saved.
-    The end of the backward drops it.
+    Only the same backward reuses the order, on the same stream, for the same memory in the same
+    version: both nodes saved these indices, and autograd forbids changes to saved tensors. The end
+    of the backward drops it.
     """
     global _kept
     if _dispatch.tracing():
@@ -308,9 +322,9 @@ def walk(
     touched: Tensor | None = None,
     block_rows: int = 1,
 ) -> None:
-    """Launches segment_kernel; what is None is not computed. vectors [B, D] has unit stride."""
+    """Launches segment_kernel without the outputs that are None; vectors [B, D] of unit stride."""
     count, width = len(order.slots), vectors.shape[1]
-    blocks = 1 if squares is None else squares.shape[1]
+    networks = 1 if squares is None else squares.shape[1]
     chosen = _tuning.config("segments", vectors.device, width=width)
     with torch.cuda.device_of(vectors):
         segment_kernel[(order.programs, tiles(width, vectors.device))](
@@ -328,7 +342,7 @@ def walk(
             vectors if touched is None else touched,
             count,
             width,
-            blocks,
+            networks,
             block_rows,
             vectors.stride(0),
             0 if weight is None else weight.stride(0),
@@ -340,13 +354,13 @@ def walk(
             GATED=gates is not None,
             BIAS=bias_gradient is not None,
             COMPACT=squares is not None,
-            BLOCKS=1 << (blocks - 1).bit_length(),
+            BLOCKS=1 << (networks - 1).bit_length(),
             **chosen,
         )
 
 
 def tiles(width: int, device: torch.device) -> int:
-    """Programs that share a row of this width in `walk`; one for a row of no columns."""
+    """Programs per row of this width in `walk`; one for a row of no columns."""
     return max(1, -(-width // _tuning.config("segments", device, width=width)["BLOCK"]))
 
 

@@ -15,7 +15,7 @@ try:
 except ImportError:  # the torch implementations serve
 
     class tl:  # type: ignore[no-redef]
-        """What modules name outside their kernels."""
+        """The one name that modules use outside their kernels."""
 
         constexpr = int
 

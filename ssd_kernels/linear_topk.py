@@ -28,7 +28,7 @@ def linear_topk(
     threshold: bool = False,
     preactivations: bool = False,
     counts: Tensor | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> TopKOutput:
     """The k largest entries of relu(x weight^T + bias), chosen exactly; ties to the lower index.
@@ -44,24 +44,24 @@ def linear_topk(
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
             Activation checkpointing runs the forward twice and so counts twice: there, call
             count_active on the result instead.
-        blocks: number S of networks whose rows follow one another. x then holds as many samples of
-            each, weight is [S R, d], bias and counts are [S R]; the samples of a network see its R
-            neurons alone, and so does k. The result of a network does not depend on the others.
+        networks: number S of networks whose rows follow one another. x then holds as many samples
+            of each, weight is [S R, d], bias and counts are [S R]. The samples of a network see
+            its R neurons alone, and so does k; no other network changes its result.
         impl: "triton", "torch" or "reference"; by default the fastest for the device. Beyond
             k = 255, and for fp64, "torch" takes the place of "triton"; every one is exact.
 
     Returns:
         TopKOutput: values [.., k] >= 0 in the dtype of x, descending; indices [.., k] int64 of the
         k largest pre-activations (an entry <= 0 is inactive: value 0, no gradient, not counted),
-        with blocks numbered through the neurons of all networks, as sparse_linear takes them;
+        numbered through the neurons of all networks, as sparse_linear takes them;
         threshold [..] and preactivations [.., R] where asked for, else None.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device, k or blocks that does not fit, before any
-            work.
+        TypeError, ValueError: a dtype, shape, device, k or networks that does not fit, before
+            any work.
     """
     x, weight, bias = _dispatch.autocast(x, weight, bias)
-    _checks.linear("linear_topk", x, weight, bias, k, blocks)
+    _checks.linear("linear_topk", x, weight, bias, k, networks)
     _checks.inhibition("linear_topk", inhibition)
     _checks.counter("linear_topk", "counts", counts, x, weight.shape[0])
     serve = _dispatch.choose("linear_topk", impl, x, served=k < MAX_K)
@@ -75,7 +75,7 @@ def linear_topk(
             threshold=threshold,
             preactivations=preactivations,
             counts=counts,
-            blocks=blocks,
+            networks=networks,
         )
 
 
@@ -89,14 +89,14 @@ class _LinearTopK(torch.autograd.Function):
         k: int,
         inhibition: str,
         counts: Tensor | None,
-        blocks: int,
+        networks: int,
         kernels: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         code = (_triton_code if kernels else _torch_code)(
-            x, weight, bias, k, inhibition, counts, blocks
+            x, weight, bias, k, inhibition, counts, networks
         )
         ctx.save_for_backward(x, weight, code.indices, *code[3:])
-        ctx.has_cut, ctx.kernels = k < len(weight) // blocks, kernels
+        ctx.has_cut, ctx.kernels = k < len(weight) // networks, kernels
         ctx.mark_non_differentiable(code.indices)
         ctx.set_materialize_grads(False)
         return code.values, code.indices, code.cut
@@ -105,17 +105,17 @@ class _LinearTopK(torch.autograd.Function):
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
-        x, weight, indices, after, active, cut_active = ctx.saved_tensors
+        x, weight, indices, after, passes, cut_passes = ctx.saved_tensors
         parts = []  # slopes, neurons, whether the gradient passes
         if grad_values is not None:
-            parts.append((grad_values, indices, active))
+            parts.append((grad_values, indices, passes))
         if grad_cut is not None and ctx.has_cut:
-            parts.append((grad_cut[:, None], after[:, None], cut_active[:, None]))
+            parts.append((grad_cut[:, None], after[:, None], cut_passes[:, None]))
         if not parts:
             return (None,) * 8
         slopes, ranked, passes = parts[0]
         if len(parts) > 1:
-            slopes, ranked, passes = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+            slopes, ranked, passes = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
         batched = _dispatch.symbolic(slopes) and not _dispatch.tracing()
         plain = not ctx.kernels or _dispatch.differentiable() or batched
         gradients = _plain_gradients if plain else _triton_gradients
@@ -151,7 +151,7 @@ def _triton_gradients(
     weight: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The same in one gather and one walk over the slots by neuron."""
+    """The same in one gather and one walk over the slots in the order of neurons."""
     slopes, gates = slopes.contiguous(), passes.contiguous().view(torch.uint8)
     grads: list[Tensor | None] = [None] * 3
     if needed[0]:
@@ -173,14 +173,14 @@ def _torch_code(
     k: int,
     inhibition: str,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> Code:
-    scores = _scores(x, weight, bias, blocks)
+    scores = _scores(x, weight, bias, networks)
     ranked = select(scores, min(k + 1, scores.shape[1]))
     tops = scores.gather(1, ranked).relu()
-    ranked = reference.numbered_through(ranked, scores.shape[1], blocks)
+    ranked = reference.numbered_through(ranked, scores.shape[1], networks)
     values, indices = tops[:, :k], ranked[:, :k].contiguous()
-    # With k = R there is no (k+1)-th neuron and nothing is inhibited.
+    # With k = R there is no (k+1)-th neuron, so nothing is inhibited.
     cut, after = tops.new_zeros(len(x)), indices.new_zeros(len(x))
     if ranked.shape[1] > k:
         cut, after = tops[:, k], ranked[:, k].contiguous()
@@ -198,15 +198,15 @@ def _triton_code(*given: Any) -> Code:
     return Code(values, indices, cut, *_encoder.unpacked(kept, *values.shape))
 
 
-def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int) -> Tensor:
-    """reference.scores_of x [B, d]; on a CPU the transpose of [R, B], the faster product."""
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int) -> Tensor:
+    """reference.scores_of x [B, d]; on a CPU as the transpose of [R, B], a faster product."""
     if not x.is_cpu:
-        return reference.scores_of(x, weight, bias, blocks)
+        return reference.scores_of(x, weight, bias, networks)
     wide = reference.accumulation_dtype(x.dtype)
-    shifts = [None] * blocks if bias is None else bias.to(wide).unsqueeze(1).chunk(blocks)
-    own = zip(x.to(wide).chunk(blocks), weight.to(wide).chunk(blocks), shifts, strict=True)
-    each = [w @ a.T if shift is None else torch.addmm(shift, w, a.T) for a, w, shift in own]
-    return (each[0] if blocks == 1 else torch.cat(each, dim=1)).T
+    shifts = [None] * networks if bias is None else bias.to(wide).unsqueeze(1).chunk(networks)
+    own = zip(x.to(wide).chunk(networks), weight.to(wide).chunk(networks), shifts, strict=True)
+    scores = [w @ a.T if shift is None else torch.addmm(shift, w, a.T) for a, w, shift in own]
+    return (scores[0] if networks == 1 else torch.cat(scores, dim=1)).T
 
 
 def _ranked_triton(scores: Tensor, k: int) -> Tensor:
@@ -225,23 +225,15 @@ def _serve(
     threshold: bool,
     preactivations: bool,
     counts: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> TopKOutput:
     if preactivations:
-        return reference.linear_topk(
-            x,
-            weight,
-            k,
-            bias,
-            inhibition=inhibition,
-            threshold=threshold,
-            preactivations=preactivations,
-            counts=counts,
-            blocks=blocks,
-            ranking=_ranked_triton if kernels else select,
-        )
+        options: dict[str, Any] = {"inhibition": inhibition, "threshold": threshold}
+        options |= {"counts": counts, "networks": networks, "preactivations": True}
+        ranking = _ranked_triton if kernels else select
+        return reference.linear_topk(x, weight, k, bias, ranking=ranking, **options)
     batch = x.shape[:-1]
-    given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, blocks
+    given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, networks
     leaves = (t for t in given[:3] if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
         values, indices, cut = _LinearTopK.apply(*given, kernels)

@@ -37,7 +37,7 @@ class TopK(nn.Module):
 
 
 class TopKLinear(nn.Module):
-    """A linear layer of which the k largest positive outputs stay active.
+    """A linear layer whose k largest positive outputs stay active.
 
     Args:
         in_features: d. neurons: R. k: 1..R.
@@ -89,7 +89,7 @@ class TopKLinear(nn.Module):
 
 
 class SparseLinear(nn.Module):
-    """Maps a sparse code to a vector; weight [R, C] holds a row per neuron.
+    """Maps a sparse code to a vector; weight [R, C] has one row per neuron.
 
     Args:
         neurons: R. out_features: C. bias: whether to learn one.

@@ -5,7 +5,7 @@ A sparse code is a pair (values [B, K], indices [B, K]): slot s of sample b says
 indices[b, s] has activation values[b, s]. A slot whose value is 0 is inactive: it passes no
 gradient and is not counted.
 
-Where an op takes `blocks`, the rows of S = blocks networks follow one another: x [S B, d] holds B
+Where an op takes `networks`, the rows of S networks follow one another: x [S B, d] holds B
 samples of each and weight [S R, d] the neurons of each, the samples of a network see its neurons
 alone, and indices count through the neurons of all, 0..S R - 1.
 """
@@ -56,8 +56,8 @@ def topk(
     if mask is None:
         indices = select(keys, k)
         return TopKOutput(scores.gather(-1, indices), indices)
-    # A disallowed neuron ranks below every allowed one, -inf included, and ties with the other
-    # disallowed ones: order by key, then stably by permission.
+    # A disallowed neuron ranks below every allowed one, -inf included, and disallowed neurons tie:
+    # order by key, then stably by permission.
     order = select(keys.masked_fill(~mask, -torch.inf), keys.shape[-1])
     allowed_first = torch.sort((~mask)[order].to(torch.int8), dim=-1, stable=True).indices
     indices = order.gather(-1, allowed_first)[..., :k]
@@ -75,11 +75,11 @@ def linear_topk(
     threshold: bool = False,
     preactivations: bool = False,
     counts: Tensor | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     ranking: Callable[[Tensor, int], Tensor] = select,
 ) -> TopKOutput:
     """relu(x weight^T + bias), then its k largest entries a row; `ranking` may replace select."""
-    scores = scores_of(x, weight, bias, blocks)
+    scores = scores_of(x, weight, bias, networks)
     ranked = ranking(scores, min(k + 1, scores.shape[-1]))
     indices = ranked[..., :k]
     cut = _cut(scores, ranked, k)
@@ -87,7 +87,7 @@ def linear_topk(
     if inhibition == "subtract":
         values = positive_part(values) - cut.detach().unsqueeze(-1)
     values = positive_part(values.to(x.dtype))
-    indices = numbered_through(indices, scores.shape[-1], blocks)
+    indices = numbered_through(indices, scores.shape[-1], networks)
     if counts is not None:
         count_active(values, indices, counts)
     return TopKOutput(
@@ -108,21 +108,21 @@ def linear_inhibit(
     *,
     inhibition: str = "subtract",
     counts: Tensor | None = None,
-    blocks: int = 1,
+    networks: int = 1,
 ) -> Tensor:
     """a = relu(x weight^T + bias), inhibited by gaba times its (k+1)-th largest entry; dense."""
-    scores = by_network(scores_of(x, weight, bias, blocks), blocks)
+    scores = by_network(scores_of(x, weight, bias, networks), networks)
     a = positive_part(scores)
     cut = _cut(scores, select(scores, min(k + 1, scores.shape[-1])), k).detach().unsqueeze(-1)
-    surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(blocks, 1, -1) * cut)
+    surplus = a - (cut if gaba is None else gaba.to(a.dtype).reshape(networks, 1, -1) * cut)
     if inhibition == "mask":
-        # What is not a number stays, so that it is seen.
+        # NaN stays, so that it is seen.
         hidden = torch.where((surplus > 0) | a.isnan(), a, torch.zeros_like(a))
     else:
         hidden = surplus
     hidden = positive_part(hidden.reshape(*x.shape[:-1], a.shape[-1]).to(x.dtype))
     if counts is not None:
-        counts += by_network(hidden > 0, blocks).sum(1).flatten()
+        counts += by_network(hidden > 0, networks).sum(1).flatten()
     return hidden
 
 
@@ -178,7 +178,7 @@ def row_update(
     normalize: Sequence[bool] | None = None,
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
-    blocks: int = 1,
+    networks: int = 1,
 ) -> Tensor:
     """One projected SGD step on the rows that the code touches; the others keep their bits."""
     neurons = weights[0].shape[0]
@@ -193,9 +193,17 @@ def row_update(
         for c, i in zip(coefficients, inputs, strict=True)
     ]
     return sgd_step(
-        weights, gradients, touched, lr=lr, max_norm=max_norm, nonnegative=nonnegative,
-        normalize=normalize, momentum=momentum, buffers=buffers, blocks=blocks,
-    )  # fmt: skip
+        weights,
+        gradients,
+        touched,
+        lr=lr,
+        max_norm=max_norm,
+        nonnegative=nonnegative,
+        normalize=normalize,
+        momentum=momentum,
+        buffers=buffers,
+        networks=networks,
+    )
 
 
 def sgd_step(
@@ -209,14 +217,14 @@ def sgd_step(
     normalize: Sequence[bool] | None,
     momentum: float,
     buffers: Sequence[Tensor] | None,
-    blocks: int,
+    networks: int,
 ) -> Tensor:
     """One clipped, projected step on the rows that move [R]; the others keep their bits.
 
     Gradients are in the dtype of sums. Returns the norms before clipping, as row_update does.
     """
-    norm = length(torch.cat([g.reshape(blocks, -1) for g in gradients], dim=1)).squeeze(1)
-    block = torch.arange(len(moves), device=norm.device) // (len(moves) // blocks)
+    norm = length(torch.cat([g.reshape(networks, -1) for g in gradients], dim=1)).squeeze(1)
+    block = torch.arange(len(moves), device=norm.device) // (len(moves) // networks)
     scale = clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
@@ -231,11 +239,11 @@ def sgd_step(
         updated = project(weight.to(gradient.dtype) - rate * direction, nonnegative, row_norm)
         weight.copy_(torch.where(moves[:, None], updated, weight))
     dtype = reduce(torch.promote_types, (w.dtype for w in weights))
-    return (norm if blocks > 1 else norm[0]).to(dtype)
+    return (norm if networks > 1 else norm[0]).to(dtype)
 
 
 def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
-    """The factor that clips a gradient of this global norm, of any scale.
+    """The factor that clips a gradient of this global norm, whatever its scale.
 
     That of torch.nn.utils.clip_grad_norm_, whose 1e-6 counts here in units of max_norm.
     """
@@ -251,9 +259,9 @@ def clip_scale(norm: Tensor, max_norm: float | Tensor | None) -> Tensor:
 
 
 def power_of_two(peak: Tensor) -> Tensor:
-    """The largest power of two that is not above peak; 1 for zero and what is not finite.
+    """The largest power of two that is not above peak; 1 where peak is 0 or not finite.
 
-    To divide by it is exact, but for what vanishes beside peak.
+    Division by it is exact, except for numbers that vanish beside peak.
     """
     wide = peak.detach().to(accumulation_dtype(peak.dtype))
     unit = wide / (2 * torch.frexp(wide).mantissa)
@@ -261,7 +269,7 @@ def power_of_two(peak: Tensor) -> Tensor:
 
 
 def length(rows: Tensor) -> Tensor:
-    """L2 norm [.., 1] of rows [.., d]; no square leaves the range of the dtype."""
+    """L2 norm [.., 1] of rows [.., d], whose squares stay in the range of the dtype."""
     if rows.shape[-1] == 0:
         return rows.new_zeros(*rows.shape[:-1], 1)
     unit = power_of_two(rows.abs().amax(dim=-1, keepdim=True))
@@ -279,34 +287,32 @@ def project(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
     return weight
 
 
-def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int = 1) -> Tensor:
-    """x weight^T + bias [.., R]; with blocks a product each, as if the network were alone."""
-    if blocks > 1:
-        samples, neurons = by_network(x, blocks), by_network(weight, blocks)
-        shifts = [None] * blocks if bias is None else bias.reshape(blocks, -1)
-        each = [scores_of(*own) for own in zip(samples, neurons, shifts, strict=True)]
-        return torch.stack(each).view(*x.shape[:-1], neurons.shape[1])
+def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int = 1) -> Tensor:
+    """x weight^T + bias [.., R]; a product for each network, as if it were alone."""
+    if networks > 1:
+        samples, neurons = by_network(x, networks), by_network(weight, networks)
+        shifts = [None] * networks if bias is None else bias.reshape(networks, -1)
+        scores = [scores_of(*own) for own in zip(samples, neurons, shifts, strict=True)]
+        return torch.stack(scores).view(*x.shape[:-1], neurons.shape[1])
     accumulate = accumulation_dtype(x.dtype)
     return F.linear(
-        x.to(accumulate),
-        weight.to(accumulate),
-        None if bias is None else bias.to(accumulate),
+        x.to(accumulate), weight.to(accumulate), None if bias is None else bias.to(accumulate)
     )
 
 
-def by_network(rows: Tensor, blocks: int) -> Tensor:
+def by_network(rows: Tensor, networks: int) -> Tensor:
     """[.., d] -> [S, rows of one network, d]."""
     width = rows.shape[-1]
-    count = -1 if width else math.prod(rows.shape[:-1]) // blocks
-    return rows.reshape(blocks, count, width)
+    count = -1 if width else math.prod(rows.shape[:-1]) // networks
+    return rows.reshape(networks, count, width)
 
 
-def numbered_through(indices: Tensor, neurons: int, blocks: int) -> Tensor:
-    """[.., k] of each network's own neurons -> the same among those of all networks."""
-    if blocks == 1:
+def numbered_through(indices: Tensor, neurons: int, networks: int) -> Tensor:
+    """Indices [.., k] within each network -> indices through the neurons of all networks."""
+    if networks == 1:
         return indices
-    first = neurons * torch.arange(blocks, device=indices.device)
-    return (by_network(indices, blocks) + first.view(-1, 1, 1)).view(indices.shape)
+    first = neurons * torch.arange(networks, device=indices.device)
+    return (by_network(indices, networks) + first.view(-1, 1, 1)).view(indices.shape)
 
 
 def _cut(scores: Tensor, ranked: Tensor, k: int) -> Tensor:

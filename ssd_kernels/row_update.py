@@ -1,11 +1,14 @@
-"""Projected SGD on the rows that a sparse code touches, at a cost free of R."""
+"""Projected SGD on the rows that a sparse code touches, at a cost independent of R."""
+
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from functools import cache, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +19,27 @@ from ssd_kernels._row_gradient import segment_sum
 from ssd_kernels._row_step import clip_scale, step_row
 from ssd_kernels._segments import segments
 from ssd_kernels._triton import jit, tl
+
+_tuning.TABLE["row_update"] = {
+    "default": (
+        ({"width": 64}, {"BLOCK": 64, "num_warps": 1}),
+        ({"width": 256}, {"BLOCK": 256, "num_warps": 2}),
+        ({"width": 1024}, {"BLOCK": 1024, "num_warps": 4}),
+        ({}, {"BLOCK": 2048, "num_warps": 8}),
+    )
+}
+
+
+class Step(NamedTuple):
+    """The options of row_update."""
+
+    lr: float | Tensor
+    max_norm: float | Tensor | None
+    nonnegative: bool
+    normalize: Sequence[bool] | None
+    momentum: float
+    buffers: Sequence[Tensor] | None
+    networks: int
 
 
 def row_update(
@@ -30,7 +54,7 @@ def row_update(
     normalize: Sequence[bool] | None = None,
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> Tensor:
     """One step of clipped, projected SGD on several matrices that share the neurons of one code.
@@ -45,47 +69,46 @@ def row_update(
     Args:
         weights: matrices [R, d_i], updated in place.
         coefficients: [B, K] each. inputs: [B, d_i] each. indices: [B, K] int64.
-        lr: learning rate, or one for each block [blocks].
-        max_norm: clips the global L2 norm of the gradients, as clip_grad_norm_, or one for each
-            block [blocks]; None: no clip.
+        lr: learning rate, or one for each network [networks].
+        max_norm: bound of the global L2 norm of the gradients, as in clip_grad_norm_, or one for
+            each network [networks]; None: no clip.
         nonnegative: clamp touched rows at 0 after the step (SDMLP).
         normalize: for each matrix, whether touched rows are then scaled to unit L2 norm; an
             all-zero row stays zero.
         momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
-            Lazy: the buffer of an untouched row rests and does not move it.
-        blocks: number of networks whose rows follow one another, R / blocks each, and whose samples
-            do, B / blocks each; every one is clipped by itself.
+            Lazy: an untouched row keeps its buffer and does not move.
+        networks: number S of networks whose rows follow one another, R / S each, and whose samples
+            do, B / S each; each gradient is clipped by itself.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
-        The global gradient norm before clipping: 0-d, or [blocks] if there are several.
+        The global gradient norm before clipping: 0-d, or [networks] if there are several.
 
     Raises:
         TypeError, ValueError: a dtype, shape, device or value that does not fit, before any work.
     """
     _check(weights, coefficients, inputs, indices, normalize, momentum, buffers)
-    _check_blocks(weights, lr, max_norm, indices, blocks)
+    _check_networks(weights, lr, max_norm, indices, networks)
     in_place = [*weights, *(buffers or ())]
     served = indices.numel() > 0 and all(
         t.dtype in _dispatch.TRITON_DTYPES and t.shape[1] > 0 and t.stride(1) == 1 for t in in_place
     )
-    looped = blocks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
+    looped = networks == 1 and buffers is None and all(w.is_contiguous() for w in weights)
     looped = looped and all(t.dtype == torch.float32 for t in (*weights, *coefficients, *inputs))
     serve = _dispatch.choose("row_update", impl, weights[0], served=served, looped=looped)
+    step = Step(lr, max_norm, nonnegative, normalize, momentum, buffers, networks)
     with torch.no_grad():
-        return serve(
-            weights,
-            coefficients,
-            inputs,
-            indices,
-            lr=lr,
-            max_norm=max_norm,
-            nonnegative=nonnegative,
-            normalize=normalize,
-            momentum=momentum,
-            buffers=buffers,
-            blocks=blocks,
-        )
+        return serve(weights, coefficients, inputs, indices, step)
+
+
+def _reference(
+    weights: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    indices: Tensor,
+    step: Step,
+) -> Tensor:
+    return reference.row_update(weights, coefficients, inputs, indices, **step._asdict())
 
 
 def _torch(
@@ -93,29 +116,23 @@ def _torch(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    blocks: int,
+    step: Step,
 ) -> Tensor:
+    lr, max_norm, nonnegative, normalize, momentum, buffers, networks = step
     touched = reduce(torch.logical_or, [c != 0 for c in coefficients])
     group = segments(indices, touched)
     gradients = [segment_sum(c, i, group) for c, i in zip(coefficients, inputs, strict=True)]
-    block = group.neurons // (weights[0].shape[0] // blocks)
-    norm = _block_norms(gradients, torch.bincount(block, minlength=blocks))
+    block = group.neurons // (weights[0].shape[0] // networks)
+    norm = _network_norms(gradients, torch.bincount(block, minlength=networks))
     scale = reference.clip_scale(norm, max_norm)[block].unsqueeze(1)
     rate = lr[block].unsqueeze(1) if isinstance(lr, Tensor) else lr
     for number, (weight, direction) in enumerate(zip(weights, gradients, strict=True)):
-        step = -rate * scale
+        factor = -rate * scale
         if buffers is not None:
             direction.mul_(scale).add_(momentum * buffers[number].index_select(0, group.neurons))
             buffers[number].index_copy_(0, group.neurons, direction)
-            step = torch.full_like(scale, -1.0) * rate
-        rows = weight.index_select(0, group.neurons).addcmul_(direction, step)
+            factor = torch.full_like(scale, -1.0) * rate
+        rows = weight.index_select(0, group.neurons).addcmul_(direction, factor)
         project_(rows, nonnegative, normalize is not None and normalize[number])
         weight.index_copy_(0, group.neurons, rows)
     return _norms(norm, weights)
@@ -126,14 +143,7 @@ def _numba(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    blocks: int,
+    step: Step,
 ) -> Tensor:
     from ssd_kernels import _loops
 
@@ -147,20 +157,21 @@ def _numba(
     for factor, vector, gradient in zip(factors, vectors, gradients, strict=True):
         squares += _loops.row_sums(slots, heads, factor, vector, gradient)
     norm = weights[0].new_tensor(math.sqrt(squares))
-    step = float(lr) * float(reference.clip_scale(norm, max_norm))
+    rate = float(step.lr) * float(reference.clip_scale(norm, step.max_norm))
     rows = flat[slots[heads[:-1]]]
     torch.autograd.graph.increment_version(weights)
     for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
-        scaled = normalize is not None and normalize[number]
-        _loops.move_rows(weight.detach().numpy(), rows, gradient, step, nonnegative, scaled)
+        scaled = step.normalize is not None and step.normalize[number]
+        matrix = weight.detach().numpy()
+        _loops.move_rows(matrix, rows, gradient, rate, step.nonnegative, scaled)
     return norm
 
 
-def _block_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
-    """L2 norm of each block's rows [blocks]; sizes: how many of the rows [n, d_i] it has."""
+def _network_norms(gradients: Sequence[Tensor], sizes: Tensor) -> Tensor:
+    """L2 norms [networks] of rows [n, d_i]; sizes: how many of the rows each network has."""
     wide = reference.accumulation_dtype(gradients[0].dtype)
     lengths = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=wide) for g in gradients])
-    # Summed in order within a block, so that a block's norm does not depend on the others.
+    # Summed in order within a network, so that its norm does not depend on the others.
     squares = lengths.square().sum(0)
     norm = torch.segment_reduce(squares, "sum", lengths=sizes, initial=0.0).sqrt()
     if _sound(*norm.aminmax()):
@@ -185,7 +196,7 @@ def project_(weight: Tensor, nonnegative: bool, normalize: bool) -> Tensor:
 def row_lengths(rows: Tensor) -> Tensor:
     """L2 norm [n, 1] of rows [n, d], in the dtype of sums, whatever their scale.
 
-    A plain norm, where the host can see that it is sound; else as reference.length.
+    A plain norm where the host can check that it is sound, else reference.length.
     """
     wide = reference.accumulation_dtype(rows.dtype)
     if rows.is_cuda and wide == torch.float32:
@@ -222,7 +233,7 @@ def _sound(least: Tensor, most: Tensor) -> bool:
 
 @cache
 def _least(dtype: torch.dtype) -> float:
-    """Norms above this lose nothing to squares too small for the dtype."""
+    """Above this a norm loses nothing to squares that are too small for the dtype."""
     return torch.finfo(dtype).tiny ** 0.5 / torch.finfo(dtype).eps
 
 
@@ -293,19 +304,13 @@ def _triton(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     indices: Tensor,
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None,
-    nonnegative: bool,
-    normalize: Sequence[bool] | None,
-    momentum: float,
-    buffers: Sequence[Tensor] | None,
-    blocks: int,
+    step: Step,
 ) -> Tensor:
+    lr, max_norm, nonnegative, normalize, momentum, buffers, networks = step
     device = indices.device
     if _dispatch.tracing():  # a number that changes from step to step would be compiled in
-        lr = _per_block(lr, blocks, device)
-        max_norm = None if max_norm is None else _per_block(max_norm, blocks, device)
+        lr = _per_network(lr, networks, device)
+        max_norm = None if max_norm is None else _per_network(max_norm, networks, device)
     return _launch(
         list(weights),
         [c.detach() for c in coefficients],
@@ -319,15 +324,15 @@ def _triton(
         [False] * len(weights) if normalize is None else list(normalize),
         momentum,
         list(buffers or ()),
-        blocks,
+        networks,
     )
 
 
-def _per_block(value: float | Tensor, blocks: int, device: torch.device) -> Tensor:
-    """One float32 value for each block."""
+def _per_network(value: float | Tensor, networks: int, device: torch.device) -> Tensor:
+    """One float32 value for each network."""
     if isinstance(value, Tensor):
         return value.to(torch.float32)
-    return torch.full((blocks,), float(value), device=device)
+    return torch.full((networks,), float(value), device=device)
 
 
 def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
@@ -335,7 +340,7 @@ def _norms_like(weights: Sequence[Tensor], *others: Any) -> Tensor:
 
 
 def _norms(norm: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """What row_update returns of the norms [blocks]."""
+    """The norms [networks] as row_update returns them."""
     norm = norm.to(reduce(torch.promote_types, (w.dtype for w in weights)))
     return norm if len(norm) > 1 else norm[0]
 
@@ -354,15 +359,15 @@ def _launch(
     normalize: Sequence[bool],
     momentum: float,
     buffers: Sequence[Tensor],
-    blocks: int,
+    networks: int,
 ) -> Tensor:
-    """rates, bounds: [blocks], or None where one number serves; no bound: no clip."""
+    """rates, bounds: [networks], or None where one number serves; no bound: no clip."""
     neurons = weights[0].shape[0]
     by_neuron = neurons <= indices.numel()
-    order = _segments.sorted_slots(indices, neurons, by_neuron, blocks)
-    gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, blocks)
+    order = _segments.sorted_slots(indices, neurons, by_neuron, networks)
+    gradients, touched, squares = _gradients(order, coefficients, inputs, neurons, networks)
     dtype = reduce(torch.promote_types, (w.dtype for w in weights))
-    norm = torch.empty(blocks, dtype=dtype, device=indices.device)
+    norm = torch.empty(networks, dtype=dtype, device=indices.device)
     with torch.cuda.device_of(indices):
         for number, weight in enumerate(weights):
             width = weight.shape[1]
@@ -379,15 +384,15 @@ def _launch(
                 rate if rates is None else rates.contiguous(),
                 (bound or 0.0) if bounds is None else bounds.contiguous(),
                 float(momentum),
-                blocks,
-                neurons // blocks,
+                networks,
+                neurons // networks,
                 weight.stride(0),
                 buffer.stride(0),
                 BY_NEURON=order.offsets is not None,
                 SHARING=len(weights),
                 RATES=rates is not None,
                 BOUNDS=bounds is not None,
-                BLOCKS=1 << (blocks - 1).bit_length(),
+                BLOCKS=1 << (networks - 1).bit_length(),
                 WIDTH=width,
                 CLIP=bounds is not None or bound is not None,
                 CLAMP=nonnegative,
@@ -395,7 +400,7 @@ def _launch(
                 MOMENTUM=bool(buffers),
                 **chosen,
             )
-    return norm if blocks > 1 else norm[0]
+    return norm if networks > 1 else norm[0]
 
 
 def _gradients(
@@ -403,14 +408,14 @@ def _gradients(
     coefficients: Sequence[Tensor],
     inputs: Sequence[Tensor],
     neurons: int,
-    blocks: int,
+    networks: int,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Each matrix's gradient [programs, D] fp32, what touched its rows; squares [blocks] of all."""
+    """Gradients [programs, D] fp32, which rows were touched, and the squares [networks] of all."""
     programs, device = order.programs, order.slots.device
     tiles = [_segments.tiles(i.shape[1], device) for i in inputs]
-    # The rows of a block follow one another if there is a program a neuron; else a program says
-    # in which block its neuron is.
-    told = 1 if order.offsets is not None else blocks
+    # With a program per neuron the rows of a network follow one another; else a program finds the
+    # network of its neuron.
+    told = 1 if order.offsets is not None else networks
     squares = torch.empty(sum(tiles), told, programs, dtype=torch.float64, device=device)
     touched = torch.empty(len(inputs), programs, dtype=torch.uint8, device=device)
     gradients = []
@@ -428,22 +433,22 @@ def _gradients(
             block_rows=neurons // told,
         )
         gradients.append(gradient)
-    return gradients, touched, squares.view(sum(tiles), blocks, -1).sum((0, 2))
+    return gradients, touched, squares.view(sum(tiles), networks, -1).sum((0, 2))
 
 
-def _check_blocks(
+def _check_networks(
     weights: Sequence[Tensor],
     lr: float | Tensor,
     max_norm: float | Tensor | None,
     indices: Tensor,
-    blocks: int,
+    networks: int,
 ) -> None:
     neurons = weights[0].shape[0]
-    _checks.blocks("row_update", blocks, weights=neurons, indices=len(indices))
-    if blocks > 1 and indices.is_cpu and indices.numel() and not _dispatch.symbolic(indices):
-        least, most = indices.view(blocks, -1).aminmax(dim=1)
-        for network, low, high in zip(range(blocks), least.tolist(), most.tolist(), strict=True):
-            first, last = network * neurons // blocks, (network + 1) * neurons // blocks - 1
+    _checks.divides("row_update", networks, weights=neurons, indices=len(indices))
+    if networks > 1 and indices.is_cpu and indices.numel() and not _dispatch.symbolic(indices):
+        least, most = indices.view(networks, -1).aminmax(dim=1)
+        for network, low, high in zip(range(networks), least.tolist(), most.tolist(), strict=True):
+            first, last = network * neurons // networks, (network + 1) * neurons // networks - 1
             wrong = low if low < first else high
             if not first <= wrong <= last:
                 raise ValueError(
@@ -452,7 +457,7 @@ def _check_blocks(
                 )
     for name, value in (("lr", lr), ("max_norm", max_norm)):
         if isinstance(value, Tensor):
-            _checks.shape("row_update", name, value, (blocks,))
+            _checks.shape("row_update", name, value, (networks,))
             _checks.same_device("row_update", "weights", weights[0], name, value)
         elif value is not None and value != math.inf:
             _checks.number("row_update", name, value)
@@ -500,6 +505,4 @@ def _check(
         _checks.shape(op, f"buffers[{number}]", buffer, tuple(weight.shape))
 
 
-_dispatch.register(
-    "row_update", reference=reference.row_update, torch=_torch, numba=_numba, triton=_triton
-)
+_dispatch.register("row_update", reference=_reference, torch=_torch, numba=_numba, triton=_triton)

@@ -1,5 +1,8 @@
 """A k-sparse code times a matrix: the decoder of a k-sparse layer."""
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,7 +16,23 @@ from ssd_kernels import _checks, _dispatch, _op, _segments, _tuning, reference
 from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels._triton import jit, tl
 
-# Elements of the rows of a code up to which gathering them is faster than F.embedding_bag.
+_tuning.TABLE["sparse_linear"] = {
+    "default": (
+        ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
+        ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
+        # A slice of weight 256 columns wide stays in L2 while every sample reads it. One warp
+        # holds whole rows of the slice, so slots are summed without a barrier.
+        ({}, {"SLOTS": 16, "BLOCK": 256, "num_warps": 1}),
+    ),
+    # 16 slots spill here.
+    "sm100": (
+        ({"outputs": 16}, {"SLOTS": 16, "BLOCK": 16, "num_warps": 1}),
+        ({"outputs": 64}, {"SLOTS": 16, "BLOCK": 64, "num_warps": 2}),
+        ({}, {"SLOTS": 8, "BLOCK": 256, "num_warps": 1}),
+    ),
+}
+
+# Up to so many elements, to gather the rows of a code is faster than F.embedding_bag.
 GATHERED = 2**17
 
 
@@ -106,7 +125,7 @@ def _differentiable_gradients(
     need_values: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of values [B, K] and weight [R, C]; slower, for they can be differentiated in turn."""
+    """Of values [B, K] and weight [R, C]; slower, but differentiable in turn."""
     return (
         (grad_out.unsqueeze(1) * weight[indices]).sum(-1) if need_values else None,
         row_gradient(values, grad_out, indices, len(weight)) if need_weight else None,
@@ -167,7 +186,7 @@ def gather_triton(
 ) -> Tensor:
     """sparse_linear of a code [B, K], without autograd; every slot counts, those of value 0 too.
 
-    With gates [B, K] what is 0, or has a gate <= 0, passes nothing of an infinite row.
+    With gates [B, K], a slot whose value is 0 or gate <= 0 adds nothing, not even an infinite row.
     """
     batch, outputs = values.shape[0], weight.shape[1]
     out = torch.empty(batch, outputs, dtype=weight.dtype, device=weight.device)

@@ -1,5 +1,8 @@
 """Exact row-wise top-k with stable ties."""
 
+# Kernels carry no annotations but tl.constexpr.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,9 +14,18 @@ from ssd_kernels import _checks, _cpu_groups, _dispatch, _op, _tuning, reference
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import TopKOutput
 
+_tuning.TABLE["topk"] = {
+    "default": (
+        ({"neurons": 512, "k": 64}, {"TILE": 512, "PROGRAMS": 64, "num_warps": 1}),
+        ({"neurons": 4096, "k": 64}, {"TILE": 1024, "PROGRAMS": 32, "num_warps": 1}),
+        ({"k": 64}, {"TILE": 512, "PROGRAMS": 32, "num_warps": 1}),
+        ({}, {"TILE": 2048, "PROGRAMS": 32, "num_warps": 4}),
+    )
+}
+
 # The Triton kernel keeps candidates for at most MAX_K; beyond it the torch path serves.
 MAX_K = 256
-# Keys below that of -inf: what is no neuron, and a neuron that the mask disallows.
+# Keys below that of -inf: no neuron, and a neuron that the mask disallows.
 NOTHING = tl.constexpr(-(2**31))
 DISALLOWED = tl.constexpr(-(2**31) + 1)
 NAN = tl.constexpr(2**31 - 1)
@@ -82,8 +94,8 @@ def select(keys: Tensor, k: int) -> Tensor:
     values, indices = _cpu_groups.largest(flat, k + 1)
     chosen = indices[:, :k].contiguous()
     if not (values[:, :k] > values[:, 1:]).all():
-        # torch.topk breaks ties anyhow. A tie inside the k is put right by sorting; a row whose
-        # k-th and (k+1)-th keys tie, or that holds NaN, is ranked again by the specification.
+        # torch.topk breaks ties arbitrarily. Sorting corrects a tie among the k; the specification
+        # ranks a row again if its k-th and (k+1)-th keys tie, or if it holds NaN.
         by_index = chosen.sort(dim=-1).values
         order = (flat.gather(-1, by_index) + 0.0).sort(dim=-1, descending=True, stable=True).indices
         chosen = by_index.gather(-1, order)
@@ -93,15 +105,14 @@ def select(keys: Tensor, k: int) -> Tensor:
 
 
 # The Triton path reads a row once, tile by tile and one tile ahead (measured on one H100: 2.1 ms in
-# place of 3.8 at B = 8,192, R = 131,072), and appends to a small buffer what exceeds
-# `floor`, a proven lower bound of the k-th key. When the buffer would overflow it is cut to its k
-# best, and if the tile alone overflows it (the first one does), floor is raised by bisection on
-# the tile. A random row of R has about k (1 + ln(R / k)) entries above a running k-th, so cuts are
-# rare. An entry costs a quarter of a load of 16 bytes and its share of the tile's maximum. A tile
-# whose maximum exceeds the floor is read again, from the cache; only there are entries compared one
-# by one, and keys are built of those that are appended alone, or of all where floor is raised.
-# Entries of the buffer, packed (key, ~index), are distinct, so the rank of each is the number of
-# those that exceed it, and the outcome is exact whatever the order of execution.
+# place of 3.8 at B = 8,192, R = 131,072). It appends to a small buffer every entry above `floor`, a
+# proven lower bound of the k-th key. A buffer that would overflow is cut to its k best; if one tile
+# alone overflows it, as the first does, bisection on the tile raises the floor. A random row of R
+# has about k (1 + ln(R / k)) entries above a running k-th, so cuts are rare. Most tiles cost their
+# loads and a maximum. A tile whose maximum exceeds the floor is read again, from the cache, and its
+# entries are compared one by one; keys are built of the appended entries, or of all where the floor
+# is raised. Entries of the buffer, packed (key, ~index), are distinct. So the rank of an entry is
+# the number of larger ones, and the outcome is exact whatever the order of execution.
 
 
 @jit
@@ -406,8 +417,8 @@ def select_triton(
     if parts == 1:
         _launch(scores, None, scores, boost, mask, values, indices, k, parts)
         return values, indices
-    # Few long rows: every part keeps its k best, and the row of these is selected from in turn.
-    # Parts are in index order, and so are ties inside each, so positions break ties as indices do.
+    # Few long rows: every part keeps its k best, and a second launch selects from those. Parts are
+    # in index order, and so are ties inside a part, so positions break ties as indices do.
     keys = torch.empty(batch, parts * k, dtype=torch.int32, device=scores.device)
     origin = torch.empty_like(keys)
     _launch(scores, None, scores, boost, mask, keys, origin, k, parts)
@@ -416,7 +427,7 @@ def select_triton(
 
 
 def _parts(batch: int, neurons: int, k: int, device: torch.device) -> int:
-    """Programs that share a row; more than one where the rows alone do not fill the chip."""
+    """Programs per row; more than one where the rows alone do not fill the chip."""
     chosen = _tuning.config("topk", device, neurons=neurons, k=k)
     tiles = _ceil_div(neurons, chosen["TILE"])
     multiprocessors = _tuning.multiprocessors(device)

@@ -30,7 +30,7 @@ def dense_update(
     momentum: float = 0.0,
     buffers: Sequence[Tensor] | None = None,
     samples: Tensor | None = None,
-    blocks: int = 1,
+    networks: int = 1,
     impl: str | None = None,
 ) -> None:
     """One step of clipped, projected SGD on several matrices of the same neurons.
@@ -51,7 +51,7 @@ def dense_update(
         buffers: shaped like weights, updated in place.
         samples: [S], 0 where a network has no sample in the batch: its weights and buffers keep
             their bits, whatever its gradients hold. None: all networks have samples.
-        blocks: S, networks whose rows follow one another.
+        networks: S, networks whose rows follow one another.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
     update = reference.Update(
@@ -64,7 +64,7 @@ def dense_update(
         momentum,
         buffers,
         samples,
-        blocks,
+        networks,
     )
     matrices = [*weights, *gradients, *(buffers or ())]
     served = all(m.dtype == torch.float32 and m.numel() and m.stride(1) == 1 for m in matrices)
@@ -75,17 +75,17 @@ def dense_update(
 
 def _torch(update: reference.Update) -> None:
     """Network by network in place, on a CPU: there the host may read samples and norms."""
-    weights, buffers, blocks = update.weights, update.buffers, update.blocks
+    weights, buffers, networks = update.weights, update.buffers, update.networks
     if not weights[0].is_cpu:
         reference.dense_update(update)
         return
     sorts = [weights, update.gradients] + ([] if buffers is None else [buffers])
-    for network in range(blocks):
+    for network in range(networks):
         if update.samples is not None and update.samples[network] == 0:
             continue
         own = sorts
-        if blocks > 1:
-            own = [[by_network(t, blocks)[network] for t in matrices] for matrices in sorts]
+        if networks > 1:
+            own = [[by_network(t, networks)[network] for t in matrices] for matrices in sorts]
         rate = update.lr[network] if isinstance(update.lr, Tensor) else update.lr
         bound = update.max_norm
         bound = bound[network] if isinstance(bound, Tensor) else bound
@@ -199,7 +199,7 @@ def _triton(update: reference.Update) -> None:
         update.momentum,
         list(update.buffers or ()),
         update.samples,
-        update.blocks,
+        update.networks,
     )
 
 
@@ -216,7 +216,7 @@ def _launch(
     momentum: float,
     buffers: Sequence[Tensor],
     samples: Tensor | None,
-    blocks: int,
+    networks: int,
 ) -> None:
     """rates, bounds: [S], or None where one number serves; no bound: no clip."""
     device, rows = weights[0].device, weights[0].shape[0]
@@ -224,13 +224,13 @@ def _launch(
     clip = bounds is not None or bound is not None
     chosen = dict(_tuning.config("squares", device))
     most = chosen.pop("PARTS")
-    sizes = [gradient.numel() // blocks for gradient in gradients]
+    sizes = [gradient.numel() // networks for gradient in gradients]
     parts = [min(most, -(-size // chosen["BLOCK"])) for size in sizes]
-    squares = torch.empty(blocks, sum(parts), dtype=torch.float64, device=device)
+    squares = torch.empty(networks, sum(parts), dtype=torch.float64, device=device)
     with torch.cuda.device_of(weights[0]):
         for first in range(0, len(gradients) if clip else 0, 2):
             last = min(first + 1, len(gradients) - 1)
-            _squares_kernel[(sum(parts[first : first + 2]), blocks)](
+            _squares_kernel[(sum(parts[first : first + 2]), networks)](
                 gradients[first],
                 gradients[last],
                 squares,
@@ -253,7 +253,7 @@ def _launch(
                 rate if rates is None else rates.contiguous(),
                 (bound or 0.0) if bounds is None else bounds.contiguous(),
                 float(momentum),
-                rows // blocks,
+                rows // networks,
                 0 if samples is None else samples.stride(0),
                 weight.stride(0),
                 buffer.stride(0),

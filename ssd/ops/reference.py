@@ -79,18 +79,18 @@ class Update(NamedTuple):
     momentum: float
     buffers: Sequence[Tensor] | None
     samples: Tensor | None
-    blocks: int
+    networks: int
 
 
 def dense_update(update: Update) -> None:
     """One clipped, projected SGD step on all rows of the networks that have samples."""
     options = update._asdict()
     weights, gradients, samples = (options.pop(n) for n in ("weights", "gradients", "samples"))
-    moves = torch.ones(update.blocks, dtype=torch.bool, device=weights[0].device)
+    moves = torch.ones(update.networks, dtype=torch.bool, device=weights[0].device)
     if samples is not None:
         moves = samples > 0
     wide = accumulation_dtype(reduce(torch.promote_types, (w.dtype for w in weights)))
-    rows = moves.repeat_interleave(len(weights[0]) // update.blocks)
+    rows = moves.repeat_interleave(len(weights[0]) // update.networks)
     sgd_step(weights, [g.to(wide) for g in gradients], rows, **options)
 
 

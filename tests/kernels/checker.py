@@ -381,7 +381,7 @@ class Checker:
         if parts == 1:
             return access
         at = (at[:, None] + np.arange(parts)).reshape(-1)
-        return Access(kind, argument, at, *(each.repeat(parts) for each in access[3:]))
+        return Access(kind, argument, at, *(field.repeat(parts) for field in access[3:]))
 
     def _load(self, access: Access) -> None:
         shadow, at, lane = access.argument.shadow, access.at, access.lane

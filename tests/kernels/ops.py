@@ -1,48 +1,45 @@
-"""Every op by its name, public or private, for what tests them all."""
+"""Every op, public or private, and the cases that the shared tests run of it."""
+
+from __future__ import annotations
 
 import importlib
 import re
 from pathlib import Path
 from typing import Any
 
-from ssd.ops.batch import draw_batch, tally
-from ssd.ops.code_gram import code_gram
-from ssd.ops.dense_update import dense_update
-from ssd.ops.distill import distill
-from ssd.ops.distill_code import distill_code
-from ssd.ops.gate_gradient import gate_gradient
-from ssd_kernels import (
-    count_active,
-    linear_inhibit,
-    linear_topk,
-    row_update,
-    sparse_linear,
-    topk,
-)
-from ssd_kernels._graded_code import linear_active, linear_code
-from ssd_kernels._row_gradient import row_gradient
+from tests.kernels.cases import Op
 
-__all__ = [
-    "code_gram",
-    "count_active",
-    "dense_update",
-    "distill",
-    "distill_code",
-    "draw_batch",
-    "gate_gradient",
-    "linear_active",
-    "linear_code",
-    "linear_inhibit",
-    "linear_topk",
-    "modules",
-    "row_gradient",
-    "row_update",
-    "sparse_linear",
-    "tally",
-    "topk",
-]
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("ssd_kernels", "ssd")
+# Launches are named by the first call that leads to them, and drawn cases by their number: what
+# comes first stays first. Other files of cases follow.
+FIRST = [
+    "topk",
+    "linear_topk",
+    "linear_inhibit",
+    "linear_active",
+    "linear_code",
+    "sparse_linear",
+    "row_gradient",
+    "row_update",
+    "count_active",
+    "code_gram",
+    "distill",
+    "dense_update",
+    "draw_batch",
+    "gate_gradient",
+    "tally",
+    "distill_code",
+]
+
+
+def ops() -> dict[str, Op]:
+    files = {file.stem for file in (Path(__file__).parent / "cases").glob("[a-z]*.py")}
+    names = [*FIRST, *sorted(files - set(FIRST))]
+    return {name: importlib.import_module(f"tests.kernels.cases.{name}").OP for name in names}
+
+
+OPS = ops()
 
 
 def modules() -> list[Any]:

@@ -40,29 +40,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout need 
 import torch
 from torch import Tensor
 
-from tests.kernels.property_cases import Arguments, Case, Op, Outputs, off
-from tests.kernels.property_codes import CodeGram, CountActive, RowGradient, RowUpdate, SparseLinear
-from tests.kernels.property_distill import Distill
+from ssd_kernels import nn
+from tests.kernels.ops import OPS
+from tests.kernels.property_cases import Arguments, Case, Drawn, Outputs, off
 from tests.kernels.property_draws import Draw, memory, twin
-from tests.kernels.property_layers import LinearActive, LinearCode, LinearInhibit, LinearTopK, TopK
 from tests.kernels.property_modules import KSparseMLP, SparseLinearModule, TopKLinear, TopKModule
 
-OPS: list[Op] = [
-    TopK(),
-    LinearTopK(),
-    LinearInhibit(),
-    LinearActive(),
-    LinearCode(),
-    SparseLinear(),
-    RowGradient(),
-    RowUpdate(),
-    CountActive(),
-    CodeGram(),
-    Distill(),
-    TopKModule(),
-    TopKLinear(),
-    SparseLinearModule(),
-    KSparseMLP(),
+DRAWN: list[Drawn] = [
+    *(op.drawn for op in OPS.values() if op.drawn is not None),
+    TopKModule(nn.TopK),
+    TopKLinear(nn.TopKLinear),
+    SparseLinearModule(nn.SparseLinear),
+    KSparseMLP(nn.KSparseMLP),
 ]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PLAIN = ("reference", "torch")
@@ -81,7 +70,7 @@ class Way(NamedTuple):
         return f"{self.impl} on {self.device}"
 
 
-def ways(op: Op, impl: str | None) -> list[Way]:
+def ways(op: Drawn, impl: str | None) -> list[Way]:
     """Every way that this process can serve the op; `impl` names one, "plain" or "kernels"."""
     cuda = torch.cuda.is_available() and not INTERPRETED
     return [
@@ -93,8 +82,8 @@ def ways(op: Op, impl: str | None) -> list[Way]:
     ]
 
 
-def op_of(number: int) -> Op:
-    return OPS[number % len(OPS)]
+def op_of(number: int) -> Drawn:
+    return DRAWN[number % len(DRAWN)]
 
 
 def draw(seed: int, number: int) -> Case:
@@ -125,7 +114,7 @@ def run(number: int, seed: int, impl: str | None = None) -> list[str]:
     return found
 
 
-def served(op: Op, case: Case, way: Way) -> Iterator[str]:
+def served(op: Drawn, case: Case, way: Way) -> Iterator[str]:
     """What is wrong with the way's service of a valid case."""
     after, outputs, gradients = serve(op, case, way)
     yield from touched(after, case)
@@ -147,7 +136,7 @@ def served(op: Op, case: Case, way: Way) -> Iterator[str]:
     yield from written(outputs)
 
 
-def serve(op: Op, case: Case, way: Way) -> tuple[Arguments, Outputs, Outputs]:
+def serve(op: Drawn, case: Case, way: Way) -> tuple[Arguments, Outputs, Outputs]:
     """The arguments afterwards, the outputs and the gradients that were asked for."""
     arguments = placed(case.arguments, way.device)
     leaves = {name: arguments[name].detach().requires_grad_() for name in case.wants}
@@ -189,7 +178,9 @@ def repeated(
                 yield f"{kind}{name}: other bits the second time"
 
 
-def graded(op: Op, case: Case, got: Outputs, outputs: Outputs, gradients: Outputs) -> Iterator[str]:
+def graded(
+    op: Drawn, case: Case, got: Outputs, outputs: Outputs, gradients: Outputs
+) -> Iterator[str]:
     """What is wrong with the gradients."""
     learned = case.grad and bool(set(case.wants) - {"boost"})
     for name in case.upstream:
@@ -215,7 +206,7 @@ def written(outputs: Outputs) -> Iterator[str]:
             yield f"{name} cannot be written into: {shortened(error)}"
 
 
-def refused(op: Op, case: Case, way: Way) -> Iterator[str]:
+def refused(op: Drawn, case: Case, way: Way) -> Iterator[str]:
     """What is wrong with how the way takes an argument that it must refuse."""
     arguments = placed(case.arguments, way.device)
     try:
@@ -288,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=[op.name for op in OPS], metavar="OP")
+    parser.add_argument("--only", choices=[op.name for op in DRAWN], metavar="OP")
     parser.add_argument("--impl", help='one by its name, or "plain" or "kernels"; default: all')
     parser.add_argument("--case", type=int, help="runs this case alone and prints its arguments")
     given = parser.parse_args(argv)

@@ -142,13 +142,13 @@ class Ranking:
         return order[..., number], exact | apart
 
 
-def scores(x: Tensor, weight: Tensor, bias: Tensor | None, blocks: int, grain: float) -> Bounds:
+def scores(x: Tensor, weight: Tensor, bias: Tensor | None, networks: int, grain: float) -> Bounds:
     """x weight^T + bias [S B, R] in the dtype in which scores accumulate."""
     flat = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     double = None if bias is None else bias.double()
-    exact = reference.scores_of(flat.double(), weight.double(), double, blocks)
+    exact = reference.scores_of(flat.double(), weight.double(), double, networks)
     magnitude = reference.scores_of(
-        finite(flat), finite(weight), None if bias is None else finite(bias), blocks
+        finite(flat), finite(weight), None if bias is None else finite(bias), networks
     )
     dtype = reference.accumulation_dtype(x.dtype)
     error = rounding(magnitude, x.shape[-1] + 1, dtype, grain)

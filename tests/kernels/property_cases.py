@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssd_kernels import _dispatch
-from tests.kernels import ops as sk
 from tests.kernels.property_bounds import Bounds
 from tests.kernels.property_draws import Draw, Numbers
 
@@ -84,12 +83,15 @@ class Case:
             self.upstream_grain = numbers.grain
 
 
-class Op:
-    """An op: what to draw, how to call it, what is right."""
+class Drawn:
+    """Random calls of an op: what to draw, how to call it, what is right."""
 
-    name = ""
     table = ""  # the op whose implementations serve it, if not itself
     prefixes: tuple[str, ...] = ()  # of its errors, beside its name
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.name = function.__name__
 
     def draw(self, d: Draw) -> Case:
         raise NotImplementedError
@@ -98,7 +100,7 @@ class Op:
         return list(_dispatch.TABLES[self.table or self.name])
 
     def call(self, arguments: Arguments, impl: str) -> Outputs:
-        out = getattr(sk, self.name)(**arguments, impl=impl)
+        out = self.function(**arguments, impl=impl)
         if out is None:
             return {}
         return {"out": out} if isinstance(out, Tensor) else named(out)

@@ -16,7 +16,7 @@ from tests.kernels.property_cases import (
     STRANGE,
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     codes,
@@ -57,7 +57,7 @@ def spread(
     dtype: torch.dtype,
     grain: float,
 ) -> Bounds:
-    """row_gradient within its rounding."""  # fmt: skip
+    """row_gradient within its rounding."""
     exact = reference.row_gradient(coefficients.double(), inputs.double(), indices, neurons)
     size = reference.row_gradient(finite(coefficients), finite(inputs), indices, neurons)
     terms = torch.bincount(indices.flatten(), minlength=neurons).unsqueeze(1)
@@ -68,9 +68,7 @@ def spread(
     return bounds._replace(free=bounds.free | unclear)
 
 
-class SparseLinear(Op):
-    name = "sparse_linear"
-
+class SparseLinear(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=False, distinct=0.5)
         outputs = d.features()
@@ -138,9 +136,7 @@ def slot_gradient(case: Case, gradient: Tensor, weight: Tensor, indices: Tensor)
     return Bounds.around(exact, rounding(size, weight.shape[1], case.dtype, grain))
 
 
-class RowGradient(Op):
-    name = "row_gradient"
-
+class RowGradient(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=True, distinct=0.4)
         case.arguments["coefficients"] = case.arguments.pop("values")
@@ -156,18 +152,20 @@ class RowGradient(Op):
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
         grain = case.grain("coefficients", "inputs")
         bounds = spread(
-            case["coefficients"], case["inputs"], case["indices"], case["neurons"], case.dtype,
+            case["coefficients"],
+            case["inputs"],
+            case["indices"],
+            case["neurons"],
+            case.dtype,
             grain,
-        )  # fmt: skip
+        )
         yield from off("out", got["out"], bounds)
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
         yield from ()  # it is private, and its callers have checked
 
 
-class CountActive(Op):
-    name = "count_active"
-
+class CountActive(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=False, distinct=1.0)
         case.counters(neurons, "counts", *d.some(["last_active"]))
@@ -198,9 +196,7 @@ class CountActive(Op):
         yield "counts 0-d", {"counts": torch.zeros((), dtype=torch.int64)}
 
 
-class CodeGram(Op):
-    name = "code_gram"
-
+class CodeGram(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = code(d, [*STYLES, *STRANGE], flat=True, distinct=1.0, most=600)
         case.dtype = d.pick([torch.float32, torch.float64])
@@ -274,19 +270,17 @@ class CodeGram(Op):
             yield from mislabelled(case, "targets", cross.shape[1])
 
 
-class RowUpdate(Op):
-    name = "row_update"
-
+class RowUpdate(Drawn):
     def draw(self, d: Draw) -> Case:
         usual = [style for style in STYLES if style not in ("wide", "mixed", "subnormal")]
         case, neurons = code(d, [*usual, *STRANGE], flat=True, distinct=0.5)
         del case.arguments["values"]
         indices = case["indices"]
         shared = [n for n in (1, 1, 1, 2, 3) if neurons % n == 0 == len(indices) % n]
-        blocks = d.pick(shared)
-        if blocks > 1 and len(indices):  # samples follow one another as their networks do
-            network = torch.arange(len(indices)).unsqueeze(1) // (len(indices) // blocks)
-            own = neurons // blocks
+        networks = d.pick(shared)
+        if networks > 1 and len(indices):  # samples follow one another as their networks do
+            network = torch.arange(len(indices)).unsqueeze(1) // (len(indices) // networks)
+            own = neurons // networks
             indices = case.arguments["indices"] = indices % own + own * network
         lists: dict[str, list[Tensor]] = {"weights": [], "coefficients": [], "inputs": []}
         momentum = d.pick([0.0, 0.5, 0.9])
@@ -312,27 +306,27 @@ class RowUpdate(Op):
         case.in_place = ("weights", "buffers") if momentum else ("weights",)
         case.open = d.style in STRANGE
         case.arguments |= {
-            "lr": self.setting(d, blocks, case.dtype, 0.01, 1.0),
-            "max_norm": self.setting(d, blocks, case.dtype, 0.1, 10.0) if d.chance(0.6) else None,
+            "lr": self.setting(d, networks, case.dtype, 0.01, 1.0),
+            "max_norm": self.setting(d, networks, case.dtype, 0.1, 10.0) if d.chance(0.6) else None,
             "nonnegative": d.chance(0.5),
             "normalize": [d.chance(0.5) for _ in range(count)] if d.chance(0.6) else None,
             "momentum": momentum,
-            "blocks": blocks,
+            "networks": networks,
         }
         return case
 
     @staticmethod
-    def setting(d: Draw, blocks: int, dtype: torch.dtype, low: float, high: float) -> Any:
-        if blocks > 1 and d.chance(0.5):
-            return torch.from_numpy(d.rng.uniform(low, high, blocks)).to(dtype)
+    def setting(d: Draw, networks: int, dtype: torch.dtype, low: float, high: float) -> Any:
+        if networks > 1 and d.chance(0.5):
+            return torch.from_numpy(d.rng.uniform(low, high, networks)).to(dtype)
         return round(float(d.rng.uniform(low, high)), 3)
 
     def shapes(self, case: Case) -> Shapes:
-        blocks = case["blocks"]
-        return {"out": ((blocks,) if blocks > 1 else (), case.dtype)}
+        networks = case["networks"]
+        return {"out": ((networks,) if networks > 1 else (), case.dtype)}
 
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
-        indices, dtype, blocks = case["indices"], case.dtype, case["blocks"]
+        indices, dtype, networks = case["indices"], case.dtype, case["networks"]
         neurons = len(case["weights"][0])
         unit = torch.finfo(dtype).eps + torch.finfo(torch.float64).eps
         tiny = torch.finfo(dtype).tiny
@@ -346,10 +340,10 @@ class RowUpdate(Op):
             gradients.append((middle, bounds.upper - middle))
         squares = sum(g.square().sum(1) for g, _ in gradients)
         doubts = sum(error.square().sum(1) for _, error in gradients)
-        norm, doubt = (t.view(blocks, -1).sum(1).sqrt() for t in (squares, doubts))
+        norm, doubt = (t.view(networks, -1).sum(1).sqrt() for t in (squares, doubts))
         terms = sum(g.shape[1] for g, _ in gradients) + neurons + 8
         doubt = doubt + terms * unit * norm + tiny**0.5
-        yield from off("norm", got["out"].reshape(blocks), Bounds.around(norm, doubt))
+        yield from off("norm", got["out"].reshape(networks), Bounds.around(norm, doubt))
         scale, scale_doubt = torch.ones_like(norm), torch.zeros_like(norm)
         limit = case["max_norm"]
         if limit is not None:
@@ -357,8 +351,8 @@ class RowUpdate(Op):
                 reference.clip_scale((norm + sign * doubt).clamp(min=0), limit) for sign in (1, -1)
             )
             scale, scale_doubt = (least + most) / 2, (most - least) / 2 + 8 * unit * most
-        rate = torch.as_tensor(case["lr"], dtype=torch.float64).expand(blocks)
-        block = torch.arange(neurons) // (neurons // blocks)
+        rate = torch.as_tensor(case["lr"], dtype=torch.float64).expand(networks)
+        block = torch.arange(neurons) // (neurons // networks)
         scale, scale_doubt, rate = (t[block].unsqueeze(1) for t in (scale, scale_doubt, rate))
         for number, weight in enumerate(case["weights"]):
             gradient, error = gradients[number]
@@ -410,7 +404,7 @@ class RowUpdate(Op):
         yield "inputs on meta", {"inputs": [inputs[0].to("meta"), *inputs[1:]]}
         yield "momentum without buffers", {"momentum": 0.5, "buffers": None}
         for wrong in (0, -1, neurons + 1):
-            yield f"blocks={wrong}", {"blocks": wrong}
-        yield "lr of more blocks", {"lr": torch.ones(case["blocks"] + 1, dtype=case.dtype)}
+            yield f"networks={wrong}", {"networks": wrong}
+        yield "lr of more networks", {"lr": torch.ones(case["networks"] + 1, dtype=case.dtype)}
         if case["normalize"] is not None:
             yield "normalize longer", {"normalize": [*case["normalize"], True]}

@@ -12,7 +12,7 @@ from tests.kernels.property_bounds import Bounds, finite
 from tests.kernels.property_cases import (
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     mislabelled,
@@ -22,9 +22,7 @@ from tests.kernels.property_cases import (
 from tests.kernels.property_draws import STYLES, Draw
 
 
-class Distill(Op):
-    name = "distill"
-
+class Distill(Drawn):
     def draw(self, d: Draw) -> Case:
         d.style = d.pick([*STYLES, "infinite"])
         case = Case(d, d.dtype())
@@ -44,8 +42,8 @@ class Distill(Op):
             if kind == "number":
                 case.arguments[name] = round(float(d.rng.uniform(low, high)), 2)
             elif kind == "each":
-                each = torch.from_numpy(d.rng.uniform(low, high, batch)).to(case.dtype)
-                case.add(name, each)
+                values = torch.from_numpy(d.rng.uniform(low, high, batch)).to(case.dtype)
+                case.add(name, values)
         if d.chance(0.4):
             case.add("weight", torch.from_numpy(d.rng.uniform(0.1, 2, batch)).to(case.dtype))
         case.arguments["kl"] = d.pick(["reverse", "forward"])
@@ -97,9 +95,14 @@ class Distill(Op):
             )
         for share, student, teacher, columns in terms:
             term, term_error, slope, slope_error = divergence(
-                case[student].double(), case[teacher].double(), columns, temperature,
-                case["kl"], unit, dtype,
-            )  # fmt: skip
+                case[student].double(),
+                case[teacher].double(),
+                columns,
+                temperature,
+                case["kl"],
+                unit,
+                dtype,
+            )
             # A share rounds too, as 1 - alpha does, whatever is left of it.
             loss = loss + share * term
             loss_error = loss_error + share.abs() * term_error + 4 * unit * term.abs()

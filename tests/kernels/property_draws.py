@@ -92,8 +92,8 @@ class Draw:
     def batch(self, multiple: int = 1) -> tuple[int, ...]:
         """The leading dimensions of x; their product can be shared out among networks."""
         if multiple > 1:
-            each = self.upto(0, 4)
-            return self.pick([(multiple * each,), (multiple, each), (each, multiple)])
+            rows = self.upto(0, 4)
+            return self.pick([(multiple * rows,), (multiple, rows), (rows, multiple)])
         shape = self.pick(BATCHES)
         return self.pick([(2,), (3,), (2, 2)]) if self.small and math.prod(shape) > 6 else shape
 

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from ssd_kernels import reference
 from ssd_kernels._graded_code import Shadow
-from tests.kernels import ops as sk
 from tests.kernels.property_bounds import Bounds, Ranking, finite, rounding, scores
 from tests.kernels.property_cases import (
     STRANGE,
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     counting,
@@ -39,9 +38,7 @@ def ranked(d: Draw) -> tuple[Case, int]:
     return case, neurons
 
 
-class TopK(Op):
-    name = "topk"
-
+class TopK(Drawn):
     def draw(self, d: Draw) -> Case:
         case, neurons = ranked(d)
         if d.chance(0.3):
@@ -56,7 +53,7 @@ class TopK(Op):
         case.truth = self.expected(case)
         return case
 
-    def expected(self, case: Case) -> sk.TopKOutput:
+    def expected(self, case: Case) -> reference.TopKOutput:
         """Keys are products in the accumulation dtype, and so exact everywhere."""
         accumulate = reference.accumulation_dtype(case.dtype)
         boost, mask = case["boost"], case["mask"]
@@ -98,15 +95,17 @@ class Scores:
     """The truth of a layer's scores [S B, R] and of its inhibition."""
 
     def __init__(self, case: Case) -> None:
-        self.blocks = case["blocks"] or 1
+        self.networks = case["networks"] or 1
         self.grain = case.grain("x", "weight")
         if case["bias"] is not None:
             self.grain = min(self.grain, case.grain("bias"))
-        self.bounds = scores(case["x"], case["weight"], case["bias"], self.blocks, self.grain)
+        self.bounds = scores(case["x"], case["weight"], case["bias"], self.networks, self.grain)
         self.ranking = Ranking(self.bounds)
         self.activation = self.bounds.map(torch.relu)
         rows, self.neurons = self.bounds.lower.shape
-        self.first = self.neurons * (torch.arange(rows) // max(1, rows // self.blocks)).unsqueeze(1)
+        self.first = self.neurons * (torch.arange(rows) // max(1, rows // self.networks)).unsqueeze(
+            1
+        )
         self.k = case["k"]
         zeros = torch.zeros(rows, dtype=torch.float64)
         self.cut = Bounds.of(zeros, zeros)
@@ -125,9 +124,7 @@ class Scores:
         return Bounds.of(activation.lower - above - error, activation.upper - below + error, free)
 
 
-class LinearTopK(Op):
-    name = "linear_topk"
-
+class LinearTopK(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -218,41 +215,41 @@ class LinearTopK(Op):
 
 
 def layer(d: Draw, networks: bool = True, flat: bool = False, sign: bool = False) -> Case:
-    """x, weight, k, and perhaps bias, counts and blocks."""
+    """x, weight, k, and perhaps bias, counts and networks."""
     d.style = d.pick([*STYLES, *STRANGE])
     case = Case(d, d.dtype())
-    blocks = d.pick([1] * 5 + [2, 3]) if networks else 1
-    batch = d.batch(blocks)
+    networks = d.pick([1] * 5 + [2, 3]) if networks else 1
+    batch = d.batch(networks)
     if flat:
-        batch = (blocks * d.pick([0, 1, 2, 3, 5]),) if blocks > 1 else (d.samples(),)
+        batch = (networks * d.pick([0, 1, 2, 3, 5]),) if networks > 1 else (d.samples(),)
     features, neurons = d.features(), d.neurons()
-    case.give(x=(*batch, features), weight=(blocks * neurons, features))
+    case.give(x=(*batch, features), weight=(networks * neurons, features))
     if sign and d.chance(0.6):  # a shadow serves what is not negative
         case.add("x", Numbers(case["x"].abs(), case.grains["x"]))
         case.add("weight", Numbers(case["weight"].abs(), case.grains["weight"]))
     case.arguments["k"] = d.k(neurons)
-    case.arguments["blocks"] = blocks
+    case.arguments["networks"] = networks
     if not flat:
         if d.chance(0.5):
-            case.give(bias=(blocks * neurons,))
+            case.give(bias=(networks * neurons,))
         if d.chance(0.4):
-            case.counters(blocks * neurons, "counts")
+            case.counters(networks * neurons, "counts")
     return case
 
 
 def layer_faults(case: Case) -> Iterator[tuple[str, Arguments]]:
-    x, weight, blocks = case["x"], case["weight"], case["blocks"] or 1
+    x, weight, networks = case["x"], case["weight"], case["networks"] or 1
     rows = weight.shape[0]
-    yield from ks(case["k"], rows // blocks)
+    yield from ks(case["k"], rows // networks)
     yield from floats(case, "x", "weight", "bias")
     yield "x 0-d", {"x": torch.ones((), dtype=x.dtype)}
     yield "weight 1-d", {"weight": torch.ones(rows, dtype=x.dtype)}
     yield from counting(case, rows)
     if "inhibition" in case.arguments:
         yield "inhibition", {"inhibition": "divide"}
-    if "blocks" in case.arguments:
+    if "networks" in case.arguments:
         for wrong in (0, -1, rows + 1):
-            yield f"blocks={wrong}", {"blocks": wrong}
+            yield f"networks={wrong}", {"networks": wrong}
     if case["gaba"] is not None:
         yield "gaba longer", {"gaba": torch.ones(rows + 1, dtype=x.dtype)}
         yield "gaba on meta", {"gaba": torch.ones(rows, dtype=x.dtype, device="meta")}
@@ -262,12 +259,12 @@ def layer_gradients(
     case: Case, slope: Tensor, magnitude: Tensor, error: Tensor, terms: int
 ) -> dict[str, Bounds]:
     """Of x, weight and bias where scores [S B, R] have these gradients, known up to `error`."""
-    blocks = case["blocks"] or 1
-    slope, magnitude, error = (reference.by_network(t, blocks) for t in (slope, magnitude, error))
+    networks = case["networks"] or 1
+    slope, magnitude, error = (reference.by_network(t, networks) for t in (slope, magnitude, error))
     features = case["x"].shape[-1]
     rows = slope.shape[0] * slope.shape[1]
-    x = reference.by_network(case["x"].reshape(rows, features), blocks)
-    weight = reference.by_network(case["weight"], blocks)
+    x = reference.by_network(case["x"].reshape(rows, features), networks)
+    weight = reference.by_network(case["weight"], networks)
 
     def product(left: list[Tensor], right: Tensor, terms: int, grain: float) -> Bounds:
         exact, size = left[0] @ right.double(), left[1] @ finite(right)
@@ -275,7 +272,7 @@ def layer_gradients(
         return Bounds.around(exact, bound)
 
     backward = [slope.mT, magnitude.mT, error.mT]
-    ones = torch.ones(blocks, slope.shape[1], 1)
+    ones = torch.ones(networks, slope.shape[1], 1)
     samples = slope.shape[1]
     bounds = {
         "x": product(
@@ -291,9 +288,7 @@ def layer_gradients(
     return bounds
 
 
-class LinearInhibit(Op):
-    name = "linear_inhibit"
-
+class LinearInhibit(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -317,9 +312,9 @@ class LinearInhibit(Op):
         truth = case.truth
         truth.response = torch.ones(1, 1, dtype=torch.float64)
         if case["gaba"] is not None:
-            own = case["gaba"].double().view(truth.blocks, truth.neurons)
-            each = len(truth.first) // truth.blocks
-            truth.response = own.repeat_interleave(each, dim=0)
+            own = case["gaba"].double().view(truth.networks, truth.neurons)
+            rows = len(truth.first) // truth.networks
+            truth.response = own.repeat_interleave(rows, dim=0)
         truth.excess = excess = truth.surplus(truth.activation, truth.response)
         certain = ~excess.free & ~truth.bounds.free
         mask = case["inhibition"] == "mask"
@@ -341,7 +336,7 @@ class LinearInhibit(Op):
         hidden = got["out"].reshape(truth.bounds.lower.shape)
         yield from self.dense(case, hidden)
         if case["counts"] is not None:
-            active = (reference.by_network(hidden, truth.blocks) > 0).sum(1).flatten()
+            active = (reference.by_network(hidden, truth.networks) > 0).sum(1).flatten()
             yield from same("counts", after["counts"], case["counts"] + active)
 
     @staticmethod
@@ -376,11 +371,11 @@ class LinearInhibit(Op):
             cut = truth.cut.lower.unsqueeze(1)
             doubt = (truth.cut.upper.unsqueeze(1) - cut) * finite(slope)
             own = [
-                reference.by_network(t, truth.blocks).sum(1).flatten()
+                reference.by_network(t, truth.networks).sum(1).flatten()
                 for t in (-slope * cut, finite(slope) * cut.abs(), doubt)
             ]
             grain = case.upstream_grain * truth.grain
-            terms = len(slope) // truth.blocks
+            terms = len(slope) // truth.networks
             error = rounding(own[1] + own[2], terms, truth.accumulate, grain) + own[2]
             bounds["gaba"] = Bounds.around(own[0], error)
         return bounds
@@ -389,9 +384,7 @@ class LinearInhibit(Op):
         yield from layer_faults(case)
 
 
-class LinearActive(Op):
-    name = "linear_active"
-
+class LinearActive(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d, flat=True)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -414,7 +407,7 @@ class LinearActive(Op):
         neurons = got.get("neurons")
         if neurons is None:
             neurons = torch.arange(truth.neurons)
-        elif case["every"] or case["blocks"] > 1:
+        elif case["every"] or case["networks"] > 1:
             yield "not every neuron"
         elif not (~(values <= 0)).any(0).all():
             yield "a neuron that does not fire"
@@ -435,7 +428,7 @@ class LinearActive(Op):
         if ((passes != expected) & truth.sure & ~hidden.isnan()).any():
             yield "the gradient passes where it must not, or is stopped where it passes"
         if case["counts"] is not None:
-            active = (reference.by_network(hidden, truth.blocks) > 0).sum(1).flatten()
+            active = (reference.by_network(hidden, truth.networks) > 0).sum(1).flatten()
             yield from same("counts", after["counts"], case["counts"] + active)
 
     def faults(self, case: Case) -> Iterator[tuple[str, Arguments]]:
@@ -443,18 +436,16 @@ class LinearActive(Op):
         yield "x 3-d", {"x": case["x"].unsqueeze(0)}
 
 
-class LinearCode(Op):
-    name = "linear_code"
-
+class LinearCode(Drawn):
     def draw(self, d: Draw) -> Case:
         case = layer(d, flat=True, sign=True)
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
-        neurons, k = len(case["weight"]) // case["blocks"], case["k"]
+        neurons, k = len(case["weight"]) // case["networks"], case["k"]
         case.arguments["width"] = d.pick([k, min(neurons, 2 * k), d.upto(k, neurons), neurons])
         if d.chance(0.75):
             case.add("gaba", d.positive((len(case["weight"]),), case.dtype, 0.125))
         positive = all(bool((case[name] >= 0).all()) for name in ("x", "weight"))
-        if positive and case["blocks"] == 1 and case.dtype == torch.float32:
+        if positive and case["networks"] == 1 and case.dtype == torch.float32:
             case.arguments["shadow"] = d.pick([None, torch.float32, torch.bfloat16])
         case.truth = Scores(case)
         LinearInhibit.decide(case)
@@ -465,12 +456,12 @@ class LinearCode(Op):
         arguments = dict(arguments)
         dtype = arguments.pop("shadow", None)
         shadow = None if dtype is None else Shadow(arguments["weight"], dtype)
-        code, wider = sk.linear_code(**arguments, shadow=shadow, impl=impl)
+        code, wider = self.function(**arguments, shadow=shadow, impl=impl)
         outputs = {**named(code), "wider": wider}
         if shadow is not None:
             plain = code
             if impl != "numba":
-                plain, wider = sk.linear_code(**arguments, impl=impl)
+                plain, wider = self.function(**arguments, impl=impl)
             outputs |= {f"plain {name}": t for name, t in named(plain).items()}
             outputs["plain wider"] = wider
         return outputs
@@ -519,5 +510,5 @@ class LinearCode(Op):
             if "weight" not in changed or case["shadow"] is None:
                 yield label, changed
         yield "x 3-d", {"x": case["x"].unsqueeze(0)}
-        for width in (case["k"] - 1, len(case["weight"]) // case["blocks"] + 1):
+        for width in (case["k"] - 1, len(case["weight"]) // case["networks"] + 1):
             yield f"width={width}", {"width": width}

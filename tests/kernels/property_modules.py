@@ -17,7 +17,7 @@ from tests.kernels.property_bounds import Bounds, finite, rounding
 from tests.kernels.property_cases import (
     Arguments,
     Case,
-    Op,
+    Drawn,
     Outputs,
     Shapes,
     codes,
@@ -29,17 +29,10 @@ from tests.kernels.property_cases import (
 )
 from tests.kernels.property_codes import SparseLinear, decoded, slot_gradient, spread
 from tests.kernels.property_draws import Draw
-from tests.kernels.property_layers import (
-    LinearTopK,
-    Scores,
-    TopK,
-    layer,
-    layer_gradients,
-    ranked,
-)
+from tests.kernels.property_layers import LinearTopK, Scores, TopK, layer, layer_gradients, ranked
 
 
-class Module(Op):
+class Module(Drawn):
     """A module of ssd_kernels.nn; the environment chooses the implementation."""
 
     prefixes = ("topk", "linear_topk", "sparse_linear", "TopKLinear", "SparseLinear")
@@ -65,7 +58,6 @@ class Module(Op):
 
 
 class TopKModule(Module, TopK):
-    name = "TopK"
     table = "topk"
 
     def draw(self, d: Draw) -> Case:
@@ -98,13 +90,12 @@ class TopKModule(Module, TopK):
 
 
 class TopKLinear(Module, LinearTopK):
-    name = "TopKLinear"
     table = "linear_topk"
 
     def draw(self, d: Draw) -> Case:
         case = layer(d, networks=False)
         case.arguments.pop("counts", None)
-        case.arguments.pop("blocks")
+        case.arguments.pop("networks")
         case.in_place = ()
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
         return self.finish(case)
@@ -112,9 +103,13 @@ class TopKLinear(Module, LinearTopK):
     def module(self, arguments: Arguments) -> torch.nn.Module:
         weight = arguments["weight"]
         return sk.nn.TopKLinear(
-            *reversed(weight.shape), arguments["k"], arguments.get("bias") is not None,
-            arguments["inhibition"], weight.device, weight.dtype,
-        )  # fmt: skip
+            *reversed(weight.shape),
+            arguments["k"],
+            arguments.get("bias") is not None,
+            arguments["inhibition"],
+            weight.device,
+            weight.dtype,
+        )
 
     def parameters(self, arguments: Arguments) -> dict[str, Tensor]:
         return {"weight": arguments["weight"], "bias": arguments.get("bias")}
@@ -130,7 +125,6 @@ class TopKLinear(Module, LinearTopK):
 
 
 class SparseLinearModule(Module, SparseLinear):
-    name = "SparseLinear"
     table = "sparse_linear"
 
     def module(self, arguments: Arguments) -> torch.nn.Module:
@@ -151,12 +145,11 @@ class SparseLinearModule(Module, SparseLinear):
 
 
 class KSparseMLP(Module, LinearTopK):
-    name = "KSparseMLP"
     table = "linear_topk"
 
     def draw(self, d: Draw) -> Case:
         case = layer(d, networks=False)
-        for name in ("counts", "blocks"):
+        for name in ("counts", "networks"):
             case.arguments.pop(name, None)
         case.in_place = ()
         case.arguments["inhibition"] = d.pick(["mask", "subtract"])
@@ -173,9 +166,14 @@ class KSparseMLP(Module, LinearTopK):
     def module(self, arguments: Arguments) -> torch.nn.Module:
         weight, decoder = arguments["weight"], arguments["decoder"]
         return sk.nn.KSparseMLP(
-            *reversed(weight.shape), decoder.shape[1], arguments["k"],
-            arguments.get("bias") is not None, arguments["inhibition"], weight.device, weight.dtype,
-        )  # fmt: skip
+            *reversed(weight.shape),
+            decoder.shape[1],
+            arguments["k"],
+            arguments.get("bias") is not None,
+            arguments["inhibition"],
+            weight.device,
+            weight.dtype,
+        )
 
     def parameters(self, arguments: Arguments) -> dict[str, Tensor]:
         return {
@@ -189,7 +187,7 @@ class KSparseMLP(Module, LinearTopK):
         """And the code, without gradient, which the truth of the output is taken from."""
         out = self.forward(arguments, "x")
         with torch.no_grad():
-            encoder = TopKLinear()
+            encoder = TopKLinear(sk.nn.TopKLinear)
             return {"out": out, **encoder.outputs(arguments)}
 
     def shapes(self, case: Case) -> Shapes:

@@ -86,10 +86,10 @@ def test_every_flag_is_launched_on_and_off() -> None:
 def test_launches_are_specialised_as_their_arguments_are() -> None:
     given = {"B": 128, "R": 10000, "k": 10, "C": 64}
     calls = [
-        Call(launches.sparse_linear, FP32, given),
-        Call(launches.sparse_linear, FP32, given | {"aligned": False}),
-        Call(launches.sparse_linear, FP32, given | {"B": 256}),
-        Call(launches.sparse_linear, FP32, given | {"C": 1}),
+        Call("sparse_linear", FP32, given),
+        Call("sparse_linear", FP32, given | {"aligned": False}),
+        Call("sparse_linear", FP32, given | {"B": 256}),
+        Call("sparse_linear", FP32, given | {"C": 1}),
     ]
     whole, sliced, single = launches.record("sm90", calls).launches
     assert {"weight", "weight_stride", "outputs"} <= whole.aligned()
@@ -101,7 +101,7 @@ def test_launches_are_specialised_as_their_arguments_are() -> None:
 
 @readable
 def test_a_launch_takes_the_rows_of_its_family() -> None:
-    call = Call(launches.linear_topk, BF16, {"B": 1024, "d": 256, "R": 10000, "k": 10})
+    call = Call("linear_topk", BF16, {"B": 1024, "d": 256, "R": 10000, "k": 10})
     blocks = {
         family: launches.record(family, [call]).launches[0].constants()["BK"]
         for family in ("sm80", "sm90")

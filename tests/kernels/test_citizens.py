@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
-from ssd_kernels._graded_code import Shadow
+import ssd_kernels as sk
+from ssd.ops.code_gram import code_gram
+from ssd_kernels import _dispatch
+from ssd_kernels._graded_code import linear_active, linear_code
+from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
-from tests.kernels import ops as sk
+from tests.kernels.cases import Draw, Results
 from tests.kernels.conftest import triton_only
+from tests.kernels.ops import OPS
 
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 6, 3, 17, 8, 5
 IMPLS = ["reference", "torch", triton_only("triton")]
@@ -65,7 +70,7 @@ SCORES = [(BATCH, NEURONS)]
 LAYER = [(BATCH, INPUTS), (NEURONS, INPUTS), (NEURONS,)]
 DECODER = [(BATCH, SLOTS), (NEURONS, OUTPUTS), (OUTPUTS,)]
 # Differentiable functions of floating tensors, with the shapes of these.
-OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
+DIFFERENTIABLE: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
     "topk": (lambda s, impl=None: sk.topk(s, SLOTS, impl=impl).values, SCORES),
     "topk mask": (masked, SCORES),
     "linear_topk": (layer(), LAYER),
@@ -80,13 +85,13 @@ OPS: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
     ),
 }
 # Differentiable too, but with one implementation for that.
-OPS_BY_REFERENCE: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
+BY_REFERENCE: dict[str, tuple[Op, list[tuple[int, ...]]]] = {
     "row_gradient": (
-        lambda c, x: sk.row_gradient(c, x, indices().to(c.device), NEURONS),
+        lambda c, x: row_gradient(c, x, indices().to(c.device), NEURONS),
         [(BATCH, SLOTS), (BATCH, INPUTS)],
-    ),
+    )
 }
-ALL = OPS | OPS_BY_REFERENCE
+ALL = DIFFERENTIABLE | BY_REFERENCE
 
 
 def drawn(name: str) -> list[Tensor]:
@@ -115,7 +120,7 @@ def test_torch_func(name: str) -> None:
         torch.testing.assert_close(batched[number], op(*(stack[number] for stack in stacks)))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_batches_of_gradients_and_forward_mode(name: str) -> None:
     op, arguments = ALL[name][0], [a.requires_grad_() for a in drawn(name)]
     out = op(*arguments)
@@ -123,8 +128,8 @@ def test_batches_of_gradients_and_forward_mode(name: str) -> None:
     kept: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
     batched = torch.autograd.grad(out, arguments, upstream, is_grads_batched=True, **kept)
     for number in range(2):
-        each = torch.autograd.grad(out, arguments, upstream[number], **kept)
-        for got, want in zip(batched, each, strict=True):
+        single = torch.autograd.grad(out, arguments, upstream[number], **kept)
+        for got, want in zip(batched, single, strict=True):
             torch.testing.assert_close(got[number], want)
     tangents = [torch.randn_like(a) for a in arguments]
     with forward_ad.dual_level():
@@ -185,8 +190,8 @@ def test_gradients_of_each_sample(randomness: str) -> None:
     def loss(given: dict[str, Tensor], sample: Tensor) -> Tensor:
         return torch.func.functional_call(model, given, (sample,)).square().sum()
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)
-    gradients = each(parameters, x)
+    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness=randomness)
+    gradients = by_sample(parameters, x)
     for number in range(BATCH):
         model.zero_grad()
         loss(parameters, x[number]).backward()
@@ -210,7 +215,7 @@ def test_an_update_in_place_inside_torch_func_is_refused_by_name() -> None:
         "linear_topk": lambda v: sk.linear_topk(x, weight, SLOTS, counts=counts),
         "linear_inhibit": lambda v: sk.linear_inhibit(x, weight, SLOTS, counts=counts),
         "count_active": lambda v: sk.count_active(v, indices(), counts),
-        "code_gram": lambda v: sk.code_gram(v, indices(), torch.zeros(NEURONS, NEURONS)),
+        "code_gram": lambda v: code_gram(v, indices(), torch.zeros(NEURONS, NEURONS)),
         "row_update": lambda v: sk.row_update([weight], [v], [x], indices(), lr=0.1),
     }
     for name, op in refused.items():
@@ -225,10 +230,10 @@ def test_second_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_second_derivatives_of_every_implementation(name: str, impl: str, device: str) -> None:
     def second(impl: str) -> list[Tensor]:
-        op, arguments = OPS[name][0], [a.to(device, torch.float32) for a in start]
+        op, arguments = DIFFERENTIABLE[name][0], [a.to(device, torch.float32) for a in start]
         leaves = [a.requires_grad_() for a in arguments]
         first = torch.autograd.grad(op(*leaves, impl=impl).sin().sum(), leaves, create_graph=True)
         penalty = sum((g.square().sum() for g in first), start=torch.zeros((), device=device))
@@ -256,13 +261,13 @@ def test_second_derivatives_of_a_large_decoder() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("batch", [(BATCH,), (2, 3), ()])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_users_may_write_into_outputs(
     name: str, batch: tuple[int, ...], dtype: torch.dtype, impl: str, device: str
 ) -> None:
     if impl == "triton" and dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("no bfloat16 in Triton's interpreter")
-    op, shapes = OPS[name]
+    op, shapes = DIFFERENTIABLE[name]
     wanted = [(*batch, *s[1:]) if n == 0 else s for n, s in enumerate(shapes)]
     if name == "sparse_linear":
         chosen = indices(6).to(device)
@@ -314,104 +319,50 @@ def test_shapes_without_data(name: str) -> None:
         assert op(*arguments).shape == want.shape
 
 
-def test_shapes_of_the_other_ops_without_data() -> None:
-    values, chosen = torch.rand(BATCH, SLOTS, device=META), indices().to(META)
-    counts = torch.zeros(NEURONS, dtype=torch.int64, device=META)
-    assert sk.count_active(values, chosen, counts, counts.clone(), 3) is None
-    gram, cross = torch.zeros(17, 17, device=META), torch.zeros(17, OUTPUTS, device=META)
-    labels = torch.zeros(BATCH, dtype=torch.int64, device=META)
-    logits = torch.zeros(BATCH, OUTPUTS, device=META)
-    for targets in (labels, logits):
-        assert sk.code_gram(values, chosen, gram, cross, targets) is None
-    weight, x = torch.zeros(17, INPUTS, device=META), torch.zeros(BATCH, INPUTS, device=META)
-    options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "normalize": [True]}
-    assert sk.row_update([weight], [values], [x], chosen, **options).shape == ()
-    loss = sk.distill(logits, labels, logits, values, values, alpha=0.5)
-    assert loss.loss.shape == (BATCH,)
-    coded = sk.distill_code(values, chosen, cross, labels, logits, alpha=0.5)
-    assert [t.shape for t in coded] == [logits.shape, labels.shape, logits.shape, values.shape]
-    assert sk.linear_code(x, weight, 3, 5)[0].values.shape == (BATCH, 5)
+CALLS = {
+    f"{name} {case}".strip(): call.prepare
+    for name, op in OPS.items()
+    for case, call in op.calls.items()
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_results_without_data(name: str) -> None:
+    """Of an op that asks for no values: the shapes and dtypes that it has with data."""
+    sizes = {"B": 6, "D": 8, "R": 17, "K": 3, "C": 5}
+    want, got = (CALLS[name](Draw(device, **sizes))(None) for device in ("cpu", META))
+    for expected, have in zip(want, got, strict=True):
+        if have is None or expected is None:
+            assert have is expected
+        else:
+            assert (have.shape, have.dtype, have.device) == (expected.shape, expected.dtype, META)
+
+
+def test_how_many_neurons_fire_depends_on_values() -> None:
+    x, weight = torch.zeros(BATCH, INPUTS, device=META), torch.zeros(17, INPUTS, device=META)
     with pytest.raises(TypeError, match="linear_active: how many neurons fire depends on values"):
-        sk.linear_active(x, weight, 3)
-
-
-def wide(impl: str | None = None) -> list[Tensor]:
-    """Every op at a size at which the CPU's shortcuts are taken."""
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    cpu: dict[str, Any] = {"generator": generator, "device": "cpu"}
-    neurons = 300 if impl == "triton" else 4100
-    x, weight = torch.rand(9, 12, **cpu), torch.rand(neurons, 12, **cpu)
-    gaba = torch.rand(neurons, **cpu) * 0.02 + 0.98
-    counts = torch.zeros(neurons, dtype=torch.int64, device="cpu")
-    code = sk.linear_topk(x, weight, 4, counts=counts, impl=impl)
-    step = torch.ones((), dtype=torch.int64, device="cpu")
-    last = torch.zeros_like(counts)
-    sk.count_active(code.values, code.indices, counts, last, step, impl=impl)
-    sk.count_active(code.values, code.indices, counts, last, 7, impl=impl)
-    moved = weight.clone()
-    rest: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "normalize": [True]}
-    norm = sk.row_update([moved], [code.values], [x], code.indices, impl=impl, **rest)
-    two = sk.linear_topk(x[:8], weight, 4, blocks=2, impl=impl)
-    norms = sk.row_update([moved], [two.values], [x[:8]], two.indices, blocks=2, impl=impl, **rest)
-    labels = torch.arange(9, device="cpu") % 12
-    places = torch.arange(neurons, device="cpu").clamp(max=12)
-    gram, cross = (
-        torch.zeros(2, neurons, neurons, device="cpu"),
-        torch.zeros(2, neurons, 12, device="cpu"),
-    )
-    sk.code_gram(code.values, code.indices, gram[0], cross[0], labels, impl=impl)
-    sk.code_gram(code.values, code.indices, gram[1], cross[1], x, impl=impl)
-    outputs = [
-        *code[:2],
-        counts,
-        last,
-        moved,
-        norm,
-        norms,
-        gram.sum(),
-        cross,
-        *sk.topk(x @ weight.T, 4, impl=impl)[:2],
-        sk.topk(x @ weight.T, 4, boost=gaba, mask=gaba > 0.99, impl=impl).indices,
-        sk.linear_inhibit(x, weight, 4, gaba, impl=impl),
-        sk.linear_inhibit(x[:8], weight, 4, gaba, blocks=2, impl=impl),
-        two.indices,
-        sk.sparse_linear(code.values, code.indices, weight, impl=impl),
-        sk.row_gradient(code.values, x, code.indices, neurons, impl=impl),
-        sk.distill(x, labels, x.flip(0), x, x.flip(0), alpha=0.5, lam=0.5, impl=impl).loss,
-        *sk.distill_code(
-            *code[:2],
-            weight,
-            labels,
-            x.flip(0),
-            x,
-            positions=places,
-            alpha=0.5,
-            lam=0.5,
-            impl=impl,
-        ),
-    ]
-    for shadow in (None, Shadow(weight, torch.float32), Shadow(weight, torch.bfloat16)):
-        if impl == "triton" and shadow is not None:
-            continue  # it needs none
-        for response in (gaba, None):
-            given: dict[str, Any] = {"counts": counts, "shadow": shadow, "impl": impl}
-            graded, wider = sk.linear_code(x, weight, 4, 8, response, **given)
-            outputs += [graded.values, graded.indices * (graded.values > 0), wider]
-    outputs += sk.linear_code(x[:8], weight, 4, 8, gaba, blocks=2, impl=impl)[0][:2]
-    outputs += sk.linear_active(x, weight, 4, gaba, counts=counts, every=True, impl=impl)[::2]
-    outputs.append(sk.linear_active(x[:8], weight, 4, gaba, blocks=2, impl=impl).values)
-    return outputs
+        linear_active(x, weight, 3)
 
 
 @pytest.mark.parametrize("impl", WITH_DEFAULT)
-def test_the_default_device_is_nobodys_business(impl: str | None, device: str) -> None:
+@pytest.mark.parametrize("name", CALLS)
+def test_the_default_device_is_nobodys_business(name: str, impl: str | None, device: str) -> None:
     if device != "cpu" and impl == "triton":
         pytest.skip("tensors on the CPU; Triton serves CUDA here")
-    want = wide(impl)
+    if impl not in (None, *_dispatch.TABLES[name.split()[0]]):
+        pytest.skip("the op has no such implementation")
+    if impl == "triton" and name.endswith(("large", "unaligned", "parts")):
+        pytest.skip("long in Triton's interpreter")
+    neurons = 300 if impl == "triton" else 4100  # where a CPU takes its shortcuts
+
+    def results() -> Results:
+        torch.manual_seed(0)
+        return CALLS[name](Draw("cpu", R=neurons))(impl)
+
+    want = results()
     with META:
-        got = wide(impl)
-    for number, (have, expected) in enumerate(zip(got, want, strict=True)):
-        assert torch.equal(have, expected), number
+        got = results()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 class Code(nn.Module):
@@ -515,14 +466,14 @@ def test_nothing_to_sum_over(impl: str, device: str) -> None:
         counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
         gram = torch.zeros(NEURONS, NEURONS, device=device)
         sk.count_active(none[1], none[0], counts, impl=impl)
-        sk.code_gram(none[1], none[0], gram, impl=impl)
+        code_gram(none[1], none[0], gram, impl=impl)
         options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "impl": impl}
         return [
             *sk.linear_topk(zeros, weight, SLOTS, bias, threshold=True, impl=impl)[:3],  # type: ignore[list-item]
             sk.linear_inhibit(zeros, weight, SLOTS, None, bias, impl=impl),
             sk.sparse_linear(values, chosen, weight, impl=impl),
             sk.sparse_linear(none[1], none[0], torch.ones(NEURONS, 2, device=device), impl=impl),
-            sk.row_gradient(values, zeros, chosen, NEURONS, impl=impl),
+            row_gradient(values, zeros, chosen, NEURONS, impl=impl),
             sk.row_update([weight.detach().clone()], [values], [zeros], chosen, **options),
             counts,
             gram,
@@ -566,7 +517,7 @@ def test_an_infinite_gradient_stops_where_nothing_passes(impl: str, device: str)
 def test_a_coefficient_of_zero_passes_nothing(impl: str, device: str) -> None:
     code = torch.tensor([[0.0, 1.0]], device=device), torch.tensor([[0, 1]], device=device)
     x = torch.tensor([[torch.inf, 1.0]], device=device)
-    gradient = sk.row_gradient(code[0], x, code[1], 3, impl=impl)
+    gradient = row_gradient(code[0], x, code[1], 3, impl=impl)
     assert gradient.tolist() == [[0.0, 0.0], [torch.inf, 1.0], [0.0, 0.0]]
     weight = torch.ones(3, 2, device=device)
     silent = torch.zeros_like(code[0])
@@ -619,13 +570,13 @@ def check_scores(rows: list[list[float]], inhibition: str, impl: str | None, dev
         for layer in (weight, torch.cat([weight, more])):
             for gaba in (None, torch.full((len(layer),), 0.5, device=device)):
                 dense = sk.linear_inhibit(x, layer, k, gaba, impl="reference", **options)
-                active = sk.linear_active(x, layer, k, gaba, impl=impl, **options)
+                active = linear_active(x, layer, k, gaba, impl=impl, **options)
                 spread, fires = active.values, int((~(dense <= 0)).sum())
                 if active.neurons is not None:
                     spread = torch.zeros_like(dense).index_copy(1, active.neurons, spread)
                     assert len(active.neurons) == fires
                 torch.testing.assert_close(spread, dense, equal_nan=True)
-                short, wider = sk.linear_code(x, layer, k, 4, gaba, impl=impl, **options)
+                short, wider = linear_code(x, layer, k, 4, gaba, impl=impl, **options)
                 if not bool(dense.isfinite().all()):
                     assert bool(wider) or not bool(short.values.isfinite().all())
                     continue

@@ -18,7 +18,7 @@ from tests.kernels.test_linear_topk import (
     FAST,
     KERNELS,
     layer,
-    networks,
+    layers,
     scale_of_rounding,
     spec,
 )
@@ -53,9 +53,9 @@ def test_every_form_of_the_product(
     """Descriptors read zeros past the end of a row, and the next network's rows past a network."""
     tile(monkeypatch, DESCRIPTORS=described, PERSISTENT=persistent, BM=16, BN=64, BK=32)
     for dtype in DTYPES:
-        x, weight, bias = networks(2, 37, 150, 40, dtype, device)
-        got = op(x, weight, 3, bias, blocks=2, impl=impl)
-        expected = spec(x, weight, 3, bias, blocks=2)
+        x, weight, bias = layers(2, 37, 150, 40, dtype, device)
+        got = op(x, weight, 3, bias, networks=2, impl=impl)
+        expected = spec(x, weight, 3, bias, networks=2)
         assert torch.equal(got.indices, expected.indices)
 
 
@@ -85,9 +85,13 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ],
 )
 def test_few_neurons_are_scored_in_fp32(
-    impl: str, features: int, neurons: int, k: int, dtype: torch.dtype,
+    impl: str,
+    features: int,
+    neurons: int,
+    k: int,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """At the benchmark's shapes: on average no more than 2 k + 100 a row."""
     tile(monkeypatch, DESCRIPTORS=0, PERSISTENT=0, BM=16, BN=4096, BK=256)
     monkeypatch.setattr(_encoder, "ENTRIES", 2**20)
@@ -131,9 +135,17 @@ def adverse(kind: str, device: str) -> tuple[Tensor, Tensor]:
 
 
 ADVERSE = [
-    "sorted", "duplicates", "scattered duplicates", "ties", "zero", "huge row", "near", "scales",
-    "spread", "subnormal",
-]  # fmt: skip
+    "sorted",
+    "duplicates",
+    "scattered duplicates",
+    "ties",
+    "zero",
+    "huge row",
+    "near",
+    "scales",
+    "spread",
+    "subnormal",
+]
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -265,10 +277,10 @@ def test_what_descriptors_describe() -> None:
     assert not any(_encoder._aligned(x, wide) or _encoder._aligned(wide, x) for x in others)
 
 
-def graded(x: Tensor, weight: Tensor, k: int, gaba: Tensor, how: str, blocks: int) -> Tensor:
+def graded(x: Tensor, weight: Tensor, k: int, gaba: Tensor, how: str, networks: int) -> Tensor:
     """The dense activations in fp64."""
     given = x.double(), weight.double(), k, gaba.double()
-    return reference.linear_inhibit(*given, inhibition=how, blocks=blocks)
+    return reference.linear_inhibit(*given, inhibition=how, networks=networks)
 
 
 # (S, B, R, d, k, width); a few groups, many, and one network of several.
@@ -280,27 +292,33 @@ CODES = [(1, 3, 33, 7, 2, 8), (1, 3, 600, 24, 5, 20), (2, 2, 200, 16, 4, 40)]
 @pytest.mark.parametrize("shape", CODES)
 @pytest.mark.parametrize("rows", [None, 1])
 def test_graded_codes(
-    device: str, impl: str, how: str, shape: tuple[int, ...], rows: int | None,
+    device: str,
+    impl: str,
+    how: str,
+    shape: tuple[int, ...],
+    rows: int | None,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Neurons that hardly answer, some that do, all that do; too many for the code or not."""
     if rows is not None:
         monkeypatch.setattr(_encoder, "WORKSPACE", rows)
-    blocks, batch, neurons, features, k, width = shape
-    x, weight, _ = networks(blocks, batch, neurons, features, torch.float32, device)
+    networks, batch, neurons, features, k, width = shape
+    x, weight, _ = layers(networks, batch, neurons, features, torch.float32, device)
     for least, positive in ((0.05, False), (0.6, True), (1.0, True)):
-        gaba = least + (1 - least) * torch.rand(blocks * neurons, device=device)
+        gaba = least + (1 - least) * torch.rand(networks * neurons, device=device)
         given = (x.abs(), weight.abs()) if positive else (x, weight)
-        values, indices, overflow = _encoder.graded_code(*given, k, width, gaba, how, None, blocks)
-        dense = graded(*given, k, gaba, how, blocks)
+        values, indices, overflow = _encoder.graded_code(
+            *given, k, width, gaba, how, None, networks
+        )
+        dense = graded(*given, k, gaba, how, networks)
         assert torch.equal(overflow, (dense > 0).sum(1) > width)
         expected, order = dense.sort(dim=1, descending=True, stable=True)
         error = 2e-6 * dense.abs().max() + scale_of_rounding(*given, None)
         assert ((values - expected[:, :width]).abs() <= error).all()
-        own = reference.numbered_through(order[:, :width], neurons, blocks)
+        own = reference.numbered_through(order[:, :width], neurons, networks)
         active = expected[:, :width] > error
         assert torch.equal(indices[active], own[active])
-        first = torch.arange(blocks, device=device).repeat_interleave(batch).unsqueeze(1)
+        first = torch.arange(networks, device=device).repeat_interleave(batch).unsqueeze(1)
         assert (indices // neurons == first).all()
 
 

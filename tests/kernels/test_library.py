@@ -1,265 +1,61 @@
-"""torch.compile, autocast and no_grad of every public function; opcheck of the Triton operators."""
+"""torch.compile, autocast and no_grad of every op; opcheck of the Triton operators."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from tests.kernels import ops as sk
+import ssd_kernels as sk
+from ssd_kernels import _op
+from tests.kernels.cases import Draw, Results, Run
 from tests.kernels.conftest import INTERPRETED, triton_only
-from tests.kernels.ops import PACKAGES
+from tests.kernels.ops import OPS, PACKAGES
 
 # Compiled on CPU, the traceable path serves; "triton" is operators.
 IMPLS = [None, triton_only("triton")]
-BATCH, SLOTS, NEURONS, OUTPUTS, INPUTS = 6, 3, 17, 5, 8
-
-Run = Callable[[str | None], list[Tensor]]
-
-
-def _topk(device: str) -> Run:
-    scores = torch.randn(BATCH, NEURONS, device=device, requires_grad=True)
-    boost = torch.rand(NEURONS, device=device)
-    mask = torch.rand(NEURONS, device=device) > 0.3
-
-    def run(impl: str | None) -> list[Tensor]:
-        plain = sk.topk(scores, SLOTS, impl=impl)
-        chosen = sk.topk(scores, SLOTS, boost=boost, mask=mask, impl=impl)
-        # By name: torch.compile of torch 2.6 cannot slice a named tuple.
-        return [plain.values, plain.indices, chosen.values, chosen.indices]
-
-    return run
-
-
-def _linear_topk(device: str) -> Run:
-    x, weight, bias = _layer(device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
-        out = sk.linear_topk(
-            x,
-            weight,
-            SLOTS,
-            bias,
-            inhibition="subtract",
-            threshold=True,
-            counts=counts,
-            impl=impl,
-        )
-        assert out.threshold is not None
-        return [out.values, out.indices, out.threshold, counts]
-
-    return run
-
-
-def _linear_inhibit(device: str) -> Run:
-    x, weight, bias = _layer(device)
-    gaba = torch.rand(NEURONS, device=device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
-        return [sk.linear_inhibit(x, weight, SLOTS, gaba, bias, counts=counts, impl=impl), counts]
-
-    return run
-
-
-def _linear_topk_blocks(device: str) -> Run:
-    x, weight, bias = _layer(device, networks=3)
-
-    def run(impl: str | None) -> list[Tensor]:
-        counts = torch.zeros(3 * NEURONS, dtype=torch.int64, device=device)
-        out = sk.linear_topk(
-            x, weight, SLOTS, bias, threshold=True, counts=counts, blocks=3, impl=impl
-        )
-        assert out.threshold is not None
-        return [out.values, out.indices, out.threshold, counts]
-
-    return run
-
-
-def _linear_topk_preactivations(device: str) -> Run:
-    x, weight, bias = _layer(device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        out = sk.linear_topk(x, weight, SLOTS, bias, preactivations=True, impl=impl)
-        assert out.preactivations is not None
-        return [out.values, out.indices, out.preactivations]
-
-    return run
-
-
-def _linear_inhibit_blocks(device: str) -> Run:
-    x, weight, bias = _layer(device, networks=3)
-    gaba = torch.rand(3 * NEURONS, device=device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        counts = torch.zeros(3 * NEURONS, dtype=torch.int64, device=device)
-        options: dict[str, Any] = {"counts": counts, "blocks": 3, "impl": impl}
-        return [sk.linear_inhibit(x, weight, SLOTS, gaba, bias, **options), counts]
-
-    return run
-
-
-def _layer(device: str, networks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    neurons = networks * NEURONS
-    shapes: list[tuple[int, ...]] = [(BATCH, INPUTS), (neurons, INPUTS), (neurons,)]
-    x, weight, bias = (torch.randn(s, device=device, requires_grad=True) for s in shapes)
-    return x, weight, bias
-
-
-def _code(device: str) -> tuple[Tensor, Tensor]:
-    order = torch.rand(BATCH, NEURONS, device=device).argsort(dim=1)
-    return torch.rand(BATCH, SLOTS, device=device, requires_grad=True), order[:, :SLOTS]
-
-
-def _sparse_linear(device: str) -> Run:
-    values, indices = _code(device)
-    weight = torch.randn(NEURONS, OUTPUTS, device=device, requires_grad=True)
-    bias = torch.randn(OUTPUTS, device=device, requires_grad=True)
-    return lambda impl: [sk.sparse_linear(values, indices, weight, bias, impl=impl)]
-
-
-def _count_active(device: str) -> Run:
-    values, indices = _code(device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
-        last = torch.full_like(counts, -1)
-        sk.count_active(values, indices, counts, last, 4, impl=impl)
-        sk.count_active(values, indices, counts, impl=impl)
-        return [counts, last]
-
-    return run
-
-
-def _code_gram(device: str) -> Run:
-    values, indices = _code(device)
-    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-    targets = torch.randn(BATCH, OUTPUTS, device=device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        gram = torch.zeros(NEURONS, NEURONS, device=device)
-        crosses = torch.zeros(2, NEURONS, OUTPUTS, device=device)
-        sk.code_gram(values, indices, gram, crosses[0], labels, impl=impl)
-        sk.code_gram(values, indices, gram, crosses[1], targets, impl=impl)
-        sk.code_gram(values, indices, gram, impl=impl)
-        return [gram, crosses]
-
-    return run
-
-
-def _row_update(device: str) -> Run:
-    values, indices = _code(device)
-    widths = (INPUTS, OUTPUTS)
-    starts = [torch.rand(NEURONS, w, device=device) for w in widths]
-    inputs = [torch.randn(BATCH, w, device=device) for w in widths]
-
-    def run(impl: str | None) -> list[Tensor]:
-        weights, buffers = [w.clone() for w in starts], [w + 1 for w in starts]
-        settings: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "normalize": [True, False]}
-        norms = [
-            sk.row_update(weights, [values, values], inputs, indices, impl=impl, **settings),
-            sk.row_update(
-                weights,
-                [values, values],
-                inputs,
-                indices,
-                momentum=0.9,
-                buffers=buffers,
-                impl=impl,
-                **settings,
-            ),
-        ]
-        return [*norms, *weights, *buffers]
-
-    return run
-
-
-def _distill(device: str) -> Run:
-    logits, target = (torch.randn(BATCH, OUTPUTS, device=device) for _ in range(2))
-    hidden, taught = (torch.randn(BATCH, SLOTS, device=device) for _ in range(2))
-    weight = torch.rand(BATCH, device=device)
-    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
-        outputs = [
-            *sk.distill(logits, labels, target, hidden, taught, **options),
-            *sk.distill(logits, labels, weight=weight, impl=impl),
-        ]
-        return [output for output in outputs if output is not None]
-
-    return run
-
-
-def _distill_code(device: str) -> Run:
-    values, indices = _code(device)
-    values = values.detach()
-    decoder, target = (torch.randn(n, OUTPUTS, device=device) for n in (NEURONS, BATCH))
-    taught, weight = torch.rand(BATCH, 4, device=device), torch.rand(BATCH, device=device)
-    positions = torch.randperm(NEURONS, device=device).clamp(max=4)
-    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-
-    def run(impl: str | None) -> list[Tensor]:
-        code, terms = (values, indices, decoder, labels), (target, taught)
-        options: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0, "impl": impl}
-        return [
-            *sk.distill_code(*code, *terms, positions=positions, **options),
-            *sk.distill_code(*code, weight=weight, impl=impl),
-        ]
-
-    return run
-
-
+SIZES = {"B": 6, "D": 8, "R": 17, "K": 3, "C": 5}
+BATCH, INPUTS, NEURONS, SLOTS = 6, 8, 17, 3
 CASES = {
-    "topk": _topk,
-    "linear_topk": _linear_topk,
-    "linear_inhibit": _linear_inhibit,
-    "linear_topk blocks": _linear_topk_blocks,
-    "linear_topk preactivations": _linear_topk_preactivations,
-    "linear_inhibit blocks": _linear_inhibit_blocks,
-    "sparse_linear": _sparse_linear,
-    "code_gram": _code_gram,
-    "count_active": _count_active,
-    "distill": _distill,
-    "distill_code": _distill_code,
-    "row_update": _row_update,
+    f"{name} {case}".strip(): call.prepare
+    for name, op in OPS.items()
+    for case, call in op.calls.items()
+    if call.traced
 }
 
 
-def gradients(outputs: list[Tensor]) -> list[Tensor]:
-    """Of every leaf that the differentiable outputs reach, in a fixed order."""
-    reached = [o for o in outputs if o.requires_grad]
-    leaves: dict[int, Tensor] = {}
-    pending = [o.grad_fn for o in reached]
-    while pending:
-        node = pending.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        pending += [parent for parent, _ in node.next_functions]
-    ordered = sorted(leaves.values(), key=lambda leaf: tuple(leaf.shape))
-    loss = [o.double().square().sum() for o in reached]
-    return list(torch.autograd.grad(sum(loss), ordered)) if reached else []  # type: ignore[arg-type]
+def prepared(name: str, device: str) -> tuple[Run, list[Tensor]]:
+    """A call, and the leaves that its gradients are asked for."""
+    draw = Draw(device, **SIZES)
+    return CASES[name](draw), draw.leaves
+
+
+def gradients(outputs: Results, leaves: list[Tensor]) -> list[Tensor]:
+    reached = [o for o in outputs if o is not None and o.requires_grad]
+    if not reached:
+        return []
+    loss = torch.stack([o.double().square().sum() for o in reached]).sum()
+    return list(torch.autograd.grad(loss, leaves))
 
 
 def check_compiled(name: str, impl: str | None, backend: str, device: str) -> None:
     torch._dynamo.reset()
-    run = CASES[name](device)
-    compiled = torch.compile(run, fullgraph=True, backend=backend)
-    eager, traced = run(impl), compiled(impl)
-    for got, want in zip(traced, eager, strict=True):
-        torch.testing.assert_close(got, want)
-    expected = gradients(eager)
-    assert bool(expected) == any(o.is_floating_point() and o.requires_grad for o in eager)
-    for got, want in zip(gradients(traced), expected, strict=True):
-        torch.testing.assert_close(got, want)
+    run, leaves = prepared(name, device)
+    eager, traced = run(impl), torch.compile(run, fullgraph=True, backend=backend)(impl)
+    expected = gradients(eager, leaves)
+    assert bool(expected) == bool(leaves)
+    torch.testing.assert_close(traced, eager)
+    torch.testing.assert_close(gradients(traced, leaves), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -275,7 +71,9 @@ def test_compiles_to_one_graph(name: str, impl: str | None, device: str) -> None
     and shutil.which("clang++") is None,
     reason="inductor needs a C++ compiler, and neither g++ nor clang++ is installed here",
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name in OPS or name.endswith(("networks", "preactivations"))]
+)
 def test_compiles_with_inductor(name: str, device: str) -> None:
     check_compiled(name, None, "inductor", device)
 
@@ -283,28 +81,25 @@ def test_compiles_with_inductor(name: str, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
 def test_no_grad(name: str, impl: str | None, device: str) -> None:
-    run = CASES[name](device)
+    run, _ = prepared(name, device)
     with torch.no_grad():
         without = run(impl)
-    for got, want in zip(without, run(impl), strict=True):
-        assert not got.requires_grad
-        assert torch.equal(got, want)
+    assert not any(out.requires_grad for out in without if out is not None)
+    torch.testing.assert_close(without, run(impl), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["linear_topk", "linear_inhibit", "sparse_linear"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(name: str, compiled: bool, device: str) -> None:
     torch._dynamo.reset()
-    run = CASES[name](device)
+    run, leaves = prepared(name, device)
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch.autocast(device, torch.bfloat16):
         outputs = run(None)
+    assert outputs[0] is not None
     assert outputs[0].dtype == torch.bfloat16
-    # The leaves are fp32, and so are their gradients.
-    leaf_gradients = gradients(outputs)
-    assert leaf_gradients
-    assert {g.dtype for g in leaf_gradients} == {torch.float32}
+    assert {g.dtype for g in gradients(outputs, leaves)} == {torch.float32}  # of the leaves
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -323,9 +118,11 @@ def test_compiled_transforms(impl: str | None, device: str) -> None:
     """Of torch.func: they take the specification."""
     torch._dynamo.reset()
     run = Reconstruction(impl, device)
-    each = torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))
+    by_row = torch.func.vmap(torch.func.grad(lambda x: run(x).square().sum()))
     x = torch.randn(2, BATCH, INPUTS, device=device)
-    torch.testing.assert_close(torch.compile(each, fullgraph=True, backend="aot_eager")(x), each(x))
+    torch.testing.assert_close(
+        torch.compile(by_row, fullgraph=True, backend="aot_eager")(x), by_row(x)
+    )
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -360,7 +157,7 @@ class Reconstruction(nn.Module):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, device: str) -> None:
     torch._dynamo.reset()
-    values, indices = _code(device)
+    values, indices = Draw(device, **SIZES).code()
     inputs = torch.randn(BATCH, INPUTS, device=device)
 
     def step(weight: Tensor, lr: float) -> Tensor:
@@ -373,158 +170,41 @@ def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, dev
     torch.testing.assert_close(ours, expected)
 
 
-def _opcheck_cases(device: str) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator."""
-    values, indices = _code(device)
-    plain = values.detach()
-    scores = torch.randn(BATCH, NEURONS, device=device, requires_grad=True)
-    boost, mask = torch.rand(NEURONS, device=device), torch.rand(NEURONS, device=device) > 0.3
-    weight = torch.randn(NEURONS, OUTPUTS, device=device, requires_grad=True)
-    bias = torch.randn(OUTPUTS, device=device, requires_grad=True)
-    grad = torch.randn(BATCH, OUTPUTS, device=device)
-    counts = torch.zeros(NEURONS, dtype=torch.int64, device=device)
-    now = torch.tensor(3, device=device)
-    gram = torch.zeros(NEURONS, NEURONS, device=device)
-    cross, labels = gram[:, :OUTPUTS].contiguous(), indices[:, 0] % OUTPUTS
-    weights = [torch.rand(NEURONS, w, device=device) for w in (INPUTS, OUTPUTS)]
-    buffers = [w.clone() for w in weights]
-    inputs = [torch.randn(BATCH, w, device=device) for w in (INPUTS, OUTPUTS)]
-    layer, several = _layer(device), _layer(device, networks=3)
-    rate, bound = torch.full((1,), 0.1, device=device), torch.full((1,), 0.5, device=device)
-    update = (weights, [plain, plain], inputs, indices, rate)
-    logits, hidden = grad.clone(), plain.clone()
-    labels = torch.randint(OUTPUTS, (BATCH,), device=device)
-    numbers, share = [0.6, 0.3, 2.0], torch.rand(BATCH, device=device)
-    tensors = [torch.full((BATCH,), number, device=device) for number in numbers]
-    backward = (grad, plain, indices, weight.detach())
-    stored = (logits, labels, indices[:2] % 3, torch.tensor([3, 2], device=device), now)
-    sums = [torch.zeros(2, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64)]
-    tallied = (grad[:, 0], grad, labels, plain[:, 0], *sums, sums[1].clone(), now)
-    one, three = (*layer, SLOTS, "mask"), (*several, SLOTS, "mask")
-    return {
-        "topk": (scores, SLOTS, None, None),
-        "topk chosen": (scores, SLOTS, boost, mask),
-        "sparse_linear": (values, indices, weight, bias),
-        "sparse_linear no bias": (values, indices, weight, None),
-        "sparse_linear_backward": (*backward, True, True, ()),
-        "sparse_linear_backward of values": (*backward, True, False, ()),
-        "row_gradients": (plain, inputs[0], indices, NEURONS, False, None, ()),
-        "row_gradients and sums": (
-            plain,
-            inputs[0],
-            indices,
-            NEURONS,
-            True,
-            (plain > 0).view(torch.uint8),
-            (),
-        ),
-        "code_gram": (plain, indices, gram, cross, labels),
-        "code_gram only": (plain, indices, gram, None, None),
-        "linear_topk": (*one, counts, 1),
-        "linear_topk of all": (*layer, NEURONS, "subtract", None, 1),
-        "linear_topk blocks": (*three, None, 3),
-        "linear_inhibit": (*layer, SLOTS, boost, "subtract", counts, True, 1),
-        "linear_inhibit blocks": (*several, SLOTS, boost.repeat(3), "mask", None, False, 3),
-        "graded_code": (*(t.detach() for t in layer[:2]), SLOTS, 5, boost, "mask", counts, 1),
-        "count_active": (plain, indices, counts, counts.clone(), 0, now),
-        "count_active only": (plain, indices, counts, None, 3, None),
-        "row_update": (*update, 0.0, bound, None, True, [True, False], 0.9, buffers, 1),
-        "row_update plain": (*update[:4], None, 0.1, None, None, False, [False] * 2, 0.0, [], 1),
-        "draw_batch": (*stored, 2, grad, plain, counts[:16], bound.expand(2)),
-        "draw_batch only": (*stored, 2, None, None, None, None),
-        "dense_update": (
-            weights,
-            buffers,
-            rate,
-            0.0,
-            bound,
-            None,
-            True,
-            [True, False],
-            0.9,
-            [w.clone() for w in weights],
-            counts[:1],
-            1,
-        ),
-        "dense_update plain": (
-            weights,
-            buffers,
-            None,
-            0.1,
-            None,
-            None,
-            False,
-            [False] * 2,
-            0.0,
-            [],
-            None,
-            1,
-        ),
-        "gate_gradient": (
-            scores.detach().clone(),
-            mask.expand(BATCH, -1),
-            plain,
-            counts.clone(),
-            False,
-        ),
-        "gate_gradient alone": (scores.detach().clone(), boost.expand(BATCH, -1), None, None, True),
-        "tally": (*tallied, plain[:, 0] > 0.5, torch.zeros(2, dtype=torch.bool, device=device)),
-        "tally only": (*tallied, None, None),
-        "distill": (
-            logits,
-            labels,
-            grad,
-            hidden,
-            plain,
-            [],
-            tensors,
-            share,
-            "forward",
-            logits > 0,
-        ),
-        "distill_code": (
-            plain,
-            indices,
-            weight.detach(),
-            labels,
-            grad,
-            plain,
-            indices[0].new_full((NEURONS,), 1),
-            [],
-            tensors,
-            share,
-            "forward",
-            logits > 0,
-        ),
-        "distill_code plain": (
-            plain,
-            indices,
-            weight.detach(),
-            labels,
-            None,
-            None,
-            None,
-            numbers,
-            [],
-            None,
-            "reverse",
-            None,
-        ),
-        "distill plain": (logits, labels, None, None, None, numbers, [], None, "reverse", None),
-    }
+def _copied(arguments: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
+
+
+@cache
+def operator_calls(name: str, device: str) -> list[tuple[str, Any, Any]]:
+    """The operators that a call and its backward come to, and their arguments."""
+    calls = []
+    cross = CustomOpDef.__call__
+
+    def recorded(operator: CustomOpDef, *args: Any, **kwargs: Any) -> Any:
+        calls.append((operator._qualname.partition("::")[2], _copied(args), _copied(kwargs)))
+        return cross(operator, *args, **kwargs)
+
+    run, leaves = prepared(name, device)
+    with (
+        patch.object(CustomOpDef, "__call__", recorded),
+        patch.object(_op, "_dispatch", SimpleNamespace(tracing=lambda: True)),
+    ):
+        gradients(run("triton"), leaves)
+    return calls
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
-@pytest.mark.parametrize("name", _opcheck_cases("cpu"))
+@pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str, impl: str, device: str) -> None:
-    operator = _operators()[name.split()[0]]
-    # As the autograd.Function of the op hands them over.
-    given = [a.detach() if isinstance(a, Tensor) else a for a in _opcheck_cases(device)[name]]
-    assert set(torch.library.opcheck(operator, tuple(given)).values()) == {"SUCCESS"}
+    for operator, args, kwargs in operator_calls(name, device):
+        results = torch.library.opcheck(_operators()[operator], args, kwargs)
+        assert set(results.values()) == {"SUCCESS"}, operator
 
 
-def test_every_operator_is_checked() -> None:
-    assert _operators().keys() == {name.split()[0] for name in _opcheck_cases("cpu")}
+@pytest.mark.parametrize("impl", [triton_only("triton")])
+def test_every_operator_is_checked(impl: str, device: str) -> None:
+    called = {operator for name in CASES for operator, *_ in operator_calls(name, device)}
+    assert _operators().keys() == called
 
 
 def _operators() -> dict[str, Any]:
@@ -541,7 +221,7 @@ def _operators() -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_operators_serve_traced_calls_only(name: str, impl: str, device: str) -> None:
     torch._dynamo.reset()
-    run = CASES[name](device)
+    run, _ = prepared(name, device)
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -552,8 +232,9 @@ def test_operators_serve_traced_calls_only(name: str, impl: str, device: str) ->
         run(impl)
     assert not eager.called
     torch.compile(lambda: run(impl), fullgraph=True, backend=backend)()
-    op = "topk" if "preactivations" in name else name.split()[0]
-    assert str(_operators()[op]).removesuffix(".default") in graphs[0]
+    assert any(
+        f"{package}.{operator}" in graphs[0] for package in PACKAGES for operator in _operators()
+    )
 
 
 def _code_of(graph: torch.fx.GraphModule) -> str:

@@ -122,7 +122,7 @@ def test_empty_batch_and_silence() -> None:
 def test_every_neuron_and_several_networks(impl: str) -> None:
     """As the step on CUDA takes it: all columns, networks side by side."""
     x, weight, gaba = layer(6, 8, 60, torch.float32)
-    active = linear_active(x, weight, 3, gaba - 0.7, blocks=2, impl=impl)
+    active = linear_active(x, weight, 3, gaba - 0.7, networks=2, impl=impl)
     for own in range(2):
         rows, part = slice(3 * own, 3 * own + 3), slice(30 * own, 30 * own + 30)
         alone = linear_active(x[rows], weight[part], 3, gaba[part] - 0.7, every=True, impl=impl)

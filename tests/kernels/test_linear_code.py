@@ -47,9 +47,12 @@ def test_equals_the_dense_layer(
     options: dict[str, Any] = {"inhibition": inhibition, "impl": impl}
     code, wider = linear_code(x, weight, 5, width, gaba, shadow=shadow, **options)
     expected = reference.linear_inhibit(
-        x.double(), weight.double(), 5, None if gaba is None else gaba.double(),
+        x.double(),
+        weight.double(),
+        5,
+        None if gaba is None else gaba.double(),
         inhibition=inhibition,
-    )  # fmt: skip
+    )
     assert torch.equal(wider, (expected > 0).sum(1) > width)
     error = (scatter(code, neurons) - expected).abs()[~wider]
     native = (reference.linear_inhibit(x, weight, 5, gaba, inhibition=inhibition) - expected).abs()
@@ -172,9 +175,19 @@ def adverse(name: str, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
 @pytest.mark.parametrize(
     "name",
-    ["plain", "duplicates", "equal", "zeros", "negative zeros", "few fire", "lengths", "huge",
-     "tiny", "subnormal"],
-)  # fmt: skip
+    [
+        "plain",
+        "duplicates",
+        "equal",
+        "zeros",
+        "negative zeros",
+        "few fire",
+        "lengths",
+        "huge",
+        "tiny",
+        "subnormal",
+    ],
+)
 @pytest.mark.parametrize("k", [1, 10, 186, 187, 3001])  # of 188 groups
 def test_loops_against_fp64(
     k: int, name: str, inhibition: str, shadow_dtype: torch.dtype | None
@@ -322,14 +335,14 @@ def test_the_shadow_refuses_negative_numbers() -> None:
 # Codes by way of all activations, of k slots, and by way of candidates.
 @pytest.mark.parametrize(("neurons", "width"), [(63, 20), (63, 5), (3001, 40)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_blocks_equal_the_loop_over_networks(
+def test_networks_equal_the_loop_over_networks(
     impl: str, graded: bool, neurons: int, width: int, dtype: torch.dtype
 ) -> None:
     layers = [layer(neurons, 32, dtype) for _ in range(3)]
     x, weight, gaba = (torch.cat(parts) for parts in zip(*layers, strict=True))
     gaba[neurons : 2 * neurons] = 0.3  # the second network alone has too many active neurons
     response = gaba if graded else None
-    code, wider = linear_code(x, weight, 5, width, response, impl=impl, blocks=3)
+    code, wider = linear_code(x, weight, 5, width, response, impl=impl, networks=3)
     assert wider.shape == (27,)
     assert wider.view(3, 9).any(1).tolist() == [False, graded, False] or width == 5
     for number in range(3):
@@ -343,10 +356,10 @@ def test_blocks_equal_the_loop_over_networks(
         assert torch.equal(code.indices[rows], alone.indices + number * neurons)
 
 
-def test_blocks_of_an_empty_batch() -> None:
+def test_networks_of_an_empty_batch() -> None:
     _, weight, gaba = layer(300, 16, torch.float32)
     for width, response in ((20, gaba), (5, None)):
-        code, wider = linear_code(torch.zeros(0, 16), weight, 5, width, response, blocks=3)
+        code, wider = linear_code(torch.zeros(0, 16), weight, 5, width, response, networks=3)
         assert code.indices.shape == (0, width)
         assert wider.shape == (0,)
 
@@ -354,9 +367,9 @@ def test_blocks_of_an_empty_batch() -> None:
 def test_bad_blocks() -> None:
     x, weight = torch.rand(6, 8), torch.rand(60, 8)
     with pytest.raises(ValueError, match=r"width=21 must lie in 5\.\.20"):
-        linear_code(x, weight, 5, 21, blocks=3)
+        linear_code(x, weight, 5, 21, networks=3)
     with pytest.raises(ValueError, match="a shadow serves one network"):
-        linear_code(x, weight, 5, 20, shadow=Shadow(weight), blocks=3)
-    for blocks in (0, -3, 4, 5):
-        with pytest.raises(ValueError, match=f"linear_code: blocks={blocks} must divide"):
-            linear_code(x, weight, 5, 10, blocks=blocks)
+        linear_code(x, weight, 5, 20, shadow=Shadow(weight), networks=3)
+    for networks in (0, -3, 4, 5):
+        with pytest.raises(ValueError, match=f"linear_code: networks={networks} must divide"):
+            linear_code(x, weight, 5, 10, networks=networks)

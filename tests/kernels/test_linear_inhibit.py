@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import hypothesis
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssd_kernels import _encoder, linear_topk, reference
 from ssd_kernels import linear_inhibit as op
+from ssd_kernels import linear_topk, reference
 from tests.kernels.conftest import INTERPRETED, same, triton_only
 
+MODULE = importlib.import_module("ssd_kernels.linear_inhibit")  # not the function
 FAST = ["torch", triton_only("triton")]
 IMPLS = ["reference", *FAST]
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
@@ -142,7 +144,7 @@ def test_shapes_and_strides(device: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
 def test_many_slabs(device: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_encoder, "slab_rows", lambda *_: 2)
+    monkeypatch.setattr(MODULE, "slab_rows", lambda *_: 2)
     x, weight, bias, gaba = layer(5, 200, 16, torch.float16, device)
     check(x, weight, 4, bias, gaba, impl, "subtract")
 
@@ -170,23 +172,32 @@ def test_torch_path_on_any_shape(batch: int, neurons: int, features: int, data: 
 
 
 def one_by_one(
-    x: Tensor, weight: Tensor, k: int, gaba: Tensor | None, bias: Tensor | None, blocks: int,
-    counts: Tensor, **more: Any,
-) -> Tensor:  # fmt: skip
-    """The loop over networks that a call with blocks stands for."""
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    gaba: Tensor | None,
+    bias: Tensor | None,
+    networks: int,
+    counts: Tensor,
+    **more: Any,
+) -> Tensor:
+    """The loop over networks that a call with several stands for."""
     shares = [
-        [None] * blocks if t is None else t.chunk(blocks) for t in (x, weight, gaba, bias, counts)
+        [None] * networks if t is None else t.chunk(networks)
+        for t in (x, weight, gaba, bias, counts)
     ]
-    return torch.cat([
-        op(own, rows, k, response, shift, counts=hits, **more)
-        for own, rows, response, shift, hits in zip(*shares, strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            op(own, rows, k, response, shift, counts=hits, **more)
+            for own, rows, response, shift, hits in zip(*shares, strict=True)
+        ]
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)])
 @pytest.mark.parametrize("slab", [None, 2, 11])
-def test_blocks_equal_the_loop_over_networks(
+def test_networks_equal_the_loop_over_networks(
     device: str,
     impl: str,
     shape: tuple[int, int, int, int, int],
@@ -194,26 +205,28 @@ def test_blocks_equal_the_loop_over_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if slab is not None:
-        monkeypatch.setattr(_encoder, "slab_rows", lambda *_: slab)
-    blocks, batch, neurons, features, k = shape
+        monkeypatch.setattr(MODULE, "slab_rows", lambda *_: slab)
+    networks, batch, neurons, features, k = shape
     for how, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
-        x, weight, bias, gaba = layer(blocks * batch, blocks * neurons, features, dtype, device)
+        x, weight, bias, gaba = layer(networks * batch, networks * neurons, features, dtype, device)
         weight[neurons:] *= 4
         for response, shift in ((gaba, bias), (None, None)):
             counts, expected_counts = torch.ones(2, len(weight), dtype=torch.int64, device=device)
             options: dict[str, Any] = {"inhibition": how, "impl": impl}
-            got = op(x, weight, k, response, shift, counts=counts, blocks=blocks, **options)
-            expected = one_by_one(x, weight, k, response, shift, blocks, expected_counts, **options)
-            assert got.shape == (blocks * batch, neurons)
+            got = op(x, weight, k, response, shift, counts=counts, networks=networks, **options)
+            expected = one_by_one(
+                x, weight, k, response, shift, networks, expected_counts, **options
+            )
+            assert got.shape == (networks * batch, neurons)
             same(got, expected)
             assert torch.equal(counts, expected_counts)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("impl", FAST)
-def test_blocks_large(device: str, impl: str) -> None:
+def test_networks_large(device: str, impl: str) -> None:
     x, weight, bias, gaba = layer(10 * 128, 10 * 10_000, 256, torch.float32, device)
-    got = op(x, weight, 10, gaba, bias, impl=impl, blocks=10)
+    got = op(x, weight, 10, gaba, bias, impl=impl, networks=10)
     shares = (t.chunk(10) for t in (got, x, weight, gaba, bias))
     for own, inputs, rows, response, shift in zip(*shares, strict=True):
         wide = (t.double() for t in (inputs, rows))
@@ -231,7 +244,7 @@ def test_gradients_of_blocks(device: str, impl: str, how: str) -> None:
         x, weight, bias, gaba = (t.detach().clone() for t in leaves)
         inputs = [t.requires_grad_() for t in (x, weight, bias)]
         if together:
-            hidden = op(x, weight, 6, gaba, bias, inhibition=how, impl=impl, blocks=3)
+            hidden = op(x, weight, 6, gaba, bias, inhibition=how, impl=impl, networks=3)
         else:
             counts = torch.zeros(len(weight), dtype=torch.int64, device=device)
             hidden = one_by_one(x, weight, 6, gaba, bias, 3, counts, inhibition=how, impl=impl)
@@ -249,8 +262,8 @@ def test_gradients_of_blocks(device: str, impl: str, how: str) -> None:
 def test_gaba_of_blocks_may_learn(device: str, impl: str) -> None:
     x, weight, bias, gaba = layer(2 * 3, 2 * 40, 8, torch.float32, device)
     gaba.requires_grad_()
-    got = op(x, weight, 4, gaba, bias, impl=impl, blocks=2)
-    expected = reference.linear_inhibit(x, weight, 4, gaba, bias, blocks=2)
+    got = op(x, weight, 4, gaba, bias, impl=impl, networks=2)
+    expected = reference.linear_inhibit(x, weight, 4, gaba, bias, networks=2)
     want = torch.autograd.grad(expected.sum(), gaba)[0]
     assert want.any()
     torch.testing.assert_close(torch.autograd.grad(got.sum(), gaba)[0], want)
@@ -259,7 +272,7 @@ def test_gaba_of_blocks_may_learn(device: str, impl: str) -> None:
 @pytest.mark.parametrize("impl", FAST)
 def test_shapes_of_blocks(device: str, impl: str) -> None:
     x, weight, bias, gaba = layer(6, 70, 8, torch.float32, device)
-    assert op(x[:0], weight, 3, gaba, bias, impl=impl, blocks=2).shape == (0, 35)
-    flat = op(x, weight, 3, gaba, bias, impl=impl, blocks=2)
-    folded = op(x.view(3, 2, 8), weight, 3, gaba, bias, impl=impl, blocks=2)
+    assert op(x[:0], weight, 3, gaba, bias, impl=impl, networks=2).shape == (0, 35)
+    flat = op(x, weight, 3, gaba, bias, impl=impl, networks=2)
+    folded = op(x.view(3, 2, 8), weight, 3, gaba, bias, impl=impl, networks=2)
     assert torch.equal(folded, flat.view(3, 2, 35))

@@ -169,13 +169,13 @@ def test_loss_on_the_threshold_alone(device: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("inhibition", ["mask", "subtract"])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_preactivations(device: str, impl: str, inhibition: str, blocks: int) -> None:
+@pytest.mark.parametrize("networks", [1, 2])
+def test_preactivations(device: str, impl: str, inhibition: str, networks: int) -> None:
     """Bit for bit the specification: the scores are the same and only their ranking differs."""
-    leaves = layer(4, 50 * blocks, 8, torch.float32, device)
+    leaves = layer(4, 50 * networks, 8, torch.float32, device)
     leaves[1][7] = leaves[1][3]  # two neurons that tie
     leaves[2][7] = leaves[2][3]
-    options: dict[str, Any] = {"inhibition": inhibition, "threshold": True, "blocks": blocks}
+    options: dict[str, Any] = {"inhibition": inhibition, "threshold": True, "networks": networks}
     outputs, grads = [], []
     for name in (impl, "reference"):
         x, weight, bias = (t.clone().requires_grad_() for t in leaves)
@@ -229,7 +229,7 @@ def test_empty_batch_strides_and_leading_dimensions(device: str, impl: str) -> N
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_blocks_of_rows_and_reused_memory(
+def test_networks_of_rows_and_reused_memory(
     device: str, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows at a time; what the kernels do not write would stay NaN."""
@@ -293,7 +293,7 @@ def test_gradcheck(inhibition: str) -> None:
     assert torch.autograd.gradcheck(run, (x, weight, bias))
 
 
-def networks(
+def layers(
     count: int, batch: int, neurons: int, features: int, dtype: torch.dtype, device: str
 ) -> list[Tensor]:
     """Scores that differ in scale, so that what one network says shows in another's rows."""
@@ -303,17 +303,23 @@ def networks(
 
 
 def one_by_one(
-    x: Tensor, weight: Tensor, k: int, bias: Tensor | None, blocks: int, counts: Tensor, **more: Any
+    x: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None,
+    networks: int,
+    counts: Tensor,
+    **more: Any,
 ) -> reference.TopKOutput:
-    """The loop over networks that a call with blocks stands for."""
-    neurons = len(weight) // blocks
+    """The loop over networks that a call with several stands for."""
+    neurons = len(weight) // networks
     parts = [
         op(own, rows, k, shift, threshold=True, counts=hits, **more)
         for own, rows, shift, hits in zip(
-            x.chunk(blocks),
-            weight.chunk(blocks),
-            [None] * blocks if bias is None else bias.chunk(blocks),
-            counts.chunk(blocks),
+            x.chunk(networks),
+            weight.chunk(networks),
+            [None] * networks if bias is None else bias.chunk(networks),
+            counts.chunk(networks),
             strict=True,
         )
     ]
@@ -331,7 +337,7 @@ NETWORKS = [(2, 1, 1, 1, 1), (3, 5, 63, 7, 4), (2, 3, 33, 8, 33)]
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", NETWORKS)
 @pytest.mark.parametrize("workspace", [None, 1, 2**14])
-def test_blocks_equal_the_loop_over_networks(
+def test_networks_equal_the_loop_over_networks(
     device: str,
     impl: str,
     shape: tuple[int, int, int, int, int],
@@ -341,36 +347,47 @@ def test_blocks_equal_the_loop_over_networks(
     """All rows of each network at a time, one, and two."""
     if workspace is not None:
         monkeypatch.setattr(_encoder, "WORKSPACE", workspace)
-    blocks, batch, neurons, features, k = shape
+    networks, batch, neurons, features, k = shape
     for inhibition, dtype in (("mask", torch.float32), ("subtract", torch.float64)):
-        x, weight, bias = networks(blocks, batch, neurons, features, dtype, device)
+        x, weight, bias = layers(networks, batch, neurons, features, dtype, device)
         shift = bias if inhibition == "mask" else None
-        counts, expected_counts = torch.ones(2, blocks * neurons, dtype=torch.int64, device=device)
+        counts, expected_counts = torch.ones(
+            2, networks * neurons, dtype=torch.int64, device=device
+        )
         options: dict[str, Any] = {"inhibition": inhibition, "impl": impl}
         got = op(
-            x, weight, k, shift, threshold=True, preactivations=impl == "reference",
-            counts=counts, blocks=blocks, **options,
-        )  # fmt: skip
-        expected = one_by_one(x, weight, k, shift, blocks, expected_counts, **options)
+            x,
+            weight,
+            k,
+            shift,
+            threshold=True,
+            preactivations=impl == "reference",
+            counts=counts,
+            networks=networks,
+            **options,
+        )
+        expected = one_by_one(x, weight, k, shift, networks, expected_counts, **options)
         for ours, theirs in zip(got[:3], expected[:3], strict=True):
             same(ours, theirs)  # type: ignore[arg-type]
         assert torch.equal(counts, expected_counts)
-        assert (got.indices // neurons == torch.arange(blocks, device=device)
-                .repeat_interleave(batch).unsqueeze(1)).all()  # fmt: skip
+        assert (
+            got.indices // neurons
+            == torch.arange(networks, device=device).repeat_interleave(batch).unsqueeze(1)
+        ).all()
         if got.preactivations is not None:
-            assert got.preactivations.shape == (blocks * batch, neurons)
+            assert got.preactivations.shape == (networks * batch, neurons)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("shape", [(10, 128, 10_000, 256, 10), (7, 40, 4_099, 1024, 32)])
-def test_blocks_large(device: str, impl: str, shape: tuple[int, int, int, int, int]) -> None:
-    blocks, batch, neurons, features, k = shape
-    x, weight, bias = networks(blocks, batch, neurons, features, torch.float32, device)
-    got = op(x, weight, k, bias, impl=impl, blocks=blocks)
-    for number, own in enumerate(x.chunk(blocks)):
+def test_networks_large(device: str, impl: str, shape: tuple[int, int, int, int, int]) -> None:
+    networks, batch, neurons, features, k = shape
+    x, weight, bias = layers(networks, batch, neurons, features, torch.float32, device)
+    got = op(x, weight, k, bias, impl=impl, networks=networks)
+    for number, own in enumerate(x.chunk(networks)):
         rows = slice(number * batch, (number + 1) * batch)
-        here = weight.chunk(blocks)[number], bias.chunk(blocks)[number]
+        here = weight.chunk(networks)[number], bias.chunk(networks)[number]
         error = scale_of_rounding(own, *here)
         scores = F.linear(own.double(), here[0].double(), here[1].double())
         best = scores.topk(k).values
@@ -381,12 +398,12 @@ def test_blocks_large(device: str, impl: str, shape: tuple[int, int, int, int, i
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_blocks(device: str, impl: str) -> None:
-    leaves = networks(3, 5, 63, 7, torch.float32, device)
+    leaves = layers(3, 5, 63, 7, torch.float32, device)
     grads = []
     for together in (True, False):
         x, weight, bias = (t.detach().clone().requires_grad_() for t in leaves)
         if together:
-            out = op(x, weight, 6, bias, threshold=True, impl=impl, blocks=3)
+            out = op(x, weight, 6, bias, threshold=True, impl=impl, networks=3)
         else:
             counts = torch.zeros(len(weight), dtype=torch.int64, device=device)
             out = one_by_one(x, weight, 6, bias, 3, counts, impl=impl)
@@ -399,12 +416,12 @@ def test_gradients_of_blocks(device: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_blocks_of_a_batch_with_leading_dimensions_or_none(device: str, impl: str) -> None:
-    x, weight, bias = networks(2, 6, 40, 8, torch.float32, device)
-    flat = op(x, weight, 3, bias, impl=impl, blocks=2)
-    folded = op(x.view(2, 3, 2, 8), weight, 3, bias, threshold=True, impl=impl, blocks=2)
+def test_networks_of_a_batch_with_leading_dimensions_or_none(device: str, impl: str) -> None:
+    x, weight, bias = layers(2, 6, 40, 8, torch.float32, device)
+    flat = op(x, weight, 3, bias, impl=impl, networks=2)
+    folded = op(x.view(2, 3, 2, 8), weight, 3, bias, threshold=True, impl=impl, networks=2)
     assert torch.equal(folded.indices, flat.indices.view(2, 3, 2, 3))
     assert folded.threshold is not None
     assert folded.threshold.shape == (2, 3, 2)
-    empty = op(x[:0].requires_grad_(), weight, 3, bias, impl=impl, blocks=2)
+    empty = op(x[:0].requires_grad_(), weight, 3, bias, impl=impl, networks=2)
     assert empty.indices.shape == (0, 3)

@@ -33,18 +33,18 @@ def drawn(impl: str, numbers: range) -> None:
     assert not lines, "\n".join(lines)
 
 
-@pytest.mark.parametrize("share", range(20))
+@pytest.mark.parametrize("part", range(20))
 @pytest.mark.parametrize("impl", SERVED_BY)
-def test_500_cases(impl: str, share: int) -> None:
-    each = 4 if INTERPRETED else 25  # there one takes a tenth of a second or more
-    drawn(impl, range(share * each, (share + 1) * each))
+def test_500_cases(impl: str, part: int) -> None:
+    count = 4 if INTERPRETED else 25  # there one takes a tenth of a second or more
+    drawn(impl, range(part * count, (part + 1) * count))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("share", range(40))
+@pytest.mark.parametrize("part", range(40))
 @pytest.mark.parametrize("impl", SERVED_BY)
-def test_10_000_cases(impl: str, share: int) -> None:
-    drawn(impl, range(share * 250, (share + 1) * 250))
+def test_10_000_cases(impl: str, part: int) -> None:
+    drawn(impl, range(part * 250, (part + 1) * 250))
 
 
 Serve = Callable[..., Any]
@@ -80,6 +80,11 @@ def with_output(change: Callable[[Any], Any]) -> Mutation:
 def with_options(**changed: Any) -> Mutation:
     """Ignores what the caller asked for."""
     return lambda serve: lambda *args, **options: serve(*args, **options | changed)
+
+
+def with_step(**changed: Any) -> Mutation:
+    """Ignores what the caller of row_update asked for."""
+    return with_arguments(lambda *args: (*args[:-1], args[-1]._replace(**changed)))
 
 
 def with_arguments(change: Callable[..., tuple[Any, ...]]) -> Mutation:
@@ -163,11 +168,7 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         with_arguments(lambda x, weight, k, *rest: (x, weight, max(k - 1, 1), *rest)),
         "h: ",
     ),
-    "a neuron less": (
-        "linear_active",
-        with_output(a_neuron_less),
-        "h: ",
-    ),
+    "a neuron less": ("linear_active", with_output(a_neuron_less), "h: "),
     "a gate that is open": ("linear_active", with_output(always_open), "the gradient passes"),
     "never wider": (
         "linear_code",
@@ -185,8 +186,8 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         with_arguments(lambda c, inputs, *rest: (c, inputs.roll(1, 0), *rest)),
         "out: ",
     ),
-    "no clip": ("row_update", with_options(max_norm=None), "weights[0]: "),
-    "no momentum": ("row_update", with_options(momentum=0.0), "buffers[0]: "),
+    "no clip": ("row_update", with_step(max_norm=None), "weights[0]: "),
+    "no momentum": ("row_update", with_step(momentum=0.0), "buffers[0]: "),
     "one too many": ("count_active", one_more, "counts: "),
     "the next label": (
         "code_gram",
@@ -268,7 +269,7 @@ KINDS: dict[str, Callable[[Case], bool]] = {
     "C = 0": lambda case: "out" in case.upstream and case.upstream["out"].shape[-1] == 0,
     "k = R": lambda case: case["scores"] is not None and case["k"] == case["scores"].shape[-1],
     "k >= MAX_K": lambda case: isinstance(case["k"], int) and case["k"] >= MAX_K,
-    "networks": lambda case: (case["blocks"] or 1) > 1,
+    "networks": lambda case: (case["networks"] or 1) > 1,
     "gradients": lambda case: case.grad and bool(case.wants),
     "no gradients": lambda case: not case.grad and bool(case.wants),
     "infinite gradients": lambda case: any(bool(t.isinf().any()) for t in case.upstream.values()),

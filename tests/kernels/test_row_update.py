@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssd_kernels import _tuning, row_update
+from tests.kernels.cases.row_update import Step
 from tests.kernels.conftest import INTERPRETED, NUMBA, triton_only
 
 FAST = ["torch", *NUMBA, triton_only("triton")]
@@ -23,41 +24,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"normalize": [True, False]},
     {"max_norm": 1.0, "nonnegative": True, "normalize": [True, True], "momentum": 0.9},
 ]
-
-
-class Step:
-    """One update's inputs; `run` works on copies and returns the norm and all it wrote."""
-
-    def __init__(
-        self, batch: int, slots: int, neurons: int, widths: list[int], device: str = "cpu"
-    ) -> None:
-        self.weights = [torch.rand(neurons, w, device=device) for w in widths]
-        self.buffers = [torch.randn(neurons, w, device=device) for w in widths]
-        self.inputs = [torch.randn(batch, w, device=device) for w in widths]
-        self.indices = torch.randint(neurons, (batch, slots), device=device)
-        # Some slots are idle, each for its own matrices.
-        self.coefficients = [torch.randn(batch, slots, device=device).relu() for _ in widths]
-
-    def run(self, impl: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-        weights = [w.to(dtype, copy=True) for w in self.weights]
-        buffers = [b.to(dtype, copy=True) for b in self.buffers] if "momentum" in options else None
-        coefficients = [c.to(dtype) for c in self.coefficients]
-        inputs = [i.to(dtype) for i in self.inputs]
-        norm = row_update(
-            weights,
-            coefficients,
-            inputs,
-            self.indices,
-            buffers=buffers,
-            impl=impl,
-            **{"lr": 0.1, **options},
-        )
-        return [norm, *weights, *(buffers or [])]
-
-    def round_to(self, dtype: torch.dtype) -> Step:
-        for tensors in (self.weights, self.buffers, self.inputs, self.coefficients):
-            tensors[:] = [t.to(dtype).to(t.dtype) for t in tensors]
-        return self
 
 
 def check_tolerance(step: Step, impl: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -78,7 +44,7 @@ def test_close_to_fp64(impl: str, dtype: torch.dtype, options: dict[str, Any], d
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
+def test_networks_are_steps_of_their_own(impl: str, device: str) -> None:
     """Three networks in one call, each with its rate and clip, equal three calls."""
     step, rates, bounds = Step(9, 4, 5, [20, 3], device), [0.1, 0.2, 0.05], [0.5, 1e6, 0.01]
     network = torch.arange(3, device=device).repeat_interleave(3)  # of each sample
@@ -88,34 +54,46 @@ def test_blocks_are_steps_of_their_own(impl: str, device: str) -> None:
     norms = []
     for number in range(3):
         own = network == number
-        norms.append(row_update(
-            [w[5 * number : 5 * number + 5] for w in expected],
-            [c[own].double() for c in step.coefficients], [i[own].double() for i in step.inputs],
-            step.indices[own], lr=rates[number], max_norm=bounds[number], impl="reference",
-            **options,
-        ))  # fmt: skip
+        norms.append(
+            row_update(
+                [w[5 * number : 5 * number + 5] for w in expected],
+                [c[own].double() for c in step.coefficients],
+                [i[own].double() for i in step.inputs],
+                step.indices[own],
+                lr=rates[number],
+                max_norm=bounds[number],
+                impl="reference",
+                **options,
+            )
+        )
     norm = row_update(
-        weights, step.coefficients, step.inputs, step.indices + 5 * network.unsqueeze(1),
-        lr=torch.tensor(rates, device=device), max_norm=torch.tensor(bounds, device=device),
-        blocks=3, impl=impl, **options,
-    )  # fmt: skip
+        weights,
+        step.coefficients,
+        step.inputs,
+        step.indices + 5 * network.unsqueeze(1),
+        lr=torch.tensor(rates, device=device),
+        max_norm=torch.tensor(bounds, device=device),
+        networks=3,
+        impl=impl,
+        **options,
+    )
     torch.testing.assert_close(norm.double(), torch.stack(norms), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(weights, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("blocks", "rows"), [(0, 15), (4, 15), (5, 2)])
-def test_blocks_must_divide_the_rows(blocks: int, rows: int) -> None:
+@pytest.mark.parametrize(("networks", "rows"), [(0, 15), (4, 15), (5, 2)])
+def test_networks_must_divide_the_rows(networks: int, rows: int) -> None:
     step = Step(2, 2, 15, [4])
     with pytest.raises(ValueError, match=f"must divide the {rows} rows"):
-        step.run("torch", torch.float32, blocks=blocks)
+        step.run("torch", torch.float32, networks=networks)
 
 
 def test_samples_follow_one_another_as_their_networks_do() -> None:
     step = Step(2, 2, 6, [4])
     step.indices = torch.tensor([[0, 2], [3, 1]])
     with pytest.raises(ValueError, match=r"indices of network 1 hold 1; they must lie in 3\.\.5"):
-        step.run("torch", torch.float32, blocks=2)
+        step.run("torch", torch.float32, networks=2)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -235,15 +213,15 @@ def scaled(tensors: list[Tensor], exponent: int, dtype: torch.dtype) -> list[Ten
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("dtype", "exponent"), SCALES, ids=str)
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("networks", [1, 3])
 def test_clip_is_free_of_scale(
-    impl: str, dtype: torch.dtype, exponent: int, blocks: int, device: str
+    impl: str, dtype: torch.dtype, exponent: int, networks: int, device: str
 ) -> None:
     """Gradients, weights and clip in other units give the same step in these units."""
     step = Step(6, 4, 15, [20, 3], device)
-    if blocks > 1:
-        network = torch.arange(blocks, device=device).repeat_interleave(6 // blocks)
-        step.indices = step.indices % (15 // blocks) + 15 // blocks * network.unsqueeze(1)
+    if networks > 1:
+        network = torch.arange(networks, device=device).repeat_interleave(6 // networks)
+        step.indices = step.indices % (15 // networks) + 15 // networks * network.unsqueeze(1)
     for coefficients, inputs in ((0, exponent), (exponent, 0)):
         got, expected = [], []
         for unit, results in ((exponent, got), (0, expected)):
@@ -252,8 +230,12 @@ def test_clip_is_free_of_scale(
                 weights,
                 scaled(step.coefficients, coefficients and unit, dtype),
                 scaled(step.inputs, inputs and unit, dtype),
-                step.indices, lr=0.1, max_norm=0.5 * 2.0**unit, blocks=blocks, impl=impl,
-            )  # fmt: skip
+                step.indices,
+                lr=0.1,
+                max_norm=0.5 * 2.0**unit,
+                networks=networks,
+                impl=impl,
+            )
             results += scaled([norm, *weights], -unit, dtype)
         for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
@@ -271,9 +253,15 @@ def test_rows_of_any_scale_become_unit_rows(
     for unit in (2.0 ** rows.double().unsqueeze(1), torch.ones(15, 1, device=device)):
         weight = (step.weights[0].double() * unit).to(dtype)
         row_update(
-            [weight], [step.coefficients[0].to(dtype)], [0 * step.inputs[0].to(dtype)],
-            step.indices, lr=0.1, nonnegative=True, normalize=[True], impl=impl,
-        )  # fmt: skip
+            [weight],
+            [step.coefficients[0].to(dtype)],
+            [0 * step.inputs[0].to(dtype)],
+            step.indices,
+            lr=0.1,
+            nonnegative=True,
+            normalize=[True],
+            impl=impl,
+        )
         results.append(weight)
     touched = step.indices[step.coefficients[0] > 0].unique()
     torch.testing.assert_close(results[0][touched], results[1][touched])

@@ -31,9 +31,15 @@ pytestmark = [
 ]
 B, D, R, K, C, N = 128, 256, 10_000, 10, 10, 1000
 BASE = Config(
-    dataset="features", features="none", tasks=2, epochs=1, batch_size=B, neurons=R, k=K,
+    dataset="features",
+    features="none",
+    tasks=2,
+    epochs=1,
+    batch_size=B,
+    neurons=R,
+    k=K,
     anneal_samples=1000,
-)  # fmt: skip
+)
 DRAW, TALLY = "_draw_kernel", "_tally_kernel"
 FLAT = "_halve_kernel _keys_kernel _code_kernel _distill_code_kernel"
 CODED = "_halve_kernel _keys_kernel _graded_kernel _distill_code_kernel"
@@ -48,16 +54,15 @@ STEPS = {
     "flat": (EXACT, {}, f"{DRAW} {FLAT} {ROWS} {TALLY}"),
     "graded": (GRADED, {}, f"{DRAW} {CODED} {ROWS} {TALLY}"),
     "excited": (
-        DENSE, {},
+        DENSE,
+        {},
         f"{DRAW} [scores] [rank] _inhibit_kernel bmm gather _distill_kernel bmm _gate_kernel "
         f"bmm bmm {MOVE} {TALLY}",
     ),
     "no teacher": (EXACT, {"method": "sdmlp"}, f"{DRAW} {FLAT} {ROWS} {TALLY}"),
-    "penalty": (
-        EXACT, {"method": "ssd+ewc"}, f"{DRAW} {FLAT} {GRADIENTS} {PULL} {MOVE} {TALLY}"
-    ),
+    "penalty": (EXACT, {"method": "ssd+ewc"}, f"{DRAW} {FLAT} {GRADIENTS} {PULL} {MOVE} {TALLY}"),
     "momentum": (EXACT, {"momentum": 0.9}, f"{DRAW} {FLAT} {GRADIENTS} {MOVE} {TALLY}"),
-}  # fmt: skip
+}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,15 +77,15 @@ def make_epochs(learners: int, **settings: Any) -> GraphedEpochs:
     for seed in range(learners):
         own = replace(config, seed=seed)
         task = Task((0, 1), x, y, x, y)
-        each = Learner(own, [task, task], build_model(own, D, C).to("meta"))
-        each.inputs, each.labels = x, y
-        if each.distiller is not None:
-            each.distiller.neurons = {SDMLP.layer: meta(K, dtype=torch.int64)}
-            each.distiller.teacher_logits = meta(N, C)
-            each.distiller.teacher_hidden = {SDMLP.layer: meta(N, K)}
-        for regularizer in each.regularizers:
+        learner = Learner(own, [task, task], build_model(own, D, C).to("meta"))
+        learner.inputs, learner.labels = x, y
+        if learner.distiller is not None:
+            learner.distiller.neurons = {SDMLP.layer: meta(K, dtype=torch.int64)}
+            learner.distiller.teacher_logits = meta(N, C)
+            learner.distiller.teacher_hidden = {SDMLP.layer: meta(N, K)}
+        for regularizer in learner.regularizers:
             regularizer.tasks = 1
-        made.append(each)
+        made.append(learner)
     epochs = GraphedEpochs(made)
     epochs.load_task()
     return epochs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssd_kernels import _cpu_groups, _dispatch, _tuning, reference
 from ssd_kernels import topk as topk_op
+from tests.kernels.cases.topk import fill
 from tests.kernels.conftest import INTERPRETED, triton_only
 
 INF, NAN = float("inf"), float("nan")
@@ -32,25 +33,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of many tiles and parts at a size that the interpreter can bear."""
     rows = (({}, {"TILE": 64, "PROGRAMS": 2, "num_warps": 1}),)
     monkeypatch.setitem(_tuning.TABLE, "topk", {"default": rows})
-
-
-def fill(kind: str, batch: int, neurons: int, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(batch, neurons)
-    fillings = {
-        "normal": lambda: x,
-        "zero": lambda: torch.zeros_like(x),
-        "negative": lambda: -x.abs() - 1,
-        "ties": lambda: (x * 2).round(),
-        "sparse": lambda: (x - 2).relu(),
-        "ascending": lambda: (torch.arange(neurons) // 3).float().expand(batch, -1).contiguous(),
-        "special": lambda: _special(x),
-    }
-    return fillings[kind]().to(dtype)
-
-
-def _special(x: Tensor) -> Tensor:
-    pool = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-40, -1e-40, 1.0, -1.0])
-    return pool[torch.randint(len(pool), x.shape)]
 
 
 KINDS = ["normal", "zero", "negative", "ties", "sparse", "ascending", "special"]
@@ -131,8 +113,8 @@ def test_groups_agree_with_the_specification(
     batch: int, neurons: int, k: int, kind: str, turned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups of groups, neurons left over, keys by rows and by neurons."""
-    monkeypatch.setattr(_cpu_groups, "LEAST", 0)
-    monkeypatch.setattr(_cpu_groups, "SHARE", 1)
+    monkeypatch.setattr(_cpu_groups, "LEAST_KEYS", 0)
+    monkeypatch.setattr(_cpu_groups, "LEAST_GROUPS", 1)
     scores = fill(kind, batch, neurons, torch.float32)
     agrees(scores.T.contiguous().T if turned else scores, k, "torch")
 

@@ -17,10 +17,10 @@ NETWORKS, NEURONS = 3, 7
 
 
 def problem(
-    device: str, *widths: int, dtype: torch.dtype = torch.float32, blocks: int = NETWORKS
+    device: str, *widths: int, dtype: torch.dtype = torch.float32, networks: int = NETWORKS
 ) -> dict[str, Any]:
     """Weights and buffers that are parts of wider matrices, buffers that hold something."""
-    rows = blocks * NEURONS
+    rows = networks * NEURONS
 
     def matrices(scale: float) -> list[Tensor]:
         drawn = [scale * torch.randn(rows, width + 4, dtype=dtype) for width in widths]
@@ -112,7 +112,7 @@ def test_is_the_step_of_every_network(
         nonnegative=project,
         normalize=[project, False],
         samples=None if samples is None else torch.tensor(samples, device=device),
-        blocks=NETWORKS,
+        networks=NETWORKS,
         impl=impl,
     )
     numbers = samples or [1] * NETWORKS
@@ -131,7 +131,7 @@ def test_is_the_step_of_every_network(
 def test_exact_in_fp64(impl: str, device: str) -> None:
     given = problem(device, 9, 3, dtype=torch.float64)
     options: dict[str, Any] = {"lr": 0.1, "max_norm": 0.5, "nonnegative": True}
-    options |= {"normalize": [True, False], "blocks": NETWORKS}
+    options |= {"normalize": [True, False], "networks": NETWORKS}
     for momentum in (0.0, 0.9):
         got, want = (run(given, momentum, **options, impl=name) for name in (impl, "reference"))
         for ours, theirs in zip(got, want, strict=True):
@@ -141,7 +141,7 @@ def test_exact_in_fp64(impl: str, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("width", [1, 16, 257, 1025, 4100])
 def test_widths(impl: str, width: int, device: str) -> None:
-    given = problem(device, width, 2, blocks=1)
+    given = problem(device, width, 2, networks=1)
     options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "normalize": [True, True]}
     got = run(given, 0.9, **options, nonnegative=True, impl=impl)
     want = expected(given, [0.1], [1.0], True, [True, True], 0.9, [1])
@@ -155,7 +155,7 @@ def test_widths(impl: str, width: int, device: str) -> None:
 def test_a_network_does_not_see_the_others(impl: str, device: str) -> None:
     given = problem(device, 40, 3)
     options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "normalize": [True, False]}
-    together = run(given, 0.0, **options, blocks=NETWORKS, impl=impl)
+    together = run(given, 0.0, **options, networks=NETWORKS, impl=impl)
     for network in range(NETWORKS):
         own = slice(network * NEURONS, (network + 1) * NEURONS)
         alone = {name: [t[own] for t in tensors] for name, tensors in given.items()}
@@ -167,7 +167,7 @@ def test_a_network_does_not_see_the_others(impl: str, device: str) -> None:
 @pytest.mark.parametrize("scale", [1e-26, 1e30])
 def test_gradients_of_any_scale_are_clipped(impl: str, scale: float, device: str) -> None:
     """Squares leave the range of float32; the step is of length 1 / 2."""
-    given = problem(device, 9, 3, blocks=1)
+    given = problem(device, 9, 3, networks=1)
     given["gradients"] = [g * scale for g in given["gradients"]]
     given["weights"] = [torch.zeros_like(w) for w in given["weights"]]
     moved = run(given, 0.0, lr=0.5 / scale, max_norm=scale, impl=impl)
@@ -179,7 +179,7 @@ def test_gradients_of_any_scale_are_clipped(impl: str, scale: float, device: str
 def test_repeats_are_bit_equal(impl: str, device: str) -> None:
     given = problem(device, 300, 3)
     options: dict[str, Any] = {"lr": 0.1, "max_norm": 1.0, "normalize": [True, False]}
-    first = run(given, 0.9, **options, blocks=NETWORKS, impl=impl)
+    first = run(given, 0.9, **options, networks=NETWORKS, impl=impl)
     for _ in range(20):
-        again = run(given, 0.9, **options, blocks=NETWORKS, impl=impl)
+        again = run(given, 0.9, **options, networks=NETWORKS, impl=impl)
         assert all(map(torch.equal, first, again))
