@@ -27,16 +27,12 @@ from ssd.storage.run_folder import CONFIG
 # Library code names settings by the options of ssd.train; files of settings use other names.
 SETTINGS = {option(field.name): field.name for field in fields(Config)}
 SETTINGS |= {"--preset": "preset", "--seeds": "seeds"}
-# Options of several commands.
-COMMON: Mapping[str, Mapping[str, Any]] = {
-    "--data-root": {
-        "metavar": "DIR",
-        "type": Path,
-        "help": "data sets (default $SSD_DATA or data)",
-    },
-    "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, .. (default cuda if there is one)"},
-    "--checkpoint-every": {"metavar": "X", "type": float, "help": "seconds (default 30)"},
-    "--quiet": {"action": "store_true", "help": "print the result line alone"},
+# Options of several commands: value in the help text, type, help.
+COMMON: Mapping[str, tuple[str, type, str]] = {
+    "--data-root": ("DIR", Path, "data sets (default $SSD_DATA or data)"),
+    "--device": ("NAME", str, "cpu, cuda, cuda:1, .. (default cuda if there is one)"),
+    "--checkpoint-every": ("X", float, "seconds (default 30)"),
+    "--quiet": ("", bool, "print the result line alone"),
 }
 
 
@@ -59,7 +55,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_common(add: Callable[..., Any], *names: str) -> None:
     """Adds options of COMMON; `add` is add_argument of a parser or a group."""
     for name in names:
-        add(name, **COMMON[name])
+        value, kind, text = COMMON[name]
+        if kind is bool:
+            add(name, action="store_true", help=text)
+        else:
+            add(name, metavar=value, type=kind, help=text)
 
 
 def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd.errors import one_line
 from ssd.learner import Learner, Stack
 from ssd.models import SDMLP, SPARSE_SHARE, WIDTH
 from ssd.ops import reference
@@ -185,8 +186,7 @@ class GraphedEpochs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            line = " ".join(str(error).split())[:200]
-            warnings.warn(f"no CUDA graph ({line}): steps run one by one", stacklevel=2)
+            warnings.warn(f"no CUDA graph ({one_line(error)}): steps run one by one", stacklevel=2)
             return lambda: self.body(form)
         return graph.replay
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssd.errors import UserError
+from ssd.errors import UserError, one_line
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 # The user is told when more than this share of the rows or columns carries no information.
@@ -184,12 +184,8 @@ def _signed(value: int) -> int:
 Arrays = Sequence[Any]  # x_train, y_train, x_test, y_test, as a data set's files hold them
 
 
-class _Unavailable(Exception):
-    """A data set is not on disk and cannot be downloaded."""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or repr(error)
+class Unavailable(Exception):
+    """A file is not on disk and cannot be downloaded."""
 
 
 def _damaged(path: Path, how: str) -> UserError:
@@ -197,18 +193,23 @@ def _damaged(path: Path, how: str) -> UserError:
 
 
 @contextmanager
-def _downloading(root: Path) -> Iterator[None]:
-    """Turns what a download can raise into _Unavailable, and lets none hang or chatter."""
+def downloading() -> Iterator[None]:
+    """Turns the errors of a download into Unavailable; a silent server ends it."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with redirect_stdout(StringIO()):
-            yield
+        yield
     except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError) as error:
-        raise _Unavailable(_one_line(error)) from error
+        raise Unavailable(one_line(error)) from error
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _downloading_to(root: Path) -> Iterator[None]:
+    with downloading(), redirect_stdout(StringIO()):
+        root.mkdir(parents=True, exist_ok=True)
+        yield
 
 
 def _mnist_like(kind: str, root: Path) -> Arrays:
@@ -217,13 +218,13 @@ def _mnist_like(kind: str, root: Path) -> Arrays:
     reader = getattr(datasets, kind)
     raw = root / kind / "raw"
     if not all((raw / Path(file).stem).is_file() for file, _ in reader.resources):
-        with _downloading(root):
+        with _downloading_to(root):
             reader(str(root), download=True)
     try:
         sets = [reader(str(root), train=train) for train in (True, False)]
         sizes = [(*s.data.shape, len(s.targets)) for s in sets]
     except Exception as error:
-        raise _damaged(raw, _one_line(error)) from error
+        raise _damaged(raw, one_line(error)) from error
     if sizes != [(60000, 28, 28, 60000), (10000, 28, 28, 10000)]:
         raise _damaged(raw, f"images and labels {sizes}")
     x_train, x_test = (s.data.flatten(1).float() / 255 for s in sets)
@@ -249,7 +250,7 @@ def _cifar(kind: str, root: Path) -> Arrays:
     reader = getattr(datasets, kind)
     folder, files = root / reader.base_folder, [*reader.train_list, *reader.test_list]
     if not all((folder / file).is_file() for file, _ in files):
-        with _downloading(root):
+        with _downloading_to(root):
             download_and_extract_archive(
                 reader.url, str(root), filename=reader.filename, md5=reader.tgz_md5
             )
@@ -273,7 +274,7 @@ def _cifar_part(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
         labels = content["labels"] if "labels" in content else content["fine_labels"]
         return np.asarray(content["data"]), np.asarray(labels, dtype=np.int64)
     except Exception as error:
-        raise _damaged(path, _one_line(error)) from error
+        raise _damaged(path, one_line(error)) from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -401,7 +402,7 @@ def load(
         arrays = [_tensor(array) for array in source.read(features or root)]
         data = _dataset(name, str(features or name), *arrays)
         blurred = _blurred(arrays[0].flatten(1), data.x_train)
-    except _Unavailable as reason:
+    except Unavailable as reason:
         if strict or not source.subset:
             raise UserError(
                 f"{name} is neither in {root} nor to be downloaded ({reason}); "
@@ -415,7 +416,7 @@ def load(
     except Exception as error:
         if features is None or isinstance(error, UserError):
             raise
-        raise UserError(f"--features {features} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"--features {features} cannot be read: {one_line(error)}") from error
     columns = data.x_train.shape[1]
     if blurred > DEAD_SHARE * columns:
         notice(

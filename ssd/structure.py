@@ -25,7 +25,7 @@ from torch import Tensor
 from ssd import metrics
 from ssd.activations import activations_of, count_activations, evaluating
 from ssd.distillation import select_subnetwork
-from ssd.errors import UserError
+from ssd.errors import UserError, one_line
 from ssd.models import SDMLP
 from ssd.storage.files import write_atomically
 
@@ -196,6 +196,5 @@ def load_structure(path: Path) -> StructureRecorder:
         recorder = StructureRecorder(size)
         recorder.load_state_dict(state)
     except Exception as error:  # a damaged archive raises nearly anything
-        line = " ".join(str(error).split()) or repr(error)
-        raise UserError(f"{path} is damaged ({line}); train the run again") from error
+        raise UserError(f"{path} is damaged ({one_line(error)}); train the run again") from error
     return recorder

@@ -33,6 +33,7 @@ from rich.console import Console
 from ssd.cli import (
     SETTINGS,
     ArgumentParser,
+    add_common,
     check_folder,
     choose_device,
     command_line,
@@ -264,9 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", metavar="FILE.toml", type=Path, help="dataset, seeds, [base], [grid], [[runs]]")
     add("--out", metavar="DIR", type=Path, help="runs and tables (default runs/sweep-<FILE>)")
-    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
-    add("--quiet", action="store_true", help="print the result line alone")
+    add_common(add, "--data-root", "--device", "--quiet")
     return parser
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ssd.cli import (
     ArgumentParser,
+    add_common,
     choose_device,
     command_line,
     exit_status,
@@ -67,16 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     add = groups["data"].add_argument
     add("--dataset", metavar="NAME", help=f"{', '.join(SOURCES)} (default mnist)")
     add("--features", metavar="FILE", help=".npz or .pt, for --dataset features")
-    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add_common(add, "--data-root")
     add("--strict-data", action="store_true", help="no fallback to the MNIST subset")
     add = groups["run"].add_argument
     add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")
     add("--out", metavar="DIR", type=Path, help="folder of the run (default runs/<name>)")
     add("--resume", action="store_true", help="go on with the run in the folder")
     add("--seeds", metavar="N", type=int, help="N runs with seeds seed, seed + 1, ..")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
-    add("--checkpoint-every", metavar="X", type=float, help="seconds (default 30)")
-    add("--quiet", action="store_true", help="print the result line alone")
+    add_common(add, "--device", "--checkpoint-every", "--quiet")
     settings = {setting.name: setting for setting in fields(Config)}
     for title, names in GROUPS.items():
         for name in names.split():

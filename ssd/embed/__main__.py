@@ -17,7 +17,14 @@ from pathlib import Path
 from rich.console import Console
 
 from ssd import data
-from ssd.cli import ArgumentParser, command_line, exit_status, resumable, stop_on_interrupt
+from ssd.cli import (
+    ArgumentParser,
+    add_common,
+    command_line,
+    exit_status,
+    resumable,
+    stop_on_interrupt,
+)
 from ssd.embed.convmixer import Settings
 from ssd.embed.embedding import (
     TORCHVISION_BATCH,
@@ -63,11 +70,9 @@ def build_parser() -> ArgumentParser:
     add("--convert", metavar="PATH", type=Path, help=source)
     add("--out", metavar="FILE", type=Path, help="the .npz to write")
     add("--resume", action="store_true", help="go on where the same command was interrupted")
-    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
+    add_common(add, "--data-root", "--device")
     add("--batch-size", metavar="N", type=int, help=batch)
-    add("--checkpoint-every", metavar="X", type=float, help="seconds (default 30)")
-    add("--quiet", action="store_true", help="print the last line alone")
+    add_common(add, "--checkpoint-every", "--quiet")
     add = parser.add_argument_group("convmixer").add_argument
     add("--pretrain", metavar="NAME", help="data set to pretrain on (default: see below)")
     add("--pretrain-folder", metavar="DIR", type=Path, help=folder)

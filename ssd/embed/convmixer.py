@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ssd.embed.images import Images
-from ssd.errors import Diverged, Interrupted, UserError
+from ssd.errors import Diverged, Interrupted, UserError, one_line
 from ssd.metrics import finite
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.files import difference
@@ -309,8 +309,8 @@ def load_weights(path: Path, device: torch.device) -> tuple[ConvMixer, dict[str,
         model.load_state_dict(_part(tensors, "model"))
         pretraining = dict(state["pretraining"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"--weights {path} holds no ConvMixer of this version ({line})") from error
+        reason = f"--weights {path} holds no ConvMixer of this version ({one_line(error)})"
+        raise UserError(reason) from error
     return model.to(device).to(memory_format=torch.channels_last), pretraining
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd.activations import evaluating
-from ssd.data import DOWNLOAD_TIMEOUT
+from ssd.data import Unavailable, downloading
 from ssd.errors import UserError
 
 TORCHVISION = "torchvision:"
@@ -66,19 +65,15 @@ def load_torchvision(name: str, device: torch.device, progress: bool) -> Extract
     """
     from torchvision import models
 
-    weights, before = torchvision_model(name), socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    weights = torchvision_model(name)
     try:
-        with torch.device("cpu"):
+        with downloading(), torch.device("cpu"):
             model = models.get_model(name, weights=weights, progress=progress)
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except Unavailable as reason:
         raise UserError(
             f"the weights of {TORCHVISION}{name} are neither in {torch.hub.get_dir()}/checkpoints "
             f"nor to be downloaded from {weights.url} ({reason}); put them there"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(before)
+        ) from reason
     linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not linear or linear[-1][1].out_features != len(weights.meta["categories"]):
         raise UserError(

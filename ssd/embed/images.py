@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssd import data
-from ssd.errors import UserError
+from ssd.errors import UserError, one_line
 
 # [channels, height, width], and the data set to pretrain on: another one of the same shape.
 SHAPES = {name: source.shape for name, source in data.SOURCES.items() if source.shape}
@@ -62,7 +62,7 @@ def load_folder(path: Path, watch: Callable[[str, int, int], None]) -> Images:
     try:
         folder = ImageFolder(str(path))
     except OSError as error:
-        raise UserError(f"--pretrain-folder {path}: {' '.join(str(error).split())}") from error
+        raise UserError(f"--pretrain-folder {path}: {one_line(error)}") from error
 
     def read_image(file: str) -> Tensor:
         try:

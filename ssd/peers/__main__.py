@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ssd.cli import ArgumentParser, check_file, command_line, exit_status, in_words, note, resumable
+from ssd.cli import (
+    ArgumentParser,
+    add_common,
+    check_file,
+    command_line,
+    exit_status,
+    in_words,
+    note,
+    resumable,
+)
 from ssd.data import Dataset, class_order, default_root, load, split
 from ssd.errors import MOST_RUNS, UserError, require_memory
 from ssd.peers.learners import entries
@@ -30,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dataset", metavar="NAME", help="mnist, fashion-mnist, mnist-5k, .. (default mnist)")
     add("--features", metavar="FILE", type=Path, help=".npz or .pt in place of a data set")
-    add("--data-root", metavar="DIR", type=Path, help="data sets (default $SSD_DATA or data)")
+    add_common(add, "--data-root")
     add("--tasks", metavar="N", type=int, default=5, help="number of tasks (default 5)")
     add("--neurons", metavar="R", type=int, default=1000, help="width (default 1000)")
     add("--seeds", metavar="N", type=int, default=3, help="class orders and projections (3)")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ssd.cli import (
     ArgumentParser,
+    add_common,
     check_folder,
     choose_device,
     command_line,
@@ -54,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_folder("--out", help=f"tables and figures ({out})")
     runs = Path("runs/reproduction")
     add_folder("--runs", default=runs, help=f"folders of the runs (default {runs})")
-    add_folder("--data-root", help="data sets (default $SSD_DATA or data)")
+    add_common(add, "--data-root")
     features = "feature files (default features in the data's folder)"
     add_folder("--features-folder", help=features)
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, .. (default cuda if there is one)")
+    add_common(add, "--device")
     only = "train only these benchmarks, sizes, methods or ablated factors; "
     only += "the tables still show every run that exists"
     add("--only", metavar="NAME", nargs="+", default=[], help=only)

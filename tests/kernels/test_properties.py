@@ -82,8 +82,8 @@ def with_options(**changed: Any) -> Mutation:
     return lambda serve: lambda *args, **options: serve(*args, **options | changed)
 
 
-def with_step(**changed: Any) -> Mutation:
-    """Ignores what the caller of row_update asked for."""
+def with_settings(**changed: Any) -> Mutation:
+    """Ignores what the caller asked for in the tuple of settings, the last argument."""
     return with_arguments(lambda *args: (*args[:-1], args[-1]._replace(**changed)))
 
 
@@ -186,16 +186,16 @@ MUTATIONS: dict[str, tuple[str, Mutation, str]] = {
         with_arguments(lambda c, inputs, *rest: (c, inputs.roll(1, 0), *rest)),
         "out: ",
     ),
-    "no clip": ("row_update", with_step(max_norm=None), "weights[0]: "),
-    "no momentum": ("row_update", with_step(momentum=0.0), "buffers[0]: "),
+    "no clip": ("row_update", with_settings(max_norm=None), "weights[0]: "),
+    "no momentum": ("row_update", with_settings(momentum=0.0), "buffers[0]: "),
     "one too many": ("count_active", one_more, "counts: "),
     "the next label": (
         "code_gram",
         with_arguments(lambda *args: (*args[:4], None if args[4] is None else args[4].roll(1, 0))),
         "cross: ",
     ),
-    "all columns": ("distill", with_options(columns=None), "grad_logits: "),
-    "the other divergence": ("distill", with_options(kl="reverse"), "loss: "),
+    "all columns": ("distill", with_settings(columns=None), "grad_logits: "),
+    "the other divergence": ("distill", with_settings(kl="reverse"), "loss: "),
 }
 
 
