@@ -18,9 +18,12 @@ ROOT = Path(__file__).parents[1]
 
 # Two processes of about the same length, so that two cores share them.
 FIRST = (
-    "test_linear_topk.py", "test_linear_inhibit.py", "test_library.py", "test_citizens.py",
+    "test_linear_topk.py",
+    "test_linear_inhibit.py",
+    "test_library.py",
+    "test_citizens.py",
     "test_cuda_graph.py",
-)  # fmt: skip
+)
 
 
 @pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed")

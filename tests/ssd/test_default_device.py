@@ -30,8 +30,15 @@ def make_data() -> Dataset:
 
 
 CONFIG = Config(
-    neurons=300, k=3, tasks=2, epochs=3, batch_size=20, anneal_samples=40, lr=0.3, seed=5,
-)  # fmt: skip
+    neurons=300,
+    k=3,
+    tasks=2,
+    epochs=3,
+    batch_size=20,
+    anneal_samples=40,
+    lr=0.3,
+    seed=5,
+)
 
 
 def trained(**settings: object) -> Iterable[Tensor]:

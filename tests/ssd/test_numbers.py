@@ -17,10 +17,26 @@ from ssd.storage import run_folder as folder
 from ssd.storage.run_folder import FREQUENCY, METRICS
 
 SMALL = Config(
-    dataset="features", tasks=2, epochs=4, batch_size=32, neurons=48, k=4, anneal_samples=200,
-    lr=0.5, temperature=2.0, alpha=0.5, lam=0.5, subnetwork=2.0, seed=1, ewc_coefficient=1e4,
-    ewc_beta=0.5, mas_coefficient=5.0, si_coefficient=0.1, si_beta=0.5, l2_coefficient=0.1,
-)  # fmt: skip
+    dataset="features",
+    tasks=2,
+    epochs=4,
+    batch_size=32,
+    neurons=48,
+    k=4,
+    anneal_samples=200,
+    lr=0.5,
+    temperature=2.0,
+    alpha=0.5,
+    lam=0.5,
+    subnetwork=2.0,
+    seed=1,
+    ewc_coefficient=1e4,
+    ewc_beta=0.5,
+    mas_coefficient=5.0,
+    si_coefficient=0.1,
+    si_beta=0.5,
+    l2_coefficient=0.1,
+)
 RAISE = "raise ALGORITHM in ssd/{0}.py, and put the new numbers here, if this change is meant"
 RUNS = {
     "sdmlp": (1.39416, 0.0895833),

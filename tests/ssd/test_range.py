@@ -67,9 +67,17 @@ def test_peers(name: str, dtype: torch.dtype, exponent: int) -> None:
 @pytest.mark.parametrize("exponent", [100, -96])
 def test_trained_readout(exponent: int) -> None:
     config = Config(
-        dataset="features", features="none", method="ssd", tasks=3, epochs=3, batch_size=16,
-        neurons=60, k=4, anneal_samples=100, lr=0.5,
-    )  # fmt: skip
+        dataset="features",
+        features="none",
+        method="ssd",
+        tasks=3,
+        epochs=3,
+        batch_size=16,
+        neurons=60,
+        k=4,
+        anneal_samples=100,
+        lr=0.5,
+    )
     found = []
     for unit in (0, exponent):
         tasks = split(make(torch.float32, unit), 3, class_order(C, 0))

@@ -43,8 +43,11 @@ def trained(out: Path, hidden: str) -> tuple[list[torch.Tensor], str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(out), hidden],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": path},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     assert run.returncode == 0, run.stderr
     return torch.load(out), run.stdout
 
