@@ -28,6 +28,7 @@ from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.reference import project
 from ssd_kernels.row_update import project_
 
+SCHEDULES = ("gaba", "linear", "flat")
 # During the GABA switch a sparse code has this many slots for each of the k.
 WIDTH = 4
 # A sparse code does not pay for a layer with more than this share of its neurons active.
@@ -102,8 +103,8 @@ class AnnealedTopKLinear(TopKLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, neurons, k, False, inhibition, device, dtype)
-        if schedule not in ("gaba", "linear", "flat"):
-            raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
         whole("AnnealedTopKLinear", "anneal_samples", anneal_samples, 1)
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
@@ -396,10 +397,11 @@ class Kind(NamedTuple):
 
     build: Callable[..., Network]
     settings: tuple[str, ...]  # of ssd.config.Config; "k" says that it has a Top-K layer
+    normalizes: bool = False  # whether it takes inputs of any scale
 
 
 NETWORKS = {
-    "sdmlp": Kind(SDMLP, ("neurons", "k", "inhibition", "schedule", "anneal_samples")),
+    "sdmlp": Kind(SDMLP, ("neurons", "k", "inhibition", "schedule", "anneal_samples"), True),
     "topk-mlp": Kind(TopKMLP, ("neurons", "k")),
     "relu-mlp": Kind(ReLUMLP, ("neurons",)),
 }
