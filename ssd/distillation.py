@@ -48,6 +48,11 @@ def select_subnetwork(frequency: Tensor, size: int) -> Tensor:
     return order[:size].sort().values
 
 
+def subnetwork_size(k: int, neurons: int, factor: float) -> int:
+    """n of a layer: factor * k, but at least k and at most all its neurons."""
+    return min(max(k, round(factor * k)), neurons)
+
+
 class Distiller:
     """The SSD loss for a model with Top-K layers.
 
@@ -327,8 +332,10 @@ class Distiller:
             counts = {name: self.counts[name] + hits for name, hits in counts.items()}
         self.counts, self.classes_seen = dict(counts), seen
         self.neurons = {
-            name: select_subnetwork(counts[name], self._size(name, len(counts[name])))
-            for name in self.layers
+            name: select_subnetwork(
+                counts[name], subnetwork_size(k, len(counts[name]), self.subnetwork)
+            )
+            for name, k in self.layers.items()
         }
         self.teacher_logits, self.teacher_hidden = None, {}
         self._watch()
@@ -392,7 +399,7 @@ class Distiller:
             )
         for name, chosen in neurons.items():
             count = len(counts[name])
-            size = self._size(name, count)
+            size = subnetwork_size(self.layers[name], count, self.subnetwork)
             _positions(f"the state's neurons of {name!r}", chosen, size, count, "neurons")
             if teacher_logits is not None:
                 z = teacher_hidden[name]
@@ -401,11 +408,6 @@ class Distiller:
                         f"the state's teacher_hidden of {name!r} is {list(z.shape)}, "
                         f"not [{len(teacher_logits)}, .., {size}]"
                     )
-
-    def _size(self, name: str, count: int) -> int:
-        """n of a layer with `count` neurons."""
-        k = self.layers[name]
-        return min(max(k, round(self.subnetwork * k)), count)
 
     def _check_layers(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         if tensors.keys() != self.layers.keys():
