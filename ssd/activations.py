@@ -240,14 +240,6 @@ class Recorder:
         distributed.all_gather_object(found, own, group=self.group)
         return found
 
-    def _note(
-        self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: TopKOutput | Tensor
-    ) -> None:
-        calls = self._thread.calls
-        if calls is not None:
-            number = calls[name].number + 1 if name in calls else 1
-            calls[name] = Call(inputs, output, torch.is_grad_enabled(), number)
-
     def watch(self, neurons: Mapping[str, Tensor]) -> None:
         """Keeps z of these neurons, {layer: [n]}, from now on; forgets all passes."""
         self._neurons = dict(neurons)
@@ -300,6 +292,14 @@ class Recorder:
                 )
             hidden[name] = preactivations_of(layer, x, chosen)
         return hidden
+
+    def _note(
+        self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: TopKOutput | Tensor
+    ) -> None:
+        calls = self._thread.calls
+        if calls is not None:
+            number = calls[name].number + 1 if name in calls else 1
+            calls[name] = Call(inputs, output, torch.is_grad_enabled(), number)
 
     def _begin(self, *_: Any) -> None:
         if not self._thread.held:

@@ -337,7 +337,9 @@ class Source:
         tasks: into how many tasks its classes are split, unless a run says otherwise.
         shape: [channels, height, width] of its images; None if it has none.
         pretrain: the data set of the same shape that ssd.embed trains an extractor on.
-        subset: the data set that stands in where it can be neither read nor downloaded.
+        subset: the data set, part of this one, that serves if this can be neither read nor
+            downloaded.
+        mirrored: whether a mirrored image shows the same class.
     """
 
     read: Callable[[Path], Arrays]
@@ -345,13 +347,16 @@ class Source:
     shape: tuple[int, int, int] | None = None
     pretrain: str = ""
     subset: str = ""
+    mirrored: bool = True
 
 
 _GREY, _COLOUR = (1, 28, 28), (3, 32, 32)
 SOURCES = {
-    "mnist": Source(partial(_mnist_like, "MNIST"), 5, _GREY, "fashion-mnist", subset="mnist-5k"),
+    "mnist": Source(
+        partial(_mnist_like, "MNIST"), 5, _GREY, "fashion-mnist", "mnist-5k", mirrored=False
+    ),
     "fashion-mnist": Source(partial(_mnist_like, "FashionMNIST"), 5, _GREY, "mnist"),
-    "mnist-5k": Source(_mnist_5k, 5, _GREY, "fashion-mnist"),
+    "mnist-5k": Source(_mnist_5k, 5, _GREY, "fashion-mnist", mirrored=False),
     "cifar10": Source(partial(_cifar, "CIFAR10"), 5, _COLOUR, "cifar100"),
     "cifar100": Source(partial(_cifar, "CIFAR100"), 50, _COLOUR, "cifar10"),
     "features": Source(_features),
