@@ -124,7 +124,7 @@ def find_layers(
 
 
 class Hook:
-    """A hook of one module; in a copy of the module, deep or pickled, it does nothing."""
+    """A hook that does nothing in a copy of its module, deep or pickled."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self.function = function
@@ -320,7 +320,7 @@ class Recorder:
 
 
 def _eager(function: Callable[..., None]) -> Hook:
-    """A hook that torch.compile leaves out of its graph, and that does nothing while exporting."""
+    """A hook outside the graphs of torch.compile, which does nothing while exporting."""
 
     def run(*arguments: Any) -> None:
         if not torch.compiler.is_compiling():

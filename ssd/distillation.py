@@ -72,8 +72,8 @@ class Distiller:
         hidden_loss: the hidden term, a name in HIDDEN_LOSSES.
 
     Copies of the model, deep or pickled, have no Distiller; a copy of the Distiller has a copy of
-    the model. Under torch.distributed end_task adds up the counts of all ranks, which so choose one
-    subnetwork; every rank must call it.
+    the model. Under torch.distributed end_task adds up the counts of all ranks, so that they choose
+    one subnetwork; every rank must call it.
 
     Raises:
         ValueError: no Top-K layer, an unknown name or option, or a number out of its range.
@@ -145,7 +145,7 @@ class Distiller:
 
     @property
     def fused(self) -> bool:
-        """Whether ssd.ops.distill computes this loss, with the arguments that terms() returns."""
+        """Whether ssd.ops.distill can compute this loss, from what terms() returns."""
         return len(self.layers) == 1 and (self.hidden_loss == "kl" or self.lam == 0)
 
     @torch.inference_mode(False)  # inference tensors could not be saved for backward
@@ -250,8 +250,8 @@ class Distiller:
             samples: [B] int64, positions in the inputs of begin_task.
 
         Returns:
-            {} without a teacher; else alpha, lam, temperature, kl, target_logits [B, C], with
-            logits="seen" columns [B, C], and if lam > 0 target_hidden [B, n].
+            {} without a teacher. Else alpha, lam, temperature, kl and target_logits [B, C]; for
+            logits="seen" also columns [B, C], and for lam > 0 target_hidden [B, n].
 
         Raises:
             ValueError: several layers, or a hidden loss that is not the KL.
@@ -292,7 +292,7 @@ class Distiller:
         return self._recorder.kept(logits)
 
     def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """A context around a forward pass, for a model that is run by another method than its call.
+        """A context around the forward pass of a model that is run without calling it.
 
         Its value is the `hidden` of loss(), filled at the end; empty if loss() needs none.
 
