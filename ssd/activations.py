@@ -64,11 +64,10 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
     """The model inside DistributedDataParallel, DataParallel and torch.compile; process group."""
     group = None
     while True:
-        inner = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             group = model.process_group
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if parallel else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model, group
         model = inner
@@ -80,7 +79,7 @@ def plain_name(name: str) -> str:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the unwrapped model, by name; what torch.compile wraps, not the wrapper."""
+    """The modules of the unwrapped model by name, each without torch.compile's wrapper."""
     inner, _ = unwrapped(model)
     return {plain_name(name): m for name, m in inner.named_modules(remove_duplicate=False)}
 
@@ -125,7 +124,7 @@ def find_layers(
 
 
 class Hook:
-    """A hook of one module; in a copy of the module, deep or pickled, it does nothing."""
+    """A hook that does nothing in a copy of its module, deep or pickled."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self.function = function
@@ -139,12 +138,12 @@ class Hook:
 
 
 class Call(NamedTuple):
-    """A layer's part in a forward pass."""
+    """A layer's call in a forward pass."""
 
     inputs: tuple[Any, ...]
     output: TopKOutput | Tensor
     grad: bool  # whether it ran with gradients
-    number: int  # how often it ran; the rest is of the last time
+    number: int  # how often it ran; the other fields describe the last time
 
 
 class _Thread(threading.local):
@@ -155,23 +154,41 @@ class _Thread(threading.local):
         self.held = False
 
 
+class _Pass(NamedTuple):
+    """What is kept of a forward pass, as long as the model's output lives."""
+
+    hidden: dict[str, Tensor]  # {layer: z [B, .., n]}
+    fault: str  # why there is no hidden, or ""
+    grad: bool  # whether every layer ran with gradients
+
+
 class Recorder:
-    """Records inputs and outputs of a model's layers in forward passes, separately in each thread.
+    """Records the calls of a model's layers in forward passes, separately in each thread.
+
+    After watch() it keeps the activations z of some neurons with the output of each pass, so that
+    other passes of the model, or of a copy, change nothing. z is freed with the output.
 
     Args:
-        model: may be wrapped by DistributedDataParallel, DataParallel or torch.compile.
+        model: as its user calls it, perhaps wrapped as for find_layers.
         layers: names of modules of the unwrapped model.
+        before: whether z is taken before inhibition.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[str], before: bool = False) -> None:
         modules = modules_of(model)
         self.layers = {name: modules[name] for name in layers}
         self.model, self.group = unwrapped(model)
-        self.attached = True
+        self.before, self.attached = before, True
+        self._neurons: dict[str, Tensor] = {}
+        self._passes = WeakTensorKeyDictionary()  # {output: _Pass}
         self._thread = _Thread()
         self._handles = [
             layer.register_forward_hook(Hook(partial(self._note, name)))
             for name, layer in self.layers.items()
+        ]
+        self._handles += [
+            model.register_forward_pre_hook(_eager(self._begin)),
+            model.register_forward_hook(_eager(self._end)),
         ]
 
     def remove(self) -> None:
@@ -181,13 +198,12 @@ class Recorder:
             handle.remove()
 
     def require_attached(self) -> None:
-        """RuntimeError after remove()."""
         if not self.attached:
             raise RuntimeError("the Distiller was removed from its model; make a new one")
 
     @contextmanager
     def record(self) -> Iterator[dict[str, Call]]:
-        """The calls within this context, filled in as they come; RuntimeError after remove()."""
+        """{layer: call} within this context, filled as the layers run."""
         self.require_attached()
         thread = self._thread
         before = thread.calls, thread.held
@@ -199,7 +215,7 @@ class Recorder:
             thread.calls, thread.held = before
 
     def count(self, x: Tensor) -> dict[str, Tensor]:
-        """count_activations of these layers."""
+        """count_activations() of these layers."""
         counts: dict[str, Tensor] = {}
         with evaluating(self.model):
             for chunk in x.split(CHUNK):
@@ -217,58 +233,20 @@ class Recorder:
         return counts
 
     def of_ranks(self, own: Any) -> list[Any]:
-        """What every rank of the model's process group gives here; of one process, [own]."""
+        """What each rank of the model's process group passes; [own] without torch.distributed."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return [own]
         found: list[Any] = [None] * distributed.get_world_size(self.group)
         distributed.all_gather_object(found, own, group=self.group)
         return found
 
-    def _note(
-        self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: TopKOutput | Tensor
-    ) -> None:
-        calls = self._thread.calls
-        if calls is not None:
-            number = calls[name].number + 1 if name in calls else 1
-            calls[name] = Call(inputs, output, torch.is_grad_enabled(), number)
-
-
-class _Pass(NamedTuple):
-    """What is kept of a forward pass, as long as the model's output lives."""
-
-    hidden: dict[str, Tensor]  # {layer: z [B, .., n]}
-    fault: str  # why there is no hidden, or ""
-    grad: bool  # whether every layer ran with gradients
-
-
-class Observer(Recorder):
-    """Keeps the activations z of some neurons with the output of each forward pass of a model.
-
-    So other passes of the model, or of a copy, change nothing. z is freed with the output.
-
-    Args:
-        model: as its user calls it, perhaps wrapped.
-        layers: names of modules of the unwrapped model.
-        before: whether z is taken before inhibition.
-    """
-
-    def __init__(self, model: nn.Module, layers: Iterable[str], before: bool) -> None:
-        super().__init__(model, layers)
-        self.before = before
-        self._neurons: dict[str, Tensor] = {}
-        self._passes = WeakTensorKeyDictionary()  # {output: _Pass}
-        self._handles += [
-            model.register_forward_pre_hook(_eager(self._begin)),
-            model.register_forward_hook(_eager(self._end)),
-        ]
-
     def watch(self, neurons: Mapping[str, Tensor]) -> None:
-        """Keeps z of these neurons, {layer: [n]}, from now on; {}: of none. Forgets all passes."""
+        """Keeps z of these neurons, {layer: [n]}, from now on; forgets all passes."""
         self._neurons = dict(neurons)
         self._passes.clear()
 
     def kept(self, logits: Tensor) -> dict[str, Tensor]:
-        """Distiller.activations."""
+        """See Distiller.activations."""
         found: _Pass | None = self._passes.get(logits)
         if found is None:
             self.require_attached()
@@ -287,7 +265,7 @@ class Observer(Recorder):
 
     @contextmanager
     def recording(self) -> Iterator[dict[str, Tensor]]:
-        """Distiller.recording."""
+        """See Distiller.recording."""
         hidden: dict[str, Tensor] = {}
         if not self._neurons:
             yield hidden
@@ -315,6 +293,14 @@ class Observer(Recorder):
             hidden[name] = preactivations_of(layer, x, chosen)
         return hidden
 
+    def _note(
+        self, name: str, _: nn.Module, inputs: tuple[Any, ...], output: TopKOutput | Tensor
+    ) -> None:
+        calls = self._thread.calls
+        if calls is not None:
+            number = calls[name].number + 1 if name in calls else 1
+            calls[name] = Call(inputs, output, torch.is_grad_enabled(), number)
+
     def _begin(self, *_: Any) -> None:
         if not self._thread.held:
             self._thread.calls = {}
@@ -334,7 +320,7 @@ class Observer(Recorder):
 
 
 def _eager(function: Callable[..., None]) -> Hook:
-    """A hook that torch.compile leaves out of its graph, and that does nothing while exporting."""
+    """A hook outside the graphs of torch.compile, which does nothing while exporting."""
 
     def run(*arguments: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -6,33 +6,31 @@ SSD = Xue et al., AAAI 2026 (arXiv 2512.15267). SDMLP = Bricken et al., ICLR 202
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from typing import Any
 
 from ssd.data import SOURCES
+from ssd.distillation import CHOICES
 from ssd.errors import UserError
-from ssd.models import NETWORKS
+from ssd.models import NETWORKS, SCHEDULES
 from ssd.regularizers import PENALTIES
 
 DEFAULT_NETWORK = "sdmlp"
 DISTILLATIONS = ("ssd", "lwf")
-# Trains each task on the data of all tasks up to it: no learner without replay can beat that.
-JOINT = "joint"
-# The plain MLP, one task after the other.
-ALIASES = {"naive": "relu-mlp"}
+JOINT = "joint"  # trains each task on the data of all tasks up to it, the upper bound
+ALIASES = {"naive": "relu-mlp"}  # the plain MLP, one task after the other
 
 
 def method_parts() -> list[str]:
-    """What a method is made of, joined by "+": at most one network and one distillation."""
+    """The parts of a method, joined by "+": at most one network and one distillation."""
     return [*NETWORKS, *DISTILLATIONS, *PENALTIES, JOINT, *ALIASES]
 
 
-# Numbers that training uses are float32: 0, or between these.
+# The smallest and largest normal float32: training uses numbers between them, or 0.
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-# Sizes and counts stay below this: neurons are indexed with 32 bits.
-LIMIT = 2**31
+LIMIT = 2**31  # of sizes and counts: neurons are indexed with 32 bits
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -63,9 +61,7 @@ class Config:
     k: int = _setting(10, "neurons active for an input")
     inhibition: str = _setting("subtract", "how the top-k pass on", ("subtract", "mask"))
     schedule: str = _setting(
-        "gaba",
-        "from dense to k-sparse: GABA switch, k falling linearly, or at once",
-        ("gaba", "linear", "flat"),
+        "gaba", "from dense to k-sparse: GABA switch, k falling linearly, or at once", SCHEDULES
     )
     anneal_samples: int = _setting(
         100_000, "GABA: activations of a neuron until it is inhibited in full; linear: samples"
@@ -78,12 +74,14 @@ class Config:
     kl: str = _setting(
         "reverse",
         "reverse: KL(student || teacher); forward: KL(teacher || student)",
-        ("reverse", "forward"),
+        CHOICES["kl"],
     )
-    hidden: str = _setting("after", "hidden z after or before inhibition", ("after", "before"))
-    logits: str = _setting("all", "logits distilled: all outputs or classes seen", ("all", "seen"))
+    hidden: str = _setting("after", "hidden z after or before inhibition", CHOICES["hidden"])
+    logits: str = _setting(
+        "all", "logits distilled: all outputs or classes seen", CHOICES["logits"]
+    )
     frequency: str = _setting(
-        "last", "activation frequency of the last task or accumulated", ("last", "accumulated")
+        "last", "activation frequency of the last task or accumulated", CHOICES["frequency"]
     )
 
     ewc_coefficient: float = _setting(200.0, "strength of the EWC penalty")
@@ -122,52 +120,52 @@ class Config:
         """Raises UserError for a value that no run could use."""
         self._validate_types()
         self._validate_method()
-        self._require("features", _is_path(self.features or ""), "a path")
-        for name in ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every"):
-            self._require(name, 1 <= getattr(self, name) < LIMIT, f"in 1..{LIMIT - 1}")
-        self._require("k", self.k <= self.neurons, f"at most --neurons {self.neurons}")
-        for name in ("lr", "max_norm", "temperature"):
-            self._require(name, 0 < getattr(self, name) < inf, "above 0 and finite")
-        self._require("anneal_samples", 1 <= self.anneal_samples < 2**63, "in 1..2^63-1")
-        self._require("seed", 0 <= self.seed < 2**63, "in 0..2^63-1")
-        for name in ("alpha", "lam"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "in 0..1")
-        for name in ("validation", "momentum"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in 0..1, below 1")
-        penalties = [n for n in penalty_settings(*PENALTIES) if isinstance(getattr(self, n), float)]
-        for name in penalties:
-            self._require(name, 0 <= getattr(self, name) < inf, "at least 0 and finite")
-        shares = {"validation", "subnetwork"}  # of samples and neurons: no part of a step
+
+        def check(fits: Callable[[Any], bool], rule: str, *names: str) -> None:
+            for name in names:
+                self._require(name, fits(getattr(self, name)), rule)
+
+        sizes = ("tasks", "epochs", "batch_size", "neurons", "k", "eval_every")
+        check(lambda v: v is None or _is_path(v), "a path", "features")
+        check(lambda v: 1 <= v < LIMIT, f"in 1..{LIMIT - 1}", *sizes)
+        check(lambda v: v <= self.neurons, f"at most --neurons {self.neurons}", "k")
+        check(lambda v: 0 < v < inf, "above 0 and finite", "lr", "max_norm", "temperature")
+        check(lambda v: 1 <= v < 2**63, "in 1..2^63-1", "anneal_samples")
+        check(lambda v: 0 <= v < 2**63, "in 0..2^63-1", "seed")
+        check(lambda v: 0 <= v <= 1, "in 0..1", "alpha", "lam")
+        check(lambda v: 0 <= v < 1, "in 0..1, below 1", "validation", "momentum")
+        numbers = [f.name for f in fields(self) if isinstance(f.default, float)]
+        penalties = [n for n in penalty_settings(*PENALTIES) if n in numbers]
+        check(lambda v: 0 <= v < inf, "at least 0 and finite", *penalties)
+        # These two are shares of samples and neurons, and take no part in a step.
+        in_steps = [n for n in numbers if n not in ("validation", "subnetwork")]
         rule = f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
-        for name in (f.name for f in fields(self) if isinstance(f.default, float)):
-            value = getattr(self, name)
-            fits = value == 0 or SMALLEST <= value <= LARGEST or name in shares
-            self._require(name, fits, rule)
+        check(lambda v: v == 0 or SMALLEST <= v <= LARGEST, rule, *in_steps)
         most = LARGEST / 2  # the gradient has twice the coefficient as a factor
-        for name in (name for name in penalties if name.endswith("_coefficient")):
-            self._require(name, getattr(self, name) <= most, f"at most {most:.1e}")
-        square = SMALLEST <= self.temperature**2 <= LARGEST
-        self._require("temperature", square, "in 1e-18..1e18, as its square is float32")
+        coefficients = (n for n in penalties if n.endswith("_coefficient"))
+        check(lambda v: v <= most, f"at most {most:.1e}", *coefficients)
+        rule = "in 1e-18..1e18, as its square is float32"
+        check(lambda v: SMALLEST <= v**2 <= LARGEST, rule, "temperature")
         limit = self.neurons / self.k
-        self._require("subnetwork", 1 <= self.subnetwork <= limit, f"in 1..{limit:g}")
+        check(lambda v: 1 <= v <= limit, f"in 1..{limit:g}", "subnetwork")
 
     def _validate_method(self) -> None:
         names, known = self._names(), method_parts()
         self._require("method", set(names) <= set(known), f"any of {', '.join(known)} joined by +")
         for group in (NETWORKS, DISTILLATIONS):
-            several = len([n for n in names if n in group]) > 1
-            self._require("method", not several, f"made with one of {', '.join(group)}")
+            one = sum(n in group for n in names) <= 1
+            self._require("method", one, f"made with one of {', '.join(group)}")
         self._require("method", len(set(names)) == len(names), "made of different parts")
         layered = "k" in NETWORKS[self.network].settings or not self.parts & set(DISTILLATIONS)
         self._require("method", layered, "made with a Top-K network: ssd and lwf distil its layer")
 
     def _validate_types(self) -> None:
-        """For settings read from a file; the command line has checked its own."""
+        """For settings from a file; the command line has checked its own."""
+        known: dict[str, Any]
+        known = {"int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
-            kinds = {"int": (int,), "float": (int, float), "str": (str,)}.get(
-                str(setting.type), (str, type(None))
-            )
+            kinds = known[str(setting.type)]
             fits = isinstance(value, kinds) and not isinstance(value, bool)
             self._require(setting.name, fits, f"of type {setting.type}")
             if choices is not None:
@@ -218,12 +216,12 @@ def penalty_settings(*penalties: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the papers and presets settle for one data set, beside its number of tasks."""
+    """What papers and presets fix for one data set, besides its number of tasks."""
 
     paper: Mapping[str, Any]
     quick: Mapping[str, Any] = field(default_factory=dict)
     short: Mapping[str, Any] = field(default_factory=dict)
-    sdmlp: Mapping[str, Any] = field(default_factory=dict)  # what its code has other than `paper`
+    sdmlp: Mapping[str, Any] = field(default_factory=dict)  # where its code differs from `paper`
 
 
 # The SSD paper: 2,000 epochs a task. The SDMLP code: 500 for MNIST; N = 5,000,000.
@@ -248,10 +246,10 @@ _CIFAR = {
     "l2_coefficient": 30.0,
 }
 
-# A neuron counts at most once a sample: epochs x samples of the first task are the most N can be.
+# A neuron counts at most once per sample, so N is at most epochs x samples of the first task.
 _MNIST_5K = {**_MNIST, "anneal_samples": 175_000}
 _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
-# k = 1: N of the SDMLP code, as neurons are rarely active; a single neuron cannot be distilled.
+# k = 1: neurons are rarely active, so N of the SDMLP code; one neuron alone cannot be distilled.
 _K1_SUBNETWORK, _K1_ANNEAL_SAMPLES = 2.0, 500_000
 
 _FEATURES_QUICK = {"ewc_coefficient": 100.0, "ewc_beta": 0.02}
@@ -297,7 +295,7 @@ PRESETS = ("quick", "short", *_FULL)
 def preset(name: str, dataset: str) -> dict[str, Any]:
     """The settings of a preset for a data set.
 
-    - `quick` runs in minutes on a CPU: epochs and the GABA switch are scaled down together.
+    - `quick` runs in minutes on a CPU: fewer epochs, and a GABA switch that is faster to match.
     - `short` runs in seconds, for `python -m ssd.reproduce --short`; it evaluates after tasks only.
     - `paper-1k` and `paper-10k` are the SSD paper's protocol at R = 1,000 and 10,000, k = 10;
       `paper-1k-k1` and `paper-10k-k1` have k = 1.
@@ -345,30 +343,26 @@ def resolve(given: Mapping[str, Any]) -> Config:
     return Config(**{**settings, "dataset": dataset})
 
 
-# Inputs whose largest entry lies in this range suit networks that do not normalise them.
-ORDINARY = (1e-3, 1e3)
-
-
 def hints(config: Config, samples: int, largest: float = 1.0) -> list[str]:
-    """What is probably a mistake in valid settings, a line each.
+    """Probable mistakes in valid settings, one line each.
 
     Args:
         config: the settings.
         samples: training samples of the first task.
-        largest: magnitude in the training data.
+        largest: the largest magnitude in the training data.
     """
     found = []
     if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
         found.append("a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
-    # A neuron counts at most once a sample, and the first teacher should be k-sparse.
-    reach = config.epochs * samples
-    anneals = "anneal_samples" in NETWORKS[config.network].settings and config.schedule != "flat"
-    if anneals and config.anneal_samples > reach:
+    network = NETWORKS[config.network]
+    reach = config.epochs * samples  # a neuron counts at most once per sample
+    anneals = "anneal_samples" in network.settings and config.schedule != "flat"
+    if anneals and config.anneal_samples > reach:  # then the first teacher is not k-sparse
         found.append(
             f"--anneal-samples {config.anneal_samples:,} is more than the {reach:,} that the first "
             "task gives (epochs x samples): the switch to k-sparse cannot end in it"
         )
-    if config.network != "sdmlp" and not ORDINARY[0] <= largest <= ORDINARY[1]:
+    if not network.normalizes and not 1e-3 <= largest <= 1e3:
         found.append(
             f"the largest feature is {largest:.1e}, and {config.network} takes features as they "
             "are; scale them to about 1"

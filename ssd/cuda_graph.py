@@ -1,16 +1,17 @@
 """Whole epochs on the device: data, order and counters live there, and the host reads nothing.
 
-On CUDA a step of all learners is captured as a CUDA graph and replayed for the epoch. The form of a
-learner's hidden layer is chosen once an epoch; the step of a form is replayed for the learners that
-take it, while the others rest. If a sample of an almost k-sparse layer activates more neurons than
-the code has slots, a flag is raised; the epoch is then taken back and trained densely, so the
-result is exact all the same.
+On CUDA a step of all learners is captured as a CUDA graph and replayed for the epoch. Each epoch
+chooses the form of a learner's hidden layer; the step of a form is replayed for the learners with
+that form, while the others rest. If a sample of an almost k-sparse layer activates more neurons
+than the code has slots, a flag is set. The epoch is then undone and trained densely, so the result
+stays exact.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,9 @@ from ssd.step import Batch, sparse_step
 from ssd_kernels import TopKOutput, linear_topk
 from ssd_kernels._graded_code import ActiveNeurons, linear_active, linear_code
 
-# What a learner's hidden layer is for an epoch: dense, a code wider than k, a code of k slots.
+# Forms of a hidden layer: dense, a code wider than k, a code of k slots.
 DENSE, GRADED, EXACT = "dense", "graded", "exact"
-# Steps run before a capture, so that kernels are compiled and libraries initialised.
-WARM_UP = 3
+WARM_UP = 3  # steps before a capture, which compile kernels and initialise libraries
 
 
 class GraphedEpochs:
@@ -40,18 +40,17 @@ class GraphedEpochs:
 
     def __init__(self, learners: Sequence[Learner]) -> None:
         self.stack = stack = Stack(learners)
-        self.device, dtype = stack.weights[0].device, stack.weights[0].dtype
-        first, count = learners[0], len(learners)
-        features = stack.weights[0].shape[1]
+        weight, count = stack.weights[0], len(learners)
+        self.device = weight.device
         self.longest = max(len(task.y_train) for learner in learners for task in learner.tasks)
-        self.batch = min(first.config.batch_size, self.longest)
+        self.batch = min(stack.config.batch_size, self.longest)
         self.encoder = stack.encoders[0]
         self.width = self.encoder.k * (WIDTH if self.encoder.schedule == "gaba" else 1)
 
-        def store(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        def store(*shape: int, kind: torch.dtype = weight.dtype) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=self.device)
 
-        self.inputs = store(count * self.longest, features)
+        self.inputs = store(count * self.longest, weight.shape[1])
         self.labels = store(count * self.longest, kind=torch.int64)
         self.order = store(count, self.longest, kind=torch.int64)
         self.taken = store(count, kind=torch.int64)  # samples of the learners that take the step
@@ -60,13 +59,13 @@ class GraphedEpochs:
         self.anneal_samples = torch.tensor(
             [encoder.anneal_samples for encoder in stack.encoders], device=self.device
         )
-        self.teacher: dict[str, Tensor] = {}  # target_logits, target_hidden of all samples
-        self.terms: dict[str, Any] = {}  # of the loss, besides those
+        self.teacher: dict[str, Tensor] = {}  # target_logits and target_hidden of all samples
+        self.terms: dict[str, Any] = {}  # the loss's other terms
         self._steps: dict[tuple[Any, ...], Callable[[], None]] = {}
 
     @staticmethod
     def serves(learners: Sequence[Learner]) -> bool:
-        """Whether no part of the method needs the host: the linear schedule does."""
+        """Whether no part of the method needs the host, as the linear schedule does."""
         sparse = all(learner.sparse for learner in learners)
         return sparse and learners[0].config.schedule != "linear"
 
@@ -112,20 +111,18 @@ class GraphedEpochs:
     def train_epoch(self, task: int, epoch: int) -> None:
         """One epoch of the task that is loaded."""
         forms = self._begin(task, epoch)
-        before = self._written() if GRADED in forms else []
-        kept = [tensor.clone() for tensor in before]
+        restore = _snapshot(self._written() if GRADED in forms else [])
         self._train(forms)
         crowded = self.overflow.tolist() if GRADED in forms else []
         if any(crowded):
-            for tensor, copy in zip(before, kept, strict=True):
-                tensor.copy_(copy)
+            restore()
             self._train([DENSE if bad else f for bad, f in zip(crowded, forms, strict=True)])
             for bad, encoder in zip(crowded, self.stack.encoders, strict=True):
-                if bad:  # the next epoch is dense without a try
+                if bad:  # the next epoch is dense at once
                     encoder.dense_until.copy_(encoder.samples + 1)
 
     def first_step(self, task: int, epoch: int) -> Callable[[], None]:
-        """The first step of an epoch, to be run again and again by a benchmark."""
+        """The first step of an epoch, which a benchmark runs repeatedly."""
         form, *others = set(self._begin(task, epoch))
         assert not others, "a benchmark's learners take one form"
         self.taken.copy_(torch.tensor(self._sizes(), device=self.device))
@@ -138,7 +135,7 @@ class GraphedEpochs:
         return run
 
     def _begin(self, task: int, epoch: int) -> list[str]:
-        """Readies the epoch's order; the form of each learner's hidden layer."""
+        """Stores the epoch's orders and returns the form of each learner's hidden layer."""
         for row, learner in zip(self.order, self.stack.learners, strict=True):
             order = learner.order(task, epoch)
             row[: len(order)] = order
@@ -158,27 +155,25 @@ class GraphedEpochs:
                 step()
 
     def _step(self, form: str) -> Callable[[], None]:
-        """The step as a graph on CUDA, captured once for each of its forms."""
+        """The step, on CUDA as a graph that is captured once per form and state of the method."""
         learners = self.stack.learners
         penalized = tuple(r.active for learner in learners for r in learner.regularizers)
         key = (form, self.stack.teaches, penalized)
         if key not in self._steps:
             on_cuda = self.device.type == "cuda"
-            self._steps[key] = self._captured(form) if on_cuda else lambda: self.body(form)
+            self._steps[key] = self._captured(form) if on_cuda else partial(self.body, form)
         return self._steps[key]
 
     def _captured(self, form: str) -> Callable[[], None]:
-        """torch.cuda.graph of body(form); the steps that warm it up are taken back."""
-        before = [*self._written(), self.position, self.overflow]
-        kept = [tensor.clone() for tensor in before]
+        """torch.cuda.graph of body(form); its warm-up steps are undone."""
+        restore = _snapshot([*self._written(), self.position, self.overflow])
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 self.body(form)
         torch.cuda.current_stream(self.device).wait_stream(side)
-        for tensor, copy in zip(before, kept, strict=True):
-            tensor.copy_(copy)
+        restore()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -187,11 +182,11 @@ class GraphedEpochs:
             raise
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph ({one_line(error)}): steps run one by one", stacklevel=2)
-            return lambda: self.body(form)
+            return partial(self.body, form)
         return graph.replay
 
     def body(self, form: str) -> None:
-        """One step at self.position; reads and writes tensors of fixed place."""
+        """One step at self.position; the tensors that it reads and writes stay in place."""
         stack = self.stack
         gaba = self.encoder.schedule == "gaba" and form != EXACT
         drawn = draw_batch(
@@ -228,7 +223,7 @@ class GraphedEpochs:
     def _encode(
         self, form: str, x: Tensor, gaba: Tensor | None
     ) -> tuple[TopKOutput | ActiveNeurons, Tensor | None]:
-        """The hidden layer in its form, and whether a sample's code lacks some of it."""
+        """The hidden layer in its form, and [S B] which samples do not fit into their code."""
         stack, k = self.stack, self.encoder.k
         given: dict[str, Any] = {
             "inhibition": self.encoder.inhibition,
@@ -256,7 +251,7 @@ class GraphedEpochs:
         return [DENSE if late else form for late, form in zip(crowded, forms, strict=True)]
 
     def _written(self) -> list[Tensor]:
-        """Every tensor that a step writes to and the next one reads."""
+        """All tensors that a step writes and the next one reads."""
         stack = self.stack
         followed = (r.followed() for learner in stack.learners for r in learner.regularizers)
         return [
@@ -265,3 +260,14 @@ class GraphedEpochs:
             *(stack.counts, stack.samples, stack.loss_sum, stack.correct),
             *(tensor for tensors in followed for tensor in tensors),
         ]
+
+
+def _snapshot(tensors: Sequence[Tensor]) -> Callable[[], None]:
+    """A function that gives the tensors their present values back."""
+    kept = [tensor.clone() for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, copy in zip(tensors, kept, strict=True):
+            tensor.copy_(copy)
+
+    return restore

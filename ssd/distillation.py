@@ -5,15 +5,14 @@ their subclasses by itself; other modules with a dense activation [B, .., R] mus
 
     distiller = Distiller(model)
     for x, y in tasks:
-        distiller.begin_task(x)  # the teacher's outputs, once a task
+        distiller.begin_task(x)  # the teacher's outputs, once per task
         for batch in batches:
             logits = model(x[batch])
             distiller.loss(logits, y[batch], batch).backward()
         distiller.end_task(x)  # activation frequencies, selection
 
-The teacher is the model as it stands when a task begins; no copy is kept. Hidden activations are
-stored with the logits of their forward pass and freed with them, so any other pass of the model, or
-of a copy, may come before loss().
+The teacher is the model when a task begins; no copy is kept. Hidden activations are stored with the
+logits of their forward pass and freed with them, so other passes may come before loss().
 """
 
 from __future__ import annotations
@@ -29,16 +28,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.activations import CHUNK, Observer, evaluating, find_layers
+from ssd.activations import CHUNK, Recorder, evaluating, find_layers
 from ssd.losses import HIDDEN_LOSSES, KL, choice, distillation_loss, positive, real, wide
 from ssd.ops.reference import distill
 from ssd_kernels.nn import TopKLinear
 
+# The choices of a Distiller's options, besides hidden_loss.
+CHOICES = {
+    "kl": KL,
+    "hidden": ("after", "before"),
+    "logits": ("all", "seen"),
+    "frequency": ("last", "accumulated"),
+}
+
 
 def select_subnetwork(frequency: Tensor, size: int) -> Tensor:
-    """The `size` most frequently active of R neurons, ascending, ties to the lower index, [n]."""
+    """The `size` neurons of highest frequency [R], ties to the lower index; ascending, [n]."""
     order = torch.sort(frequency, descending=True, stable=True).indices
     return order[:size].sort().values
+
+
+def subnetwork_size(k: int, neurons: int, factor: float) -> int:
+    """n of a layer: factor * k, but at least k and at most all its neurons."""
+    return min(max(k, round(factor * k)), neurons)
 
 
 class Distiller:
@@ -59,9 +71,9 @@ class Distiller:
             TopKLinear also need their k: a mapping {name: k}.
         hidden_loss: the hidden term, a name in HIDDEN_LOSSES.
 
-    Copies of the model, deep or pickled, are free of the Distiller; a copy of the Distiller has a
-    copy of the model. Where torch.distributed runs, the ranks agree on one subnetwork: end_task
-    adds up their counts, so every rank must call it.
+    Copies of the model, deep or pickled, have no Distiller; a copy of the Distiller has a copy of
+    the model. Under torch.distributed end_task adds up the counts of all ranks, so that they choose
+    one subnetwork; every rank must call it.
 
     Raises:
         ValueError: no Top-K layer, an unknown name or option, or a number out of its range.
@@ -81,20 +93,17 @@ class Distiller:
         layers: Sequence[str] | Mapping[str, int] | None = None,
         hidden_loss: str = "kl",
     ) -> None:
-        choice("kl", kl, KL)
-        choice("hidden", hidden, ("after", "before"))
-        choice("logits", logits, ("all", "seen"))
-        choice("frequency", frequency, ("last", "accumulated"))
-        choice("hidden_loss", hidden_loss, HIDDEN_LOSSES)
+        self.model = model
+        self.alpha, self.lam, self.temperature = alpha, lam, temperature
+        self.subnetwork, self.kl, self.hidden = subnetwork, kl, hidden
+        self.logits, self.frequency, self.hidden_loss = logits, frequency, hidden_loss
+        for name, known in [*CHOICES.items(), ("hidden_loss", HIDDEN_LOSSES)]:
+            choice(name, getattr(self, name), known)
         for name, number in (("alpha", alpha), ("lam", lam)):
             if not (real(number) and 0 <= number <= 1):
                 raise ValueError(f"{name}={number!r} must be a number in 0..1")
         positive("temperature", temperature)
         positive("subnetwork", subnetwork)
-        self.model = model
-        self.alpha, self.lam, self.temperature = alpha, lam, temperature
-        self.subnetwork, self.kl, self.hidden = subnetwork, kl, hidden
-        self.logits, self.frequency, self.hidden_loss = logits, frequency, hidden_loss
         self.layers = find_layers(model, layers)
         self.counts: dict[str, Tensor] = {}  # {layer: [R]} activations counted
         self.neurons: dict[str, Tensor] = {}  # {layer: [n]} the selected subnetwork
@@ -104,18 +113,18 @@ class Distiller:
         self._attach()
 
     def _attach(self) -> None:
-        self._observer = Observer(self.model, self.layers, self.hidden == "before")
-        self._detach = weakref.finalize(self, self._observer.remove)
+        self._recorder = Recorder(self.model, self.layers, self.hidden == "before")
+        self._detach = weakref.finalize(self, self._recorder.remove)
         self._detach.atexit = False
         self._watch()
 
     def _watch(self) -> None:
-        """Has the hidden activations kept where loss() will need them."""
-        self._observer.watch(self.neurons if self.teaches and self.lam > 0 else {})
+        """Keeps hidden activations of coming passes if loss() will need them."""
+        self._recorder.watch(self.neurons if self.teaches and self.lam > 0 else {})
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {"attached": self._observer.attached, **self.__dict__}
-        del state["_observer"], state["_detach"]
+        state = {"attached": self._recorder.attached, **self.__dict__}
+        del state["_recorder"], state["_detach"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,7 +135,7 @@ class Distiller:
             self.remove()
 
     def remove(self) -> None:
-        """Takes the hooks off the model; loss() then serves earlier forward passes alone."""
+        """Takes the hooks off the model; loss() then only serves earlier forward passes."""
         self._detach()
 
     @property
@@ -136,12 +145,12 @@ class Distiller:
 
     @property
     def fused(self) -> bool:
-        """Whether ssd.ops.distill computes this loss, with the arguments that terms() returns."""
+        """Whether ssd.ops.distill can compute this loss, from what terms() returns."""
         return len(self.layers) == 1 and (self.hidden_loss == "kl" or self.lam == 0)
 
     @torch.inference_mode(False)  # inference tensors could not be saved for backward
     def begin_task(self, x: Tensor) -> None:
-        """Keeps the outputs of the teacher, the model as it stands, on a task's inputs [N, ..].
+        """Keeps the outputs of the teacher, the present model, on a task's inputs [N, ..].
 
         Raises:
             ValueError: the model returns no logits [N, C], or a layer no activations of N inputs.
@@ -149,22 +158,22 @@ class Distiller:
         """
         if not self.neurons:
             return
-        model = self._observer.model
+        model = self._recorder.model
         logits: list[Tensor] = []
         hidden: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         with evaluating(model):
             for chunk in x.split(CHUNK):
-                with self._observer.record() as calls:
+                with self._recorder.record() as calls:
                     output = model(chunk)
                 tensor = isinstance(output, Tensor)
-                if not (tensor and output.dim() == 2 and len(output) == len(chunk)):
+                if not tensor or output.shape[:-1] != (len(chunk),):
                     found = list(output.shape) if tensor else f"a {type(output).__name__}"
                     raise ValueError(
                         f"the model returns {found} for {len(chunk)} inputs, not logits [B, C] "
                         "alone; wrap it in a module that does"
                     )
                 logits.append(output)
-                for name, z in self._observer.read(calls, self.neurons).items():
+                for name, z in self._recorder.read(calls, self.neurons).items():
                     if len(z) != len(chunk):
                         raise ValueError(
                             f"layer {name!r} has activations {list(z.shape)} for {len(chunk)} "
@@ -218,7 +227,7 @@ class Distiller:
         samples = _positions("samples", samples, rows, known, "inputs of begin_task")
         if classes != taught:
             raise ValueError(
-                f"logits {list(logits.shape)} are not of the teacher's {taught} classes"
+                f"logits {list(logits.shape)} do not have the teacher's {taught} classes"
             )
         layers = []
         if self.lam > 0:
@@ -235,14 +244,14 @@ class Distiller:
         return loss
 
     def terms(self, samples: Tensor) -> dict[str, Any]:
-        """Arguments of ssd.ops.distill.distill besides the student's, where `fused` holds.
+        """Arguments of ssd.ops.distill.distill besides the student's, if `fused`.
 
         Args:
             samples: [B] int64, positions in the inputs of begin_task.
 
         Returns:
-            {} while there is no teacher; else alpha, lam, temperature, kl, target_logits [B, C],
-            columns [B, C] for logits="seen" alone, and target_hidden [B, n] if lam > 0.
+            {} without a teacher. Else alpha, lam, temperature, kl and target_logits [B, C]; for
+            logits="seen" also columns [B, C], and for lam > 0 target_hidden [B, n].
 
         Raises:
             ValueError: several layers, or a hidden loss that is not the KL.
@@ -261,10 +270,10 @@ class Distiller:
         return terms
 
     def _logit_terms(self, samples: Tensor) -> dict[str, Any]:
-        """The settings of the loss, and the teacher's part of it on the logits."""
+        """The settings of the loss and the teacher's logits."""
         assert self.teacher_logits is not None
-        settings = ("alpha", "lam", "temperature", "kl")
-        terms: dict[str, Any] = {name: getattr(self, name) for name in settings}
+        names = ("alpha", "lam", "temperature", "kl")
+        terms: dict[str, Any] = {name: getattr(self, name) for name in names}
         terms["target_logits"] = self.teacher_logits[samples]
         if self.logits == "seen" and self.classes_seen is not None:
             shape = terms["target_logits"].shape
@@ -280,41 +289,41 @@ class Distiller:
                 each layer once, with gradients if the logits have them.
             RuntimeError: after remove().
         """
-        return self._observer.kept(logits)
+        return self._recorder.kept(logits)
 
     def recording(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """Fills {layer: z} with loss()'s `hidden`, from the forward pass in the context.
+        """A context around the forward pass of a model that is run without calling it.
 
-        For a model that is run by another method than its call. Empty where loss() needs none.
+        Its value is the `hidden` of loss(), filled at the end; empty if loss() needs none.
 
         Raises:
             ValueError: a layer that has not run exactly once.
             RuntimeError: after remove().
         """
-        return self._observer.recording()
+        return self._recorder.recording()
 
     @torch.inference_mode(False)
     def end_task(
         self, x: Tensor, labels: Tensor | None = None, counts: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Selects the subnetwork by activation frequency over a task's inputs; its teacher goes.
+        """Selects the subnetwork by activation frequency over a task's inputs; drops the teacher.
 
         Args:
-            x: [N, ..]; where torch.distributed runs, each rank's own.
-            labels: [N], needed for logits="seen" alone.
-            counts: {layer: [R]} of count_activations over x, if they are known already.
+            x: [N, ..]; under torch.distributed, each rank's own.
+            labels: [N], only needed for logits="seen".
+            counts: {layer: [R]} of count_activations over x, if known.
 
         Raises:
             ValueError: logits="seen" without labels, counts of other layers, a layer that does not
                 run exactly once in a forward pass, or that has fewer neurons than its k.
             RuntimeError: after remove().
         """
-        self._observer.require_attached()
+        self._recorder.require_attached()
         seen = self._seen(labels) if self.logits == "seen" else None
         if counts is None:
-            counts = self._observer.count(x)
+            counts = self._recorder.count(x)
         self._check_counts("counts", counts)
-        of_ranks = self._observer.of_ranks({name: hits.cpu() for name, hits in counts.items()})
+        of_ranks = self._recorder.of_ranks({name: hits.cpu() for name, hits in counts.items()})
         counts = {
             name: sum(own[name] for own in of_ranks).to(hits.device)
             for name, hits in counts.items()
@@ -323,39 +332,42 @@ class Distiller:
             counts = {name: self.counts[name] + hits for name, hits in counts.items()}
         self.counts, self.classes_seen = dict(counts), seen
         self.neurons = {
-            name: select_subnetwork(counts[name], self._size(name, len(counts[name])))
-            for name in self.layers
+            name: select_subnetwork(
+                counts[name], subnetwork_size(k, len(counts[name]), self.subnetwork)
+            )
+            for name, k in self.layers.items()
         }
         self.teacher_logits, self.teacher_hidden = None, {}
         self._watch()
 
     def _seen(self, labels: Tensor | None) -> Tensor:
-        """The classes seen so far, those of the task that ends included."""
+        """The classes seen so far, with those of the task that ends."""
         if labels is None:
             raise ValueError('logits="seen" needs the labels of the task in end_task')
         labels = _positions("labels", labels, len(labels))
-        seen = set(chain.from_iterable(self._observer.of_ranks(labels.unique().tolist())))
+        seen = set(chain.from_iterable(self._recorder.of_ranks(labels.unique().tolist())))
         if self.classes_seen is not None:
             seen |= set(self.classes_seen.tolist())
         return torch.tensor(sorted(seen), dtype=torch.int64, device=labels.device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to go on, as flat named tensors, copies of the Distiller's own."""
+        """Copies of all tensors needed to resume, by name."""
         state = {
             f"{part}/{name}": tensor
             for part in ("counts", "neurons", "teacher_hidden")
             for name, tensor in getattr(self, part).items()
         }
-        alone = {"teacher_logits": self.teacher_logits, "classes_seen": self.classes_seen}
-        state |= {name: tensor for name, tensor in alone.items() if tensor is not None}
+        for name in ("teacher_logits", "classes_seen"):
+            if getattr(self, name) is not None:
+                state[name] = getattr(self, name)
         return {name: tensor.clone() for name, tensor in state.items()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what state_dict gave, on the model's device.
+        """Restores what state_dict returned, on the model's device.
 
         Raises:
-            ValueError: the state is of other layers, sizes or options; nothing is changed then.
+            ValueError: the state has other layers, sizes or options; nothing has changed then.
         """
         self._check_state(**_parts(state))
         tensors = [*self.model.parameters(), *self.model.buffers()]
@@ -387,7 +399,7 @@ class Distiller:
             )
         for name, chosen in neurons.items():
             count = len(counts[name])
-            size = self._size(name, count)
+            size = subnetwork_size(self.layers[name], count, self.subnetwork)
             _positions(f"the state's neurons of {name!r}", chosen, size, count, "neurons")
             if teacher_logits is not None:
                 z = teacher_hidden[name]
@@ -397,11 +409,6 @@ class Distiller:
                         f"not [{len(teacher_logits)}, .., {size}]"
                     )
 
-    def _size(self, name: str, count: int) -> int:
-        """n of a layer with `count` neurons."""
-        k = self.layers[name]
-        return min(max(k, round(self.subnetwork * k)), count)
-
     def _check_layers(self, what: str, tensors: Mapping[str, Tensor]) -> None:
         if tensors.keys() != self.layers.keys():
             raise ValueError(
@@ -410,7 +417,7 @@ class Distiller:
 
     def _check_counts(self, what: str, counts: Mapping[str, Tensor]) -> None:
         self._check_layers(what, counts)
-        for name, layer in self._observer.layers.items():
+        for name, layer in self._recorder.layers.items():
             shape = counts[name].shape
             if len(shape) != 1 or (isinstance(layer, TopKLinear) and shape[0] != layer.neurons):
                 raise ValueError(f"{what} of {name!r} are {list(shape)}, not one for each neuron")
@@ -419,7 +426,7 @@ class Distiller:
 
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The attributes of a Distiller in its state_dict()."""
+    """The attributes of a Distiller from its state_dict()."""
     parts: dict[str, Any] = {"counts": {}, "neurons": {}, "teacher_hidden": {}}
     parts |= {"teacher_logits": None, "classes_seen": None}
     for key, tensor in state.items():
@@ -433,17 +440,13 @@ def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _positions(
     name: str, given: Tensor, count: int, limit: float = math.inf, of: str = ""
 ) -> Tensor:
-    """int64 [count], each in 0..limit-1, the positions of some things.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Integers [count] in 0..limit-1 as int64; ValueError if `given` are not."""
     positions = given if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
     if positions.shape != (count,):
         raise ValueError(f"{name} {list(positions.shape)} must be [{count}]")
-    integers = not (positions.is_floating_point() or positions.is_complex())
-    if not integers or positions.dtype == torch.bool:
-        raise ValueError(f"{name} are {positions.dtype}; they must be integers")
+    dtype = positions.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise ValueError(f"{name} are {dtype}; they must be integers")
     if count > 0:
         low, high = (int(end) for end in torch.stack(positions.aminmax()).tolist())
         if low < 0 or high >= limit:

@@ -1,6 +1,6 @@
-"""One learner: a network, its method's parts, its stream of tasks and what it has achieved.
+"""One learner: a network, its method's parts, its stream of tasks and its results.
 
-A Stack lays the tensors of several learners side by side, so that a step serves all of them.
+A Stack lays the tensors of several learners side by side, so that one step serves them all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ssd.activations import CHUNK, count_activations, evaluating
 from ssd.config import DISTILLATIONS, Config, penalty_settings
 from ssd.data import Task, shuffled
-from ssd.distillation import Distiller
+from ssd.distillation import Distiller, subnetwork_size
 from ssd.errors import Diverged
 from ssd.metrics import finite, predicted
 from ssd.models import NETWORKS, SDMLP, Network
@@ -57,13 +57,13 @@ def build_regularizers(config: Config, model: Network) -> list[Regularizer]:
 
 
 class Learner:
-    """What belongs to one run, of which the trainer may train several at once.
+    """All that belongs to one run; a trainer may train several at once.
 
     Args:
         config: settings.
         tasks: the stream.
         model: any Network, on the device of the tasks' tensors.
-        distiller, regularizers: the method's parts; None builds what config.method names.
+        distiller, regularizers: the method's parts; None builds those that config.method names.
 
     Raises:
         ValueError: model.layer has not config.neurons neurons, or does not run exactly once.
@@ -94,36 +94,31 @@ class Learner:
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.structure: StructureRecorder | None = None
         if isinstance(model, SDMLP):
-            size = max(config.k, round(config.subnetwork * config.k))
-            self.structure = StructureRecorder(min(size, config.neurons))
+            size = subnetwork_size(config.k, config.neurons, config.subnetwork)
+            self.structure = StructureRecorder(size)
         else:
-            self._check_layer()
-        # What the first layer sees of the task, [N, d].
-        self.inputs = torch.empty(0, device=self.device)
-        self.labels = torch.empty(0, device=self.device)
+            found = len(self._count(tasks[0].x_train[:1])[model.layer])
+            if found != config.neurons:
+                raise ValueError(
+                    f"layer {model.layer!r} has {found} neurons, config.neurons is {config.neurons}"
+                )
+        # Of the task that load_task chose: model.address of its training inputs [N, d], and labels.
+        self.inputs = self.labels = torch.empty(0, device=self.device)
 
     @property
     def sparse(self) -> bool:
-        """Whether sparse_step serves: it knows SDMLPs, and a distillation that is fused."""
+        """Whether sparse_step can train it: an SDMLP, with fused distillation or none."""
         fused = self.distiller is None or self.distiller.fused
         return isinstance(self.model, SDMLP) and fused
 
-    def _check_layer(self) -> None:
-        counts = self._count(self.tasks[0].x_train[:1])[self.model.layer]
-        if len(counts) != self.config.neurons:
-            raise ValueError(
-                f"layer {self.model.layer!r} has {len(counts)} neurons, config.neurons is "
-                f"{self.config.neurons}"
-            )
-
     def _count(self, x: Tensor) -> dict[str, Tensor]:
-        """Activation counts of the layer that is recorded and of those that are distilled."""
+        """Activation counts of the recorded layer and of the distilled ones."""
         distilled = {} if self.distiller is None else self.distiller.layers
         layers = list(dict.fromkeys([self.model.layer, *distilled]))
         return count_activations(self.model, layers, x)
 
     def load_task(self, number: int) -> None:
-        """Makes a task the one that is trained."""
+        """Readies the inputs and labels of a task for training."""
         task = self.tasks[number]
         self.inputs, self.labels = self.model.address(task.x_train), task.y_train
 
@@ -133,7 +128,7 @@ class Learner:
             self.distiller.begin_task(self.tasks[number].x_train)
 
     def penalized_rows(self) -> Tensor | None:
-        """Neurons [n] that a penalty may pull; None if these are too many or unknown."""
+        """Neurons [n] that a penalty may pull; None if these are unknown or too many."""
         found = [r.rows() for r in self.regularizers if r.active]
         if any(rows is None for rows in found):
             return None
@@ -158,7 +153,7 @@ class Learner:
         return accuracies
 
     def end_epoch(self, task: int, evaluate: bool) -> dict[str, Any]:
-        """The record of an epoch for the log; resets the sums.
+        """The log's record of an epoch; resets the sums.
 
         Raises:
             Diverged: the loss, a weight or a score on a test set is not finite, or all addresses
@@ -168,7 +163,7 @@ class Learner:
         if not all(map(finite, self.parameters)):
             raise Diverged("a weight is not finite")
         if isinstance(self.model, SDMLP) and self.model.encoder.weight.amax().item() == 0:
-            # Nothing fires any more, so there is no gradient either.
+            # Nothing fires, so there is no gradient.
             raise Diverged("every address is 0 for good")
         samples = len(self.tasks[task].y_train)
         record: dict[str, Any] = {
@@ -183,7 +178,7 @@ class Learner:
         return record
 
     def require_finite_loss(self) -> None:
-        """Diverged if the loss of the epoch so far is not finite; the host reads it."""
+        """Diverged unless the loss of the epoch so far is finite; reads the device."""
         loss = self.loss_sum.item()
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss}")
@@ -202,7 +197,7 @@ class Learner:
             regularizer.end_task(task.x_train, self.order(number, -1))
 
     def _probes(self) -> Tensor:
-        """Up to PROBES test inputs, evenly spaced over all tasks: the same after every task."""
+        """Up to PROBES test inputs, evenly spaced over all tasks; the same after every task."""
         everything = torch.cat([task.x_test for task in self.tasks])
         return everything[:: -(-len(everything) // PROBES)]
 
@@ -215,7 +210,7 @@ class Learner:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what state() gave; KeyError or RuntimeError if another learner gave it."""
+        """Restores what state() returned; KeyError or RuntimeError if it does not fit."""
         for prefix, owner in self._parts().items():
             owner.load_state_dict(part(tensors, prefix))
         for name in RESULTS:
@@ -224,7 +219,7 @@ class Learner:
             buffer.copy_(tensors[f"momentum/{number}"])
 
     def _parts(self) -> dict[str, Any]:
-        """What has a state of its own, by its prefix in state()."""
+        """The parts with a state of their own, by their prefix in state()."""
         parts = {name: getattr(self, name) for name in ("model", "distiller", "structure")}
         parts |= {f"regularizer{n}": r for n, r in enumerate(self.regularizers)}
         return {name: part for name, part in parts.items() if part is not None}
@@ -237,9 +232,9 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class Stack:
-    """SDMLPs of one shape as one network of S blocks, whose rows follow one another.
+    """SDMLPs of one shape as one network, whose S blocks of rows follow one another.
 
-    The learners' own tensors become views of the stack's, so either may be written to.
+    The learners' tensors become views of the stack's, so either may be written to.
 
     Args:
         learners: S of them; their settings agree in trainer.together.
@@ -262,7 +257,7 @@ class Stack:
         self.lr, self.max_norm = self.setting("lr"), self.setting("max_norm")
         self.normalized = models[0].normalized
         self.neurons: Tensor | None = None  # [S, n] distilled
-        self.positions: Tensor | None = None  # [S R]: where a neuron stands among them, else n
+        self.positions: Tensor | None = None  # [S R]: a neuron's position among them, or n
 
     def __len__(self) -> int:
         return len(self.learners)
@@ -285,7 +280,7 @@ class Stack:
 
     @property
     def reads_scores(self) -> bool:
-        """Whether the hidden term takes scores before inhibition, so of silent neurons too."""
+        """Whether the hidden term takes scores before inhibition, also of silent neurons."""
         return self.distils_hidden and self.config.hidden == "before"
 
     @property
@@ -299,7 +294,7 @@ class Stack:
         return self if len(self) == 1 else Stack([self.learners[number]])
 
     def written(self, neurons: Callable[[], Tensor]) -> None:
-        """To be called when only the weights of neurons() [n] were written to since encode()."""
+        """To be called if only the weights of neurons() [n] were written since encode()."""
         for encoder in self.encoders:
             encoder.updated(neurons)
 
@@ -317,7 +312,7 @@ class Stack:
 
 
 def _joined(own: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other, of which they become views; one tensor is its own."""
+    """The tensors one after the other, of which they become views; one alone stays as it is."""
     parts = [torch.atleast_1d(tensor.detach()) for tensor in own]
     if len(parts) == 1:
         return parts[0]

@@ -12,9 +12,8 @@ from torch import Tensor
 from ssd.ops.reference import divergence
 
 KL = ("reverse", "forward")
-# Losses of hidden activations: f(student [B, .., n], teacher [B, .., n], temperature, kl) gives
-# [B, ..]. Both are at least float32. ssd.ops.distill computes "kl" alone: a step with another loss
-# goes through autograd.
+# Losses [B, ..] of hidden activations: f(student [B, .., n], teacher [B, .., n], temperature, kl),
+# both at least float32. ssd.ops.distill only computes "kl"; steps with another loss use autograd.
 HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, float, str], Tensor]] = {"kl": divergence}
 
 
@@ -31,14 +30,14 @@ def distillation_loss(
 
     Args:
         student: [B, .., n], logits or activations.
-        teacher: [B, .., n]; entries that are -inf in both are left out of the KL.
-        temperature: T > 0; in float32 the KL is good to about T^2 1e-7.
-        kl: "reverse" is KL(student || teacher), as the paper writes it; "forward" is
-            KL(teacher || student), as distillation usually has it.
+        teacher: [B, .., n]; the KL leaves out entries that are -inf in both.
+        temperature: T > 0; in float32 the KL is accurate to about T^2 1e-7.
+        kl: "reverse" is KL(student || teacher), as in the paper; "forward" is
+            KL(teacher || student), as usual in distillation.
         hidden_loss: a name in HIDDEN_LOSSES.
 
     Raises:
-        ValueError: shapes that differ, a T that is not above 0, or an unknown name.
+        ValueError: shapes that differ, T <= 0, or an unknown name.
     """
     choice("kl", kl, KL)
     choice("hidden_loss", hidden_loss, HIDDEN_LOSSES)
@@ -51,7 +50,7 @@ def distillation_loss(
 
 
 def wide(z: Tensor) -> Tensor:
-    """float32 of a shorter dtype: T^2 magnifies rounding."""
+    """At least float32: T^2 magnifies rounding."""
     return z.float() if z.dtype.itemsize < 4 else z
 
 

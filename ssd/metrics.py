@@ -15,12 +15,12 @@ from torch import Tensor
 from ssd.errors import Diverged
 from ssd_kernels.reference import project
 
-USED = 1e-3  # the activation frequency of a used neuron, at least
+USED = 1e-3  # the least activation frequency of a used neuron
 SMOOTHING = 1e-6  # added to each neuron's share of the activations in kl_divergence
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; the host reads the device."""
+    """Whether no entry is NaN or infinite; reads the device."""
     if tensor.numel() == 0:
         return True
     # One pass that writes nothing, unlike isfinite().all().
@@ -31,7 +31,7 @@ def predicted(scores: Tensor) -> Tensor:
     """The class with the largest score in each row [N, C]; a class not yet seen may have -inf.
 
     Raises:
-        Diverged: a score is NaN or infinity, which argmax would take for the largest.
+        Diverged: a score is NaN or infinity, which argmax would call the largest.
     """
     bad = int((~(scores < math.inf)).any(1).sum())
     if bad:
@@ -86,14 +86,14 @@ def effective_rank(code: Tensor) -> float:
     """How many directions a code [N, R] spreads over: exp of the entropy of its spectrum.
 
     exp(-sum_i p_i ln p_i), p_i = s_i / sum_j s_j, with s the singular values of the code, not
-    centred (Roy & Vetterli, EUSIPCO 2007). It is m for m orthogonal codes that are equally
-    frequent, 0 for a code of zeros, NaN for one that is not finite. Computed in fp64 on the CPU.
+    centred (Roy & Vetterli, EUSIPCO 2007). It is m for m equally frequent orthogonal codes, 0 for
+    zeros, NaN for a code that is not finite. Computed in fp64 on the CPU.
     """
     code = code.detach().double().cpu()
     if not code.isfinite().all():
         return math.nan
     code = code[:, code.any(0)]
-    # LAPACK is several times as fast on a tall matrix as on a wide one.
+    # LAPACK is several times faster on a tall matrix than on a wide one.
     values = torch.linalg.svdvals(code if len(code) >= code.shape[1] else code.T)
     if not values.any():
         return 0.0
@@ -116,7 +116,7 @@ def kl_divergence(frequency: Tensor, other: Tensor) -> float:
     """KL(P || Q) = sum_j P_j log2(P_j / Q_j) in bits, of two activation frequencies [R].
 
     Each is scaled to sum 1, then smoothed: P_j = (p_j + SMOOTHING) / (1 + R SMOOTHING). Otherwise
-    a neuron that is active in one task alone makes the divergence infinite. P is uniform if no
+    a neuron that is active in only one task makes the divergence infinite. P is uniform if no
     neuron is active, and the value for disjoint sets of neurons depends on SMOOTHING.
     """
     p, q = _distribution(frequency), _distribution(other)
@@ -143,7 +143,7 @@ def shared_address_cosine(
         other_addresses: [m, d], their addresses at another time.
 
     Returns:
-        In ascending order of the neurons; 1 for a neuron whose address has not turned.
+        In ascending order of the neurons; 1 for a neuron whose address has kept its direction.
     """
     here, there = torch.isin(neurons, other_neurons), torch.isin(other_neurons, neurons)
     return _cosine(addresses[here].double(), other_addresses[there].double())

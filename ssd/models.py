@@ -1,4 +1,4 @@
-"""Networks: what the trainer asks of one, SDMLP, and the plain networks it is compared with.
+"""Networks: the protocol of the trainer, SDMLP, and the plain networks it is compared with.
 
 NETWORKS lists them. A new one is a class with `respond` and a row there.
 """
@@ -28,31 +28,27 @@ from ssd_kernels.nn import SparseLinear, TopKLinear
 from ssd_kernels.reference import project
 from ssd_kernels.row_update import project_
 
-# During the GABA switch a sparse code has this many slots for each of the k.
-WIDTH = 4
-# A sparse code does not pay for a layer with more than this share of its neurons active.
-SPARSE_SHARE = 1 / 8
-# Steps from a code that proved too narrow to the next try.
-RETRY = 64
-# From this many weights on, estimating an encoder's scores pays.
-SHADOW_MIN = 2**20
-# The counters that no response has been computed from: tensor, versions, place.
-NEVER = (None, -1, -1, -1)
+SCHEDULES = ("gaba", "linear", "flat")
+WIDTH = 4  # slots of a sparse code per k during the GABA switch
+SPARSE_SHARE = 1 / 8  # a sparse code pays up to this share of active neurons
+RETRY = 64  # steps after a code that was too narrow until the next try
+SHADOW_MIN = 2**20  # weights from which on estimating an encoder's scores pays
+NEVER = (None, -1, -1, -1)  # no counters yet: tensor, versions, place
 
 
 class Network(nn.Module):
-    """What the trainer asks of a network, x [B, d] -> logits [B, C]. Only `respond` is a must.
+    """What the trainer asks of a network, x [B, d] -> logits [B, C]. Only `respond` is required.
 
     The trainer trains the parameters that require gradients, by autograd through `respond`, and
-    counts the activations of one module, `layer`. That has config.neurons neurons, runs once in a
-    forward pass and returns a tensor [B, R] or a TopKOutput. A Distiller finds the modules that are
-    TopK or TopKLinear by itself.
+    counts the activations of one module, `layer`. This has config.neurons neurons, runs once per
+    forward pass and returns a tensor [B, R] or a TopKOutput. A Distiller finds TopK and TopKLinear
+    modules by itself.
     """
 
     layer: str = "encoder"
 
     def address(self, x: Tensor) -> Tensor:
-        """What the first layer sees of x, [B, d]: without parameters, so computed once a task."""
+        """What the first layer sees of x, [B, d]; without parameters, so computed once per task."""
         return x
 
     def respond(self, address: Tensor) -> Tensor:
@@ -60,7 +56,7 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def constrain(self) -> None:
-        """Puts the weights where the network needs them; called after every step."""
+        """Projects the weights onto the network's constraints; called after every step."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.respond(self.address(x))
@@ -76,15 +72,15 @@ class AnnealedTopKLinear(TopKLinear):
         inhibition: "subtract" or "mask".
         schedule: "gaba": neuron j answers the inhibition I, the (k+1)-th largest activation, by
             g_j = clamp(-1 + 2 c_j / anneal_samples, -1, 1), c_j = how often it was active in
-            training, so h = relu(a - g I): excited at first, so that no neuron dies, inhibited at
-            the end. "linear": k falls linearly from R to k over anneal_samples training samples.
-            "flat": k-sparse at once.
+            training, so h = relu(a - g I). Neurons are excited at first, so that none dies, and
+            inhibited at the end. "linear": k falls linearly from R to k over anneal_samples
+            training samples. "flat": k-sparse at once.
         anneal_samples: N, activations of a neuron ("gaba") or samples ("linear"), at least 1.
 
     forward: x [B, d] -> TopKOutput once every neuron is inhibited in full, dense h [B, R] before.
     Only training mode advances the schedule. Where the counters cannot be read (torch.compile,
-    torch.export, torch.func, meta and fake tensors) h is dense at every stage, equal to rounding;
-    once inhibited(), schedule = "flat" gives the code there too.
+    torch.export, torch.func, meta and fake tensors) h is always dense, equal up to rounding; once
+    inhibited(), schedule = "flat" gives the code there too.
 
     Raises:
         TypeError, ValueError: a size, schedule or number of samples that does not fit.
@@ -102,8 +98,8 @@ class AnnealedTopKLinear(TopKLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, neurons, k, False, inhibition, device, dtype)
-        if schedule not in ("gaba", "linear", "flat"):
-            raise ValueError(f"schedule={schedule!r} is not one of gaba, linear, flat")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
         whole("AnnealedTopKLinear", "anneal_samples", anneal_samples, 1)
         self.schedule, self.anneal_samples = schedule, anneal_samples
         self._shadow: Shadow | None = None
@@ -119,7 +115,7 @@ class AnnealedTopKLinear(TopKLinear):
         self.register_buffer("dense_until", torch.zeros((), dtype=torch.int64, device=device))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's tensors count their versions anew: what was derived from them would seem fresh.
+        # A copy's tensors count versions anew, so what was derived from these would seem fresh.
         return self.__dict__ | {"_shadow": None, "_scratch": Scratch(), "_responded": NEVER}
 
     def gaba(self) -> Tensor:
@@ -129,10 +125,8 @@ class AnnealedTopKLinear(TopKLinear):
         return response_to_inhibition(self.counts, self.anneal_samples, self.weight.dtype)
 
     def current_k(self) -> int:
-        """The number of neurons that inhibition leaves active at this point of the schedule."""
-        if self.schedule != "linear":
-            return self.k
-        return int(self._falling_k())
+        """How many neurons inhibition leaves active at this point of the schedule."""
+        return int(self._falling_k()) if self.schedule == "linear" else self.k
 
     def _falling_k(self) -> Tensor:
         """k of the linear schedule, 0-d int64."""
@@ -165,7 +159,7 @@ class AnnealedTopKLinear(TopKLinear):
         return hidden
 
     def _unread(self, x: Tensor, counts: Tensor | None) -> Tensor:
-        """What forward(x) returns, dense, without a look at the counters."""
+        """What forward(x) returns, dense, without reading the counters."""
         counter("AnnealedTopKLinear", "counts", counts, x, self.neurons)
         mask = self.inhibition == "mask"
         if self.schedule == "gaba":
@@ -188,10 +182,10 @@ class AnnealedTopKLinear(TopKLinear):
         """gaba(), None once it is 1 everywhere, and whether any neuron is excited (g <= 0)."""
         if self.schedule != "gaba":
             return None, False
-        # A Triton kernel that counts leaves the version of counts as it was; that of samples moves.
+        # A Triton kernel that counts leaves the version of counts alone; that of samples moves.
         # Writes through counts.data or counts.numpy() alone are not seen.
-        where = self.counts.data_ptr()
-        now = (self.counts, self.counts._version, self.samples._version, where)
+        counts = self.counts
+        now = (counts, counts._version, self.samples._version, counts.data_ptr())
         if self._responded[0] is not now[0] or self._responded[1:] != now[1:]:
             gaba = self.gaba()
             least = gaba.min().item()
@@ -201,25 +195,23 @@ class AnnealedTopKLinear(TopKLinear):
 
     @torch.no_grad()
     def encode(self, x: Tensor, every: bool = False) -> TopKOutput | ActiveNeurons:
-        """What forward(x) returns, as sparse as it is: an exact code, or the neurons that fire.
+        """What forward(x) returns, without gradient: an exact code, or the neurons that fire.
 
         A neuron that is seldom active reaches g = 1 late or never, so in practice a few more than
-        k fire. While none is excited (all g > 0) such a layer has a code not much wider than k.
+        k fire. While none is excited (all g > 0), a code not much wider than k holds them.
+        Advances the schedule as forward does.
 
         Args:
             x: [B, d], not negative.
-            every: give all neurons, whether they fire or not.
-
-        Returns:
-            Without gradient. Advances the schedule as forward does.
+            every: give all neurons, also those that do not fire.
 
         Raises:
-            TypeError: values cannot be looked at.
+            TypeError: values cannot be read.
         """
         if symbolic(x) or symbolic(self.counts):
             raise TypeError(
                 "AnnealedTopKLinear.encode: how many neurons fire depends on values, which cannot "
-                "be looked at here; forward gives all"
+                "be read here; forward gives all"
             )
         gaba, excited = self.response()
         k, weight = self.current_k(), self.weight.detach()
@@ -227,8 +219,7 @@ class AnnealedTopKLinear(TopKLinear):
         given: dict[str, Any] = {"inhibition": self.inhibition, "scratch": self._scratch}
         width = k if gaba is None else WIDTH * k
         wide = every or excited or width > self.neurons * SPARSE_SHARE
-        if gaba is not None and self._computes_all():
-            wide = True  # the neurons that fire are as cheap, and always fit
+        wide = wide or (gaba is not None and self._computes_all())  # then active is as cheap
         if not wide and self.samples >= self.dense_until:
             shadow = self._estimator()
             code, wider = linear_code(x, weight, k, width, gaba, shadow=shadow, **given)
@@ -245,7 +236,7 @@ class AnnealedTopKLinear(TopKLinear):
         return active
 
     def updated(self, neurons: Callable[[], Tensor]) -> None:
-        """To be called when only the rows of neurons() [n] were written to since encode()."""
+        """To be called if only the rows of neurons() [n] were written since encode()."""
         if self._shadow is not None:
             self._shadow.update(self.weight, neurons())
 
@@ -284,6 +275,7 @@ class SDMLP(Network):
     """
 
     encoder: AnnealedTopKLinear
+    normalized = (True, False)  # whether constrain() scales rows to unit norm, per parameter
 
     def __init__(
         self,
@@ -305,11 +297,6 @@ class SDMLP(Network):
         self.decoder = SparseLinear(neurons, classes, False, device, dtype)
         draw(self, (in_features, neurons), generator)
         self.constrain()
-
-    @property
-    def normalized(self) -> tuple[bool, bool]:
-        """Whether constrain() scales the rows of a parameter to unit norm, for both parameters."""
-        return (True, False)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -371,9 +358,9 @@ class ReLUMLP(Network):
         self, in_features: int, neurons: int, classes: int, generator: torch.Generator
     ) -> None:
         super().__init__()
-        sizes = {"in_features": (in_features, 0), "neurons": (neurons, 1), "classes": (classes, 0)}
-        for name, (size, least) in sizes.items():
-            whole("ReLUMLP", name, size, least)
+        whole("ReLUMLP", "in_features", in_features)
+        whole("ReLUMLP", "neurons", neurons, 1)
+        whole("ReLUMLP", "classes", classes)
         self.encoder = nn.Sequential(nn.Linear(in_features, neurons), nn.ReLU())
         self.decoder = nn.Linear(neurons, classes)
         draw(self, (in_features, in_features, neurons, neurons), generator)
@@ -384,7 +371,7 @@ class ReLUMLP(Network):
 
 @torch.no_grad()
 def draw(model: nn.Module, fans_in: tuple[int, ...], generator: torch.Generator | None) -> None:
-    """Uniform within 1 / sqrt(fan in), weights and biases, as torch.nn.Linear does."""
+    """Uniform weights and biases within 1 / sqrt(fan in), as torch.nn.Linear draws them."""
     device = "cpu" if generator is None else generator.device  # not the default device
     for parameter, fan_in in zip(model.parameters(), fans_in, strict=True):
         drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device=device)
@@ -395,11 +382,12 @@ class Kind(NamedTuple):
     """How a network is built: with in_features, classes, generator and these settings by name."""
 
     build: Callable[..., Network]
-    settings: tuple[str, ...]  # of ssd.config.Config; "k" says that it has a Top-K layer
+    settings: tuple[str, ...]  # of ssd.config.Config; "k" means that it has a Top-K layer
+    normalizes: bool = False  # whether it takes inputs of any scale
 
 
 NETWORKS = {
-    "sdmlp": Kind(SDMLP, ("neurons", "k", "inhibition", "schedule", "anneal_samples")),
+    "sdmlp": Kind(SDMLP, ("neurons", "k", "inhibition", "schedule", "anneal_samples"), True),
     "topk-mlp": Kind(TopKMLP, ("neurons", "k")),
     "relu-mlp": Kind(ReLUMLP, ("neurons",)),
 }

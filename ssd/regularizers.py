@@ -1,7 +1,7 @@
 """Weight regularisers: quadratic penalties on what earlier tasks need.
 
 coefficient * sum over terms and parameters of importance * (p - p*)^2, no factor 1/2, from the
-second task on. EWC has one term a task, the others have one.
+second task on. EWC has one term per task, the others have one.
 
 PENALTIES lists them. A new one is a class and a row there, and its settings in ssd.config.
 """
@@ -19,20 +19,18 @@ from torch.nn import functional as F
 from ssd.activations import evaluating
 from ssd_kernels._checks import in_range
 
-# Importance in EWC ("memory" variant) and MAS (SDMLP code): this many batches of this size. EWC's
-# squared gradients are divided by FISHER_DIVISOR, not by the number of samples seen.
+# Batches from which EWC ("memory" variant) and MAS take importance, as in the SDMLP code.
 IMPORTANCE_BATCHES = 6
 IMPORTANCE_BATCH_SIZE = 512
-FISHER_DIVISOR = 5 * 512
-# Added by SI to the squared way of a parameter through a task.
-SI_DAMPING = 0.1
+FISHER_DIVISOR = 5 * 512  # of EWC's squared gradients, whatever the number of samples
+SI_DAMPING = 0.1  # added to the squared change of a parameter in a task
 
 Map = Callable[[Tensor], Tensor]
 Gradient = Callable[[Map], Sequence[Tensor]]  # of a function of the logits [B, C]
 
 
 class Regularizer(Protocol):
-    """What the trainer asks of a penalty; parameters are those of the model, in order."""
+    """What the trainer asks of a penalty on the model's trained parameters, in their order."""
 
     @property
     def active(self) -> bool:
@@ -52,14 +50,14 @@ class Regularizer(Protocol):
         ...
 
     def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
-        """add_gradient for some rows [n] alone: gradients [n, ..], one for each parameter."""
+        """add_gradient for some rows [n] only: gradients [n, ..], one per parameter."""
         ...
 
     def before_step(self, gradient: Gradient, labels: Tensor) -> None:
         """Called before a step writes, whether active or not.
 
         Args:
-            gradient: of f(logits [B, C]) on the step's batch, for each parameter, as in evaluation.
+            gradient: of f(logits [B, C]) on the step's batch, in evaluation mode, per parameter.
             labels: [B].
         """
         ...
@@ -69,7 +67,7 @@ class Regularizer(Protocol):
         ...
 
     def followed(self) -> Sequence[Tensor]:
-        """Tensors that a step writes to."""
+        """The penalty's own tensors that a step writes to."""
         ...
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
@@ -82,18 +80,18 @@ class Regularizer(Protocol):
 
 
 class Quadratic:
-    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant: the form of all of them.
+    """The penalty sum of curvature / 2 * (p - anchor)^2 + constant, the form of them all.
 
-    EWC's sum over tasks has it too: with A = sum_t F_t and B = sum_t F_t p_t its gradient
-    2 (A p - B) is 2 A (p - B / A). So two buffers a parameter suffice: curvature = 2 * coefficient
-    * A, and the anchor B / A, which unlike A p - B loses no digits where p is close to it.
+    EWC's sum over tasks too: with A = sum_t F_t and B = sum_t F_t p_t, its gradient 2 (A p - B) is
+    2 A (p - B / A). So two buffers per parameter suffice: curvature = 2 * coefficient * A and the
+    anchor B / A, which loses no digits where p is close to it, unlike A p - B.
 
     Args:
         model: x [B, d] -> logits [B, C], with the parameters that its first task begins with.
         coefficient: strength.
     """
 
-    BUFFERS: tuple[str, ...] = ("curvature", "anchor")  # one tensor a parameter, in checkpoints
+    BUFFERS: tuple[str, ...] = ("curvature", "anchor")  # in checkpoints, one tensor per parameter
 
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         self.model, self.coefficient = model, coefficient
@@ -155,7 +153,7 @@ class Quadratic:
 
     @torch.no_grad()
     def _accumulate(self, importance: Sequence[Tensor]) -> None:
-        """Adds importance to the one term and moves its anchor to the parameters."""
+        """Adds importance to a single term and moves its anchor to the parameters."""
         for (p, curvature, anchor), added in zip(self._terms(), importance, strict=True):
             curvature.add_(added, alpha=2 * self.coefficient)
             anchor.copy_(p)
@@ -167,21 +165,19 @@ class Quadratic:
 
     def _find_rows(self) -> Tensor | None:
         if len({p.shape[:1] for p in self.parameters}) > 1:
-            return None  # no neuron owns a row of every parameter
+            return None  # a neuron is not one row of each parameter
         pulled = torch.stack([c.reshape(len(c), -1).any(1) for c in self.curvature]).any(0)
         return None if pulled.all() else pulled.nonzero().squeeze(1)
-
-    def _gradient(self, x: Tensor, loss: Map) -> tuple[Tensor, ...]:
-        """Gradient of loss(logits), in evaluation mode: the GABA counters must not advance."""
-        with evaluating(self.model), torch.enable_grad():
-            return torch.autograd.grad(loss(self.model(x)), self.parameters)
 
     def _measure(self, x: Tensor, order: Tensor, loss: Map, importance: Map) -> list[Tensor]:
         """importance(gradient of loss(logits)) of each parameter, added up over the batches."""
         totals = [torch.zeros_like(p) for p in self.parameters]
         sampled = order[: IMPORTANCE_BATCHES * IMPORTANCE_BATCH_SIZE]
         for batch in sampled.split(IMPORTANCE_BATCH_SIZE):
-            for total, gradient in zip(totals, self._gradient(x[batch], loss), strict=True):
+            # In evaluation mode the GABA counters stand still.
+            with evaluating(self.model), torch.enable_grad():
+                gradients = torch.autograd.grad(loss(self.model(x[batch])), self.parameters)
+            for total, gradient in zip(totals, gradients, strict=True):
                 total += importance(gradient)
         return totals
 
@@ -190,7 +186,7 @@ def beta_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
     """nll(log_softmax(beta logits), labels) summed over the batch, 0-d.
 
     Raises:
-        ValueError: a label outside 0..C-1; looked for on a CPU.
+        ValueError: a label outside 0..C-1, on a CPU.
     """
     in_range("beta_loss", "labels", labels, logits.shape[-1])
     return F.nll_loss(F.log_softmax(beta * logits, dim=-1), labels, reduction="sum")
@@ -210,8 +206,16 @@ class EWC(Quadratic):
 
     @torch.no_grad()
     def end_task(self, x: Tensor, order: Tensor) -> None:
-        """Merges the task's term: the anchor becomes the mean of both, weighted by importance."""
-        importance = self.fisher(x, order)
+        """Merges the task's term: the anchor becomes the mean of both, weighted by importance.
+
+        Importance: squared gradients of batch sums of the beta-softmax loss, label = prediction.
+        """
+        importance = self._measure(
+            x,
+            order,
+            lambda z: beta_loss(z, z.argmax(-1), self.beta),
+            lambda g: g**2 / FISHER_DIVISOR,
+        )
         for (p, curvature, anchor), fisher in zip(self._terms(), importance, strict=True):
             added = 2 * self.coefficient * fisher
             total = curvature + added
@@ -220,15 +224,6 @@ class EWC(Quadratic):
             curvature.copy_(total)
             anchor.lerp_(p, share)
         self._count_task()
-
-    def fisher(self, x: Tensor, order: Tensor) -> list[Tensor]:
-        """Squared gradients of batch sums of the beta-softmax loss, label = own prediction."""
-        return self._measure(
-            x,
-            order,
-            lambda z: beta_loss(z, z.argmax(-1), self.beta),
-            lambda g: g**2 / FISHER_DIVISOR,
-        )
 
 
 class MAS(Quadratic):
@@ -248,9 +243,9 @@ class MAS(Quadratic):
 class SI(Quadratic):
     """Synaptic intelligence (Zenke et al. 2017), as in the SDMLP code.
 
-    At every step w -= g * (change of p), with g the gradient of the beta-softmax loss of the batch
-    without penalty; at the end of a task importance += w / ((change of p in the task)^2 + 0.1).
-    It is not clamped: where a step went uphill, importance can be negative.
+    At every step w -= g * (change of p), where g is the gradient of the batch's beta-softmax loss
+    without penalty. At the end of a task importance += w / ((change of p in the task)^2 + 0.1),
+    not clamped: after uphill steps it can be negative.
 
     Args:
         model, coefficient: see Quadratic.
@@ -291,13 +286,13 @@ class SI(Quadratic):
 
 
 class L2(Quadratic):
-    """Pull to the parameters at the end of the last task, the same on every parameter."""
+    """Pulls every parameter alike to its value at the end of the last task."""
 
     def end_task(self, x: Tensor, order: Tensor) -> None:
         added = torch.zeros_like if self.active else torch.ones_like
         self._accumulate([added(p) for p in self.parameters])
 
 
-# {name in a method: class}. The class gets the model and, by name, those settings of ssd.config
+# {name in a method: class}. The class takes the model and, by name, the settings of ssd.config
 # that begin with the penalty's name: ewc_beta is its argument beta.
 PENALTIES: dict[str, Callable[..., Regularizer]] = {"ewc": EWC, "mas": MAS, "si": SI, "l2": L2}

@@ -1,9 +1,9 @@
 """The training step: encode, inhibit, count, decode, loss, gradient, clip, update, constrain.
 
-`plain_step` is the step of any network, by autograd through all of it. It specifies `sparse_step`,
-the same step for SDMLPs, in which a silent neuron has no gradient: the hidden layer is a code of
-few neurons a sample, or the neurons that fire in the batch. On CUDA `sparse_step` reads nothing on
-the host, so that cuda_graph.py can capture it.
+`plain_step` is the step of any network, by autograd. It specifies `sparse_step`, the same step for
+SDMLPs, in which silent neurons have no gradient: the hidden layer is a code of few neurons per
+sample, or the neurons that fire in the batch. On CUDA `sparse_step` reads nothing on the host, so
+cuda_graph.py can capture it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ssd_kernels.row_update import global_norm
 
 
 def plain_step(learner: Learner, samples: Tensor) -> None:
-    """Autograd through any network on samples [B] of its task, then a pass over all weights."""
+    """Autograd through a network on samples [B] of its task, then a pass over all weights."""
     config, model, distiller = learner.config, learner.model, learner.distiller
     address, labels = learner.inputs[samples], learner.labels[samples]
 
@@ -66,12 +66,12 @@ def plain_step(learner: Learner, samples: Tensor) -> None:
 
 
 class Batch(NamedTuple):
-    """What the step of S learners is taken on, B samples each."""
+    """The samples of a step, B for each of S learners."""
 
     address: Tensor  # [S B, d]
     labels: Tensor  # [S B]
-    weight: Tensor  # [S B]: 1 / samples of the learner, 0 where there is no sample
-    terms: dict[str, Any]  # of the loss, see Distiller.terms
+    weight: Tensor  # [S B]: 1 / (the learner's samples), 0 where there is no sample
+    terms: dict[str, Any]  # see Distiller.terms
 
 
 def step(stack: Stack, samples: Tensor) -> None:
@@ -88,13 +88,13 @@ def step(stack: Stack, samples: Tensor) -> None:
 
 @torch.no_grad()
 def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) -> CodeLoss:
-    """What plain_step does, up to rounding, from the hidden layers of the learners.
+    """plain_step, up to rounding, given the hidden layers of the learners.
 
     Args:
-        hidden: of the batch, already counted. A code numbers neurons through all learners.
+        hidden: of the batch, already counted; indices of a code run over all learners' neurons.
 
     Returns:
-        The loss and its gradients, of which grad_values goes with hidden.values.
+        The loss and its gradients; grad_values has the shape of hidden.values.
     """
     if isinstance(hidden, TopKOutput):
         loss = _code_loss(stack, batch, hidden)
@@ -119,9 +119,8 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
         stack.written(lambda: _fired(hidden))
     else:
         rows = _moved_rows(stack, hidden)
-        gradients = _gradients(
-            stack, batch, hidden, loss.grad_logits, loss.grad_values, rows, stack.scratch
-        )
+        slopes, back = loss.grad_logits, loss.grad_values
+        gradients = _gradients(stack, batch, hidden, slopes, back, rows, stack.scratch)
         _update(stack, batch, gradients, rows)
     for learner in stack.learners:
         for regularizer in learner.regularizers:
@@ -185,7 +184,7 @@ def _distilled(stack: Stack, batch: Batch, active: ActiveNeurons) -> Tensor:
 def _gradient_of(
     stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons, logits: Tensor, number: int
 ) -> Gradient:
-    """The gradient of a function of one learner's logits, for regularisers that follow steps."""
+    """The gradient that Regularizer.before_step takes, of one learner."""
 
     def gradient(loss: Map) -> Sequence[Tensor]:
         own, alone = _own(stack, batch, number), stack.alone(number)
@@ -205,7 +204,7 @@ def _gradient_of(
             back = _product(slopes.unsqueeze(0), decoder.mT.unsqueeze(0)).squeeze(0)
             gate_gradient(back, code.gate)
         part = Batch(batch.address[own], batch.labels[own], batch.weight[own], {})
-        return _gradients(alone, part, code, slopes, back, None, Scratch())
+        return _gradients(alone, part, code, slopes, back)
 
     return gradient
 
@@ -222,10 +221,13 @@ def _gradients(
     hidden: TopKOutput | ActiveNeurons,
     slopes: Tensor,
     back: Tensor,
-    rows: Tensor | None,
-    scratch: Scratch,
+    rows: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> list[Tensor]:
-    """Gradients of both weights, of all rows or of ascending `rows` [m] that hold what fires."""
+    """Gradients of both weights, of all rows or of ascending `rows` [m] that hold what fires.
+
+    slopes: gradient of the logits [S B, C]; back: of hidden.values.
+    """
     count = len(stack.weights[0]) if rows is None else len(rows)
     if isinstance(hidden, TopKOutput):
         places = hidden.indices
@@ -238,7 +240,7 @@ def _gradients(
         by_network(t, len(stack)) for t in (hidden.values, back, batch.address, slopes)
     )
     if back.is_cpu and len(back) == 1:  # bmm takes half as long again
-        kept = scratch(1, address, back.shape[2], address.shape[2])
+        kept = None if scratch is None else scratch(1, address, back.shape[2], address.shape[2])
         encoder = torch.mm(back[0].T, address[0], out=kept).unsqueeze(0)
     else:
         encoder = torch.bmm(back.mT, address)
@@ -251,7 +253,7 @@ def _gradients(
 
 
 def _moved_rows(stack: Stack, hidden: TopKOutput | ActiveNeurons) -> Tensor | None:
-    """Ascending neurons [m] that the step moves: what fires and what a penalty pulls; None: all."""
+    """Ascending neurons [m] that the step moves, firing or pulled by a penalty; None: all."""
     if stack.momentum is not None or not stack.weights[0].is_cpu or len(stack) > 1:
         return None  # momentum moves every row; on CUDA no shape may vary
     fired = _fired(hidden) if isinstance(hidden, TopKOutput) else hidden.neurons
@@ -262,7 +264,7 @@ def _moved_rows(stack: Stack, hidden: TopKOutput | ActiveNeurons) -> Tensor | No
 
 
 def _fired(code: TopKOutput) -> Tensor:
-    """The neurons that fire [n], in any order, with repeats."""
+    """The neurons that fire [n], unordered, with repeats."""
     return code.indices[code.values > 0]
 
 
@@ -301,7 +303,7 @@ def _rows(matrix: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """[S, m, i] @ [S, i, n], of which m or n is small, or a view that lies across."""
+    """[S, m, i] @ [S, i, n] for small m or n, or for a transposed view."""
     if not a.is_cpu:
         return torch.bmm(a, b)
     # A CPU's product with few columns on the right takes several times as long.

@@ -4,7 +4,7 @@
     for x_train, y_train in tasks:
         ...  # training
         recorder.end_task(model, x, frequency)  # x: the same every time; frequency on x_train
-    recorder.summary()  # JSON-able, one value a task
+    recorder.summary()  # JSON-able, one value per task
     recorder.save(folder / STRUCTURE)  # the figures read it
 
 The measures are in ssd.metrics.
@@ -48,13 +48,13 @@ def measure(model: SDMLP, x: Tensor, frequency: Tensor, size: int) -> Snapshot:
 
     Args:
         model: the network.
-        x: [N, d] inputs for coverage, N >= 1, on the model's device. The effective rank is on at
-            most RANK_SAMPLES of them and no larger than their number.
+        x: [N, d] inputs for coverage, N >= 1, on the model's device. The effective rank takes at
+            most RANK_SAMPLES of them, and cannot exceed their number.
         frequency: [R] activation frequency of the task.
         size: n, the most frequent neurons are the subnetwork.
 
     Raises:
-        ValueError: no inputs, a frequency of another layer, or a size outside 1..R.
+        ValueError: no inputs, a frequency of another length, or a size outside 1..R.
     """
     weight = model.encoder.weight.detach()
     if len(x) == 0:
@@ -67,17 +67,13 @@ def measure(model: SDMLP, x: Tensor, frequency: Tensor, size: int) -> Snapshot:
     counts = count_activations(model, ["encoder"], x)["encoder"]
     rank = _effective_rank(model, x, counts.nonzero()[:, 0])
     used = metrics.used_fraction(counts.double() / len(x))
-    return Snapshot(
-        neurons,
-        weight[neurons.to(weight.device)].cpu(),
-        frequency.double().cpu(),
-        torch.tensor(rank, dtype=torch.float64, device="cpu"),
-        torch.tensor(used, dtype=torch.float64, device="cpu"),
-    )
+    numbers = torch.tensor([rank, used], dtype=torch.float64, device="cpu")
+    addresses = weight[neurons.to(weight.device)].cpu()
+    return Snapshot(neurons, addresses, frequency.double().cpu(), *numbers)
 
 
 def _effective_rank(model: SDMLP, x: Tensor, active: Tensor) -> float:
-    """Of the code of a sample of x [N, d], of which `active` [m] are the active neurons."""
+    """Of the code of a sample of x [N, d], on the neurons [m] that are active on x."""
     if len(active) == 0:
         return 0.0
     draw = torch.Generator().manual_seed(0)
@@ -120,17 +116,14 @@ class StructureRecorder:
         self.snapshots: list[Snapshot] = []
 
     def end_task(self, model: SDMLP, x: Tensor, frequency: Tensor) -> None:
-        """Measures the network, see measure(); x must be the same inputs after every task.
-
-        Coverage grows with their number.
-        """
+        """See measure(). x must be the same after every task: coverage grows with its length."""
         self.snapshots.append(measure(model, x, frequency, self.size))
 
     def summary(self) -> dict[str, Any]:
-        """Lists of one value a task; comparisons are with the task before, None for the first.
+        """One value per task in JSON-able lists; comparisons are with the task before.
 
-        mean_entropy_bits and dead_fraction are of the frequency; Snapshot and compare() describe
-        the other keys. JSON-able.
+        mean_entropy_bits and dead_fraction describe the frequency; see Snapshot and compare() for
+        the other keys. Comparisons of the first task are None.
         """
         first = dict.fromkeys(("jaccard", "kl_bits", "address_cosine", "shared_address_cosine"))
         compared = [first, *map(compare, self.snapshots[1:], self.snapshots[:-1])]
@@ -155,11 +148,11 @@ class StructureRecorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what state_dict gave.
+        """Restores what state_dict returned.
 
         Raises:
             KeyError: a part is missing.
-            ValueError: the subnetworks are of another size.
+            ValueError: the subnetworks have another size.
         """
         if not state:
             self.snapshots = []

@@ -1,7 +1,7 @@
 """The task loop for one or several learners side by side; resumable at every step.
 
-Learners agree in all settings but OWN. Every one has its own weights, stream and order of samples,
-and takes its own steps. On CUDA they share the launches.
+Learners agree in all settings but OWN. Each has its own weights, stream and order of samples, and
+takes its own steps. On CUDA they share launches.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ OWN = (
 
 
 def together(config: Config) -> tuple[Any, ...]:
-    """Configs for which this is equal can be trained as one program."""
+    """Learners whose configs agree in this can be trained side by side."""
     return tuple(value for name, value in config.to_dict().items() if name not in OWN)
 
 
 @dataclass(frozen=True)
 class Event:
-    """What has just been finished: a "step", an "epoch" or a "task", numbered from 0."""
+    """What has just ended: a "step", an "epoch" or a "task", numbered from 0."""
 
     kind: str
     task: int
     epoch: int
     step: int
-    records: Sequence[Mapping[str, Any]] = ()  # of an epoch: one for each learner
+    records: Sequence[Mapping[str, Any]] = ()  # of an epoch, one per learner
 
 
 class Trainer:
-    """Trains learners on their streams of tasks, in step.
+    """Trains learners side by side on their streams of tasks.
 
     Args:
         learners: at least one; their configs agree in `together` and their networks in shape.
-        graphs: whether an epoch runs on the device, see cuda_graph; None: on CUDA, where it can.
+        graphs: whether epochs run on the device, see cuda_graph; None: on CUDA if possible.
     """
 
     def __init__(self, learners: Sequence[Learner], graphs: bool | None = None) -> None:
@@ -60,7 +60,7 @@ class Trainer:
         self.task = self.epoch = self.position = self.steps = 0
         self._loaded = -1
         if graphs is None:
-            # On the CPU a step at a time is as fast, and can be interrupted and resumed.
+            # On a CPU single steps are as fast, and can be interrupted and resumed.
             graphs = self.device.type == "cuda" and GraphedEpochs.serves(self.learners)
         with self._fitting():
             self.graphed = GraphedEpochs(self.learners) if graphs else None
@@ -68,18 +68,18 @@ class Trainer:
         self.stacks = [Stack([learner]) for learner in self.learners] if sparse else []
 
     def run(self) -> Iterator[Event]:
-        """Trains from where the trainer stands; at each event its state can be saved.
+        """Trains from the present position; at each event the state can be saved.
 
         Raises:
-            Diverged: what was trained is not finite. On a CPU every step is looked at, elsewhere
-                every epoch and every state that is to be saved.
-            UserError: the memory of the device is not enough.
+            Diverged: what was trained is not finite. Checked on a CPU after every step, elsewhere
+                after every epoch, and in every state to be saved.
+            UserError: the device has too little memory.
         """
         with self._fitting():
             yield from self._run()
 
     def _fitting(self) -> AbstractContextManager[None]:
-        """UserError if what is done does not fit into memory."""
+        """UserError if the work within does not fit into memory."""
         count = len(self.learners)
         runs = f" of {count} runs side by side" if count > 1 else ""
         return fitting(f"{option('neurons')} {self.config.neurons}{runs}", self.device)
@@ -118,13 +118,13 @@ class Trainer:
             yield Event("task", self.task - 1, config.epochs, 0)
 
     def steps_per_epoch(self) -> list[int]:
-        """Of each task: as many as the learner with the most samples needs."""
+        """Per task: the steps of the learner with the most samples."""
         streams = zip(*(learner.tasks for learner in self.learners), strict=True)
         size = self.config.batch_size
         return [-(-max(len(t.y_train) for t in tasks) // size) for tasks in streams]
 
     def load_task(self) -> None:
-        """Readies the task's data and what is distilled in it."""
+        """Readies the task's data and the neurons that are distilled in it."""
         if self._loaded == self.task:
             return
         for learner in self.learners:
@@ -159,11 +159,12 @@ class Trainer:
 
     @contextmanager
     def _blamed(self, number: int) -> Iterator[None]:
-        """Adds to Diverged which learner it is of, where it was and what to change."""
+        """Adds to Diverged which learner, where it was and what to change."""
         try:
             yield
         except Diverged as error:
-            learner, config = self.learners[number], self.learners[number].config
+            learner = self.learners[number]
+            config = learner.config
             own = [n for n in OWN if len({getattr(e.config, n) for e in self.learners}) > 1]
             which = " ".join(f"{option(n)} {getattr(config, n)}" for n in own)
             causes = ["lr", "max_norm"]
@@ -200,7 +201,7 @@ class Trainer:
         return tensors, {n: getattr(self, n) for n in ("task", "epoch", "position", "steps")}
 
     def load_state(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
-        """Puts the trainer where state() was taken; KeyError or RuntimeError for another model."""
+        """Restores what state() returned; KeyError or RuntimeError for another model."""
         for number, learner in enumerate(self.learners):
             learner.load_state(part(tensors, str(number)))
         for name in ("task", "epoch", "position", "steps"):

@@ -18,7 +18,6 @@ from ssd.errors import UserError, one_line
 # [channels, height, width], and the data set to pretrain on: another one of the same shape.
 SHAPES = {name: source.shape for name, source in data.SOURCES.items() if source.shape}
 PRETRAIN = {name: data.SOURCES[name].pretrain for name in SHAPES}
-DIGITS = ("mnist", "mnist-5k")  # share their images; a mirrored digit is none
 FOLDER_SHAPE = (3, 32, 32)
 FOLDER_CHUNK = 4096  # images read at a time
 
@@ -47,7 +46,8 @@ def pixels(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
 def load_images(name: str, root: Path) -> Images:
     """The training images of a data set."""
     loaded = data.load(name, root, strict=True)
-    return Images(name, pixels(loaded.x_train, SHAPES[name]), loaded.y_train, name not in DIGITS)
+    flip = data.SOURCES[name].mirrored
+    return Images(name, pixels(loaded.x_train, SHAPES[name]), loaded.y_train, flip)
 
 
 def load_folder(path: Path, watch: Callable[[str, int, int], None]) -> Images:
@@ -83,7 +83,9 @@ def load_folder(path: Path, watch: Callable[[str, int, int], None]) -> Images:
 
 def refuse_same(dataset: str, pretrain: str, source: str) -> None:
     """UserError where an extractor would have seen the labels of what it embeds."""
-    if pretrain == dataset or (pretrain in DIGITS and dataset in DIGITS):
+    own = data.SOURCES[dataset]
+    other = data.SOURCES.get(pretrain, own)
+    if dataset in (pretrain, other.subset) or pretrain == own.subset:
         raise UserError(
             f"{source}: an extractor must not have seen the labels of what it embeds; "
             f"use {PRETRAIN[dataset]}"

@@ -371,7 +371,7 @@ def test_activations_die_with_their_logits() -> None:
         del logits
         gc.collect()
         assert [z() for z in watched] == [None] * len(watched)
-        assert len(task.distiller._observer._passes) == 0
+        assert len(task.distiller._recorder._passes) == 0
 
 
 def test_a_failed_pass_leaves_nothing_behind() -> None:
@@ -522,7 +522,7 @@ def test_lwf_takes_any_logits() -> None:
     logits = task.model(task.x[:4])
     expected = task.loss(logits, 0)
     torch.testing.assert_close(task.loss(logits / 2 * 2, 0), expected)
-    assert len(task.distiller._observer._passes) == 0
+    assert len(task.distiller._recorder._passes) == 0
 
 
 def test_a_pass_without_gradients_has_the_same_loss() -> None:

@@ -31,6 +31,13 @@ def test_what_to_pretrain_on_is_another_set_of_the_same_shape() -> None:
         refuse_channels(name, SHAPES[other][0], "--pretrain")
 
 
+@pytest.mark.parametrize("pair", [("mnist", "mnist-5k"), ("mnist-5k", "mnist"), ("mnist", "mnist")])
+def test_a_set_that_shares_its_images_is_refused(pair: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match="use fashion-mnist"):
+        refuse_same(*pair, "--pretrain")
+    refuse_same(pair[0], "folder pictures", "--weights")
+
+
 def test_checksum_sees_images_and_labels() -> None:
     images, labels = torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1])
     checksums = {
