@@ -33,9 +33,19 @@ SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 LIMIT = 2**31  # of sizes and counts: neurons are indexed with 32 bits
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that the command line offers under the same name."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _setting(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, *, later: bool = False
+) -> Any:
+    """A dataclass field that the command line offers under the same name.
+
+    Args:
+        default: of the setting.
+        help: for --help.
+        choices: the strings it may be.
+        later: whether runs were made before there was this setting. At its default it is then no
+            part of what identifies a run, so that those runs stay known.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "later": later})
 
 
 @dataclass(frozen=True)

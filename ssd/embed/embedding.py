@@ -77,6 +77,10 @@ class Request:
         ):
             if not holds:
                 raise UserError(f"{option} {value} must be {rule}")
+        if not pretrain:
+            raise UserError(
+                f"--dataset {self.dataset} has no data set to pretrain on; name one with --pretrain"
+            )
         require_known("--pretrain", pretrain)
         refuse_same(self.dataset, pretrain, f"--pretrain {pretrain}")
         refuse_channels(self.dataset, SHAPES[pretrain][0], f"--pretrain {pretrain}")

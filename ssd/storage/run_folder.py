@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,17 @@ def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
 
 
 def identity(described: Mapping[str, Any]) -> dict[str, Any]:
-    """describe() without the name of the feature file, whose checksum already identifies it."""
+    """describe() without what does not tell runs apart.
+
+    That is the name of the feature file, whose checksum identifies it, and a setting that came
+    later, at its default: runs from before do not mention it.
+    """
     config = described.get("config")
-    known = {**config, "features": None} if isinstance(config, dict) else config
-    return {**described, "config": known}
+    if not isinstance(config, dict):
+        return dict(described)
+    later = {f.name: f.default for f in fields(Config) if f.metadata["later"]}
+    known = {n: v for n, v in config.items() if n not in later or v != later[n]}
+    return {**described, "config": known | {"features": None}}
 
 
 @contextmanager

@@ -1,15 +1,20 @@
 """Settings: what is refused, and what the presets hold."""
 
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from inspect import signature
 from math import inf, nan
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ssd.config import (
     PENALTIES,
     PRESETS,
+    PROTOCOLS,
     Config,
     hints,
     option,
@@ -17,8 +22,10 @@ from ssd.config import (
     preset,
     resolve,
 )
-from ssd.data import SOURCES
+from ssd.data import Dataset
 from ssd.errors import UserError
+from ssd.storage import run_folder
+from ssd.storage.files import dumps
 
 # Training samples of the first task in class order, at least.
 SAMPLES = {
@@ -34,7 +41,7 @@ SAMPLES = {
 def test_defaults_and_presets_are_valid() -> None:
     Config().validate()
     for name in PRESETS:
-        for dataset in SOURCES:
+        for dataset in PROTOCOLS:
             config = Config(**{"dataset": dataset, **preset(name, dataset)})
             config.validate()
             assert hints(config, SAMPLES[dataset]) == []
@@ -54,7 +61,7 @@ def test_defaults_and_presets_are_valid() -> None:
     ],
 )
 def test_full_protocols(name: str, epochs: int, neurons: int, k: int) -> None:
-    for dataset in SOURCES:
+    for dataset in PROTOCOLS:
         config = resolve({"preset": name, "dataset": dataset})
         assert config.epochs == (epochs if "mnist" in dataset else 2000)
         assert (config.neurons, config.k) == (neurons, k)
@@ -187,11 +194,22 @@ def test_a_dense_network_has_no_layer_to_distil() -> None:
         Config(method=f"topk-mlp+{part}").validate()
 
 
-def test_every_setting_of_a_penalty_is_its_arguments() -> None:
-    settings = {name: penalty_settings(name) for name in PENALTIES}
-    assert settings == {
-        "ewc": ["ewc_coefficient", "ewc_beta"],
-        "mas": ["mas_coefficient"],
-        "si": ["si_coefficient", "si_beta"],
-        "l2": ["l2_coefficient"],
-    }
+def test_settings_of_a_penalty_are_arguments_of_its_class() -> None:
+    assert penalty_settings("ewc") == ["ewc_coefficient", "ewc_beta"]
+    for name, penalty in PENALTIES.items():
+        arguments = {setting.removeprefix(f"{name}_") for setting in penalty_settings(name)}
+        assert arguments <= set(signature(penalty).parameters)
+
+
+def test_a_new_setting_leaves_runs_from_before_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, declare the new setting with later=True."""
+    x, y = torch.ones(2, 3), torch.tensor([0, 1])
+    described = run_folder.describe(Config(), Dataset("ones", x, y, x, y))
+    known = run_folder.identity(described)
+    digest = hashlib.sha256(dumps(known, sort_keys=True).encode()).hexdigest()
+    assert digest[:10] == "860124ddea"
+    added = SimpleNamespace(name="drift", default=0.1, metadata={"later": True})
+    monkeypatch.setattr(run_folder, "fields", lambda config: (*fields(config), added))
+    for value, same in ((0.1, True), (0.2, False)):
+        now = {**described, "config": described["config"] | {"drift": value}}
+        assert (run_folder.identity(now) == known) is same
