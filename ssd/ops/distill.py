@@ -39,12 +39,12 @@ class Objective(NamedTuple):
     labels: Tensor  # [B]
     target_logits: Tensor | None  # [B, C]
     target_hidden: Tensor | None  # [B, n]
-    alpha: float | Tensor
-    lam: float | Tensor
-    temperature: float | Tensor
-    kl: str
-    columns: Tensor | None  # [B, C]
-    weight: Tensor | None  # [B]
+    alpha: float | Tensor = 1.0
+    lam: float | Tensor = 0.0
+    temperature: float | Tensor = 1.0
+    kl: str = "reverse"
+    columns: Tensor | None = None  # [B, C]
+    weight: Tensor | None = None  # [B]
 
     @property
     def settings(self) -> tuple[float | Tensor, ...]:
