@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import ssd.ops.reference
 import ssd_kernels as ours
-from benchmarks import gate, peers
+from benchmarks import gate, peers, targets
 from benchmarks.providers import (
     ALONE,
     DENSE,
@@ -30,6 +30,7 @@ from benchmarks.providers import (
     distinct,
     impls,
     normal,
+    shapes,
 )
 from ssd.ops.code_gram import code_gram as our_code_gram
 from ssd_kernels import _graded_code, reference
@@ -421,29 +422,7 @@ def build(shape: Shape, device: torch.device) -> Case:
     return BUILDERS[shape.op](shape, device)
 
 
-def _shapes(table: str) -> list[Shape]:
-    return [Shape.parse(line) for line in table.strip().splitlines()]
-
-
-# Every shape that targets.py names. What matters most comes first: the time budget cuts the end.
-TARGETS = _shapes("""
-    linear_topk    forward  bfloat16  B=8192 d=1024 R=131072 k=32
-    linear_topk    forward  float32   B=8192 d=256 R=10000 k=10
-    linear_topk    forward  float32   B=128 d=256 R=10000 k=10
-    linear_topk    forward  float32   B=8192 d=1024 R=65536 k=32
-    linear_topk    forward  bfloat16  B=8192 d=4096 R=131072 k=32
-    linear_topk    full     bfloat16  B=8192 d=1024 R=131072 k=32
-    linear_topk    full     float32   B=8192 d=256 R=10000 k=10
-    topk           forward  float32   B=8192 R=131072 k=64
-    sparse_linear  full     bfloat16  B=8192 R=65536 k=64 C=4096
-    topk           forward  float32   B=65536 R=4096 k=10
-    topk           forward  float32   B=65536 R=4096 k=32
-    topk           forward  float32   B=65536 R=1024 k=10
-    topk           forward  float32   B=65536 R=1024 k=32
-    linear_topk    forward  float32   B=1024 d=256 R=10000 k=10
-    linear_topk    forward  bfloat16  B=1024 d=1024 R=131072 k=32
-""")
-OTHERS = _shapes("""
+OTHERS = shapes("""
     linear_topk     full     float32   B=128 d=256 R=10000 k=10
     sparse_linear   forward  bfloat16  B=8192 R=65536 k=64 C=4096
     linear_inhibit  forward  float32   B=128 d=256 R=10000 k=10
@@ -457,8 +436,8 @@ OTHERS = _shapes("""
     linear_inhibit  forward  float32   B=1024 d=256 R=10000 k=10
     topk            forward  bfloat16  B=8192 R=131072 k=64
 """)
-CUDA = TARGETS + OTHERS
-CPU = _shapes("""
+CUDA = targets.SHAPES + OTHERS
+CPU = shapes("""
     topk            forward  float32  B=128 R=10000 k=10
     topk            forward  float32  B=128 R=65536 k=64
     linear_topk     forward  float32  B=128 d=256 R=10000 k=10
@@ -472,7 +451,7 @@ CPU = _shapes("""
     code_gram       forward  float32  B=1024 R=1000 k=100 C=10
     code_gram       forward  float32  B=1024 R=4000 k=100 C=10
 """)
-QUICK = _shapes("""
+QUICK = shapes("""
     topk            forward  float32  B=16 R=4096 k=10
     linear_topk     forward  float32  B=16 d=32 R=1000 k=10
     linear_topk     full     float32  B=16 d=32 R=1000 k=10

@@ -13,8 +13,6 @@ from torch import Tensor
 from ssd_kernels import _dispatch
 
 Provider = Callable[[Any], Any]
-# Implementations for CUDA tensors alone; all others are tried on a CPU too.
-CUDA_ONLY = {"triton"}
 # Providers that targets name.
 LIBRARY, GEMM, ALONE = "F.linear + torch.topk", "16-bit GEMM alone", "F.linear alone"
 DENSE = "dense matmul"
@@ -50,6 +48,10 @@ class Shape:
         return f"{self.op} {self.mode} {self.dtype_name} {sizes}"
 
 
+def shapes(table: str) -> list[Shape]:
+    return [Shape.parse(line) for line in table.strip().splitlines()]
+
+
 @dataclass(frozen=True)
 class Case:
     """What is timed for a shape, and how it is judged.
@@ -83,10 +85,10 @@ def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, 
         call: (set of inputs, impl=name or None) -> result.
     """
     table = _dispatch.TABLES[op]
-    if device.type == "cuda":
-        hidden = {"reference", "numba", "triton"}  # triton is `ours`
-    else:
-        hidden = {"reference", *CUDA_ONLY, "numba" if "numba" in table else "torch"}
+    # What another device uses, and what `ours` is here.
+    hidden = {"reference", "numba", "triton"}
+    if device.type != "cuda" and "numba" not in table:
+        hidden.add("torch")
     others = {f"ours:{name}": partial(call, impl=name) for name in table if name not in hidden}
     return {"ours": partial(call, impl=None)} | others
 

@@ -22,9 +22,8 @@ from rich.markup import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import bench, cases, peers, report, timing
+from benchmarks import bench, cases, peers, report, targets, timing
 from benchmarks.providers import Case, Provider, Shape
-from benchmarks.targets import TARGETS
 from benchmarks.timing import Quantiles, Roofline, Run, quantiles
 from ssd.cli import exit_status
 
@@ -176,7 +175,7 @@ def _rate(amount: float, taken: Quantiles) -> Quantiles:
 
 
 def _shapes(cuda: bool, options: argparse.Namespace) -> list[Shape]:
-    on_cuda = {"all": cases.CUDA, "targets": cases.TARGETS, "others": cases.OTHERS}
+    on_cuda = {"all": cases.CUDA, "targets": targets.SHAPES, "others": cases.OTHERS}
     shapes = cases.QUICK if options.quick else on_cuda[options.rows] if cuda else cases.CPU
     return [shape for shape in shapes if options.op in (None, shape.op)]
 
@@ -203,7 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernels.measure_all(_shapes(run.cuda, options))
         finally:
             report.show(run)
-    verdicts = Counter(target.line(run.writer.rows if run.cuda else [])[-1] for target in TARGETS)
+    verdicts = Counter(
+        target.line(run.writer.rows if run.cuda else [])[-1] for target in targets.TARGETS
+    )
     found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     run.console.print(
         f"targets: {found}; providers of ours that are wrong: {kernels.wrong}; "

@@ -78,7 +78,7 @@ def _float32(*tensors: Tensor | None) -> bool:
 
 
 def _torch_draw(stored: reference.Stored) -> tuple[Tensor | None, ...]:
-    """The specification; without masks where a CPU draws a whole batch of every learner."""
+    """The specification, but without masks where a CPU draws whole batches."""
     inputs, order, size = stored.inputs, stored.order, stored.size
     first, learners = int(stored.position) * size if inputs.is_cpu else 0, len(order)
     if not inputs.is_cpu or first + size > int(stored.samples.min()):
@@ -195,7 +195,7 @@ def _draw(
     counts: Tensor | None,
     anneal_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns empty tensors for what was not given."""
+    """Like draw_batch, with empty tensors in place of None."""
     optional = target_logits, target_hidden, counts, anneal_samples
     drawn = _draw_like(inputs, labels, order, samples, position, size, *optional)
     learners, longest = order.shape
@@ -336,7 +336,7 @@ def _triton_tally(
 _dispatch.register(
     "draw_batch", reference=reference.draw_batch, torch=_torch_draw, triton=_triton_draw
 )
-# Few operators, all of them fast: the specification is the torch path as well.
+# Few operators, all of them fast, so the specification also serves as the torch path.
 _dispatch.register(
     "tally",
     reference=reference.tally,
