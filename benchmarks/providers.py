@@ -1,4 +1,4 @@
-"""What a benchmark case consists of, and the providers and inputs that several ops share."""
+"""What a benchmark case consists of; providers and inputs that several ops share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def shapes(table: str) -> list[Shape]:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed for a shape, and how it is judged.
+    """What is timed for a shape, and how results are checked.
 
     Args:
         inputs: () -> a fresh set of inputs.
@@ -77,9 +77,7 @@ class Case:
 
 
 def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, Provider]:
-    """`ours`, as a user gets it, and the other implementations.
-
-    The specification is left out: it is not meant to be fast.
+    """`ours`, as a user gets it, and the other fast implementations.
 
     Args:
         call: (set of inputs, impl=name or None) -> result.

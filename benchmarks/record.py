@@ -1,4 +1,4 @@
-"""The CSV schema of all benchmarks: a row is a measurement."""
+"""The CSV files of all benchmarks: a row is a measurement."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ NUMBERS = ("p20", "p50", "p80", "roofline_fraction")
 
 
 class Writer:
-    """Writes rows to a CSV file as they come, so that a killed run leaves what it had.
+    """Writes each row to a CSV file at once, so that a killed run leaves what it measured.
 
-    Each row gets device, torch, triton, date and, unless it names one, the commit.
+    Rows get device, versions, date and, unless they name another, the commit.
     """
 
     def __init__(self, file: TextIO, device: str) -> None:
@@ -117,7 +117,7 @@ def find(
     sizes: Mapping[str, int] | None = None,
     **cells: Any,
 ) -> Row | None:
-    """The first row of a right result that has these cells, and these sizes in its shape."""
+    """The first correct row that has these cells, and these sizes in its shape."""
     for row in rows:
         wanted = {"provider": provider, "metric": metric, "correct": True, **cells}
         there = all(getattr(row, name) == cell for name, cell in wanted.items())

@@ -78,7 +78,7 @@ class Objective(NamedTuple):
         return arrays, (alpha, lam, temperature, self.kl == "forward")
 
     def for_launch(self) -> tuple[Any, ...]:
-        """As the launchers take it: settings are three numbers or, if one is a tensor, three [B]."""
+        """As the launchers take it: settings as numbers, or as [B] each if one is a tensor."""
         numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in self.settings]
         rows, device = len(self.labels), self.labels.device
         tensors: list[Tensor] = []
