@@ -23,7 +23,7 @@ class Shape:
     """A line of the tables in cases.py: an op on inputs of these sizes."""
 
     op: str
-    mode: str  # see record.MODES
+    mode: str  # see record.Row
     dtype: torch.dtype
     sizes: dict[str, int]
 

@@ -19,7 +19,6 @@ from ssd.storage.lock import file_lock
 from ssd.storage.provenance import commit, installed, processor
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("forward", "backward", "full", "step", "epoch", "protocol")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Row:
 
     op: str
     provider: str
-    mode: str  # one of MODES; full is forward + backward
+    mode: str  # forward | backward | full (both) | step | epoch | protocol
     dtype: str
     shape: dict[str, int]
     metric: str  # time | bandwidth | compute | memory, or a benchmark's own
@@ -43,10 +42,6 @@ class Row:
     triton: str = ""
     commit: str = ""
     date: str = ""
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"Row: mode={self.mode!r} is not one of {', '.join(MODES)}")
 
 
 COLUMNS = tuple(field.name for field in fields(Row))

@@ -79,7 +79,8 @@ WALKS = (
 ALIGNMENT = 16  # bytes
 
 
-def _problem(shape: Shape) -> Problem:
+def problem_of(shape: Shape) -> Problem:
+    """The configurations to try on a shape."""
     sizes, op = shape.sizes, shape.op
     choices: tuple[Iterable[tuple[int, ...]], ...]  # values of some of the names each
     if op == "topk":
@@ -109,7 +110,7 @@ def _fitting(warps: dict[int, tuple[int, ...]], width: int) -> list[tuple[int, i
 
 
 PROBLEMS = [
-    _problem(shape)
+    problem_of(shape)
     for shape in shapes("""
         topk           forward  float32   B=8192 R=131072 k=64
         topk           forward  bfloat16  B=8192 R=131072 k=64
