@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import record
+from benchmarks.timing import Quantiles
 from ssd.cli import ArgumentParser
 from ssd.storage.provenance import commit
 
@@ -39,17 +40,24 @@ class Bench:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def write(self, *cells: Any, **more: Any) -> None:
-        """Writes a row of the CSV file, see record.Row."""
-        self.writer.write(record.Row(*cells, **more))
+    def write(
+        self, case: Sequence[Any], metric: str, figure: Quantiles | None, unit: str, **cells: Any
+    ) -> None:
+        """Writes a row of the CSV file.
+
+        Args:
+            case: op, provider, mode, dtype and sizes, as in record.Row.
+            figure: None: the provider is wrong or raises.
+            cells: others of the row.
+        """
+        quantiles = figure or (None, None, None)
+        self.writer.write(
+            record.Row(*case, metric, *quantiles, unit, correct=figure is not None, **cells)
+        )
 
 
 def parser(about: str | None, quick: str) -> ArgumentParser:
-    """The options of all benchmarks.
-
-    Args:
-        about: whose first line describes the command. quick: what --quick does.
-    """
+    """The options of all benchmarks; the first line of `about` describes the command."""
     made = ArgumentParser(description=(about or "").splitlines()[0])
     made.add_argument("--quick", action="store_true", help=f"{quick}, into a temporary file")
     made.add_argument("--out", type=Path, help="CSV file (default: in benchmarks/results/<device>)")
@@ -58,7 +66,7 @@ def parser(about: str | None, quick: str) -> ArgumentParser:
 
 @contextmanager
 def running(command: str, options: argparse.Namespace) -> Iterator[Bench]:
-    """Opens the file of the rows; prints the device first and the path of the rows at the end."""
+    """Opens the file of the rows; prints the device first and the file's path at the end."""
     torch.set_float32_matmul_precision("highest")  # fp32 baselines are IEEE, as the kernels are
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = record.device_name(device)

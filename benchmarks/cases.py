@@ -1,6 +1,6 @@
-"""The benchmarked ops: a builder of each one's case, and the shapes that are timed.
+"""The benchmarked ops: how the case of each is built, and the shapes that are timed.
 
-A new op is a function here, in BUILDERS by its name, and a line in the tables at the end.
+A new op is a function here, a row of BUILDERS, and a line in the tables at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import ssd.ops.reference
 import ssd_kernels as ours
-from benchmarks import gate, peers
+from benchmarks import gate, peers, targets
 from benchmarks.providers import (
     ALONE,
     DENSE,
@@ -30,6 +30,7 @@ from benchmarks.providers import (
     distinct,
     impls,
     normal,
+    shapes,
 )
 from ssd.ops.code_gram import code_gram as our_code_gram
 from ssd_kernels import _graded_code, reference
@@ -79,7 +80,7 @@ def topk(shape: Shape, device: torch.device) -> Case:
 
 
 def linear_topk(shape: Shape, device: torch.device) -> Case:
-    """With S, a call of that many networks with B samples each, beside a call for each network."""
+    """With S networks of B samples each: one call for all, beside one call per network."""
     batch, d, neurons, k = shape["B d R k"]
     count, full = shape.sizes.get("S", 1), shape.mode == "full"
     counts = torch.zeros(count * neurons, dtype=torch.int64, device=device)
@@ -108,7 +109,7 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
         return both if full else forward
 
     def in_turn(select: Select) -> Select:
-        """A call for each network."""
+        """One call per network."""
 
         def loop(*given: Tensor) -> Any:
             networks = zip(*(t.chunk(count) for t in given), strict=True)
@@ -118,30 +119,30 @@ def linear_topk(shape: Shape, device: torch.device) -> Case:
 
         return select if count == 1 else loop
 
-    def library(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        values, indices = torch.topk(F.linear(x, weight, bias), k)
-        return values.relu(), indices
+    def unfused(topk: Callable[..., Any]) -> Select:
+        def select(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+            values, indices = topk(F.linear(x, weight, bias), k)[:2]
+            return values.relu(), indices
 
-    def library_and_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        values, indices = ours.topk(F.linear(x, weight, bias), k)[:2]
-        return values.relu(), indices
+        return select
 
-    def select(*given: Any, **options: Any) -> Any:
-        x, weight, bias = given
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
         return ours.linear_topk(x, weight, k, bias, **options)
 
     def call(given: Any, **options: Any) -> Any:
-        return mode(partial(select, networks=count, **options))(given)
+        return mode(partial(fused, networks=count, **options))(given)
+
+    library = unfused(torch.topk)
 
     providers = impls("linear_topk", device, call)
     if count > 1:
-        providers["ours, in a loop"] = mode(in_turn(select))
+        providers["ours, in a loop"] = mode(in_turn(fused))
     else:
         providers["ours+counts"] = partial(call, counts=counts)
     providers[LIBRARY] = mode(in_turn(library))
     dense = {}
     if count == 1:
-        providers["F.linear + our topk"] = mode(library_and_ours)
+        providers["F.linear + our topk"] = mode(unfused(ours.topk))
         if batch <= 128:  # where launches decide
             for name in ("ours", LIBRARY):
                 providers |= captured(device, name, providers[name])
@@ -413,37 +414,11 @@ BUILDERS: dict[str, Callable[[Shape, torch.device], Case]] = {
 
 
 def build(shape: Shape, device: torch.device) -> Case:
-    """The case of a shape.
-
-    Args:
-        shape: of an op in BUILDERS. device: where the inputs are drawn.
-    """
+    """The case of a shape, with its inputs on the device."""
     return BUILDERS[shape.op](shape, device)
 
 
-def _shapes(table: str) -> list[Shape]:
-    return [Shape.parse(line) for line in table.strip().splitlines()]
-
-
-# Every shape that targets.py names. What matters most comes first: the time budget cuts the end.
-TARGETS = _shapes("""
-    linear_topk    forward  bfloat16  B=8192 d=1024 R=131072 k=32
-    linear_topk    forward  float32   B=8192 d=256 R=10000 k=10
-    linear_topk    forward  float32   B=128 d=256 R=10000 k=10
-    linear_topk    forward  float32   B=8192 d=1024 R=65536 k=32
-    linear_topk    forward  bfloat16  B=8192 d=4096 R=131072 k=32
-    linear_topk    full     bfloat16  B=8192 d=1024 R=131072 k=32
-    linear_topk    full     float32   B=8192 d=256 R=10000 k=10
-    topk           forward  float32   B=8192 R=131072 k=64
-    sparse_linear  full     bfloat16  B=8192 R=65536 k=64 C=4096
-    topk           forward  float32   B=65536 R=4096 k=10
-    topk           forward  float32   B=65536 R=4096 k=32
-    topk           forward  float32   B=65536 R=1024 k=10
-    topk           forward  float32   B=65536 R=1024 k=32
-    linear_topk    forward  float32   B=1024 d=256 R=10000 k=10
-    linear_topk    forward  bfloat16  B=1024 d=1024 R=131072 k=32
-""")
-OTHERS = _shapes("""
+OTHERS = shapes("""
     linear_topk     full     float32   B=128 d=256 R=10000 k=10
     sparse_linear   forward  bfloat16  B=8192 R=65536 k=64 C=4096
     linear_inhibit  forward  float32   B=128 d=256 R=10000 k=10
@@ -457,8 +432,8 @@ OTHERS = _shapes("""
     linear_inhibit  forward  float32   B=1024 d=256 R=10000 k=10
     topk            forward  bfloat16  B=8192 R=131072 k=64
 """)
-CUDA = TARGETS + OTHERS
-CPU = _shapes("""
+CUDA = targets.SHAPES + OTHERS
+CPU = shapes("""
     topk            forward  float32  B=128 R=10000 k=10
     topk            forward  float32  B=128 R=65536 k=64
     linear_topk     forward  float32  B=128 d=256 R=10000 k=10
@@ -472,7 +447,7 @@ CPU = _shapes("""
     code_gram       forward  float32  B=1024 R=1000 k=100 C=10
     code_gram       forward  float32  B=1024 R=4000 k=100 C=10
 """)
-QUICK = _shapes("""
+QUICK = shapes("""
     topk            forward  float32  B=16 R=4096 k=10
     linear_topk     forward  float32  B=16 d=32 R=1000 k=10
     linear_topk     full     float32  B=16 d=32 R=1000 k=10

@@ -36,20 +36,17 @@ def seconds(arguments: tuple[str, ...], at_once: int = 1) -> float:
     command = [sys.executable, "-m", "ssd.train", *root, *arguments]
     with tempfile.TemporaryDirectory() as folder:
         start, runs = time.perf_counter(), []
-        for number in range(at_once):
-            own = Path(folder, str(number))
-            own.mkdir()
-            runs.append(
-                subprocess.Popen(
-                    command,
-                    cwd=own,
-                    env={**os.environ, "PYTHONPATH": str(ROOT)},
-                    encoding="utf-8",
-                    errors="replace",
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                )
+        for _ in range(at_once):
+            process = subprocess.Popen(
+                command,
+                cwd=tempfile.mkdtemp(dir=folder),
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                encoding="utf-8",
+                errors="replace",
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
+            runs.append(process)
         said = [run.communicate()[1] for run in runs]
         taken = time.perf_counter() - start
     for run, errors in zip(runs, said, strict=True):
@@ -70,19 +67,20 @@ def main() -> None:
         for at_once, taken in times.items():
             found, shape = quantiles(taken), {"runs": count, "at once": at_once}
             case = "ssd.train", " ".join(arguments), "full", "float32", shape
-            run.write(*case, "time", *found, "ms")
+            run.write(case, "time", found, "ms")
             low, middle, high = (ms / 1e3 for ms in found)
             run.console.print(
                 f"{at_once} at once: median {middle:.1f} s, p20 {low:.1f}, p80 {high:.1f}"
             )
     alone, together = (quantiles(taken).p50 for taken in times.values())
     run.console.print(f"{AT_ONCE} at once take {together / alone:.2f} times one")
-    if not options.quick:
-        for what, met in (
-            (f"alone at most {TARGET:.0f} s on a CPU", alone <= 1e3 * TARGET),
-            (f"{AT_ONCE} at once at most {SLOWER} times one", together <= SLOWER * alone),
-        ):
-            run.console.print(f"target: {what}: {'met' if met else 'missed'}")
+    if options.quick:
+        return
+    for what, met in (
+        (f"alone at most {TARGET:.0f} s on a CPU", alone <= 1e3 * TARGET),
+        (f"{AT_ONCE} at once at most {SLOWER} times one", together <= SLOWER * alone),
+    ):
+        run.console.print(f"target: {what}: {'met' if met else 'missed'}")
 
 
 if __name__ == "__main__":

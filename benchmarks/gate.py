@@ -1,8 +1,8 @@
 """The correctness gate: a provider with a wrong result is not timed.
 
-Every check returns what is wrong, or "". Top-k results are compared as sets of scores, since near
-ties may fall either way inside rounding: the true scores of the chosen neurons, sorted, must reach
-the true k largest.
+Every check returns what is wrong, or "". Since rounding may decide near ties either way, top-k
+results are compared as sets: the true scores of the chosen neurons, sorted, must reach the true k
+largest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROWS = 256  # samples that are checked against fp64, spread over the batch
-NEURONS = 64  # about so many rows of a weight gradient are checked
+NEURONS = 64  # rows of a weight gradient that are checked, about
 # A few roundings of a library product over thousands of terms; a TF32 product is off by 2e-4.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5, torch.float64: 1e-13}
 
@@ -46,7 +46,7 @@ def selection(
 
 
 def topk(scores: Tensor, values: Tensor, indices: Tensor) -> str:
-    """No rounding is admitted, since topk computes nothing."""
+    """Without any tolerance, since topk computes nothing."""
     rows = sample_rows(scores)
     exact = scores[rows].double()
     none = exact.new_zeros(len(rows), 1)
@@ -101,7 +101,7 @@ def linear_topk_gradients(
 
 
 def weight_gradient(values: Tensor, indices: Tensor, vectors: Tensor, gradient: Tensor) -> str:
-    """Some rows of H^T vectors, H [B, R] being the code values, indices [B, k] in dense form."""
+    """Some rows of H^T vectors, for the dense form H [B, R] of a code [B, k]."""
     neurons = indices.flatten()[:: max(1, indices.numel() // NEURONS)].long().unique()
     dense = torch.stack([(values * (indices == j)).sum(1) for j in neurons])
     return close("dW or db", gradient[neurons], dense @ vectors.double())

@@ -1,7 +1,6 @@
-"""The training step as one writes it first: dense eager autograd, a DataLoader, an optimiser.
+"""The training step as one writes it first: dense eager autograd and an optimiser.
 
-The baseline of train_bench: the mathematics of SDMLP and SSD with the teacher run at every step, as
-in public code.
+The baseline of train_bench. As in public code, SSD's teacher runs at every step.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 
 class PlainSDMLP(nn.Module):
@@ -89,10 +87,6 @@ class PlainStep:
             encoder = self.model.encoder.weight
             encoder /= encoder.norm(dim=1, keepdim=True).clamp(min=1e-12)
         return loss.detach()
-
-
-def batches(x: Tensor, y: Tensor, size: int) -> DataLoader:
-    return DataLoader(TensorDataset(x, y), batch_size=size, shuffle=True)
 
 
 def _kl(student: Tensor, teacher: Tensor, temperature: float = 8.0) -> Tensor:

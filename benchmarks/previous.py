@@ -1,6 +1,7 @@
-"""Steps and epochs of another checkout, timed in a process of its own, in turns with ours.
+"""Times steps and epochs of another checkout in its own process, in turns with ours.
 
-As a script it is that process: it answers lines of JSON, and PYTHONPATH is the other checkout.
+This file as a script is that process: it answers lines of JSON, with the other checkout as
+PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-# Seconds after which the threads of a process have stopped spinning for work.
+# Seconds until the idle threads of a process stop spinning.
 REST = 0.005
 
 
@@ -40,7 +41,7 @@ class Previous:
         )
 
     def prepare(self, mode: str, problem: dict[str, int | None], phase: str) -> None:
-        """Makes the "step" or "epoch" that sample() times; RuntimeError if it cannot be made."""
+        """Builds the "step" or "epoch" that sample() times; RuntimeError if that fails."""
         self._ask({"mode": mode, "problem": problem, "phase": phase})
 
     def sample(self) -> list[float]:
@@ -70,7 +71,7 @@ class Previous:
 
 
 def serve() -> None:
-    """Answers Previous on standard output; everything else is printed to standard error."""
+    """Answers Previous on standard output; all else is printed on standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     timing = import_module("timing")  # of this file's folder

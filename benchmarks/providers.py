@@ -1,4 +1,4 @@
-"""What a benchmark case consists of, and the providers and inputs that several ops share."""
+"""What a benchmark case consists of; providers and inputs that several ops share."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor
 from ssd_kernels import _dispatch
 
 Provider = Callable[[Any], Any]
-# Implementations for CUDA tensors alone; all others are tried on a CPU too.
-CUDA_ONLY = {"triton"}
 # Providers that targets name.
 LIBRARY, GEMM, ALONE = "F.linear + torch.topk", "16-bit GEMM alone", "F.linear alone"
 DENSE = "dense matmul"
@@ -25,7 +23,7 @@ class Shape:
     """A line of the tables in cases.py: an op on inputs of these sizes."""
 
     op: str
-    mode: str  # see record.MODES
+    mode: str  # see record.Row
     dtype: torch.dtype
     sizes: dict[str, int]
 
@@ -50,9 +48,13 @@ class Shape:
         return f"{self.op} {self.mode} {self.dtype_name} {sizes}"
 
 
+def shapes(table: str) -> list[Shape]:
+    return [Shape.parse(line) for line in table.strip().splitlines()]
+
+
 @dataclass(frozen=True)
 class Case:
-    """What is timed for a shape, and how it is judged.
+    """What is timed for a shape, and how results are checked.
 
     Args:
         inputs: () -> a fresh set of inputs.
@@ -75,18 +77,16 @@ class Case:
 
 
 def impls(op: str, device: torch.device, call: Callable[..., Any]) -> dict[str, Provider]:
-    """`ours`, as a user gets it, and the other implementations.
-
-    The specification is left out: it is not meant to be fast.
+    """`ours`, as a user gets it, and the other fast implementations.
 
     Args:
         call: (set of inputs, impl=name or None) -> result.
     """
     table = _dispatch.TABLES[op]
-    if device.type == "cuda":
-        hidden = {"reference", "numba", "triton"}  # triton is `ours`
-    else:
-        hidden = {"reference", *CUDA_ONLY, "numba" if "numba" in table else "torch"}
+    # What another device uses, and what `ours` is here.
+    hidden = {"reference", "numba", "triton"}
+    if device.type != "cuda" and "numba" not in table:
+        hidden.add("torch")
     others = {f"ours:{name}": partial(call, impl=name) for name in table if name not in hidden}
     return {"ours": partial(call, impl=None)} | others
 

@@ -1,4 +1,4 @@
-"""The CSV schema of all benchmarks: a row is a measurement."""
+"""The CSV files of all benchmarks: a row is a measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ssd.storage.lock import file_lock
 from ssd.storage.provenance import commit, installed, processor
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("forward", "backward", "full", "step", "epoch", "protocol")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Row:
 
     op: str
     provider: str
-    mode: str  # one of MODES; full is forward + backward
+    mode: str  # forward | backward | full (both) | step | epoch | protocol
     dtype: str
     shape: dict[str, int]
     metric: str  # time | bandwidth | compute | memory, or a benchmark's own
@@ -44,19 +43,15 @@ class Row:
     commit: str = ""
     date: str = ""
 
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"Row: mode={self.mode!r} is not one of {', '.join(MODES)}")
-
 
 COLUMNS = tuple(field.name for field in fields(Row))
 NUMBERS = ("p20", "p50", "p80", "roofline_fraction")
 
 
 class Writer:
-    """Writes rows to a CSV file as they come, so that a killed run leaves what it had.
+    """Writes each row to a CSV file at once, so that a killed run leaves what it measured.
 
-    Each row gets device, torch, triton, date and, unless it names one, the commit.
+    Rows get device, versions, date and, unless they name another, the commit.
     """
 
     def __init__(self, file: TextIO, device: str) -> None:
@@ -117,7 +112,7 @@ def find(
     sizes: Mapping[str, int] | None = None,
     **cells: Any,
 ) -> Row | None:
-    """The first row of a right result that has these cells, and these sizes in its shape."""
+    """The first correct row that has these cells, and these sizes in its shape."""
     for row in rows:
         wanted = {"provider": provider, "metric": metric, "correct": True, **cells}
         there = all(getattr(row, name) == cell for name, cell in wanted.items())

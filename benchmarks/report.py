@@ -2,9 +2,9 @@
 
     python -m benchmarks.report benchmarks/results/FOLDER/NAME.csv docs/performance.md
 
-puts the medians of a CSV file between the two marker comments "medians NAME FOLDER" of a Markdown
-file, and its targets between "targets NAME FOLDER", as far as the file has them. The markers of the
-folder cpu leave it out.
+writes the medians of a CSV file between the two marker comments "medians NAME FOLDER" of a Markdown
+file, and its targets between "targets NAME FOLDER", where these markers exist. They leave out the
+FOLDER cpu.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def measurements(rows: Sequence[Row], title: str) -> Table:
-    """The times of a run and what goes with them; columns that would be empty are left out."""
+    """The times of a run and its other metrics, without columns that would be empty."""
     present = {row.metric for row in rows}
-    metrics = {"bandwidth": "GB/s", "compute": "TFLOP/s", "memory": "peak MiB"}
-    metrics = {name: unit for name, unit in metrics.items() if name in present}
+    units = {"bandwidth": "GB/s", "compute": "TFLOP/s", "memory": "peak MiB"}
+    metrics = {name: unit for name, unit in units.items() if name in present}
     limited = any(row.roofline_fraction is not None for row in rows)
     shown = Table("op", "shape", "provider", title=title)
     for name in ("p20 ms", "p50 ms", "p80 ms", *metrics.values()):
@@ -99,16 +99,12 @@ def show(bench: Bench) -> None:
 
 
 def figure(rows: Sequence[Row], path: Path, title: str) -> None:
-    """One panel a case: the median time of every provider that passed its gate."""
-    times = {
-        case: {
-            name: metrics["time"].p50
-            for name, metrics in providers.items()
-            if "time" in metrics and metrics["time"].p50 is not None
-        }
-        for case, providers in by_case(rows).items()
-    }
-    times = {case: timed for case, timed in times.items() if timed}
+    """One panel per case: the median time of every provider that passed its gate."""
+    times: dict[Case, dict[str, float]] = {}
+    for case, providers in by_case(rows).items():
+        for name, metrics in providers.items():
+            if "time" in metrics and metrics["time"].p50 is not None:
+                times.setdefault(case, {})[name] = metrics["time"].p50
     if not times:
         return
     lines = math.ceil(len(times) / 2)
@@ -129,7 +125,7 @@ def figure(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def medians(rows: Sequence[Row]) -> str:
-    """The medians in Markdown, and where and with what they were taken."""
+    """The medians in Markdown, below a line of the machine, versions and commits."""
     first = rows[0]
     others = {row.provider: row.commit for row in rows if row.commit != first.commit}
     commits = first.commit + "".join(f" ({p}: {commit})" for p, commit in others.items())

@@ -11,8 +11,9 @@ from itertools import chain, cycle, repeat
 
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.plain import PlainSDMLP, PlainStep, batches
+from benchmarks.plain import PlainSDMLP, PlainStep
 from benchmarks.step_targets import APART, BACKWARD
 from benchmarks.timing import Run
 from ssd.activations import evaluating
@@ -38,7 +39,7 @@ QUICK_SWITCH = 2560  # divides STILL
 
 @dataclass(frozen=True)
 class Problem:
-    """The size of a step; B, d, R, k as everywhere, N samples in a task."""
+    """The size of a step: B, d, R and k as everywhere, and N samples in a task."""
 
     B: int = 128
     d: int = 256
@@ -54,7 +55,7 @@ class Problem:
 def make_task(
     problem: Problem, device: torch.device, number: int, classes: Sequence[int] = range(CLASSES)
 ) -> Task:
-    """Rectified clusters, like the features of a network; every number gives others."""
+    """Rectified clusters, like the features of a network; each number gives other data."""
     draw = torch.Generator().manual_seed(number)
     y = torch.tensor(classes)[torch.arange(problem.N or problem.B * BATCHES) % len(classes)]
     centres = 1.5 * torch.randn(CLASSES, problem.d, generator=draw)
@@ -77,7 +78,7 @@ def make_trainer(
     seeds: int = 1,
     phase: str = INHIBITED,
 ) -> Trainer:
-    """A trainer at the beginning of a task, after `past` others: it has a teacher.
+    """A trainer at the beginning of a task, after `past` other tasks: it has a teacher.
 
     Args:
         seeds: how many learners. phase: one of PHASES.
@@ -141,7 +142,7 @@ def _hidden(trainer: Trainer, learner: Learner) -> TopKOutput | ActiveNeurons:
 
 
 def step_of(trainer: Trainer, step: int) -> Run:
-    """A step on the batch of that number; after the last batch of the task comes the first."""
+    """A step on the task's batch of that number, counted round and round."""
     size = trainer.config.batch_size
     whole = len(trainer.learners[0].tasks[trainer.task].y_train) // size
     first = step % whole * size
@@ -189,7 +190,7 @@ def plain_step(trainer: Trainer) -> PlainStep:
 
 
 def check(trainer: Trainer, plain: PlainStep) -> None:
-    """SystemExit unless both compute the same loss and step: else their times mean nothing."""
+    """SystemExit unless both compute the same loss and step, as times mean nothing otherwise."""
     (learner,) = trainer.learners
     task = learner.tasks[trainer.task]
     x, y = task.x_train[: trainer.config.batch_size], task.y_train[: trainer.config.batch_size]
@@ -215,14 +216,10 @@ def check(trainer: Trainer, plain: PlainStep) -> None:
 def step_runs(trainer: Trainer, compiled: bool) -> dict[str, Run]:
     """A step of every provider, from the same weights."""
     check(trainer, plain_step(trainer))
-    (learner,) = trainer.learners
-    task, size = learner.tasks[trainer.task], trainer.config.batch_size
+    steps = cycle([repeated(trainer)])
     if trainer.graphed is None:
         steps = cycle([step_of(trainer, step) for step in range(BATCHES)])
-    else:
-        steps = cycle([repeated(trainer)])
-    loader = batches(task.x_train, task.y_train, size)
-    stream = chain.from_iterable(repeat(loader))  # shuffled anew in each round
+    stream = chain.from_iterable(repeat(_loader(trainer)))  # shuffled anew in each round
     runs: dict[str, Run] = {"ours": lambda: next(steps)()}
     for name, plain in _plain_steps(trainer, compiled).items():
         runs[name] = lambda plain=plain: plain(*next(stream))
@@ -232,10 +229,8 @@ def step_runs(trainer: Trainer, compiled: bool) -> dict[str, Run]:
 def epoch_runs(trainer: Trainer, compiled: bool = False) -> dict[str, Run]:
     """An epoch of every provider: order, gathers, steps and the running sums."""
     check(trainer, plain_step(trainer))
-    (learner,) = trainer.learners
-    task, size = learner.tasks[trainer.task], trainer.config.batch_size
     events = (event for event in trainer.run() if event.kind == "epoch")
-    loader = batches(task.x_train, task.y_train, size)
+    loader = _loader(trainer)
 
     def plain_epoch(plain: PlainStep) -> float:
         return sum(float(plain(x, y)) * len(y) for x, y in loader)
@@ -244,6 +239,12 @@ def epoch_runs(trainer: Trainer, compiled: bool = False) -> dict[str, Run]:
     for name, plain in _plain_steps(trainer, compiled).items():
         runs[name] = partial(plain_epoch, plain)
     return runs
+
+
+def _loader(trainer: Trainer) -> DataLoader:
+    task = trainer.learners[0].tasks[trainer.task]
+    samples = TensorDataset(task.x_train, task.y_train)
+    return DataLoader(samples, batch_size=trainer.config.batch_size, shuffle=True)
 
 
 def _plain_steps(trainer: Trainer, compiled: bool) -> dict[str, PlainStep]:
@@ -345,7 +346,7 @@ def halves(trainer: Trainer) -> tuple[dict[str, Run], dict[str, int]]:
         spread = torch.arange(slots, device=trainer.device) * (neurons // slots)
         # Neighbours in a sample would make the gather easier than a code does.
         codes[APART] = code._replace(indices=spread.view(code.indices.shape[::-1]).T.contiguous())
-    runs: dict[str, Run] = {"encode": lambda: encoder.encode(address)}
+    runs: dict[str, Run] = {"encode": partial(encoder.encode, address)}
     runs |= {name: partial(sparse_step, stack, batch, code) for name, code in codes.items()}
     rows = {name: len(code.indices[code.values > 0].unique()) for name, code in codes.items()}
     return runs, rows

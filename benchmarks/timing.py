@@ -33,7 +33,7 @@ class Roofline:
     compute: dict[torch.dtype, float]  # operations a second
 
     def floor_ms(self, size: int, operations: int, dtype: torch.dtype) -> float:
-        """The shortest time for so many bytes and operations."""
+        """The shortest time in which so many bytes and operations can be done."""
         return 1e3 * max(size / self.bandwidth, operations / self.compute[dtype])
 
 
@@ -56,8 +56,8 @@ def alternate(
 ) -> tuple[dict[str, Quantiles], dict[str, Exception]]:
     """Milliseconds of the runs, timed in turns, and the errors of those that raise.
 
-    Turns spread a change of clocks or of the machine's load over all runs. Their order is drawn
-    anew each round, since a run finds the caches as the one before it left them.
+    Turns spread a change of clocks or load over all runs. Their order is drawn anew each round,
+    since a run finds the caches as its predecessor left them.
 
     Args:
         seconds: to spend on a run.

@@ -22,9 +22,8 @@ from rich.markup import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
-from benchmarks import bench, cases, peers, report, timing
+from benchmarks import bench, cases, peers, report, targets, timing
 from benchmarks.providers import Case, Provider, Shape
-from benchmarks.targets import TARGETS
 from benchmarks.timing import Quantiles, Roofline, Run, quantiles
 from ssd.cli import exit_status
 
@@ -37,6 +36,7 @@ class Kernels:
 
     def __init__(self, run: bench.Bench) -> None:
         self.bench, self.device, self.options = run, run.device, run.options
+        self.say = run.console.print
         self.deadline = time.monotonic() + self.options.budget
         self.seconds = 0.01 if self.options.quick else 0.2
         self.lost = False  # the CUDA context
@@ -49,13 +49,13 @@ class Kernels:
             if time.monotonic() > self.deadline or self.lost:
                 why = "the CUDA context is lost" if self.lost else "the time budget is spent"
                 left = ", ".join(shape.title for shape in shapes[number:])
-                self.bench.console.print(f"[red]not measured, {why}:[/red] {left}")
+                self.say(f"[red]not measured, {why}:[/red] {left}")
                 self.cut += len(shapes) - number
                 return
             try:
                 self.measure(cases.build(shape, self.device), ceilings)
             except Exception as error:
-                self._failed(shape.title, error)
+                self.say(f"[red]{shape.title}[/red] {escape(self._text(error))}")
             # Past eight compilations of one function torch.compile would fall back to eager.
             torch.compiler.reset()
             if self.bench.cuda and not self.lost:
@@ -63,7 +63,7 @@ class Kernels:
 
     def measure(self, case: Case, ceilings: Roofline) -> None:
         """Checks every provider of a case, then times those that are right, in turns."""
-        sets, title = self._sets(case), case.shape.title
+        sets, shape = self._sets(case), case.shape
         # A case that compiles slowly must not take the time of the others.
         end = min(self.deadline, time.monotonic() + self.options.budget / 8)
         runs: dict[str, Run] = {}
@@ -74,7 +74,7 @@ class Kernels:
             if compiles and self.options.no_compile:
                 continue
             if self.lost or time.monotonic() > end - (COMPILING if compiles else 0):
-                self.bench.console.print(f"{title}: {name} not measured, the time budget is spent")
+                self.say(f"{shape.title}: {name} not measured, the time budget is spent")
                 self.cut += 1
                 continue
             provider = case.providers[name]
@@ -87,18 +87,14 @@ class Kernels:
                 measured = "(graph)" not in name
                 memory[name] = timing.peak_extra_bytes(run, self.device) if measured else None
             except Exception as error:
-                self._failed(f"{title}: {name}", error)
-                self._no_time(case.shape, name)
-                continue
+                wrong = self._text(error)
             if wrong:
-                self.bench.console.print(f"[red]{title}: {name} is wrong:[/red] {escape(wrong)}")
-                self._no_time(case.shape, name)
+                self._reject(shape, name, wrong)
             else:
                 runs[name] = run
         times, errors = timing.alternate(runs, self.seconds, self.device)
         for name, raised in errors.items():
-            self._failed(f"{title}: {name}", raised)
-            self._no_time(case.shape, name)
+            self._reject(shape, name, self._text(raised))
         for name, taken in times.items():
             self._measured(case, name, taken, memory[name], ceilings)
 
@@ -118,10 +114,21 @@ class Kernels:
         if memory is not None:
             self._write(shape, name, "memory", quantiles([memory / 2**20]), "MiB")
 
-    def _no_time(self, shape: Shape, name: str) -> None:
-        """The row of a provider that is wrong or raises."""
+    def _reject(self, shape: Shape, name: str, why: str) -> None:
+        """Says why a provider gets no time, in its row too."""
+        self.say(f"[red]{shape.title}: {name} is wrong:[/red] {escape(why)}")
         self.wrong += name.startswith("ours")
         self._write(shape, name, "time", None, "ms")
+
+    def _text(self, error: Exception) -> str:
+        """What was raised; finds out whether the GPU still answers."""
+        if self.bench.cuda:
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except Exception:
+                self.lost = True
+        return f"raised {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
     def _write(
         self,
@@ -133,8 +140,7 @@ class Kernels:
         fraction: float | None = None,
     ) -> None:
         case = shape.op, provider, shape.mode, shape.dtype_name, shape.sizes
-        cells = metric, *(figure or (None, None, None)), unit, fraction, figure is not None
-        self.bench.write(*case, *cells)
+        self.bench.write(case, metric, figure, unit, roofline_fraction=fraction)
 
     def _roofline(self, dtypes: Sequence[torch.dtype]) -> Roofline:
         found = timing.roofline(self.device, dtypes, self.seconds)
@@ -153,17 +159,6 @@ class Kernels:
             count = min(MAX_SETS, 1 + 3 * cache // max(1, case.size))
         return [case.inputs() for _ in range(count)]
 
-    def _failed(self, what: str, error: Exception) -> None:
-        """Prints an error, and finds out whether the GPU still answers."""
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        self.bench.console.print(f"[red]{what} raised[/red] {escape(text)}")
-        if self.bench.cuda:
-            try:
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-            except Exception:
-                self.lost = True
-
 
 def _rotating(provider: Provider, sets: list[Any]) -> Run:
     turn = cycle(sets)
@@ -175,8 +170,8 @@ def _rate(amount: float, taken: Quantiles) -> Quantiles:
     return Quantiles(*(amount / ms for ms in reversed(taken)))
 
 
-def _shapes(cuda: bool, options: argparse.Namespace) -> list[Shape]:
-    on_cuda = {"all": cases.CUDA, "targets": cases.TARGETS, "others": cases.OTHERS}
+def _chosen(cuda: bool, options: argparse.Namespace) -> list[Shape]:
+    on_cuda = {"all": cases.CUDA, "targets": targets.SHAPES, "others": cases.OTHERS}
     shapes = cases.QUICK if options.quick else on_cuda[options.rows] if cuda else cases.CPU
     return [shape for shape in shapes if options.op in (None, shape.op)]
 
@@ -200,10 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.console.print("torch.compile providers and peak memory: CUDA only")
         kernels = Kernels(run)
         try:
-            kernels.measure_all(_shapes(run.cuda, options))
+            kernels.measure_all(_chosen(run.cuda, options))
         finally:
             report.show(run)
-    verdicts = Counter(target.line(run.writer.rows if run.cuda else [])[-1] for target in TARGETS)
+    verdicts = Counter(
+        target.line(run.writer.rows if run.cuda else [])[-1] for target in targets.TARGETS
+    )
     found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     run.console.print(
         f"targets: {found}; providers of ours that are wrong: {kernels.wrong}; "

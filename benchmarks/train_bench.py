@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
@@ -33,7 +33,7 @@ from benchmarks.previous import Previous
 from benchmarks.record import Row
 from benchmarks.report import measurements, table
 from benchmarks.step_cases import PHASES, Problem, make_trainer, step_of
-from benchmarks.timing import Run, SelfTimed, alternate, quantiles
+from benchmarks.timing import Quantiles, Run, SelfTimed, alternate, quantiles
 from ssd.cli import exit_status
 from ssd.storage.provenance import commit
 from ssd_kernels import _dispatch
@@ -80,16 +80,16 @@ class Steps:
         provider: str,
         problem: Problem,
         metric: str,
-        figure: Sequence[float] | float,
+        figure: Quantiles | float,
         mode: str = "step",
         **sizes: int,
     ) -> None:
         """Writes quantiles in milliseconds, or a count that a time goes with."""
-        timed = isinstance(figure, Sequence)
-        cells = *(figure if timed else quantiles([figure])), "ms" if timed else ""
+        timed = isinstance(figure, Quantiles)
+        found, unit = (figure, "ms") if timed else (quantiles([figure]), "")
+        case = op, provider, mode, "float32", problem.shape(**sizes)
         own = self.before if provider == "previous" else ""
-        shape = problem.shape(**sizes)
-        self.bench.write(op, provider, mode, "float32", shape, metric, *cells, commit=own)
+        self.bench.write(case, metric, found, unit, commit=own)
 
     def compare(self, mode: str, problem: Problem, phase: str) -> None:
         """A step or an epoch of every provider in a phase of the GABA switch."""
@@ -140,12 +140,8 @@ class Steps:
                         fewest = min(fewest, event.epoch + 1)
                 last = now
             problem = Problem(R=neurons, N=len(trainer.learners[0].labels))
-            whole = quantiles([1e3 * (last - start)])
-            for metric, figure in (
-                ("time", whole),
-                ("epochs", fewest),
-                ("an epoch", quantiles(taken)),
-            ):
+            whole, epoch = quantiles([1e3 * (last - start)]), quantiles(taken)
+            for metric, figure in {"time": whole, "epochs": fewest, "an epoch": epoch}.items():
                 self.write("ssd", "ours", problem, metric, figure, "protocol", tasks=tasks)
 
     def growth(self) -> None:
@@ -230,14 +226,12 @@ def draw(grown: Curves, path: Path, title: str) -> None:
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         ax.yaxis.set_major_formatter("{x:g}")
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_locator(NullLocator())
+        ax.minorticks_off()
         low, high = ax.get_ylim()
         room = max(high / low, 4)
         ax.set_ylim(low / room**0.2, high * room**0.5)  # the legend is above the points
-        legend = {"loc": "upper left", "frameon": False, "alignment": "left"}
-        sizes_of_text = {"fontsize": "small", "title_fontsize": "small"}
-        ax.legend(title="exponent of growth", **legend, **sizes_of_text)
+        legend = ax.legend(loc="upper left", frameon=False, alignment="left", fontsize="small")
+        legend.set_title("exponent of growth", {"size": "small"})
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -248,16 +242,11 @@ def show(run: bench.Bench) -> None:
     rows = run.writer.rows
     timed = [row for row in rows if row.unit == "ms" and not row.op.startswith("growth")]
     run.console.print(measurements(timed, "steps, epochs and protocols"))
-    grown = [
-        (
-            axis,
-            part,
-            ", ".join(f"{size:,}: {row.p50:.2f}" for size, row in points.items()),
-            exponent(points),
-        )
-        for axis, parts in curves(rows).items()
-        for part, points in parts.items()
-    ]
+    grown = []
+    for axis, parts in curves(rows).items():
+        for part, points in parts.items():
+            times = ", ".join(f"{size:,}: {row.p50:.2f}" for size, row in points.items())
+            grown.append((axis, part, times, exponent(points)))
     run.console.print(table("growth", ("axis", "part", "ms by size", "exponent"), grown))
     run.console.print(table("targets", ("target", "measured", ""), step_targets.verdicts(rows)))
 
@@ -275,12 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     before = nullcontext() if options.previous is None else Previous(options.previous)
     with bench.running("train_bench", options) as run, before as previous:
-        seconds = options.protocol
-        if seconds is None:
-            seconds = 60.0 if run.cuda else 0.0
         measured = Steps(run, previous)
         measured.phases("step")
         measured.growth_in_learners()
+        seconds = options.protocol
+        if seconds is None:
+            seconds = 60.0 if run.cuda else 0.0
         if seconds > 0:
             measured.protocol(seconds)
         measured.phases("epoch", samples=1500 if options.quick else 10_000)

@@ -2,15 +2,15 @@
 
     python benchmarks/tune.py [topk] [encoder] [decode] [walk] [--out FILE.txt]
 
-A line a configuration, fastest first; the present row of the table is marked. Results pass the gate
-of topk_bench, or the line says WRONG.
+Prints one line per configuration, fastest first, and marks the present row of the table. A result
+that fails the gate of topk_bench is marked WRONG.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
 from benchmarks import cases, gate, record, timing
-from benchmarks.providers import Shape
+from benchmarks.providers import Shape, shapes
 from ssd.cli import ArgumentParser, exit_status
 from ssd.errors import UserError
 from ssd.storage.lock import file_lock
@@ -37,8 +37,7 @@ from ssd_kernels.topk import select_triton
 
 DEVICE = torch.device("cuda")
 PROCESSES = 12  # that compile
-SECONDS = 0.05  # of timing, a configuration
-FP32, BF16 = torch.float32, torch.bfloat16
+SECONDS = 0.05  # of timing per configuration
 Results = tuple[Any, ...]
 # Part of the command line -> what is timed, on the inputs of the benchmark's case.
 PARTS: dict[str, Callable[[Any, int], Results]] = {
@@ -51,33 +50,20 @@ PARTS: dict[str, Callable[[Any, int], Results]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What is timed for a row of the table, and the configurations that may stand there."""
+    """A row of the tuning table, and the configurations that may stand there."""
 
     part: str  # of PARTS
     op: str  # in _tuning.TABLE
     shape: Shape
     bounds: dict[str, int]  # as _tuning.config takes them
-    candidates: tuple[_tuning.Config, ...]
+    candidates: list[_tuning.Config]
 
 
-def _candidates(names: str, *choices: tuple[tuple[int, ...], ...]) -> tuple[_tuning.Config, ...]:
-    """All combinations of the choices, each of which gives the values of some of the names."""
-    return tuple(
-        dict(zip(names.split(), sum(parts, ()), strict=True)) for parts in product(*choices)
-    )
-
-
-def _topk(batch: int, neurons: int, k: int, dtype: torch.dtype) -> Problem:
-    tiles = ((512, 1), (1024, 1), (1024, 2), (1024, 4), (2048, 2), (2048, 4), (4096, 2), (4096, 4))
-    fitting = tuple(tile for tile in tiles if tile[0] <= max(512, neurons))
-    programs = ((64 if neurons <= 1024 else 32,),)
-    shape = Shape("topk", "forward", dtype, {"B": batch, "R": neurons, "k": k})
-    candidates = _candidates("PROGRAMS TILE num_warps", programs, fitting)
-    return Problem("topk", "topk", shape, {"neurons": neurons, "k": k}, candidates)
-
-
-# The encoder's tiles (BM BN BK num_warps), and how its product walks over them, by whether rows are
-# aligned (DESCRIPTORS PERSISTENT TOGETHER num_stages).
+# Width of a tile or block -> the numbers of warps that are tried for it.
+TOPK_TILES = {512: (1,), 1024: (1, 2, 4), 2048: (2, 4), 4096: (2, 4)}
+ROW_BLOCKS = {256: (1, 2, 4), 512: (1, 2), 1024: (2, 4), 2048: (4,)}
+# The encoder's tiles (BM BN BK num_warps), and how its product walks over them (DESCRIPTORS
+# PERSISTENT TOGETHER num_stages), by whether rows are aligned.
 SMALL = ((64, 32, 64, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 64, 64, 8))
 LARGE = (
     (128, 128, 32, 8),
@@ -86,54 +72,65 @@ LARGE = (
     (128, 256, 64, 8),
     (256, 128, 64, 8),
 )
-UNALIGNED = ((0, 0, 64, 3), (0, 0, 8, 3), (0, 0, 64, 4))
-ALIGNED = ((1, 1, 8, 3), (1, 1, 8, 4), (1, 0, 64, 3), (1, 0, 64, 4), (0, 0, 64, 3))
-
-
-def _encoder(
-    batch: int, d: int, neurons: int, k: int, dtype: torch.dtype, aligned: int = 1
-) -> Problem:
-    names = "DESCRIPTORS PERSISTENT TOGETHER num_stages BM BN BK num_warps"
-    candidates = _candidates(
-        names, ALIGNED if aligned else UNALIGNED, SMALL if batch <= 128 else LARGE
-    )
-    shape = Shape("linear_topk", "forward", dtype, {"B": batch, "d": d, "R": neurons, "k": k})
-    bounds = {"batch": batch, "aligned": aligned}
-    return Problem("encoder", "linear_topk", shape, bounds, candidates)
-
-
-def _rows(part: str, batch: int, neurons: int, k: int, width: int, dtype: torch.dtype) -> Problem:
-    decodes = part == "decode"
-    blocks = ((256, 1), (256, 2), (256, 4), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4))
-    fitting = tuple(block for block in blocks if block[0] <= max(256, width))
-    slots = ((4,), (8,), (16,)) if decodes else ((2,), (4,), (8,))
-    mode, op, bound = (
-        ("forward", "sparse_linear", "outputs") if decodes else ("full", "segments", "width")
-    )
-    shape = Shape("sparse_linear", mode, dtype, {"B": batch, "R": neurons, "k": k, "C": width})
-    candidates = _candidates("BLOCK num_warps SLOTS", fitting, slots)
-    return Problem(part, op, shape, {bound: width}, candidates)
-
-
-PROBLEMS = (
-    _topk(8192, 131072, 64, FP32),
-    _topk(8192, 131072, 64, BF16),
-    *(_topk(65536, neurons, k, FP32) for neurons in (4096, 1024) for k in (10, 32)),
-    _encoder(8192, 1024, 131072, 32, BF16),
-    _encoder(8192, 1024, 65536, 32, FP32),
-    _encoder(8192, 256, 10000, 10, FP32),
-    _encoder(128, 256, 10000, 10, FP32),
-    _encoder(8192, 1020, 65536, 32, BF16, aligned=0),
-    *(
-        _rows(part, *sizes)
-        for part in ("decode", "walk")
-        for sizes in (
-            (8192, 65536, 64, 4096, BF16),
-            (8192, 65536, 32, 1024, FP32),
-            (8192, 10000, 10, 256, FP32),
-        )
-    ),
+WALKS = (
+    ((0, 0, 64, 3), (0, 0, 8, 3), (0, 0, 64, 4)),
+    ((1, 1, 8, 3), (1, 1, 8, 4), (1, 0, 64, 3), (1, 0, 64, 4), (0, 0, 64, 3)),
 )
+ALIGNMENT = 16  # bytes
+
+
+def problem_of(shape: Shape) -> Problem:
+    """The configurations to try on a shape."""
+    sizes, op = shape.sizes, shape.op
+    choices: tuple[Iterable[tuple[int, ...]], ...]  # values of some of the names each
+    if op == "topk":
+        part, bounds = "topk", {"neurons": sizes["R"], "k": sizes["k"]}
+        names, programs = "PROGRAMS TILE num_warps", 64 if sizes["R"] <= 1024 else 32
+        choices = ((programs,),), _fitting(TOPK_TILES, sizes["R"])
+    elif op == "linear_topk":
+        aligned = sizes["d"] * shape.dtype.itemsize % ALIGNMENT == 0
+        part, bounds = "encoder", {"batch": sizes["B"], "aligned": int(aligned)}
+        names = "DESCRIPTORS PERSISTENT TOGETHER num_stages BM BN BK num_warps"
+        choices = WALKS[aligned], SMALL if sizes["B"] <= 128 else LARGE
+    else:
+        slots, names = ((4,), (8,), (16,)), "BLOCK num_warps SLOTS"
+        part, bounds = "decode", {"outputs": sizes["C"]}
+        if shape.mode == "full":
+            slots = ((2,), (4,), (8,))
+            part, op, bounds = "walk", "segments", {"width": sizes["C"]}
+        choices = _fitting(ROW_BLOCKS, sizes["C"]), slots
+    combined = (sum(values, ()) for values in product(*choices))
+    candidates = [dict(zip(names.split(), values, strict=True)) for values in combined]
+    return Problem(part, op, shape, bounds, candidates)
+
+
+def _fitting(warps: dict[int, tuple[int, ...]], width: int) -> list[tuple[int, int]]:
+    """(tile, warps) for the tiles of at most this width, and for the smallest."""
+    return [(t, n) for t, numbers in warps.items() if t <= max(min(warps), width) for n in numbers]
+
+
+PROBLEMS = [
+    problem_of(shape)
+    for shape in shapes("""
+        topk           forward  float32   B=8192 R=131072 k=64
+        topk           forward  bfloat16  B=8192 R=131072 k=64
+        topk           forward  float32   B=65536 R=4096 k=10
+        topk           forward  float32   B=65536 R=4096 k=32
+        topk           forward  float32   B=65536 R=1024 k=10
+        topk           forward  float32   B=65536 R=1024 k=32
+        linear_topk    forward  bfloat16  B=8192 d=1024 R=131072 k=32
+        linear_topk    forward  float32   B=8192 d=1024 R=65536 k=32
+        linear_topk    forward  float32   B=8192 d=256 R=10000 k=10
+        linear_topk    forward  float32   B=128 d=256 R=10000 k=10
+        linear_topk    forward  bfloat16  B=8192 d=1020 R=65536 k=32
+        sparse_linear  forward  bfloat16  B=8192 R=65536 k=64 C=4096
+        sparse_linear  forward  float32   B=8192 R=65536 k=32 C=1024
+        sparse_linear  forward  float32   B=8192 R=10000 k=10 C=256
+        sparse_linear  full     bfloat16  B=8192 R=65536 k=64 C=4096
+        sparse_linear  full     float32   B=8192 R=65536 k=32 C=1024
+        sparse_linear  full     float32   B=8192 R=10000 k=10 C=256
+    """)
+]
 
 
 def inputs(shape: Shape) -> Any:
@@ -159,11 +156,11 @@ def error_of(problem: Problem, given: Any, results: Results) -> str:
 
 
 def warm(job: tuple[Problem, _tuning.Config]) -> str:
-    """Compiles a configuration on a small batch, in a process of its own; says what failed."""
+    """Compiles a configuration on a small batch, in a process of its own; returns any error."""
     problem, chosen = job
     shape = problem.shape
     if problem.part != "encoder":  # which is compiled for the number of tiles too
-        # As many rows as share no row out among several programs.
+        # So many rows that none is split among several programs.
         shape = replace(shape, sizes=shape.sizes | {"B": 2 * _tuning.multiprocessors(DEVICE)})
     try:
         run(problem, chosen, inputs(shape))

@@ -1,10 +1,11 @@
 """Runs every op and every implementation on small shapes against the specification in fp64.
 
-    python scripts/smoke.py [--quick]     one line a case: ok, how wrong, or what was raised
+    python scripts/smoke.py [--quick]
 
-A failure does not end it; if the GPU no longer answers, a new process runs the rest. --quick takes
-fp32 alone, as compute-sanitizer needs it. Without a GPU the implementations for a CPU run, and with
-TRITON_INTERPRET=1 Triton's too. Exit status: 1 if a case failed.
+Prints one line per case: ok, the error, or the exception. It goes on after a failure; if the GPU no
+longer answers, a new process runs the rest. --quick takes fp32 alone, for compute-sanitizer.
+Without a GPU the implementations for a CPU run, and Triton's with TRITON_INTERPRET=1. Exit status:
+1 if a case failed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 class Case(NamedTuple):
-    """A call of an op: what it is called, and what runs it."""
+    """A call of an op."""
 
     op: str
     name: str
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
-    """What is run here: case, implementation, dtype."""
+    """(case, implementation, dtype) for all that runs here."""
     interpreted, cpu = _dispatch.interpreted(), DEVICE.type == "cpu"
     runs_triton = interpreted or not cpu
     runs = {"reference": False, "torch": True, "triton": runs_triton, "numba": cpu}
@@ -102,12 +103,11 @@ def _attempt(case: Case, impl: str, dtype: torch.dtype) -> str:
 def _run(case: Case, impl: str, dtype: torch.dtype) -> Results:
     """The reference computes in fp64 on the same, rounded inputs."""
     torch.manual_seed(0)
-
     return case.run(impl, Draw(DEVICE, dtype, wide=impl == "reference"))
 
 
 def _results(call: Call, impl: str, draw: Draw) -> Results:
-    """What a call returns or writes, and the gradients of what it draws to be differentiated."""
+    """What a call returns or writes, and the gradients of its drawn leaves."""
     results = call.prepare(draw)(impl)
     reached = [out for out in results if out is not None and out.requires_grad]
     if not reached:

@@ -1,9 +1,9 @@
-"""One captured SSD step on the GPU beside the CPU's, in each form that its hidden layer has.
+"""One captured SSD step on the GPU beside the CPU's, for each form of the hidden layer.
 
     python scripts/step_evidence.py [--profile]
 
-Prints the error of the weights after it, relative to the step; the time of a replay; and with
---profile its kernels. Exit status: phases that failed.
+Prints the error of the weights after the step, relative to its length; the time of a replay; and
+with --profile its kernels. Exit status: the number of phases that failed.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ class GraphedEpochs:
         """One step at self.position; the tensors that it reads and writes stay in place."""
         stack = self.stack
         gaba = self.encoder.schedule == "gaba" and form != EXACT
-        drawn = draw_batch(
+        stored = reference.Stored(
             self.inputs,
             self.labels,
             self.order,
@@ -201,13 +201,14 @@ class GraphedEpochs:
             stack.counts if gaba else None,
             self.anneal_samples if gaba else None,
         )
+        drawn = draw_batch(stored)
         terms = dict(self.terms)
         for name in self.teacher:
             terms[name] = getattr(drawn, name)
         batch = Batch(drawn.address, drawn.labels, drawn.weight, terms)
         hidden, wider = self._encode(form, drawn.address, drawn.gaba)
         loss = sparse_step(stack, batch, hidden)
-        tally(
+        sums = reference.Tally(
             loss.loss,
             loss.logits,
             batch.labels,
@@ -216,9 +217,10 @@ class GraphedEpochs:
             stack.correct,
             stack.samples,
             self.position,
-            wider=wider,
-            overflow=self.overflow,
+            wider,
+            self.overflow,
         )
+        tally(sums)
 
     def _encode(
         self, form: str, x: Tensor, gaba: Tensor | None

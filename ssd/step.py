@@ -21,6 +21,7 @@ from ssd.ops.dense_update import dense_update
 from ssd.ops.distill import distill
 from ssd.ops.distill_code import CodeLoss, distill_code
 from ssd.ops.gate_gradient import gate_gradient
+from ssd.ops.reference import Update
 from ssd.regularizers import Gradient, Map
 from ssd_kernels import TopKOutput, row_update
 from ssd_kernels._graded_code import ActiveNeurons, Scratch
@@ -280,7 +281,7 @@ def _update(stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | 
             else:
                 regularizer.add_row_gradient(own, rows)
     weights = [_rows(weight, rows) for weight in stack.weights]
-    dense_update(
+    update = Update(
         weights,
         gradients,
         lr=stack.lr,
@@ -292,6 +293,7 @@ def _update(stack: Stack, batch: Batch, gradients: list[Tensor], rows: Tensor | 
         samples=batch.weight.view(len(stack), -1)[:, 0],
         networks=len(stack),
     )
+    dense_update(update)
     if rows is not None:
         for weight, moved in zip(stack.weights, weights, strict=True):
             weight.index_copy_(0, rows, moved)

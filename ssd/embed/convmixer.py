@@ -81,7 +81,7 @@ class ConvMixer(nn.Module):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the result of pretraining depends on beside the data."""
+    """What the result of pretraining depends on, apart from the data."""
 
     epochs: int = 25
     batch_size: int = 512
@@ -122,8 +122,8 @@ def augment(pixels: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 class Pretrainer:
     """Trains a ConvMixer to classify; the last checkpoint is the file of its weights.
 
-    AdamW, gradient norm clipped, the learning rate rising to its peak and falling to 0 linearly,
-    images shifted and mirrored; bf16 autocast on CUDA.
+    AdamW with clipped gradient norm; the learning rate rises to its peak and falls to 0 linearly.
+    Images are shifted and mirrored at random. bf16 autocast on CUDA.
 
     Args:
         images: to train on.
@@ -136,8 +136,7 @@ class Pretrainer:
         self, images: Images, settings: Settings, device: torch.device, path: Path
     ) -> None:
         self.settings, self.device, self.path = settings, device, path
-        self.described, self.flip = describe(images, settings), images.flip
-        self.shape = {
+        shape = {
             "channels": images.pixels.shape[1],
             "classes": int(images.labels.max()) + 1,
             "features": FEATURES,
@@ -145,9 +144,11 @@ class Pretrainer:
             "kernel": KERNEL,
             "patch": PATCH,
         }
+        self.described = {"shape": shape, "pretraining": describe(images, settings)}
+        self.flip = images.flip
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(settings.seed)
-            self.model = ConvMixer(**self.shape)
+            self.model = ConvMixer(**shape)
         self.model.mean, self.model.std = statistics(images.pixels)
         self.model.to(device).to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=WEIGHT_DECAY)
@@ -159,7 +160,7 @@ class Pretrainer:
         self.total = self.steps * settings.epochs
 
     def restore(self) -> None:
-        """Goes on from the checkpoint if there is one.
+        """Resumes from the checkpoint if there is one.
 
         Raises:
             UserError: it is damaged, or of another pretraining.
@@ -167,7 +168,7 @@ class Pretrainer:
         if not self.path.is_file():
             return
         tensors, state = read(self.path, self.device)
-        if changed := difference(state, {"shape": self.shape, "pretraining": self.described}):
+        if changed := difference(state, self.described):
             raise UserError(f"{self.path} is of another pretraining ({changed}); use another --out")
         self.model.load_state_dict(_part(tensors, "model"))
         moments: dict[int, dict[str, Tensor]] = {}
@@ -184,13 +185,8 @@ class Pretrainer:
         if self.step < self.total:
             for number, moments in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{key}": t for key, t in moments.items()}
-        state = {
-            "shape": self.shape,
-            "pretraining": self.described,
-            "step": self.step,
-            "finished": self.step == self.total,
-        }
-        save_checkpoint(self.path, tensors, state)
+        reached = {"step": self.step, "finished": self.step == self.total}
+        save_checkpoint(self.path, tensors, self.described | reached)
 
     def run(
         self,
@@ -281,7 +277,7 @@ def describe(images: Images, settings: Settings) -> dict[str, Any]:
 
 
 def read(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """load_checkpoint, with advice for a file that has no folder of its own."""
+    """load_checkpoint, with advice for a single file in place of a run's folder."""
     try:
         return load_checkpoint(path, device)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Makes the extractor that was asked for, embeds a data set, writes the features, and resumes."""
+"""Builds an extractor, embeds a data set, writes the features; resumable."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TRAINING = ("pretrain", "pretrain_folder", "epochs", "lr", "seed")
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for: options by their names, checked without reading data."""
+    """A command line's options by their names, checked without reading data."""
 
     dataset: str
     extractor: str
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def partial(self) -> Path:
-        """The features of the images that are done."""
+        """The features of the images embedded so far."""
         return self.out.with_suffix(".partial.safetensors")
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class Request:
 
 
 def require_known(option: str, dataset: str) -> None:
-    """UserError for the name of no data set of images."""
+    """UserError unless this is a data set of images."""
     if dataset not in SHAPES:
         raise UserError(f"{option} {dataset} is unknown; choose from {', '.join(SHAPES)}")
 
@@ -159,7 +159,7 @@ def write_features(out: Path, features: Dataset, origin: Mapping[str, Any]) -> s
 
     Args:
         out: the file.
-        features: in place of images.
+        features: the data set, its images replaced by features.
         origin: how they were made; JSON-able.
 
     Returns:
@@ -192,7 +192,7 @@ def convert(source: Path, out: Path) -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """One invocation: makes the extractor, embeds, writes; resumes what was interrupted."""
+    """One invocation: builds the extractor, embeds and writes, or resumes that."""
 
     request: Request
     data: Dataset
@@ -200,7 +200,7 @@ class Session:
     stopped: Callable[[], bool]  # whether to stop at the next step
 
     def run(self) -> str:
-        """Does what was asked for; returns what was done, in words.
+        """Runs the request; returns what was done, in words.
 
         Raises:
             UserError: data, weights or checkpoints do not fit.
@@ -224,7 +224,7 @@ class Session:
         return f"{request.dataset} by {request.extractor}: {line}"
 
     def _prepare(self) -> tuple[dict[str, Any], Callable[[], Extractor]]:
-        """The origin of the features, known before any work, and what makes the extractor."""
+        """What the features will depend on, and a function that builds the extractor."""
         request, device = self.request, self.request.device
         origin: dict[str, Any] = {
             "dataset": request.dataset,
@@ -260,7 +260,7 @@ class Session:
         return origin, pretrain
 
     def _check_finished(self, origin: Mapping[str, Any]) -> None:
-        """UserError if the file that is there is not the one that was asked for."""
+        """UserError unless the finished file is that of this request."""
         out = self.request.out
         try:
             with np.load(out, allow_pickle=False) as archive:
@@ -271,7 +271,7 @@ class Session:
             raise UserError(f"--out {out} is of another command ({changed}); use another")
 
     def _embed(self, extractor: Extractor, images: Tensor, origin: Mapping[str, Any]) -> Tensor:
-        """Features [N, F] of images [N, channels, H, W]; goes on from the partial file."""
+        """Features [N, F] of images [N, channels, H, W]; resumes from the partial file."""
         request, size = self.request, self.request.settings.batch_size
         parts: list[Tensor] = []
         if request.partial.is_file():

@@ -1,7 +1,7 @@
-"""The loss of a batch in one pass over its samples, compiled by numba: see ssd_kernels._loops.
+"""The loss of a batch in one pass over its samples, compiled by numba (ssd_kernels._loops).
 
-Both losses take what Objective.for_loops gives: targets are labels, target_logits, columns,
-target_hidden and weight; settings are alpha, lam, temperature and whether the KL is forward.
+Both losses take the tuples of Objective.for_loops: targets (labels, target_logits, columns,
+target_hidden, weight) and settings (alpha, lam, temperature, whether the KL is forward).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ssd_kernels._loops import loop
 
 
 def array(tensor: Tensor | None, rows: int, dtype: torch.dtype = torch.float32) -> Any:
-    """What a loop reads of a tensor; [B, 0] of None."""
+    """The tensor as a loop reads it; [B, 0] for None."""
     if tensor is None:
         return torch.empty(rows, 0, dtype=dtype, device="cpu").numpy()
     return tensor.detach().contiguous().numpy()
@@ -69,7 +69,7 @@ def _divergence(
 def _sample(
     b: int, students: Any, targets: Any, settings: Any, workspace: Any, gradients: Any
 ) -> float:
-    """The loss of sample b, of which students and gradients are; without targets length 0."""
+    """The loss of sample b; writes its gradients. A target that is not given has length 0."""
     (logits, hidden), (grad_logits, grad_hidden) = students, gradients
     labels, target_logits, columns, target_hidden, weights = targets
     label, weight = labels[b], weights[b]
@@ -95,7 +95,7 @@ def _sample(
 
 @loop
 def distill(logits: Any, hidden: Any, targets: Any, settings: Any, outputs: Any) -> None:
-    """distill for rows of logits and hidden; what is not given is [B, 0]."""
+    """distill for rows of logits and hidden; a tensor that is not given is [B, 0]."""
     loss, grad_logits, grad_hidden = outputs
     most = max(logits.shape[1], hidden.shape[1])
     workspace = np.ones(most, np.bool_), np.empty((4, most))
@@ -108,9 +108,9 @@ def distill(logits: Any, hidden: Any, targets: Any, settings: Any, outputs: Any)
 def distill_code(
     code: Any, decoder: Any, positions: Any, targets: Any, settings: Any, outputs: Any
 ) -> bool:
-    """distill_code: decode, loss and gradients; what is not given is [B, 0].
+    """distill_code: decode, loss and gradients; a tensor that is not given is [B, 0].
 
-    Without target_hidden positions are not read. Returns False, before any work, if a label or an
+    Positions are read only with target_hidden. Returns False, before any work, if a label or an
     index is out of range.
     """
     values, indices = code

@@ -41,81 +41,36 @@ class Drawn(NamedTuple):
     gaba: Tensor | None  # [S R]; 1 where a learner rests, so that none of its neurons is excited
 
 
-def draw_batch(
-    inputs: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    samples: Tensor,
-    position: Tensor,
-    size: int,
-    target_logits: Tensor | None = None,
-    target_hidden: Tensor | None = None,
-    counts: Tensor | None = None,
-    anneal_samples: Tensor | None = None,
-    *,
-    impl: str | None = None,
-) -> Drawn:
+def draw_batch(stored: reference.Stored, *, impl: str | None = None) -> Drawn:
     """Draw batch number `position` of every learner, and the response of its neurons to inhibition.
 
-    Sample b of learner s is its stored sample order[s, position B + b] if position B + b is less
-    than samples[s]; else there is none.
+    Sample b of learner s is its stored sample order[s, position B + b]; there is none from
+    samples[s] on.
 
     Args:
-        inputs: [S N, d] floating.
-        labels: [S N] int64.
-        order: [S, M] int64 in 0..N-1.
-        samples: [S] int64, how many entries of its order a learner takes; 0: it rests.
-        position: 0-d int64.
-        size: B.
-        target_logits: [S N, C].
-        target_hidden: [S N, n].
-        counts: [S R] int64, how often each neuron was active; goes with anneal_samples.
-        anneal_samples: [S] int64 or in the dtype of inputs, see reference.response_to_inhibition.
+        stored: what is drawn from.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
-        New tensors, None where nothing was given.
+        New tensors; None for what is not stored.
     """
-    optional = target_logits, target_hidden, counts, anneal_samples
-    stored = reference.Stored(inputs, labels, order, samples, position, size, *optional)
-    served = _float32(inputs, target_logits, target_hidden)
-    serve = _dispatch.choose("draw_batch", impl, inputs, served=served)
+    served = _float32(stored.inputs, stored.target_logits, stored.target_hidden)
+    serve = _dispatch.choose("draw_batch", impl, stored.inputs, served=served)
     with torch.no_grad():
         return Drawn(*serve(stored))
 
 
-def tally(
-    loss: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    loss_sum: Tensor,
-    correct: Tensor,
-    seen: Tensor,
-    position: Tensor,
-    wider: Tensor | None = None,
-    overflow: Tensor | None = None,
-    *,
-    impl: str | None = None,
-) -> None:
+def tally(batch: reference.Tally, *, impl: str | None = None) -> None:
     """Add a batch to the sums of its learners and advance the position, all in place.
 
     Args:
-        loss: [S B].
-        logits: [S B, C].
-        labels: [S B] int64 in 0..C-1.
-        weight: [S B], 0 where there is no sample: such rows do not count.
-        loss_sum: [S] float64, plus the losses, in a fixed order.
-        correct: [S] int64, plus the samples whose largest logit, by torch.argmax, is the label's.
-        seen: [S] int64, plus the number of samples.
-        position: 0-d int64, plus 1.
-        wider: [S B] bool; goes with overflow.
-        overflow: [S] bool, set where some sample is wider.
+        batch: losses and logits, and the sums.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
-    serve = _dispatch.choose("tally", impl, logits, served=_float32(loss, logits, weight))
+    served = _float32(batch.loss, batch.logits, batch.weight)
+    serve = _dispatch.choose("tally", impl, batch.logits, served=served)
     with torch.no_grad():
-        serve(loss, logits, labels, weight, loss_sum, correct, seen, position, wider, overflow)
+        serve(batch)
 
 
 def _float32(*tensors: Tensor | None) -> bool:
@@ -123,7 +78,7 @@ def _float32(*tensors: Tensor | None) -> bool:
 
 
 def _torch_draw(stored: reference.Stored) -> tuple[Tensor | None, ...]:
-    """The specification; without masks where a CPU draws a whole batch of every learner."""
+    """The specification, but without masks where a CPU draws whole batches."""
     inputs, order, size = stored.inputs, stored.order, stored.size
     first, learners = int(stored.position) * size if inputs.is_cpu else 0, len(order)
     if not inputs.is_cpu or first + size > int(stored.samples.min()):
@@ -240,7 +195,7 @@ def _draw(
     counts: Tensor | None,
     anneal_samples: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns empty tensors for what was not given."""
+    """Like draw_batch, with empty tensors in place of None."""
     optional = target_logits, target_hidden, counts, anneal_samples
     drawn = _draw_like(inputs, labels, order, samples, position, size, *optional)
     learners, longest = order.shape
@@ -381,5 +336,10 @@ def _triton_tally(
 _dispatch.register(
     "draw_batch", reference=reference.draw_batch, torch=_torch_draw, triton=_triton_draw
 )
-# Few operators, all of them fast: the specification is the torch path as well.
-_dispatch.register("tally", reference=reference.tally, torch=reference.tally, triton=_triton_tally)
+# Few operators, all of them fast, so the specification also serves as the torch path.
+_dispatch.register(
+    "tally",
+    reference=reference.tally,
+    torch=reference.tally,
+    triton=lambda batch: _triton_tally(*batch),
+)

@@ -19,54 +19,18 @@ from ssd_kernels.row_update import global_norm, project_
 _tuning.TABLE["squares"] = {"default": (({}, {"PARTS": 128, "BLOCK": 4096, "num_warps": 8}),)}
 
 
-def dense_update(
-    weights: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    max_norm: float | Tensor | None = None,
-    nonnegative: bool = False,
-    normalize: Sequence[bool] | None = None,
-    momentum: float = 0.0,
-    buffers: Sequence[Tensor] | None = None,
-    samples: Tensor | None = None,
-    networks: int = 1,
-    impl: str | None = None,
-) -> None:
-    """One step of clipped, projected SGD on several matrices of the same neurons.
+def dense_update(update: reference.Update, *, impl: str | None = None) -> None:
+    """One step of clipped, projected SGD on several matrices of the same neurons, in place.
 
     Like row_update, but with given gradients and on every row: buffer = momentum * buffer +
     scale * gradient, weight -= lr * buffer, then the projection.
 
     Args:
-        weights: matrices [S R, d_i], updated in place.
-        gradients: [S R, d_i] each.
-        lr: learning rate, or one for each network [S].
-        max_norm: bound on the global L2 norm of a network's gradients, as in clip_grad_norm_, or
-            one for each network [S]; None: no clip.
-        nonnegative: clamp the weights at 0 after the step.
-        normalize: for each matrix, whether its rows are then scaled to unit L2 norm; a row of
-            zeros stays zero.
-        momentum: of heavy-ball SGD; goes with buffers.
-        buffers: shaped like weights, updated in place.
-        samples: [S], 0 where a network has no sample in the batch: its weights and buffers keep
-            their bits, whatever its gradients hold. None: all networks have samples.
-        networks: S, networks whose rows follow one another.
+        update: weights, gradients and settings.
         impl: "triton", "torch" or "reference"; by default the fastest for the device.
     """
-    update = reference.Update(
-        weights,
-        gradients,
-        lr,
-        max_norm,
-        nonnegative,
-        normalize,
-        momentum,
-        buffers,
-        samples,
-        networks,
-    )
-    matrices = [*weights, *gradients, *(buffers or ())]
+    weights = update.weights
+    matrices = [*weights, *update.gradients, *(update.buffers or ())]
     served = all(m.dtype == torch.float32 and m.numel() and m.stride(1) == 1 for m in matrices)
     serve = _dispatch.choose("dense_update", impl, weights[0], served=served)
     with torch.no_grad():

@@ -34,17 +34,17 @@ class DistillOutput(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """The arguments of `distill` besides the student's outputs, described there."""
+    """The arguments of `distill` other than the student's outputs, described there."""
 
     labels: Tensor  # [B]
     target_logits: Tensor | None  # [B, C]
     target_hidden: Tensor | None  # [B, n]
-    alpha: float | Tensor
-    lam: float | Tensor
-    temperature: float | Tensor
-    kl: str
-    columns: Tensor | None  # [B, C]
-    weight: Tensor | None  # [B]
+    alpha: float | Tensor = 1.0
+    lam: float | Tensor = 0.0
+    temperature: float | Tensor = 1.0
+    kl: str = "reverse"
+    columns: Tensor | None = None  # [B, C]
+    weight: Tensor | None = None  # [B]
 
     @property
     def settings(self) -> tuple[float | Tensor, ...]:
@@ -58,7 +58,7 @@ class Objective(NamedTuple):
         return floats and single and width <= MAX_LOOPED
 
     def for_loops(self) -> tuple[tuple[Any, ...], tuple[float, float, float, bool]]:
-        """What the loops take: labels, targets, columns and weight as arrays; the settings."""
+        """Targets and settings as ssd.ops._loops takes them."""
         from ssd.ops._loops import array
 
         rows = len(self.labels)
@@ -78,7 +78,7 @@ class Objective(NamedTuple):
         return arrays, (alpha, lam, temperature, self.kl == "forward")
 
     def for_launch(self) -> tuple[Any, ...]:
-        """What the launchers take: the settings as numbers or, if one is a tensor, as [B] each."""
+        """As the launchers take it: settings as numbers, or as [B] each if one is a tensor."""
         numbers = [1.0 if isinstance(s, Tensor) else float(s) for s in self.settings]
         rows, device = len(self.labels), self.labels.device
         tensors: list[Tensor] = []
@@ -462,7 +462,7 @@ def _launch(
 
 
 def power(size: int) -> int:
-    """The lanes of a program for so many columns."""
+    """Lanes of a program that holds `size` columns: a power of two."""
     return max(16, 1 << (size - 1).bit_length())
 
 

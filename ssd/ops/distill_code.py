@@ -51,13 +51,8 @@ def distill_code(
     target_hidden: Tensor | None = None,
     *,
     positions: Tensor | None = None,
-    alpha: float | Tensor = 1.0,
-    lam: float | Tensor = 0.0,
-    temperature: float | Tensor = 1.0,
-    kl: str = "reverse",
-    columns: Tensor | None = None,
-    weight: Tensor | None = None,
     impl: str | None = None,
+    **options: Any,
 ) -> CodeLoss:
     """Decode a code into logits; `distill` them and the code's neurons in a subnetwork.
 
@@ -69,8 +64,8 @@ def distill_code(
         target_logits: [B, C], the teacher's.
         target_hidden: [B, n], the teacher's; goes with positions.
         positions: [R] int64, where each neuron stands in the subnetwork: 0..n-1, or n for none.
-        alpha, lam, temperature, kl, columns, weight: as in distill.
         impl: "triton" or "numba" (float32 alone), "torch" or "reference"; by default the fastest.
+        options: alpha, lam, temperature, kl, columns and weight, as in distill.
 
     Returns:
         Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.
@@ -79,9 +74,7 @@ def distill_code(
         TypeError, ValueError: with PyTorch, what distill raises; with numba, shapes, labels or
             indices that do not fit. Triton checks nothing.
     """
-    objective = Objective(
-        labels, target_logits, target_hidden, alpha, lam, temperature, kl, columns, weight
-    )
+    objective = Objective(labels, target_logits, target_hidden, **options)
     units = 1 if target_hidden is None else target_hidden.shape[1]
     sizes = *values.shape, decoder.shape[1], units
     served = min(sizes) > 0 and max(sizes[2:]) <= MAX_COLUMNS and values.dtype == torch.float32

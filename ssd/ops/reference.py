@@ -14,18 +14,19 @@ from ssd_kernels.reference import accumulation_dtype, sgd_step
 
 
 class Stored(NamedTuple):
-    """The arguments of `draw_batch`, described there."""
+    """What `draw_batch` draws from: N samples and R neurons of each of S learners."""
 
-    inputs: Tensor  # [S N, d]
-    labels: Tensor  # [S N]
-    order: Tensor  # [S, M]
-    samples: Tensor  # [S]
-    position: Tensor  # 0-d
+    inputs: Tensor  # [S N, d] floating
+    labels: Tensor  # [S N] int64
+    order: Tensor  # [S, M] int64 in 0..N-1
+    samples: Tensor  # [S] int64, how many entries of its order a learner takes; 0: it rests
+    position: Tensor  # 0-d int64, number of the batch
     size: int  # B
-    target_logits: Tensor | None  # [S N, C]
-    target_hidden: Tensor | None  # [S N, n]
-    counts: Tensor | None  # [S R]
-    anneal_samples: Tensor | None  # [S]
+    target_logits: Tensor | None = None  # [S N, C]
+    target_hidden: Tensor | None = None  # [S N, n]
+    counts: Tensor | None = None  # [S R] int64, how often each neuron was active
+    # [S] int64 or in the dtype of inputs, see response_to_inhibition; goes with counts
+    anneal_samples: Tensor | None = None
 
 
 def draw_batch(stored: Stored) -> tuple[Tensor | None, ...]:
@@ -68,18 +69,22 @@ def response_to_inhibition(
 
 
 class Update(NamedTuple):
-    """The arguments of `dense_update`, described there."""
+    """A step of `dense_update` on S networks whose rows follow one another."""
 
-    weights: Sequence[Tensor]
-    gradients: Sequence[Tensor]
-    lr: float | Tensor
-    max_norm: float | Tensor | None
-    nonnegative: bool
-    normalize: Sequence[bool] | None
-    momentum: float
-    buffers: Sequence[Tensor] | None
-    samples: Tensor | None
-    networks: int
+    weights: Sequence[Tensor]  # [S R, d_i] each, updated in place
+    gradients: Sequence[Tensor]  # [S R, d_i] each
+    lr: float | Tensor  # learning rate, or one for each network [S]
+    # Bound on the L2 norm of a network's gradients, as in clip_grad_norm_, or [S]; None: no clip.
+    max_norm: float | Tensor | None = None
+    nonnegative: bool = False  # clamps the weights at 0 after the step
+    # Whether the rows of each matrix are then scaled to unit L2 norm; a row of zeros stays zero.
+    normalize: Sequence[bool] | None = None
+    momentum: float = 0.0  # of heavy-ball SGD; goes with buffers
+    buffers: Sequence[Tensor] | None = None  # shaped like weights, updated in place
+    # [S], 0 where a network has no sample in the batch: it keeps its bits, whatever its gradients
+    # hold. None: all networks have samples.
+    samples: Tensor | None = None
+    networks: int = 1  # S
 
 
 def dense_update(update: Update) -> None:
@@ -110,19 +115,24 @@ def gate_gradient(
         gradient.copy_(gradient.masked_fill(closed, 0.0) + slope)
 
 
-def tally(
-    loss: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    loss_sum: Tensor,
-    correct: Tensor,
-    seen: Tensor,
-    position: Tensor,
-    wider: Tensor | None,
-    overflow: Tensor | None,
-) -> None:
+class Tally(NamedTuple):
+    """A batch of S learners, and the sums to which `tally` adds it in place."""
+
+    loss: Tensor  # [S B]
+    logits: Tensor  # [S B, C]
+    labels: Tensor  # [S B] int64 in 0..C-1
+    weight: Tensor  # [S B], 0 where there is no sample: such rows do not count
+    loss_sum: Tensor  # [S] float64, adds the losses in a fixed order
+    correct: Tensor  # [S] int64, adds the samples whose label is torch.argmax of their logits
+    seen: Tensor  # [S] int64, adds the number of samples
+    position: Tensor  # 0-d int64, adds 1
+    wider: Tensor | None = None  # [S B] bool; goes with overflow
+    overflow: Tensor | None = None  # [S] bool, set where a sample is wider
+
+
+def tally(batch: Tally) -> None:
     """Sums over each learner's samples of weight > 0, in place; position += 1."""
+    loss, logits, labels, weight, loss_sum, correct, seen, position, wider, overflow = batch
     learners, real = len(loss_sum), weight > 0
     loss_sum += torch.where(real, loss, 0.0).view(learners, -1).sum(1, dtype=loss_sum.dtype)
     correct += ((logits.argmax(-1) == labels) & real).view(learners, -1).sum(1)

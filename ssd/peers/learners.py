@@ -95,9 +95,9 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 class _OnePass:
-    """Counts classes and takes inputs in units of the first task's largest entry.
+    """Counts classes and scales inputs by the first task's largest entry.
 
-    The unit is a power of two, so nothing is rounded, and no square leaves the range of floats.
+    The scale is a power of two, so nothing is rounded, and no square leaves the range of floats.
     """
 
     def __init__(self, classes: int) -> None:
@@ -116,11 +116,11 @@ class _OnePass:
         return only_seen(self._scores(x / self._unit), self.counts)
 
     def _add(self, x: Tensor, y: Tensor) -> None:
-        """Adds a task's data, in units."""
+        """Adds a task's scaled data."""
         raise NotImplementedError
 
     def _scores(self, x: Tensor) -> Tensor:
-        """Scores of all classes; those of classes not seen are ignored."""
+        """Scores of all classes for scaled data; those of classes not seen are ignored."""
         raise NotImplementedError
 
 
@@ -220,7 +220,7 @@ class FlyModel(_OnePass):
 class RandomReLU(_OnePass):
     """relu(x P^T) with a Gaussian P, and ridge regression on the one-hot labels.
 
-    Updated task by task through the Gram matrix, which gives what recursive least squares gives.
+    The Gram matrix is updated task by task, which is equal to recursive least squares.
 
     Args:
         generator: source of P.
@@ -283,7 +283,7 @@ class Entry:
 
 
 def entries(features: int, neurons: int) -> list[Entry]:
-    """The learners to compare on d inputs with R neurons; some ignore R, some need a larger one."""
+    """The learners to compare on d inputs with R neurons; some ignore R, some need R >= 2 d."""
     strengths = (1e-4, 1e-3, 1e-2, 1e-1)
     shares = (0.1, 0.2, 0.3, 0.4)
     fly = [{"share": s, "lr": lr} for s in (0.01, 0.05, 0.1) for lr in (1e-4, 1e-3, 5e-3, 2e-2)]
@@ -306,7 +306,7 @@ def entries(features: int, neurons: int) -> list[Entry]:
         found.append(Entry("sparse code, local addresses", _sparse_code, local, readouts))
     if neurons >= 2 * features:
         build = partial(_sparse_code, beside=True)
-        # A code of share 1 is a plain ReLU: it tells what sparseness itself gains.
+        # A code of share 1 is a plain ReLU: it shows what sparseness gains.
         for name, tried in (
             ("sparse code beside the input", (0.1, 0.2, 0.4)),
             ("control: ReLU beside the input", (1.0,)),

@@ -1,4 +1,4 @@
-"""benchmarks/tune.py in Triton's interpreter: what it times is right, and what is wrong it says."""
+"""benchmarks/tune.py in Triton's interpreter: it times right results and reports wrong ones."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import pytest
 import torch
 
 from benchmarks import tune
+from benchmarks.providers import shapes
 from ssd_kernels import _tuning
 from tests.kernels.conftest import INTERPRETED
 
 PROBLEMS = [
-    tune._topk(3, 1500, 4, torch.float32),
-    tune._encoder(3, 24, 300, 4, torch.float32),
-    tune._encoder(3, 20, 300, 4, torch.float16, aligned=0),
-    tune._rows("decode", 3, 40, 4, 300, torch.float32),
-    tune._rows("walk", 3, 40, 4, 300, torch.float32),
+    tune.problem_of(shape)
+    for shape in shapes("""
+        topk           forward  float32  B=3 R=1500 k=4
+        linear_topk    forward  float32  B=3 d=24 R=300 k=4
+        linear_topk    forward  float16  B=3 d=20 R=300 k=4
+        sparse_linear  forward  float32  B=3 R=40 k=4 C=300
+        sparse_linear  full     float32  B=3 R=40 k=4 C=300
+    """)
 ]
 
 
 def test_shipped_rows_are_candidates() -> None:
-    """Else a sweep would not say how the present row does."""
+    """So that a sweep times the present row too."""
     for op in ("topk", "linear_topk"):
         tried = [c for p in tune.PROBLEMS if p.op == op for c in p.candidates]
         for family, rows in _tuning.TABLE[op].items():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ssd.ops.dense_update import dense_update
+from ssd.ops.reference import Update
 from tests.kernels import cases
 from tests.kernels.cases import FP32
 from tests.kernels.cases import _meta as meta
@@ -21,7 +22,7 @@ def call(draw: cases.Draw) -> cases.Run:
 
     def run(impl: str | None) -> cases.Results:
         weights, buffers = [w.clone() for w in starts], [b.clone() for b in kept]
-        dense_update(
+        update = Update(
             weights,
             gradients,
             lr=rates,
@@ -32,8 +33,8 @@ def call(draw: cases.Draw) -> cases.Run:
             buffers=buffers,
             samples=samples,
             networks=draw.S,
-            impl=impl,
         )
+        dense_update(update, impl=impl)
         return *weights, *buffers
 
     return run
@@ -44,7 +45,7 @@ def plain(draw: cases.Draw) -> cases.Run:
 
     def run(impl: str | None) -> cases.Results:
         weight = start.clone()
-        dense_update([weight], [gradient], lr=0.1, impl=impl)
+        dense_update(Update([weight], [gradient], lr=0.1), impl=impl)
         return (weight,)
 
     return run
@@ -63,7 +64,7 @@ def launch(
 ) -> None:
     weights = [meta.new(S * R, width, dtype=dtype) for width in (d, C)]
     several = S > 1  # each with its rate and bound
-    dense_update(
+    update = Update(
         weights,
         [torch.empty_like(weight) for weight in weights],
         lr=meta.new(S, dtype=FP32) if several else 0.1,
@@ -75,6 +76,7 @@ def launch(
         samples=meta.longs(S) if several else None,
         networks=S,
     )
+    dense_update(update)
 
 
 def check(widths: list[int], networks: int, nonnegative: bool = True, **options: Any) -> None:
@@ -86,16 +88,16 @@ def check(widths: list[int], networks: int, nonnegative: bool = True, **options:
     for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         weights, gradients, buffers = ([t.to(dtype, copy=True) for t in ts] for ts in given)
         kept = buffers if "momentum" in options else None
-        dense_update(
+        update = Update(
             weights,
             gradients,
             nonnegative=nonnegative,
             normalize=[True, False],
             buffers=kept,
             networks=networks,
-            impl=impl,
             **options,
         )
+        dense_update(update, impl=impl)
         results.append([t.double() for t in weights + buffers])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -104,8 +106,7 @@ def check(widths: list[int], networks: int, nonnegative: bool = True, **options:
 def pinned(S: int = 10) -> meta.Prepare:
     weights, gradients = ([meta.new(S * 10_000, width) for width in (256, 10)] for _ in range(2))
     samples = meta.longs(S)
-    return meta.of(
-        dense_update,
+    update = Update(
         weights,
         gradients,
         lr=meta.new(S),
@@ -114,6 +115,7 @@ def pinned(S: int = 10) -> meta.Prepare:
         normalize=[True, False],
         networks=S,
     )
+    return meta.of(dense_update, update)
 
 
 OP = cases.Op(

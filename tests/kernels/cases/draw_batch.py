@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ssd.ops.batch import draw_batch
+from ssd.ops.reference import Stored
 from tests.kernels import cases
 from tests.kernels.cases import FP32
 from tests.kernels.cases import _checked as small
@@ -23,7 +24,7 @@ def call(draw: cases.Draw, targets: bool = True) -> cases.Run:
     if targets:
         anneal = draw.integers(draw.R, 2 * draw.R)
         rest = draw(stored, draw.C), draw(stored, draw.K), draw.range(draw.S * draw.R), anneal
-    return lambda impl: tuple(draw_batch(*given, *rest, impl=impl))
+    return lambda impl: tuple(draw_batch(Stored(*given, *rest), impl=impl))
 
 
 def launch(
@@ -38,7 +39,7 @@ def launch(
     teacher: bool = True,
 ) -> None:
     rows, stored = S * 6000, S * 6000
-    draw_batch(
+    given = Stored(
         meta.new(stored, d, dtype=dtype),
         meta.longs(stored),
         meta.longs(S, 6000),
@@ -50,6 +51,7 @@ def launch(
         meta.longs(S * R) if R else None,
         meta.new(S, dtype=dtype) if R else None,
     )
+    draw_batch(given)
 
 
 def check(features: int, teacher: bool, gaba: bool) -> None:
@@ -63,12 +65,8 @@ def check(features: int, teacher: bool, gaba: bool) -> None:
     if gaba:
         given |= {"counts": torch.arange(10), "anneal_samples": torch.tensor([9.0, 4.0])}
     for position in range(3):
-        now = torch.tensor(position)
-        got, expected = (
-            draw_batch(**given, position=now, size=size, impl=impl)
-            for impl in ("triton", "reference")
-        )
-        small.equal(got, expected)
+        now = Stored(**given, position=torch.tensor(position), size=size)
+        small.equal(*(draw_batch(now, impl=impl) for impl in ("triton", "reference")))
 
 
 def pinned(S: int = 10, B: int = 128) -> meta.Prepare:
@@ -76,9 +74,8 @@ def pinned(S: int = 10, B: int = 128) -> meta.Prepare:
     stored = S * 6000
     targets = meta.new(stored, 10), meta.new(stored, 200), meta.longs(S * 10_000), meta.new(S)
     order, samples, position = meta.longs(S, 6000), meta.longs(S), meta.longs()
-    return meta.of(
-        draw_batch, meta.new(stored, 256), meta.longs(stored), order, samples, position, B, *targets
-    )
+    given = meta.new(stored, 256), meta.longs(stored), order, samples, position, B, *targets
+    return meta.of(draw_batch, Stored(*given))
 
 
 OP = cases.Op(

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from ssd.ops.batch import tally
+from ssd.ops.reference import Tally
 from tests.kernels import cases
 from tests.kernels.cases import FP32, FP64
 from tests.kernels.cases import _checked as small
@@ -22,7 +23,7 @@ def call(draw: cases.Draw, wider: bool = True) -> cases.Run:
         sums = losses, draw.counts(draw.S), draw.counts(draw.S), draw.counts(1)[0]
         crowded = torch.zeros(draw.S, dtype=torch.bool, device=draw.device)
         more = (weight > 1, crowded) if wider else ()
-        tally(weight, logits, labels, weight, *sums, *more, impl=impl)
+        tally(Tally(weight, logits, labels, weight, *sums, *more), impl=impl)
         return losses.float(), *sums[1:], crowded
 
     return run
@@ -30,7 +31,7 @@ def call(draw: cases.Draw, wider: bool = True) -> cases.Run:
 
 def launch(dtype: torch.dtype, *, B: int, C: int, S: int = 1, wider: bool = False) -> None:
     rows = S * B
-    tally(
+    batch = Tally(
         meta.new(rows, dtype=dtype),
         meta.new(rows, C, dtype=dtype),
         meta.longs(rows),
@@ -42,6 +43,7 @@ def launch(dtype: torch.dtype, *, B: int, C: int, S: int = 1, wider: bool = Fals
         meta.new(rows, dtype=torch.bool) if wider else None,
         meta.new(S, dtype=torch.bool) if wider else None,
     )
+    tally(batch)
 
 
 def check(learners: int, size: int, classes: int, wider: bool) -> None:
@@ -62,7 +64,7 @@ def check(learners: int, size: int, classes: int, wider: bool) -> None:
             torch.tensor(4),
         ]
         crowded = [torch.arange(rows) == 2, small.counter(learners) > 1] if wider else []
-        tally(*given, *sums, *crowded, impl=impl)
+        tally(Tally(*given, *sums, *crowded), impl=impl)
         results.append(sums + crowded)
     small.equal(*results)
 
@@ -72,7 +74,7 @@ def pinned(S: int = 10, B: int = 128) -> meta.Prepare:
     sums = meta.new(S, dtype=torch.float64), meta.longs(S), meta.longs(S), meta.longs()
     crowded = meta.new(rows, dtype=torch.bool), meta.new(S, dtype=torch.bool)
     given = meta.new(rows), meta.new(rows, 10), meta.longs(rows), meta.new(rows)
-    return meta.of(tally, *given, *sums, *crowded)
+    return meta.of(tally, Tally(*given, *sums, *crowded))
 
 
 OP = cases.Op(

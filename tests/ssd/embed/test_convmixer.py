@@ -209,7 +209,7 @@ def test_weights_of_another_version(images: Images, tmp_path: Path) -> None:
     path = tmp_path / "w"
     pretrainer = trainer(images, path)
     pretrainer.run(1e9)
-    pretrainer.shape["stride"] = 2
+    pretrainer.described["shape"]["stride"] = 2
     pretrainer.save()
     with pytest.raises(UserError, match="holds no ConvMixer of this version"):
         load_weights(path, CPU)

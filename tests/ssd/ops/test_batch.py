@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd.ops.batch import draw_batch, tally
-from ssd.ops.reference import response_to_inhibition
+from ssd.ops.batch import Drawn, draw_batch, tally
+from ssd.ops.reference import Stored, Tally, response_to_inhibition
 from tests.kernels.conftest import triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
@@ -43,6 +43,11 @@ def stores(
     return {name: tensor.to(device) for name, tensor in given.items()}
 
 
+def drawn(given: dict[str, Any], position: int, impl: str) -> Drawn:
+    place = torch.tensor(position, device=given["order"].device)
+    return draw_batch(Stored(**given, position=place, size=SIZE), impl=impl)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("position", range(4))
@@ -52,7 +57,7 @@ def test_a_batch(
     impl: str, dtype: torch.dtype, position: int, features: int, samples: list[int], device: str
 ) -> None:
     given = stores(device, dtype, features, samples)
-    got = draw_batch(**given, position=torch.tensor(position, device=device), size=SIZE, impl=impl)
+    got = drawn(given, position, impl)
     weights = got.weight.view(LEARNERS, SIZE)
     pairs = [
         (given["inputs"], got.address),
@@ -66,9 +71,9 @@ def test_a_batch(
             float(torch.ones((), dtype=dtype) / max(len(places), 1)) if b < len(places) else 0.0
             for b in range(SIZE)
         ]
-        for stored, drawn in pairs:
-            assert drawn is not None
-            own = drawn.view(LEARNERS, SIZE, -1)[learner]
+        for stored, taken in pairs:
+            assert taken is not None
+            own = taken.view(LEARNERS, SIZE, -1)[learner]
             for b, row in enumerate(own):
                 expected = torch.zeros_like(row)
                 if b < len(places):
@@ -90,7 +95,7 @@ def test_the_gaba_of_many_neurons(impl: str, device: str) -> None:
     given = stores(device)
     given["counts"] = torch.randint(2**30, (LEARNERS * 1001,), device=device)
     given["anneal_samples"] = torch.tensor([1.0, 2.0**29, 77777.0], device=device)
-    got = draw_batch(**given, position=torch.tensor(0, device=device), size=SIZE, impl=impl)
+    got = drawn(given, 0, impl)
     counts, anneal = given["counts"].view(LEARNERS, -1), given["anneal_samples"].unsqueeze(1)
     assert got.gaba is not None
     assert torch.equal(got.gaba, response_to_inhibition(counts, anneal, torch.float32).flatten())
@@ -99,7 +104,7 @@ def test_the_gaba_of_many_neurons(impl: str, device: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_only_what_is_given_is_drawn(impl: str, device: str) -> None:
     given = {name: stores(device)[name] for name in ("inputs", "labels", "order", "samples")}
-    got = draw_batch(**given, position=torch.tensor(1, device=device), size=SIZE, impl=impl)
+    got = drawn(given, 1, impl)
     assert (got.target_logits, got.target_hidden, got.gaba) == (None, None, None)
     assert bool((got.address[:SIZE] != 0).all())
 
@@ -139,7 +144,7 @@ def test_the_sums(impl: str, dtype: torch.dtype, classes: int, size: int, device
     loss, logits, labels, weight = step(device, classes, max(size, 1), dtype)
     wider = torch.rand(len(loss), device=device) < 1 / size
     got = sums(device)
-    tally(loss, logits, labels, weight, wider=wider, **got, impl=impl)
+    tally(Tally(loss, logits, labels, weight, wider=wider, **got), impl=impl)
     names = ("loss_sum", "correct", "seen", "overflow")
     before = [sums(device)[name].tolist() for name in names]
     for learner, (total, correct, seen, overflow) in enumerate(zip(*before, strict=True)):
@@ -160,9 +165,9 @@ def test_nothing_may_be_wider(impl: str, device: str) -> None:
     given = step(device, 3, 5)
     got, expected = sums(device), sums(device)
     del got["overflow"]
-    tally(*given, **got, impl=impl)
+    tally(Tally(*given, **got), impl=impl)
     wider = torch.zeros(len(given[0]), dtype=torch.bool, device=device)
-    tally(*given, wider=wider, **expected, impl="reference")
+    tally(Tally(*given, wider=wider, **expected), impl="reference")
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=0)
     assert expected["overflow"].tolist() == sums(device)["overflow"].tolist()
@@ -174,5 +179,5 @@ def test_repeats_are_bit_equal(impl: str, device: str) -> None:
     results = []
     for _ in range(20):
         results.append(sums(device))
-        tally(*given, **results[-1] | {"overflow": None}, impl=impl)
+        tally(Tally(*given, **results[-1] | {"overflow": None}), impl=impl)
     assert all(torch.equal(r["loss_sum"], results[0]["loss_sum"]) for r in results)

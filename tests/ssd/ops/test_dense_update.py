@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ssd.ops.dense_update import dense_update
+from ssd.ops.reference import Update
 from tests.kernels.conftest import same, triton_only
 
 IMPLS = ["reference", "torch", triton_only("triton")]
@@ -77,10 +78,10 @@ def copied(given: dict[str, Any]) -> dict[str, Any]:
     return {name: [copy(t) for t in tensors] for name, tensors in given.items()}
 
 
-def run(given: dict[str, Any], momentum: float, **options: Any) -> list[Tensor]:
+def run(given: dict[str, Any], momentum: float, impl: str, **options: Any) -> list[Tensor]:
     ours = copied(given)
     buffers = {"buffers": ours["buffers"], "momentum": momentum} if momentum else {}
-    dense_update(ours["weights"], ours["gradients"], **buffers, **options)
+    dense_update(Update(ours["weights"], ours["gradients"], **buffers, **options), impl=impl)
     for gradient, before in zip(ours["gradients"], given["gradients"], strict=True):
         torch.testing.assert_close(gradient, before, rtol=0, atol=0, equal_nan=True)
     return [*ours["weights"], *(ours["buffers"] if momentum else ())]
