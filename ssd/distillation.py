@@ -62,7 +62,8 @@ class Distiller:
         alpha: weight of the cross entropy, in 0..1.
         lam: lambda, share of the hidden term in the rest, in 0..1; 0 is LwF.
         temperature: T > 0.
-        subnetwork: n / k > 0; a layer's n most frequent neurons are distilled, k <= n <= R.
+        subnetwork: n / k; a layer's n most frequent neurons are distilled. n is at least k and at
+            most R, so a value below 1 acts as 1.
         kl: direction of both KL terms, see distillation_loss.
         hidden: z taken "after" or "before" inhibition.
         logits: distil "all" outputs or only the classes "seen" before this task.
@@ -204,7 +205,7 @@ class Distiller:
         Args:
             logits: [B, C], what the model returned.
             labels: [B], in 0..C-1.
-            samples: [B], positions in the inputs of begin_task.
+            samples: [B], indices into the inputs of begin_task.
             hidden: {layer: z [B, .., n]}; None: those of the forward pass that returned the logits.
                 Logits that were changed since, by a mask or a scale, need
                 hidden=distiller.activations(what the model returned).
@@ -247,7 +248,7 @@ class Distiller:
         """Arguments of ssd.ops.distill.distill besides the student's, if `fused`.
 
         Args:
-            samples: [B] int64, positions in the inputs of begin_task.
+            samples: [B] int64, indices into the inputs of begin_task.
 
         Returns:
             {} without a teacher. Else alpha, lam, temperature, kl and target_logits [B, C]; for

@@ -63,7 +63,8 @@ class Learner:
         config: settings.
         tasks: the stream.
         model: any Network, on the device of the tasks' tensors.
-        distiller, regularizers: the method's parts; None builds those that config.method names.
+        distiller: of the method; None builds the one that config.method names.
+        regularizers: of the method; None builds those that config.method names.
 
     Raises:
         ValueError: model.layer has not config.neurons neurons, or does not run exactly once.

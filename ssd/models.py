@@ -267,8 +267,13 @@ class SDMLP(Network):
         in_features: d.
         neurons: R.
         classes: C.
-        k, inhibition, schedule, anneal_samples: see AnnealedTopKLinear.
+        k: active neurons, 1..R.
+        inhibition: "subtract" or "mask".
+        schedule: "gaba", "linear" or "flat", see AnnealedTopKLinear.
+        anneal_samples: N of the schedule, see AnnealedTopKLinear.
         generator: source of the initial weights.
+        device: of the weights.
+        dtype: of the weights.
 
     forward: x [B, d] -> logits [B, C]. Weights: encoder.weight [R, d] (addresses, paper's W1),
     decoder.weight [R, C] (values, the transpose of the paper's W2).

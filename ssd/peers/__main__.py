@@ -21,7 +21,7 @@ from ssd.cli import (
     note,
     resumable,
 )
-from ssd.data import Dataset, class_order, default_root, load, split
+from ssd.data import SOURCES, Dataset, class_order, default_root, load, split
 from ssd.errors import MOST_RUNS, UserError, require_memory
 from ssd.peers.learners import entries
 from ssd.peers.readout import gram_dtype
@@ -37,12 +37,14 @@ def _parser() -> argparse.ArgumentParser:
         "validation split of the training data.",
     )
     add = parser.add_argument
-    add("--dataset", metavar="NAME", help="mnist, fashion-mnist, mnist-5k, .. (default mnist)")
+    add("--dataset", metavar="NAME", help=f"{', '.join(SOURCES)} (default mnist)")
     add("--features", metavar="FILE", type=Path, help=".npz or .pt in place of a data set")
     add_common(add, "--data-root")
-    add("--tasks", metavar="N", type=int, default=5, help="number of tasks (default 5)")
+    add("--tasks", metavar="N", type=int, help="number of tasks (default that of the data set)")
     add("--neurons", metavar="R", type=int, default=1000, help="width (default 1000)")
-    add("--seeds", metavar="N", type=int, default=3, help="class orders and projections (3)")
+    add(
+        "--seeds", metavar="N", type=int, default=3, help="class orders and projections (default 3)"
+    )
     add("--out", metavar="FILE", type=Path, help="CSV; rows that it holds are not measured again")
     return parser
 
@@ -68,12 +70,13 @@ def execute(arguments: Sequence[str]) -> None:
     again = "without --out FILE nothing is kept" if out is None else again
     with resumable(again), in_words({"--validation": "the validation share"}):
         data = load(dataset, given.data_root or default_root(), given.features, notice=note)
-        split(data, given.tasks, class_order(data.classes, 0))
+        tasks = SOURCES[data.name].tasks if given.tasks is None else given.tasks
+        split(data, tasks, class_order(data.classes, 0))
         _require_fit(data, given.neurons)
         name = given.features.stem if given.features else data.name
         progress = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
         with nullcontext() if out is None else file_lock(out):
-            study = Study(name, data, given.tasks, given.neurons, out, progress.print)
+            study = Study(name, data, tasks, given.neurons, out, progress.print)
             measured = {
                 entry.name: study.measure(entry, given.seeds)
                 for entry in entries(data.x_train.shape[1], given.neurons)
@@ -81,7 +84,7 @@ def execute(arguments: Sequence[str]) -> None:
     commits = {row.commit for rows in measured.values() for row in rows}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")
-    title = f"{name}, {given.tasks} tasks, R = {given.neurons:,}, {given.seeds} seeds"
+    title = f"{name}, {tasks} tasks, R = {given.neurons:,}, {given.seeds} seeds"
     Console().print(result_table(measured, title))
 
 
