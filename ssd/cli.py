@@ -27,6 +27,7 @@ from ssd.storage.run_folder import CONFIG
 # Library code names settings by the options of ssd.train; files of settings use other names.
 SETTINGS = {option(field.name): field.name for field in fields(Config)}
 SETTINGS |= {"--preset": "preset", "--seeds": "seeds"}
+MOST_RUNS = 10_000  # of one command, which lists all of them before it trains the first
 # Options of several commands: value in the help text, type, help.
 COMMON: Mapping[str, tuple[str, type, str]] = {
     "--data-root": ("DIR", Path, "data sets (default $SSD_DATA or data)"),
@@ -213,6 +214,12 @@ def choose_device(name: str | None) -> torch.device:
     ):
         raise UserError(f"--device {name} is not on this machine; use --device cpu")
     return device
+
+
+def check_seeds(count: int) -> None:
+    """UserError if --seeds is no number of runs."""
+    if not 1 <= count <= MOST_RUNS:
+        raise UserError(f"--seeds {count} must be in 1..{MOST_RUNS}")
 
 
 def check_file(out: Path) -> None:

@@ -38,10 +38,6 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or repr(error)
 
 
-# Runs of one command, which lists all of them before it trains the first.
-MOST_RUNS = 10_000
-
-
 def require_memory(needed: int, what: str, device: torch.device) -> None:
     """UserError if a device has less memory than `what` is sure to need.
 

@@ -31,10 +31,12 @@ from typing import Any
 from rich.console import Console
 
 from ssd.cli import (
+    MOST_RUNS,
     SETTINGS,
     ArgumentParser,
     add_common,
     check_folder,
+    check_seeds,
     choose_device,
     command_line,
     exit_status,
@@ -45,13 +47,14 @@ from ssd.cli import (
     stop_on_interrupt,
 )
 from ssd.config import Config, resolve
-from ssd.data import Dataset, default_root, load
-from ssd.errors import MOST_RUNS, UserError
+from ssd.data import Dataset, default_root
+from ssd.errors import UserError
 from ssd.progress import Display
-from ssd.run import RunOptions
+from ssd.run import load_data
 from ssd.storage.files import dumps, read_json, read_text, write_atomically
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import doubts, versions_of
+from ssd.storage.run_folder import evaluated_on
 from ssd.study import Run, Study, hints_for, measured
 from ssd.tables import DIGITS, columns, csv_text, markdown_table, plus_minus, rich_table
 
@@ -90,9 +93,8 @@ class Sweep:
         """The settings that rows name, in the file's order."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def config(self, row: Mapping[str, Any], dataset: str | None = None) -> Config:
-        """The settings of a row's first run; dataset: what stands in for the file's."""
-        instead = {} if dataset is None else {"dataset": dataset}
+    def config(self, row: Mapping[str, Any], **instead: Any) -> Config:
+        """The settings of a row's first run; instead: settings in place of the file's."""
         return resolve({**self.shared, **row, **instead})
 
 
@@ -136,8 +138,7 @@ def _parse(content: Mapping[str, Any]) -> Sweep:
             raise UserError(f"{name} must be {called}, not {value!r}")
     seeds, base = content.get("seeds", 1), content.get("base", {})
     grid, runs = content.get("grid", {}), content.get("runs", [{}])
-    if not 1 <= seeds <= MOST_RUNS:
-        raise UserError(f"seeds {seeds} must be in 1..{MOST_RUNS}")
+    check_seeds(seeds)
     if not runs or not all(isinstance(run, dict) for run in runs):
         raise UserError(f"runs must be [[runs]] tables, not {runs!r}")
     _require_settings(base, "[base]", SHARED)
@@ -151,7 +152,7 @@ def _parse(content: Mapping[str, Any]) -> Sweep:
     if total > MOST_RUNS:
         raise UserError(f"the file names {total} runs, but at most {MOST_RUNS} are swept at a time")
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    shared = {n: v for n, v in content.items() if n in {"dataset", "features", "preset"}} | base
+    shared = {n: v for n, v in content.items() if n in SHARED | {"preset"}} | base
     return Sweep(shared, [{**run, **cell} for run in runs for cell in combinations], seeds)
 
 
@@ -201,8 +202,7 @@ def rank(
         sound = [] if any("diverged" in outcome for outcome in group) else group
         for measure in MEASURES:
             record |= columns(measure, [measured(outcome, measure)[0] for outcome in sound])
-        shown = "validation" if config.validation > 0 else "test"
-        records.append(record | {"seeds": len(group), "evaluated_on": shown})
+        records.append(record | {"seeds": len(group), "evaluated_on": evaluated_on(config)})
     return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
 
 
@@ -274,7 +274,7 @@ def execute(arguments: Sequence[str]) -> None:
     given = build_parser().parse_args(arguments)
     with in_words(SETTINGS):
         sweep = read_sweep(given.file)
-        options = RunOptions(choose_device(given.device))
+        device = choose_device(given.device)
         folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
         check_folder(folder)
         near = given.file.resolve().drive == Path.cwd().drive  # else there is no way from here
@@ -295,7 +295,7 @@ def execute(arguments: Sequence[str]) -> None:
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
             write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
-            study = Study(runs, options, Display(Console(), given.quiet))
+            study = Study(runs, device, Display(Console(), given.quiet))
             with stop_on_interrupt() as stopped:
                 study.train(runs, stopped)
             _report(sweep, rows, folder, given.file.stem, given.quiet)
@@ -335,11 +335,9 @@ def _report(
 
 def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:
     """The data and each row's settings, which suit one another; says what may not be meant."""
-    first = sweep.config(sweep.rows[0])
-    features = Path(first.features) if first.features else None
-    data = load(first.dataset, root, features, notice=note)
+    data = load_data(sweep.config(sweep.rows[0]), root, notice=note)
     # The subset may stand in for MNIST: the settings are then the subset's.
-    configs = [sweep.config(row, data.name) for row in sweep.rows]
+    configs = [sweep.config(row, dataset=data.name) for row in sweep.rows]
     found = hints_for(configs, data)
     if any(config.validation == 0 for config in configs):
         note("without validation in [base] the rows are ranked on the test set")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ssd.cli import SETTINGS, note, resumable, reword, stop_on_interrupt
-from ssd.data import Dataset, load
+from ssd.data import Dataset
 from ssd.errors import Interrupted, UserError
 from ssd.figures import save_figure
 from ssd.progress import Display
@@ -29,7 +30,7 @@ from ssd.reproduce.tables import (
     task_records,
     terminal_table,
 )
-from ssd.run import RunOptions, make_tasks
+from ssd.run import load_data, make_tasks
 from ssd.storage.files import damaged, dumps, read_json, write_atomically
 from ssd.storage.provenance import commit, device_name, machine, versions
 from ssd.study import Run, Study, hints_for
@@ -47,7 +48,7 @@ class Request:
     Args:
         results: the rows of each result. only: names of what may be trained; empty: everything.
         out: folder of the tables and figures. runs: folder of the runs' folders.
-        options: of every run. short: whether the rows are scaled down.
+        device: where they train. short: whether the rows are scaled down.
         command: as typed. start: time.perf_counter() when it began.
     """
 
@@ -55,7 +56,7 @@ class Request:
     only: Sequence[str]
     out: Path
     runs: Path
-    options: RunOptions
+    device: torch.device
     short: bool
     command: str
     start: float
@@ -80,9 +81,7 @@ def selects(only: Sequence[str], row: Row) -> bool:
     return all(not wanted[kind] or name in wanted[kind] for kind, name in names.items())
 
 
-def load_benchmarks(
-    rows: Sequence[Row], root: Path, features: Mapping[str, str]
-) -> tuple[dict[str, Dataset], dict[str, str]]:
+def load_benchmarks(rows: Sequence[Row], root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
     """The data of the rows' benchmarks by name, and why others have none.
 
     Raises:
@@ -92,9 +91,8 @@ def load_benchmarks(
     absent: dict[str, str] = {}
     most_tasks = sorted(rows, key=lambda row: row.config.tasks)
     for benchmark, config in {row.benchmark: row.config for row in most_tasks}.items():
-        path = Path(features[benchmark.name]) if benchmark.features else None
         try:
-            found = load(benchmark.dataset, root, path, strict=True)
+            found = load_data(config, root, strict=True)
             make_tasks(config, found)
             data[benchmark.name] = found
         except UserError as error:
@@ -151,7 +149,7 @@ class Reproduction:
                 self.runs[row] = runs_of(row, data[row.benchmark.name], request.runs)
         self.chosen = [row for row in self.runs if selects(request.only, row)]
         needed = [run for row in self.chosen for run in self.runs[row]]
-        self.study = Study(needed, request.options, Display(self.console))
+        self.study = Study(needed, request.device, Display(self.console), self._write_command)
         self.needed = len({run.folder for run in needed})
         self.checksums = {name: found.checksum() for name, found in data.items()}
         entry = read_commands(request.out / COMMANDS).get(request.command, {})
@@ -178,8 +176,10 @@ class Reproduction:
         request = self.request
         with resumable(f"{request.out} shows what exists; go on with: {request.command}"):
             try:
-                for name in request.results:
-                    self._train(name)
+                for name, rows in request.results.items():
+                    runs = [run for row in rows if row in self.chosen for run in self.runs[row]]
+                    with stop_on_interrupt() as stopped:
+                        self.study.train(runs, stopped)
                     self._show(name, self.write(name))
             except (Interrupted, KeyboardInterrupt):
                 for name in request.results:
@@ -188,12 +188,6 @@ class Reproduction:
                 raise
         self._write_command(finished=True)
         self.console.print(f"{self.study.trained} runs trained  -> {request.out}")
-
-    def _train(self, name: str) -> None:
-        rows = [row for row in self.request.results[name] if row in self.chosen]
-        with stop_on_interrupt() as stopped:
-            runs = [run for row in rows for run in self.runs[row]]
-            self.study.train(runs, stopped, self._write_command)
 
     def _write_command(self, finished: bool = False) -> None:
         """Writes what the command took from end to end, its interruptions added up.
@@ -208,7 +202,7 @@ class Reproduction:
         entry = {
             "commits": sorted({*before.get("commits", []), commit()}),
             "machine": machine(),
-            "device": device_name(request.options.device),
+            "device": device_name(request.device),
             "data": self.checksums,
             "versions": versions(),
             "runs_needed": self.needed,
@@ -221,18 +215,15 @@ class Reproduction:
         entries = {**read_commands(path), request.command: entry}
         write_atomically(path, dumps(entries, indent=2) + "\n")
 
-    def lines(self, name: str) -> list[Line]:
-        """The rows of a result with the runs that exist."""
-        return [
+    def write(self, name: str) -> list[Line]:
+        """Writes a result's tables and figures, with what exists of its runs; its lines."""
+        result, out = RESULTS[name], self.request.out
+        lines = [
             Line(row, (), self.refused[row])
             if row in self.refused
             else line_of(row, self.runs[row], left_out=row not in self.chosen)
             for row in self.request.results[name]
         ]
-
-    def write(self, name: str) -> list[Line]:
-        """Writes a result's tables and figures, with what exists of its runs; its lines."""
-        result, lines, out = RESULTS[name], self.lines(name), self.request.out
         title = f"{name}: {result.title}"
         if self.request.short:
             title += " (--short: scaled down, not the protocol of the paper)"

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ssd import metrics
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import UserError
@@ -25,7 +28,7 @@ from ssd.storage.files import (
     write_atomically,
 )
 from ssd.storage.lock import LOCK, folder_lock
-from ssd.storage.provenance import commit, versions
+from ssd.storage.provenance import commit, device_name, versions
 
 # Raise this when a change moves the numbers of runs: runs of another ALGORITHM are neither resumed
 # nor shown. Commits are recorded too, but most of them move no number.
@@ -39,6 +42,33 @@ FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its traini
 STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
 SUMMARY = "summary.json"
 DIVERGED = "diverged.json"  # the reason, in place of a summary
+
+
+def evaluated_on(config: Config) -> str:
+    """The part of the data set that a run's accuracies are of."""
+    return "validation" if config.validation > 0 else "test"
+
+
+def accuracies(
+    dataset: str, method: str, config: Config, accuracy: Tensor, **stream: Any
+) -> dict[str, Any]:
+    """The entries of a summary that say what was measured, stream among them, and its accuracy."""
+    return {
+        "dataset": dataset,
+        "method": method,
+        "seed": config.seed,
+        "evaluated_on": evaluated_on(config),
+        **stream,
+        "accuracy_matrix": accuracy.tolist(),
+        "mean_accuracy": metrics.mean_accuracy(accuracy),
+        "bwt": metrics.backward_transfer(accuracy),
+        "forgetting": metrics.forgetting(accuracy),
+    }
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """The entries of a summary that say where its numbers come from."""
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}
 
 
 def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:

@@ -61,9 +61,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, seed: int = 0) -> None:
     def step_and_spoil(self: Trainer, samples: Any) -> None:
         original(self, samples)
         if self.steps == step:
-            for each in self.learners:
-                if each.config.seed == seed:
-                    each.parameters[0].data[0, 0] = torch.nan
+            for learner in self.learners:
+                if learner.config.seed == seed:
+                    learner.parameters[0].data[0, 0] = torch.nan
 
     monkeypatch.setattr(Trainer, "step", step_and_spoil)
 
@@ -225,7 +225,7 @@ def test_companions_go_on_from_the_checkpoint(
         if event.kind == "task":
             steps.append(len(trainer.learners))
 
-    train_batch(jobs, RunOptions(CPU, resume=True), watch)
+    train_batch(jobs, RunOptions(CPU, watch=watch))
     assert steps == [3, 2]
     assert "--seed 1" in (jobs[1].outcome() or {})["diverged"]
     assert not (jobs[1].folder / SUMMARY).exists()

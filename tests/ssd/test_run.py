@@ -45,7 +45,7 @@ def interrupt(config: Config, data: Dataset, folder: Path, after: int = 3) -> No
     """Leaves a run that was stopped at its `after`-th event."""
     events = iter(range(1, 1000))
     with pytest.raises(Interrupted):
-        run(config, data, folder, CPU, stopped=lambda: next(events) >= after)
+        run(config, data, folder, replace(CPU, stopped=lambda: next(events) >= after))
 
 
 def test_files_of_a_run(tmp_path: Path, data: Dataset) -> None:
@@ -122,7 +122,8 @@ def test_log_shorter_than_the_checkpoint_says(tmp_path: Path, data: Dataset) -> 
 def test_finished_run_is_not_trained_again(tmp_path: Path, data: Dataset) -> None:
     summary = run(CONFIG_SMALL, data, tmp_path / "a", CPU)
     events: list[object] = []
-    again = run(CONFIG_SMALL, data, tmp_path / "a", AGAIN, lambda *event: events.append(event))
+    watched = replace(AGAIN, watch=lambda *event: events.append(event))
+    again = run(CONFIG_SMALL, data, tmp_path / "a", watched)
     assert again == summary
     assert not events
 
