@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from ssd import metrics
 from ssd.config import Config
 from ssd.metrics import USED, activation_entropy
-from ssd.storage.files import are_numbers, damaged, write_atomically
+from ssd.storage.files import are_numbers, require_sound, write_atomically
 from ssd.storage.run_folder import STRUCTURE, SUMMARY, read_frequency, read_records, read_summary
 from ssd.structure import Snapshot, load_structure
 
@@ -65,9 +65,8 @@ def write_structure_figures(folder: Path) -> None:
     snapshots = load_structure(folder / STRUCTURE).snapshots
     summary = read_summary(folder)
     structure, tasks = summary.get("structure", {}), len(summary["accuracy_matrix"])
-    for name in COVERAGE:
-        if not are_numbers(structure.get(name), tasks):
-            raise damaged(folder / SUMMARY, f"{name} is missing or wrong")
+    sound = {name: are_numbers(structure.get(name), tasks) for name in COVERAGE}
+    require_sound(folder / SUMMARY, sound)
     save_figure(draw_transfer(snapshots), folder / "structure_transfer")
     save_figure(draw_coverage(structure), folder / "structure_coverage")
 

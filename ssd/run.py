@@ -21,7 +21,7 @@ from ssd.data import Dataset, Task, class_order, cumulated, hold_out, load, spli
 from ssd.errors import Diverged, Interrupted, UserError, fitting, one_line, require_memory
 from ssd.learner import Learner, build_model
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
-from ssd.storage.files import damaged, difference, dumps, write_atomically
+from ssd.storage.files import damaged, difference, dumps, write_atomically, write_json
 from ssd.storage.run_folder import (
     CHECKPOINT,
     FREQUENCY,
@@ -276,7 +276,7 @@ def _conclude(folder: Path, learner: Learner, data: Dataset, journal: Journal) -
     write_atomically(folder / FREQUENCY, stream.getvalue())
     if structure is not None:
         structure.save(folder / STRUCTURE)
-    write_atomically(folder / SUMMARY, dumps(summary, indent=2) + "\n")
+    write_json(folder / SUMMARY, summary)
     return summary
 
 

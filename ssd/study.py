@@ -23,7 +23,7 @@ from ssd.data import Dataset, Task
 from ssd.errors import Diverged, Interrupted
 from ssd.progress import Display, position_watcher
 from ssd.run import RunOptions, leave_out, make_tasks, run_together
-from ssd.storage.files import dumps, write_atomically
+from ssd.storage.files import dumps, write_json
 from ssd.storage.run_folder import (
     DIVERGED,
     SUMMARY,
@@ -345,7 +345,7 @@ def _evaluate(run: Run, evaluation: Evaluation, device: torch.device) -> None:
         "neurons": evaluation.neurons,
         "settings": evaluation.settings,
     }
-    write_atomically(run.folder / SUMMARY, dumps(summary, indent=2) + "\n")
+    write_json(run.folder / SUMMARY, summary)
 
 
 def _checkpoint(folders: Sequence[Path]) -> Path:

@@ -56,7 +56,7 @@ from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import doubts, versions_of
 from ssd.storage.run_folder import evaluated_on
 from ssd.study import Run, Study, hints_for, measured
-from ssd.tables import DIGITS, columns, csv_text, markdown_table, plus_minus, rich_table
+from ssd.tables import cell, columns, csv_text, markdown_table, rich_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -217,13 +217,8 @@ def header(varied: Sequence[str]) -> list[str]:
 
 def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
     """A record as texts: settings, then `mean ± standard error` of each measure."""
-    texts = [_text(record[name]) for name in varied]
-    if _diverged(record):
-        return [*texts, "diverged", *[""] * (len(MEASURES) - 1)]
-    for measure in MEASURES:
-        error, digits = record[f"{measure}_standard_error"], DIGITS.get(measure, 4)
-        texts.append(plus_minus(record[measure], error, digits))
-    return texts
+    first, *rest = (cell(record, measure) for measure in MEASURES)
+    return [*(_text(record[name]) for name in varied), first or "diverged", *rest]
 
 
 def _text(value: Any) -> str:

@@ -29,7 +29,7 @@ from ssd.errors import Interrupted, UserError
 from ssd.figures import draw
 from ssd.progress import Display, watcher
 from ssd.run import RunOptions, load_data, make_tasks, require_fit, run, run_together
-from ssd.storage.files import dumps, read_json, write_atomically
+from ssd.storage.files import read_json, write_json
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import versions
 from ssd.storage.run_folder import CHECKPOINT, CONFIG, SUMMARY, claimed, describe
@@ -148,7 +148,7 @@ def train_seeds(
             if options.stopped():
                 raise Interrupted
         aggregate = summarize_seeds(summaries, config)
-        write_atomically(folder / SUMMARY, dumps(aggregate, indent=2) + "\n")
+        write_json(folder / SUMMARY, aggregate)
     return aggregate
 
 
@@ -175,11 +175,12 @@ def execute(arguments: Sequence[str] | None) -> None:
     given = recorded_settings(vars(build_parser().parse_args(arguments)))
     config = resolve(given)
     config.validate()
-    count, every = given.get("seeds", 1), given.get("checkpoint_every", 30.0)
+    count = given.get("seeds", 1)
     check_seeds(count)
-    if not every >= 0:
-        raise UserError(f"--checkpoint-every {every} must be at least 0")
-    options = RunOptions(choose_device(given.get("device")), given.get("resume", False), every)
+    control = {name: given[name] for name in ("resume", "checkpoint_every") if name in given}
+    options = RunOptions(choose_device(given.get("device")), **control)
+    if not options.checkpoint_every >= 0:
+        raise UserError(f"--checkpoint-every {options.checkpoint_every} must be at least 0")
     root = given.get("data_root", default_root())
     data = load_data(config, root, strict=given.get("strict_data", False), notice=note)
     if data.name != config.dataset:

@@ -9,7 +9,7 @@ from statistics import mean
 from ssd.metrics import estimate
 from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE
 from ssd.reproduce.lines import NOT_RUN, Line
-from ssd.tables import spread
+from ssd.tables import plus_minus
 
 GAIN = 0.05  # of accuracy, from each method to the next
 FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD
@@ -49,7 +49,7 @@ def _ordered(group: Sequence[Line], measure: str) -> str:
     values = [line.values(measure) for line in group]
     if not all(values):
         return NOT_RUN
-    figures = " / ".join(map(spread, values))
+    figures = " / ".join(map(_spread, values))
     figures += "; " + " and ".join(_difference(a, b, measure) for a, b in pairwise(group))
     if any(len(seeds) == 1 for seeds in values):
         return f"undecided, one seed has no standard error ({figures})"
@@ -84,7 +84,7 @@ def _reached(line: Line, bound: float) -> str:
     values = line.values("mean_accuracy")
     if not values:
         return NOT_RUN
-    return f"{_yes(mean(values) >= bound)} ({spread(values)})"
+    return f"{_yes(mean(values) >= bound)} ({_spread(values)})"
 
 
 def _yes(holds: bool) -> str:
@@ -101,7 +101,10 @@ def _difference(before: Line, after: Line, measure: str) -> str:
     differences = paired(before, after, measure)
     if not differences:
         return "no class order in common"
-    center, error = estimate(differences)
-    plus_minus = "" if error is None else f" ± {error:.4f}"
     orders = f"{len(differences)} class order{'s' * (len(differences) > 1)}"
-    return f"paired {center:+.4f}{plus_minus} over {orders}"
+    return f"paired {_spread(differences, sign='+')} over {orders}"
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """The mean of values ± its standard error."""
+    return plus_minus(*estimate(values), sign=sign)

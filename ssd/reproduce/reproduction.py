@@ -31,7 +31,7 @@ from ssd.reproduce.tables import (
     terminal_table,
 )
 from ssd.run import load_data, make_tasks
-from ssd.storage.files import damaged, dumps, read_json, write_atomically
+from ssd.storage.files import read_json, require_sound, write_atomically, write_json
 from ssd.storage.provenance import commit, device_name, machine, versions
 from ssd.study import Run, Study, hints_for
 from ssd.tables import csv_text
@@ -118,10 +118,8 @@ def read_commands(path: Path) -> dict[str, Any]:
     entries = read_json(path) if path.is_file() else {}
     summed: dict[str, Any] = {"commits": list, "runs_trained": int, "seconds": (int, float)}
     for entry in entries.values():
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(name), kind) for name, kind in summed.items()
-        ):
-            raise damaged(path, f"not an entry with {', '.join(summed)}")
+        known = entry if isinstance(entry, dict) else {}
+        require_sound(path, {n: isinstance(known.get(n), kind) for n, kind in summed.items()})
     return entries
 
 
@@ -210,10 +208,8 @@ class Reproduction:
             "seconds": before.get("seconds", 0.0) + time.perf_counter() - request.start,
             "finished": finished,
         }
-        request.out.mkdir(parents=True, exist_ok=True)
         path = request.out / COMMANDS
-        entries = {**read_commands(path), request.command: entry}
-        write_atomically(path, dumps(entries, indent=2) + "\n")
+        write_json(path, {**read_commands(path), request.command: entry})
 
     def write(self, name: str) -> list[Line]:
         """Writes a result's tables and figures, with what exists of its runs; its lines."""
@@ -228,7 +224,6 @@ class Reproduction:
         if self.request.short:
             title += " (--short: scaled down, not the protocol of the paper)"
         origin = provenance(self.request.command, lines)
-        out.mkdir(parents=True, exist_ok=True)
         tables = {name: records(result, lines)}
         if result.per_task:
             tables[f"{name}_tasks"] = task_records(result, lines)

@@ -15,7 +15,7 @@ from ssd.reproduce.experiments import DEFAULT, PAPER_ENTROPY, Published, Result,
 from ssd.reproduce.lines import NOT_RUN, Line
 from ssd.storage.provenance import commit, doubts, machine, versions_of
 from ssd.study import measured
-from ssd.tables import DIGITS, columns, markdown_table, rich_table, spread
+from ssd.tables import cell, columns, markdown_table, rich_table
 
 # What ± and the columns *_standard_error are.
 SPREAD = "standard error of the mean over seeds, each seed its own class order (0: in order)"
@@ -88,7 +88,7 @@ def cells(
         texts += [f"{row.neurons:,}" if row.neurons else "", row.method]
         texts += [row.factor, row.value] if ablated else []
         empty = "not recorded" if line.summaries else NOT_RUN
-        texts += [spread(line.values(m), DIGITS.get(m, 4)) or empty for m in measures]
+        texts += [cell(record, measure) or empty for measure in measures]
         if ablated:
             texts.append(_signed(record["difference_to_default"]))
         elif published:

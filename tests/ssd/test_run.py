@@ -179,7 +179,7 @@ def test_model_that_does_not_fit_leaves_no_folder(
 
 
 def test_commit_is_of_this_package_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    provenance._git("init", str(tmp_path))
+    provenance._git("init", folder=tmp_path)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "folder.py"))
     assert provenance.commit() == "unknown"  # a checkout, of something else
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "absent" / "folder.py"))
