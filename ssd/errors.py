@@ -1,4 +1,4 @@
-"""Errors that end a command in one line, among them a lack of memory."""
+"""Errors that end a command with one line, among them a lack of memory."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: run control by hand, every setting of Config by itself."""
+    """The command line: the options of the command, then one for each setting of Config."""
     parser = ArgumentParser(
         prog="python -m ssd.train",
         usage="%(prog)s [options]",
@@ -140,9 +140,9 @@ def train_seeds(
     configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
     folders = [folder / f"seed{config.seed}" for config in configs]
     with claimed(folder, describe(config, data, count), options.resume):
-        # The folder is this run's: what lies in it is gone on with.
-        again = replace(options, resume=True)
-        summaries = run_together(configs, data, folders, folder / CHECKPOINT, again)
+        # The folder is claimed, so the runs in it may be resumed.
+        options = replace(options, resume=True)
+        summaries = run_together(configs, data, folders, folder / CHECKPOINT, options)
         for seed_folder in folders:
             draw(seed_folder)
             if options.stopped():
@@ -153,7 +153,7 @@ def train_seeds(
 
 
 def summarize_seeds(summaries: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """summary.json of runs that differ in their seed alone: mean and standard deviation."""
+    """The summary of runs that differ only in their seed: mean and standard deviation."""
     measures = {}
     for measure in ("mean_accuracy", "bwt", "forgetting", "seconds"):
         values = [summary[measure] for summary in summaries]
@@ -184,7 +184,7 @@ def execute(arguments: Sequence[str] | None) -> None:
     root = given.get("data_root", default_root())
     data = load_data(config, root, strict=given.get("strict_data", False), notice=note)
     if data.name != config.dataset:
-        # The subset stands in: everything that is written bears its name and its settings.
+        # The subset replaces MNIST, and all files carry its name and its settings.
         config = resolve({**given, "dataset": data.name})
     for hint in hints_for([config], data):
         note(hint)

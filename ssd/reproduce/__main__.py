@@ -1,7 +1,7 @@
 """python -m ssd.reproduce: from data to the paper's tables and figures.
 
-Each run lies in a folder named by its settings, so the same command goes on where it was stopped,
-and results that share runs train them once.
+Each run has a folder named by its settings. So the same command goes on where it was stopped, and
+results that share runs train them once.
 """
 
 from __future__ import annotations

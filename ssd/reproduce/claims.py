@@ -1,4 +1,4 @@
-"""The claims of the paper and of this project, and whether the runs bear them out."""
+"""The claims of the paper and of this project, and whether the runs support them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BEST = {"mnist": 0.86}  # accuracy of SSD+EWC, at either size
 
 
 def verdicts(lines: Sequence[Line]) -> Iterator[str]:
-    """The claims on each benchmark and size of the lines, and whether the figures bear them out.
+    """The claims on each benchmark and size of the lines, and whether the figures support them.
 
-    Differences are paired, of the runs with the same class order. Standard errors that are apart
-    are those of the methods' own means, as the claim was made.
+    Differences are between runs with the same class order. "Standard errors apart" compares those
+    of the methods' own means, as the claim does.
     """
     by_key = {
         (line.row.benchmark, line.row.neurons, line.row.method): line
@@ -62,7 +62,7 @@ def _gained(before: Line, after: Line) -> str:
     gains = paired(before, after, "mean_accuracy")
     if not gains:
         return NOT_RUN
-    # Accuracies are sums of fractions: a gain of exactly GAIN must not fall to rounding.
+    # Accuracies are sums of fractions, so rounding could hide a gain of exactly GAIN.
     verdict = _yes(round(mean(gains), 9) >= GAIN)
     return f"{verdict} ({_difference(before, after, 'mean_accuracy')})"
 
@@ -92,7 +92,7 @@ def _yes(holds: bool) -> str:
 
 
 def paired(before: Line, after: Line, measure: str) -> list[float]:
-    """`after` less `before` for each seed that both have: its class order is the same for both."""
+    """`after` minus `before` for each seed that both have, and so for one class order."""
     first, second = before.by_seed(measure), after.by_seed(measure)
     return [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
 

@@ -43,27 +43,20 @@ WORDS = {**SETTINGS, "--out": "--runs"}
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks for.
+    """What a command asks for."""
 
-    Args:
-        results: the rows of each result. only: names of what may be trained; empty: everything.
-        out: folder of the tables and figures. runs: folder of the runs' folders.
-        device: where they train. short: whether the rows are scaled down.
-        command: as typed. start: time.perf_counter() when it began.
-    """
-
-    results: Mapping[str, Sequence[Row]]
-    only: Sequence[str]
-    out: Path
-    runs: Path
+    results: Mapping[str, Sequence[Row]]  # the rows of each result
+    only: Sequence[str]  # names of what may be trained; empty: everything
+    out: Path  # folder of the tables and figures
+    runs: Path  # folder of the runs' folders
     device: torch.device
-    short: bool
-    command: str
-    start: float
+    short: bool  # whether the rows are scaled down
+    command: str  # as typed
+    start: float  # time.perf_counter() when it began
 
 
 def nameable() -> dict[str, set[str]]:
-    """What --only may name, by the kind of the name."""
+    """The names that --only knows, by their kind."""
     return {
         "benchmark": {benchmark.name for benchmark in experiments.BENCHMARKS},
         "size": set(map(str, experiments.SIZES)),
@@ -73,7 +66,7 @@ def nameable() -> dict[str, set[str]]:
 
 
 def selects(only: Sequence[str], row: Row) -> bool:
-    """Whether --only lets a row be trained: for each kind of name, it has one of those named."""
+    """Whether --only lets a row be trained: it has one of the names given of each kind."""
     names = {"benchmark": row.benchmark.name, "method": row.method, "factor": row.factor}
     if row.neurons:  # a peer without neurons is of every size
         names["size"] = str(row.neurons)
@@ -103,7 +96,7 @@ def load_benchmarks(rows: Sequence[Row], root: Path) -> tuple[dict[str, Dataset]
 
 
 def _refusal(row: Row, absent: Mapping[str, str]) -> str:
-    """Why a row cannot be run at all; empty if it can."""
+    """Why a row cannot be run; empty if it can."""
     if row.benchmark.name in absent:
         return f"no data: {absent[row.benchmark.name]}"
     try:
@@ -114,7 +107,7 @@ def _refusal(row: Row, absent: Mapping[str, str]) -> str:
 
 
 def read_commands(path: Path) -> dict[str, Any]:
-    """What all commands that wrote into a folder took; UserError if the file is damaged."""
+    """The record of all commands that wrote into a folder; UserError if it is damaged."""
     entries = read_json(path) if path.is_file() else {}
     summed: dict[str, Any] = {"commits": list, "runs_trained": int, "seconds": (int, float)}
     for entry in entries.values():
@@ -127,7 +120,8 @@ class Reproduction:
     """The results asked for, the runs they need, and their files.
 
     Args:
-        request: what is asked for. data, absent: of load_benchmarks.
+        request: what is asked for.
+        data, absent: what load_benchmarks returned.
 
     Raises:
         UserError: a summary or the folder's record of commands is damaged.
@@ -138,7 +132,7 @@ class Reproduction:
     ) -> None:
         self.request, self.data = request, data
         self.console = Console(soft_wrap=True, markup=False, highlight=False)
-        self.refused: dict[Row, str] = {}  # and why
+        self.refused: dict[Row, str] = {}  # row -> why it cannot be run
         self.runs: dict[Row, list[Run]] = {}
         for row in dict.fromkeys(row for rows in request.results.values() for row in rows):
             if why := _refusal(row, absent):
@@ -154,7 +148,7 @@ class Reproduction:
         self.before = entry if entry.get("data") == self.checksums else {}
 
     def hints(self) -> list[str]:
-        """What the user should know of the networks that may be trained."""
+        """What the user should know of the networks that may be trained, one line per hint."""
         networks = [row for row in self.chosen if row.peer is None or row.peer.method]
         return [
             f"{benchmark.title}: {reword(hint, WORDS)}"
@@ -166,7 +160,7 @@ class Reproduction:
         ]
 
     def run(self) -> None:
-        """Trains and writes result by result: the first tables are there before the last runs.
+        """Trains and writes result by result, so the first tables come before the last runs.
 
         Raises:
             Interrupted: Ctrl-C was hit; the tables show what exists.
@@ -188,10 +182,10 @@ class Reproduction:
         self.console.print(f"{self.study.trained} runs trained  -> {request.out}")
 
     def _write_command(self, finished: bool = False) -> None:
-        """Writes what the command took from end to end, its interruptions added up.
+        """Records the time and the runs of the command, summed over its interruptions.
 
-        A command that was stopped goes on with its entry. One that had ended keeps it while there
-        is nothing to train, and begins a new one otherwise, as it does on other data.
+        A command that was stopped continues its entry. One that had ended keeps its entry if there
+        is nothing to train, and begins a new one otherwise. So does a command on other data.
         """
         request, ended = self.request, self.before.get("finished", False)
         if ended and not self.study.trained:
@@ -212,7 +206,7 @@ class Reproduction:
         write_json(path, {**read_commands(path), request.command: entry})
 
     def write(self, name: str) -> list[Line]:
-        """Writes a result's tables and figures, with what exists of its runs; its lines."""
+        """Writes a result's tables and figures from the runs that exist; returns its lines."""
         result, out = RESULTS[name], self.request.out
         lines = [
             Line(row, (), self.refused[row])

@@ -1,4 +1,4 @@
-"""The folder of a run: its files by name, and which run it belongs to."""
+"""The folder of a run: its files, what they hold, and which run it belongs to."""
 
 from __future__ import annotations
 
@@ -43,16 +43,21 @@ STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
 SUMMARY = "summary.json"
 DIVERGED = "diverged.json"  # the reason, in place of a summary
 
+# Entries of a summary.
+_TEXTS = ("dataset", "method", "evaluated_on", "device", "commit")
+_NUMBERS = ("seed", "mean_accuracy", "bwt", "forgetting", "seconds")
+_PER_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
+
 
 def evaluated_on(config: Config) -> str:
-    """The part of the data set that a run's accuracies are of."""
+    """The split on which a run's accuracy is measured."""
     return "validation" if config.validation > 0 else "test"
 
 
 def accuracies(
     dataset: str, method: str, config: Config, accuracy: Tensor, **stream: Any
 ) -> dict[str, Any]:
-    """The entries of a summary that say what was measured, stream among them, and its accuracy."""
+    """The first entries of a summary: what was measured, stream among it, and the accuracy."""
     return {
         "dataset": dataset,
         "method": method,
@@ -97,7 +102,7 @@ def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:
         are_numbers(values) or _compared(values, tasks) for values in structure.values()
     )
     if trained:
-        sound |= {name: are_numbers(summary.get(name), tasks) for name in _A_TASK}
+        sound |= {name: are_numbers(summary.get(name), tasks) for name in _PER_TASK}
         sound["trained_together"] = are_numbers(summary.get("trained_together"))
         sound["config"] = _is_config(summary.get("config"), tasks)
     require_sound(path, sound)
@@ -112,13 +117,8 @@ def read_diverged(folder: Path) -> dict[str, Any]:
     return content
 
 
-_TEXTS = ("dataset", "method", "evaluated_on", "device", "commit")
-_NUMBERS = ("seed", "mean_accuracy", "bwt", "forgetting", "seconds")
-_A_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
-
-
 def _compared(values: Any, tasks: int) -> bool:
-    """Whether each task has a number, or None where there was nothing to compare it with."""
+    """Whether each task has a number, or None if there was nothing to compare it with."""
     if not isinstance(values, list) or len(values) != tasks:
         return False
     return all(value is None or are_numbers(value) for value in values)
@@ -153,7 +153,7 @@ def read_frequency(folder: Path, config: Config) -> np.ndarray:
 
 
 def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """The log of a finished run, one record per epoch; UserError if the file is damaged."""
+    """The log of a finished run, one record per epoch; UserError if it is damaged."""
     path, tasks, epochs = folder / METRICS, config.tasks, config.epochs
     try:
         records = [json.loads(line) for line in read_text(path).splitlines()]
@@ -222,6 +222,6 @@ def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but leftovers of a run that was killed at its start."""
+    """Whether a folder holds at most what a run killed at its start leaves behind."""
     leftovers = (temporary(folder / CONFIG), folder / LOCK)
     return folder.is_dir() and all(file in leftovers for file in folder.iterdir())
