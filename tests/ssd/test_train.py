@@ -13,7 +13,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from kill_resume import write_features
+from kill_resume import ENVIRONMENT, write_features
 from rich.console import Console
 
 from ssd import train
@@ -276,7 +276,7 @@ def test_subprocess_gives_one_line(folder: Path) -> None:
         [sys.executable, "-m", "ssd.train", *small("--features", "trap.npz")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])},
+        env=ENVIRONMENT,
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: --features trap.npz cannot be read")
