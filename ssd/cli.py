@@ -24,9 +24,10 @@ from ssd.config import Config, option
 from ssd.errors import Interrupted, UserError
 from ssd.storage.run_folder import CONFIG
 
-# Library code names settings by the options of ssd.train; files of settings use other names.
+# Library code names settings by the options of ssd.train; settings files use the bare names.
 SETTINGS = {option(field.name): field.name for field in fields(Config)}
 SETTINGS |= {"--preset": "preset", "--seeds": "seeds"}
+MOST_RUNS = 10_000  # of one command, which lists all of them before it trains the first
 # Options of several commands: value in the help text, type, help.
 COMMON: Mapping[str, tuple[str, type, str]] = {
     "--data-root": ("DIR", Path, "data sets (default $SSD_DATA or data)"),
@@ -66,11 +67,11 @@ def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
     """Does the work of a command and returns its exit status.
 
     Args:
-        work: the command; it may return a status of its own.
+        work: the command; it may return its own status.
         place: the options that say where it writes, for the message about a full disk.
 
     Returns:
-        0: done. 2: a mistake, told in one line on stderr. 130: interrupted.
+        0: done. 2: a mistake, reported in one line on stderr. 130: interrupted.
     """
     out, err = (cast(TextIO, stream) for stream in (_Output(sys.stdout), _Errors(sys.stderr)))
     with redirect_stdout(out), redirect_stderr(err):
@@ -101,7 +102,7 @@ def _fail(reason: str) -> int:
 class _Output:
     """A standard stream whose failures do not end the work.
 
-    It writes ? for a character that its encoding lacks, and nothing once the reader is gone.
+    It replaces characters that its encoding lacks by ?, and drops text once the reader is gone.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -138,7 +139,7 @@ class _Output:
 
 
 class _Errors(_Output):
-    """stderr: there is nobody to tell when it fails."""
+    """stderr: its failure cannot be reported anywhere."""
 
     @contextmanager
     def _unread(self) -> Iterator[None]:
@@ -147,7 +148,7 @@ class _Errors(_Output):
 
 
 def reword(text: str, words: Mapping[str, str]) -> str:
-    """A message of library code with its options replaced, as in {"--lr": "lr"}."""
+    """A message of library code with its options replaced; words: as in {"--lr": "lr"}."""
     return re.sub(r"(?<![\w/.-])--?[a-z][a-z-]*", lambda m: words.get(m[0], m[0]), text)
 
 
@@ -161,7 +162,7 @@ def in_words(words: Mapping[str, str]) -> Iterator[None]:
 
 
 def note(line: str) -> None:
-    """Prints a note in one line on stderr, however narrow the terminal is."""
+    """Prints a note on stderr, in one line even on a narrow terminal."""
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     console.print(f"note: {line}", style="yellow")
 
@@ -183,7 +184,7 @@ def resumable(how: str) -> Iterator[None]:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether Ctrl-C came; a second Ctrl-C interrupts at once."""
+    """Yields a function that says whether Ctrl-C came; a second Ctrl-C interrupts at once."""
     hits: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -199,7 +200,7 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device to train on; UserError if the machine does not have it."""
+    """The device to train on, by default CUDA if there is one; UserError if it is absent."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -213,6 +214,12 @@ def choose_device(name: str | None) -> torch.device:
     ):
         raise UserError(f"--device {name} is not on this machine; use --device cpu")
     return device
+
+
+def check_seeds(count: int) -> None:
+    """UserError if --seeds is no number of runs."""
+    if not 1 <= count <= MOST_RUNS:
+        raise UserError(f"--seeds {count} must be in 1..{MOST_RUNS}")
 
 
 def check_file(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Errors that end a command in one line, among them a lack of memory."""
+"""Errors that end a command with one line, among them a lack of memory."""
 
 from __future__ import annotations
 
@@ -38,28 +38,17 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or repr(error)
 
 
-# Runs of one command, which lists all of them before it trains the first.
-MOST_RUNS = 10_000
-
-
 def require_memory(needed: int, what: str, device: torch.device) -> None:
-    """UserError if a device has less memory than `what` is sure to need.
+    """UserError if a device has less memory than is surely needed.
 
     Args:
         needed: bytes, a lower bound.
-        what: the setting to blame, in the message.
-        device: that holds it.
+        what: the setting that the message blames.
+        device: where the memory is needed.
     """
     if needed > _memory(device):
         least = f"{needed / 2**30:,.1f} GiB or more"
         raise UserError(f"{what} does not fit into the memory of {device} ({least}); use fewer")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; on a CPU that error has no class of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "DefaultCPUAllocator" in str(error)
-    )
 
 
 @contextmanager
@@ -68,7 +57,8 @@ def fitting(what: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        failed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not failed and "DefaultCPUAllocator" not in str(error):  # on a CPU it has no own class
             raise
         raise UserError(f"{what} does not fit into the memory of {device}; use fewer") from error
 

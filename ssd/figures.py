@@ -1,4 +1,4 @@
-"""Figures: how all are saved and ruled, and those of one finished run."""
+"""Figures of one finished run, and the axes, ticks and files of all figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from ssd import metrics
 from ssd.config import Config
 from ssd.metrics import USED, activation_entropy
-from ssd.storage.files import are_numbers, damaged, write_atomically
+from ssd.storage.files import are_numbers, require_sound, write_atomically
 from ssd.storage.run_folder import STRUCTURE, SUMMARY, read_frequency, read_records, read_summary
 from ssd.structure import Snapshot, load_structure
 
@@ -65,9 +65,8 @@ def write_structure_figures(folder: Path) -> None:
     snapshots = load_structure(folder / STRUCTURE).snapshots
     summary = read_summary(folder)
     structure, tasks = summary.get("structure", {}), len(summary["accuracy_matrix"])
-    for name in COVERAGE:
-        if not are_numbers(structure.get(name), tasks):
-            raise damaged(folder / SUMMARY, f"{name} is missing or wrong")
+    sound = {name: are_numbers(structure.get(name), tasks) for name in COVERAGE}
+    require_sound(folder / SUMMARY, sound)
     save_figure(draw_transfer(snapshots), folder / "structure_transfer")
     save_figure(draw_coverage(structure), folder / "structure_coverage")
 
@@ -75,14 +74,14 @@ def write_structure_figures(folder: Path) -> None:
 def panels(
     rows: int, columns: int, width: float, height: float, **shared: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches with a grid [rows, columns] of axes; shared: sharex, sharey."""
+    """A figure with a grid [rows, columns] of axes; width and height in inches, shared: sharex.."""
     return plt.subplots(
         rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared
     )
 
 
 def integer_ticks(*axes: Axis) -> None:
-    """Ticks at integers alone: they are tasks or neurons."""
+    """Puts ticks only at integers, as tasks and neurons are."""
     for axis in axes:
         axis.set_major_locator(MaxNLocator(integer=True))
 
@@ -95,7 +94,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         # Type 42 fonts stay text in a PDF; print shops refuse matplotlib's default, type 3.
         with plt.rc_context({"pdf.fonttype": 42}):
             figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
-        figure.set_layout_engine("none")  # laid out once: in inches it is the same for both
+        figure.set_layout_engine("none")  # the layout of the first format holds for both
         write_atomically(path.with_name(f"{path.name}.{suffix}"), stream.getvalue())
     plt.close(figure)
 
@@ -152,17 +151,17 @@ def _activation_heatmap(axes: Axes, frequency: np.ndarray) -> None:
 
 
 def busiest_first(frequency: np.ndarray) -> np.ndarray:
-    """Neurons [R] sorted by the task of frequency [T, R] that each serves most.
+    """Neurons [R] sorted by the task in which each is most frequent, of frequency [T, R].
 
-    So subnetworks show as blocks. Within a task the most frequent neuron comes first; dead ones
-    are last of all.
+    Subnetworks then show as blocks. Within a task the most frequent neuron comes first; dead
+    neurons come last.
     """
     busiest = np.where(frequency.max(0) > 0, frequency.argmax(0), len(frequency))
     return np.lexsort((-frequency.max(0), busiest))
 
 
 def draw_heat_map(axes: Axes, frequency: np.ndarray) -> AxesImage:
-    """Activation frequency [T, n] of n neurons, on the same colour scale whatever it holds."""
+    """Draws the activation frequency [T, n] of n neurons, always on the same colour scale."""
     image = axes.imshow(
         frequency,
         aspect="auto",
@@ -209,7 +208,7 @@ def pairwise(snapshots: Sequence[Snapshot]) -> dict[str, np.ndarray]:
 
 
 def draw_transfer(snapshots: Sequence[Snapshot]) -> Figure:
-    """Three matrices over all pairs of tasks; bright is alike in each of them."""
+    """Three matrices over all pairs of tasks; similar tasks are bright in each."""
     figure, grid = panels(1, 3, 11, 3.2)
     size = len(snapshots[0].neurons)
     found = pairwise(snapshots)
@@ -233,14 +232,14 @@ def draw_transfer(snapshots: Sequence[Snapshot]) -> Figure:
 
 
 def _write_values(axes: Axes, matrix: np.ndarray, dark: np.ndarray, **style: Any) -> None:
-    """The numbers of a matrix [T, T] in its cells, of which some are dark."""
+    """Writes the values of a matrix [T, T] into its cells, in white where they are dark."""
     for (row, column), value in np.ndenumerate(matrix):
         color = "white" if dark[row, column] else "black"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, **style)
 
 
 def draw_coverage(structure: Mapping[str, Sequence[float]]) -> Figure:
-    """Effective rank and used fraction over tasks, of a summary's structure."""
+    """Effective rank and used fraction over tasks; structure: of a summary."""
     figure, grid = panels(1, 2, 9, 3.8)
     for axes, (name, label) in zip(grid[0], COVERAGE.items(), strict=True):
         values = structure[name]

@@ -1,4 +1,4 @@
-"""What a command shows of its progress."""
+"""How commands show their progress."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ STEPS_PER_UPDATE = 10
 
 
 class Display:
-    """A progress bar on a terminal, else a line a milestone.
+    """A progress bar on a terminal, elsewhere one line per milestone.
 
     Args:
-        console: where it appears. quiet: whether to show nothing.
+        console: where it appears.
+        quiet: whether to show nothing.
     """
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
@@ -44,18 +45,14 @@ class Display:
         self.progress.stop()
 
     def update(self, text: str, done: float, total: float, milestone: bool = False) -> None:
-        """Shows that so much of the work is done.
-
-        Args:
-            milestone: whether the text deserves a line where there is no bar.
-        """
+        """Shows a text and that `done` of `total` is done; without a bar, milestones only."""
         if milestone and not (self.visible or self.quiet):
             self.console.print(text, soft_wrap=True, markup=False, highlight=False)
         self.progress.update(self.bar, description=text, completed=done, total=total)
 
 
 def position(trainer: Trainer, event: Event) -> tuple[str, int, int]:
-    """Where a trainer is, in words; its steps up to there and in all."""
+    """A trainer's task and epoch as text, its steps so far, and all its steps."""
     config = trainer.config
     task, epoch = min(event.task + 1, config.tasks), min(event.epoch + 1, config.epochs)
     text = f"task {task}/{config.tasks} epoch {epoch}/{config.epochs}"
@@ -63,14 +60,14 @@ def position(trainer: Trainer, event: Event) -> tuple[str, int, int]:
 
 
 def is_due(event: Event) -> bool:
-    """Whether to show an event: steps are many."""
+    """Whether to show an event; of the many steps only some are."""
     return event.kind != "step" or event.step % STEPS_PER_UPDATE == 0
 
 
 def position_watcher(
     report: Callable[[str, int, int], None],
 ) -> Callable[[Trainer, Event], None]:
-    """Takes in the events of a trainer: reports its position every few steps."""
+    """A watch, see ssd.run.RunOptions, that reports the position every few steps."""
 
     def watch(trainer: Trainer, event: Event) -> None:
         if is_due(event):
@@ -80,7 +77,7 @@ def position_watcher(
 
 
 def watcher(display: Display) -> Callable[[Trainer, Event], None]:
-    """Takes in the events of a trainer: shows its loss and its accuracy on the tasks so far."""
+    """A watch, see ssd.run.RunOptions, that shows loss and accuracy on the tasks so far."""
     loss = train = accuracy = nan
 
     def watch(trainer: Trainer, event: Event) -> None:
@@ -93,13 +90,11 @@ def watcher(display: Display) -> Callable[[Trainer, Event], None]:
                 accuracy = mean(map(mean, seen))
         if not is_due(event):
             return
-        where, done, total = position(trainer, event)
-        text = f"{where} loss {_shown(loss)} accuracy {_shown(accuracy)}"
+        text, done, total = position(trainer, event)
+        text += f" loss {_shown(loss)} accuracy {_shown(accuracy)}"
         if event.kind == "task":
-            text = (
-                f"task {event.task + 1}/{trainer.config.tasks}: loss {loss:.3f}, "
-                f"train accuracy {train:.3f}, accuracy so far {accuracy:.3f}"
-            )
+            text = f"task {event.task + 1}/{trainer.config.tasks}: loss {loss:.3f}, "
+            text += f"train accuracy {train:.3f}, accuracy so far {accuracy:.3f}"
         display.update(text, done, total, milestone=event.kind == "task")
 
     return watch

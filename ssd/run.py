@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ssd import metrics
 from ssd.config import JOINT, Config
-from ssd.data import Dataset, Task, class_order, cumulated, hold_out, split
+from ssd.data import Dataset, Task, class_order, cumulated, hold_out, load, split
 from ssd.errors import Diverged, Interrupted, UserError, fitting, one_line, require_memory
 from ssd.learner import Learner, build_model
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
-from ssd.storage.files import damaged, difference, dumps, write_atomically
-from ssd.storage.provenance import commit, device_name, versions
+from ssd.storage.files import damaged, difference, dumps, write_atomically, write_json
 from ssd.storage.run_folder import (
     CHECKPOINT,
     FREQUENCY,
@@ -31,9 +29,11 @@ from ssd.storage.run_folder import (
     METRICS,
     STRUCTURE,
     SUMMARY,
+    accuracies,
     claimed,
     describe,
     identity,
+    origin,
     read_summary,
 )
 from ssd.trainer import Event, Trainer
@@ -41,11 +41,26 @@ from ssd.trainer import Event, Trainer
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options that change how a run proceeds, not its numbers."""
+    """How runs proceed and whom they tell; none of it changes their numbers.
+
+    Args:
+        device: where they train.
+        resume: whether their folders may hold them already.
+        checkpoint_every: seconds.
+        watch: called with the trainer at every event.
+        stopped: asked at every event; once true, the state is saved and the training ends.
+    """
 
     device: torch.device
     resume: bool = False
-    checkpoint_every: float = 30.0  # seconds
+    checkpoint_every: float = 30.0
+    watch: Callable[[Trainer, Event], None] = lambda trainer, event: None
+    stopped: Callable[[], bool] = lambda: False
+
+
+def load_data(config: Config, root: Path, **how: Any) -> Dataset:
+    """The data set of a run; root and how: see ssd.data.load."""
+    return load(config.dataset, root, Path(config.features) if config.features else None, **how)
 
 
 def make_tasks(config: Config, data: Dataset) -> list[Task]:
@@ -77,37 +92,40 @@ class Journal:
     """The logs and the common checkpoint of runs, which always agree.
 
     Args:
+        trainer: trains the runs.
         checkpoint: the file.
         folders: one per run.
         described: what identifies each run, see run_folder.describe.
     """
 
     def __init__(
-        self, checkpoint: Path, folders: Sequence[Path], described: Sequence[Mapping[str, Any]]
+        self,
+        trainer: Trainer,
+        checkpoint: Path,
+        folders: Sequence[Path],
+        described: Sequence[Mapping[str, Any]],
     ) -> None:
-        self.path, self.described = checkpoint, described
+        self.trainer, self.path, self.described = trainer, checkpoint, described
         self.logs = [folder / METRICS for folder in folders]
         self.seconds = 0.0  # trained before this process
         self.start = self.saved = time.perf_counter()
 
-    def restore(self, trainer: Trainer, device: torch.device) -> None:
+    def restore(self) -> None:
         """Restores the trainer from the checkpoint; without one, starts empty logs."""
         if not self.path.is_file():
             for log in self.logs:
                 write_atomically(log, "")
             return
-        tensors, state = load_checkpoint(self.path, device)
+        tensors, state = load_checkpoint(self.path, self.trainer.device)
         before = state.get("runs", [])
-        changed = "; ".join(
-            difference(identity(b), identity(now))
-            for b, now in zip(before, self.described, strict=False)
-        )
-        if changed.strip("; ") or len(before) != len(self.described):
+        pairs = zip(map(identity, before), map(identity, self.described), strict=False)
+        changed = "; ".join(filter(None, (difference(*pair) for pair in pairs)))
+        if changed or len(before) != len(self.described):
             raise UserError(
                 f"checkpoint {self.path} is of another run ({changed}); use another --out"
             )
         try:
-            trainer.load_state(tensors, state["numbers"])
+            self.trainer.load_state(tensors, state["numbers"])
             self.seconds = float(state["seconds"])
             logs = [(int(log["bytes"]), str(log["crc32"])) for log in state["logs"]]
             if len(logs) != len(self.logs):
@@ -129,15 +147,11 @@ class Journal:
         """Seconds of training so far, including those before the run was resumed."""
         return self.seconds + time.perf_counter() - self.start
 
-    def due(self, every: float) -> bool:
-        """Whether the checkpoint is older than `every` seconds."""
-        return time.perf_counter() - self.saved > every
-
-    def save(self, trainer: Trainer) -> None:
+    def save(self) -> None:
         for log in self.logs:
             with open(log, "rb") as stream:
                 os.fsync(stream.fileno())  # the log must not fall behind the checkpoint
-        tensors, numbers = trainer.state()
+        tensors, numbers = self.trainer.state()
         state = {
             "runs": self.described,
             "numbers": numbers,
@@ -161,18 +175,9 @@ def _rewind(log: Path, size: int, crc: str) -> None:
         stream.truncate(size)
 
 
-def run(
-    config: Config,
-    data: Dataset,
-    folder: Path,
-    options: RunOptions,
-    watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+def run(config: Config, data: Dataset, folder: Path, options: RunOptions) -> dict[str, Any]:
     """Trains one run to its end; see run_together. Its checkpoint lies in its own folder."""
-    (summary,) = run_together(
-        [config], data, [folder], folder / CHECKPOINT, options, watch, stopped
-    )
+    (summary,) = run_together([config], data, [folder], folder / CHECKPOINT, options)
     return summary
 
 
@@ -182,8 +187,6 @@ def run_together(
     folders: Sequence[Path],
     checkpoint: Path,
     options: RunOptions,
-    watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
-    stopped: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Trains runs side by side to their end, from their checkpoint if there is one.
 
@@ -193,15 +196,13 @@ def run_together(
         folders: one per run.
         checkpoint: the file of their common state.
         options: see RunOptions.
-        watch: called with the trainer at every event.
-        stopped: asked at every event; once true, the state is saved and the training ends.
 
     Returns:
         The summary of each run.
 
     Raises:
         UserError: bad settings, or a folder of another run or in use by another process.
-        Interrupted: stopped() was true.
+        Interrupted: options.stopped() was true.
         Diverged: numbers of a run are not finite; the checkpoint is from before.
         OSError: a file could not be written.
     """
@@ -219,10 +220,10 @@ def run_together(
             held.enter_context(claimed(folder, identified, options.resume))
         if all((folder / SUMMARY).is_file() for folder in folders):
             return [read_summary(folder) for folder in folders]
-        journal = Journal(checkpoint, folders, described)
-        journal.restore(trainer, options.device)
+        journal = Journal(trainer, checkpoint, folders, described)
+        journal.restore()
         try:
-            _train(trainer, journal, options, watch, stopped)
+            _train(journal, options)
         except Diverged as error:
             raise Diverged(
                 f"{error}; {checkpoint} is from before, and --resume would take the same steps: "
@@ -230,43 +231,52 @@ def run_together(
                 error.number,
             ) from error
         return [
-            _conclude(folder, learner, data, trainer, journal)
+            _conclude(folder, learner, data, journal)
             for folder, learner in zip(folders, learners, strict=True)
         ]
 
 
-def _train(
-    trainer: Trainer,
-    journal: Journal,
-    options: RunOptions,
-    watch: Callable[[Trainer, Event], None],
-    stopped: Callable[[], bool],
-) -> None:
+def _train(journal: Journal, options: RunOptions) -> None:
     """Trains to the end; logs every epoch, saves the initial state and then as options say."""
+    trainer = journal.trainer
     if not journal.path.is_file():
-        journal.save(trainer)
+        journal.save()
     for event in trainer.run():
         if event.kind == "epoch":
             journal.write(event)
-        watch(trainer, event)
-        stop = stopped()
-        if stop or event.kind == "task" or journal.due(options.checkpoint_every):
-            journal.save(trainer)
+        options.watch(trainer, event)
+        stop = options.stopped()
+        due = time.perf_counter() - journal.saved > options.checkpoint_every
+        if stop or due or event.kind == "task":
+            journal.save()
         if stop and trainer.task < trainer.config.tasks:
             raise Interrupted
 
 
-def _conclude(
-    folder: Path, learner: Learner, data: Dataset, trainer: Trainer, journal: Journal
-) -> dict[str, Any]:
+def _conclude(folder: Path, learner: Learner, data: Dataset, journal: Journal) -> dict[str, Any]:
     """Writes the results of a run; returns its summary."""
-    beside = len(trainer.learners)
-    summary = summarize(learner, data.name, trainer.steps, journal.elapsed(), beside)
+    config, frequency, structure = learner.config, learner.frequency, learner.structure
+    trainer, seconds = journal.trainer, journal.elapsed()
+    classes = [list(task.classes) for task in learner.tasks]
+    summary = {
+        **accuracies(data.name, config.method, config, learner.accuracy, classes_per_task=classes),
+        "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
+        "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
+        "mean_active": frequency.sum(-1).tolist(),
+        **({} if structure is None else {"structure": structure.summary()}),
+        "trained_together": len(trainer.learners),
+        "seconds": seconds,  # of all runs that were trained together
+        "steps_per_second": trainer.steps / seconds,
+        **origin(learner.device),
+        "config": config.to_dict(),
+    }
+    stream = io.BytesIO()
+    np.save(stream, frequency.cpu().numpy(), allow_pickle=False)
     write_atomically(folder / MATRIX, matrix_csv(summary["accuracy_matrix"]))
-    write_atomically(folder / FREQUENCY, npy(learner.frequency))
-    if learner.structure is not None:
-        learner.structure.save(folder / STRUCTURE)
-    write_atomically(folder / SUMMARY, dumps(summary, indent=2) + "\n")
+    write_atomically(folder / FREQUENCY, stream.getvalue())
+    if structure is not None:
+        structure.save(folder / STRUCTURE)
+    write_json(folder / SUMMARY, summary)
     return summary
 
 
@@ -289,44 +299,8 @@ def leave_out(checkpoint: Path, number: int, target: Path) -> None:
     save_checkpoint(target, kept, state)
 
 
-def summarize(
-    learner: Learner, dataset: str, steps: int, seconds: float, beside: int
-) -> dict[str, Any]:
-    """The content of summary.json."""
-    config, accuracy, frequency = learner.config, learner.accuracy, learner.frequency
-    return {
-        "dataset": dataset,
-        "method": config.method,
-        "seed": config.seed,
-        "evaluated_on": "validation" if config.validation > 0 else "test",
-        "classes_per_task": [list(task.classes) for task in learner.tasks],
-        "accuracy_matrix": accuracy.tolist(),
-        "mean_accuracy": metrics.mean_accuracy(accuracy),
-        "bwt": metrics.backward_transfer(accuracy),
-        "forgetting": metrics.forgetting(accuracy),
-        "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
-        "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
-        "mean_active": frequency.sum(-1).tolist(),
-        **({} if learner.structure is None else {"structure": learner.structure.summary()}),
-        "trained_together": beside,
-        "seconds": seconds,  # of all runs that were trained together
-        "steps_per_second": steps / seconds,
-        "device": device_name(learner.device),
-        "versions": versions(),
-        "commit": commit(),
-        "config": config.to_dict(),
-    }
-
-
 def matrix_csv(matrix: list[list[float]]) -> str:
     """The accuracy matrix as CSV: row t after training task t, column i accuracy on task i."""
     header = ",".join(["after_task", *(f"task_{i}" for i in range(len(matrix)))])
     rows = [",".join([str(t), *(repr(a) for a in row)]) for t, row in enumerate(matrix)]
     return "\n".join([header, *rows]) + "\n"
-
-
-def npy(tensor: Tensor) -> bytes:
-    """The content of a .npy file."""
-    stream = io.BytesIO()
-    np.save(stream, tensor.cpu().numpy(), allow_pickle=False)
-    return stream.getvalue()

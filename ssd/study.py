@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,33 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing
 
-from ssd import metrics
 from ssd.config import Config, hints
 from ssd.data import Dataset, Task
 from ssd.errors import Diverged, Interrupted
 from ssd.progress import Display, position_watcher
 from ssd.run import RunOptions, leave_out, make_tasks, run_together
-from ssd.storage.files import dumps, write_atomically
-from ssd.storage.provenance import commit, device_name, versions
+from ssd.storage.files import dumps, write_json
 from ssd.storage.run_folder import (
     DIVERGED,
     SUMMARY,
+    accuracies,
     describe,
     identity,
+    origin,
     read_diverged,
     read_summary,
     write_diverged,
 )
-from ssd.trainer import Event, Trainer, together
+from ssd.trainer import together
 
-# Runs of one program: beyond it memory grows and nothing gets faster.
+# Runs of one program: more take more memory and are no faster.
 MOST = 16
 # Runs of one program where several processes share the work.
 MOST_APART = 3
-# Encoder weights up to which several processes share the work, R = 10,000 with d = 784 among them;
-# larger ones would push one another out of the cache, and one process uses all cores with them.
+# Up to so many encoder weights, as R = 10,000 with d = 784, several processes share the work.
+# Larger encoders would push one another out of the cache, and one process uses all cores with them.
 SMALL = 2**23
-# A process takes seconds to start: multiplications that one thread does in many times that.
+# A process takes seconds to start. One thread does so many multiplications in many times that.
 WORTH = 2e12
 
 
@@ -53,8 +53,10 @@ class Evaluation:
     """A learner of another kind, in place of the network that a run trains.
 
     Args:
-        method: its name. evaluate: tasks on the device -> accuracy matrix [T, T].
-        neurons: R, 0 if it has none. settings: what else its figures depend on.
+        method: its name.
+        evaluate: tasks on the device -> accuracy matrix [T, T].
+        neurons: R, 0 if it has none.
+        settings: what else its figures depend on.
         algorithm: raised when a change moves its figures.
         trains: whether it trains a network with the run's config.
     """
@@ -72,8 +74,10 @@ class Run:
     """One run of a study.
 
     Args:
-        name: what the progress calls it. config, data: its settings and its data.
-        root: folder of all runs. evaluation: what to do if not to train a network.
+        name: its name in the progress.
+        config, data: its settings and its data.
+        root: folder of all runs.
+        evaluation: what to do instead of training a network.
     """
 
     name: str
@@ -84,7 +88,7 @@ class Run:
 
     @cached_property
     def folder(self) -> Path:
-        """Where it lies: named by method, seed, and a digest of settings and data."""
+        """Its folder, named by data set, method, seed, and a digest of settings and data."""
         config, evaluation = self.config, self.evaluation
         method, described = config.method, identity(describe(config, self.data))
         if evaluation is not None:
@@ -128,17 +132,16 @@ class Run:
 
 
 def measured(summary: Mapping[str, Any], measure: str) -> list[float]:
-    """A measure of a run, one value a task; a scalar is a list of one, what is absent is empty."""
-    if measure == "seconds":  # its part of the time of all that were trained side by side
+    """A measure of a run, one value per task; one value for a scalar, none if it is absent."""
+    if measure == "seconds":  # its part of the time of all runs that were trained side by side
         return [summary["seconds"] / summary.get("trained_together", 1)]
     value = summary.get("structure", {}).get(measure, summary.get(measure))
     values = value if isinstance(value, list) else [value]
-    # The first task has nothing to be compared with.
-    return [v for v in values if v is not None]
+    return [v for v in values if v is not None]  # the first task has nothing to compare with
 
 
 def hints_for(configs: Sequence[Config], data: Dataset) -> list[str]:
-    """What a user should know of runs on these data: a line each, see ssd.config.hints.
+    """What a user should know of runs on these data, one line per hint; see ssd.config.hints.
 
     Raises:
         UserError: the data do not suit the settings.
@@ -151,67 +154,62 @@ def hints_for(configs: Sequence[Config], data: Dataset) -> list[str]:
 
 
 class Study:
-    """Trains what is missing of many runs, with one progress over all of them.
+    """Trains those of many runs that are missing, with one progress over all of them.
 
     Args:
         runs: of several with the same settings the first is trained.
-        options: of every run; a run that was begun is always resumed.
+        device: where they train.
         display: shows the progress.
+        saved: called whenever runs have ended.
 
     Raises:
         UserError: the summary of a run is damaged.
     """
 
-    def __init__(self, runs: Sequence[Run], options: RunOptions, display: Display) -> None:
-        self.options, self.display = replace(options, resume=True), display
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        device: torch.device,
+        display: Display,
+        saved: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.device, self.display, self.saved = device, display, saved
         self.missing: dict[Path, Run] = {}
         for run in runs:
             if run.outcome() is None:
                 self.missing.setdefault(run.folder, run)
         self.total, self.trained = len(self.missing), 0
-        self.work, self.done = sum(run.work for run in self.missing.values()), 0.0
+        self.work, self.done = _work(self.missing.values()), 0.0
         self.shares: dict[tuple[Run, ...], float] = {}  # done of the batches in training
         self.start = time.perf_counter()
 
-    def train(
-        self,
-        runs: Sequence[Run],
-        stopped: Callable[[], bool],
-        saved: Callable[[], None] = lambda: None,
-    ) -> None:
+    def train(self, runs: Sequence[Run], stopped: Callable[[], bool]) -> None:
         """Trains those of the runs that are missing, on a CPU small ones in several processes.
 
         Args:
-            stopped: asked again and again; when true, all runs in training save what they have.
-            saved: called whenever runs have ended.
+            stopped: asked again and again; once true, all runs in training save their state.
 
         Raises:
-            Interrupted: stopped() was true. UserError, OSError: see ssd.run.run.
+            Interrupted: stopped() was true. UserError, OSError: see ssd.run.run_together.
         """
         folders = dict.fromkeys(run.folder for run in runs)
         waiting = [self.missing[folder] for folder in folders if folder in self.missing]
         small = [run for run in waiting if run.is_small]
-        work = sum(run.work for run in small)
-        processes = processes_for(work, len(small), self.options.device)
+        processes = processes_for(_work(small), len(small), self.device)
         with self.display:
             if processes > 1:
-                self._train_apart(small, processes, stopped, saved)
+                self._train_apart(small, processes, stopped)
                 waiting = [run for run in waiting if not run.is_small]
             for batch in _batches(waiting, MOST):
                 if stopped():
                     raise Interrupted
                 self._report(batch, "", 0, 1)
                 watch = position_watcher(partial(self._report, batch))
-                train_batch(batch, self.options, watch, stopped)
+                train_batch(batch, RunOptions(self.device, watch=watch, stopped=stopped))
                 self._end(batch)
-                saved()
 
     def _train_apart(
-        self,
-        runs: Sequence[Run],
-        processes: int,
-        stopped: Callable[[], bool],
-        saved: Callable[[], None],
+        self, runs: Sequence[Run], processes: int, stopped: Callable[[], bool]
     ) -> None:
         """Trains the runs in worker processes.
 
@@ -219,13 +217,12 @@ class Study:
             Interrupted: stopped() was true. Whatever a worker raised, once the others have saved.
         """
         # Long batches first, and none so long that one process is left alone with it.
-        batches = _batches(runs, MOST_APART)
-        batches.sort(key=lambda batch: -sum(run.work for run in batch))
+        batches = sorted(_batches(runs, MOST_APART), key=_work, reverse=True)
         context = multiprocessing.get_context("spawn")
         reports, stop = context.Queue(), context.Event()
         with ProcessPoolExecutor(processes, context, _begin, (reports, stop)) as pool:
             running = {
-                pool.submit(_train_in_worker, number, batch, self.options): batch
+                pool.submit(_train_in_worker, number, batch, self.device): batch
                 for number, batch in enumerate(batches)
             }
             waiting: set[Future[None]] = set(running)
@@ -238,7 +235,6 @@ class Study:
                     for future in finished:
                         future.result()
                         self._end(running[future])
-                        saved()
                     if stopped():
                         raise Interrupted
             except BaseException:
@@ -257,21 +253,26 @@ class Study:
         self.display.update(text, self._done(), self.work)
 
     def _end(self, batch: tuple[Run, ...]) -> None:
+        """Shows what the runs of a batch came to."""
         self.shares.pop(batch, None)
-        self.done += sum(run.work for run in batch)
+        self.done += _work(batch)
         for run in batch:
             del self.missing[run.folder]
             self.trained += 1
             accuracy, done = (run.outcome() or {}).get("mean_accuracy"), self._done()
             result = "diverged" if accuracy is None else f"accuracy {accuracy:.4f}"
-            left = (time.perf_counter() - self.start) * (self.work - done) / done
+            seconds = (time.perf_counter() - self.start) * (self.work - done) / done
             text = f"run {self.trained} of {self.total}: {run.name}: {result}; left "
-            text += str(timedelta(seconds=round(left)))
+            text += str(timedelta(seconds=round(seconds)))
             self.display.update(text, done, self.work, milestone=True)
+        self.saved()
 
     def _done(self) -> float:
-        shares = self.shares.items()
-        return self.done + sum(share * sum(run.work for run in batch) for batch, share in shares)
+        return self.done + sum(share * _work(batch) for batch, share in self.shares.items())
+
+
+def _work(runs: Iterable[Run]) -> float:
+    return sum(run.work for run in runs)
 
 
 def processes_for(work: float, runs: int, device: torch.device) -> int:
@@ -294,33 +295,29 @@ def _batches(runs: Sequence[Run], most: int) -> list[tuple[Run, ...]]:
     ]
 
 
-def train_batch(
-    batch: Sequence[Run],
-    options: RunOptions,
-    watch: Callable[[Trainer, Event], None] = lambda trainer, event: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Trains runs as one program, or evaluates the only one.
+def train_batch(batch: Sequence[Run], options: RunOptions) -> None:
+    """Trains runs as one program, or evaluates the only one; goes on with what was begun.
 
-    One that diverges is left out, and the others go on; that is kept, so it is not trained again
-    until its folder is deleted.
+    A run that diverges is left out, and the others go on. Its folder says so from then on: delete
+    the folder to train it again.
 
     Args:
         batch: runs that differ only in numbers (trainer.OWN), on the same data.
-        options, watch, stopped: see ssd.run.run.
+        options: see ssd.run.RunOptions.
 
     Raises:
-        UserError, Interrupted, OSError: see ssd.run.run.
+        UserError, Interrupted, OSError: see ssd.run.run_together.
     """
-    left = list(batch)
-    if left[0].evaluation is not None:
-        _evaluate(left.pop(), options.device)
+    if batch[0].evaluation is not None:
+        _evaluate(batch[0], batch[0].evaluation, options.device)
+        return
+    options, left = replace(options, resume=True), list(batch)
     while left:
         folders = [run.folder for run in left]
         checkpoint = _checkpoint(folders)
         configs = [run.config for run in left]
         try:
-            run_together(configs, left[0].data, folders, checkpoint, options, watch, stopped)
+            run_together(configs, left[0].data, folders, checkpoint, options)
             left = []
         except Diverged as error:
             diverged = folders.pop(error.number)
@@ -331,10 +328,9 @@ def train_batch(
         checkpoint.unlink(missing_ok=True)
 
 
-def _evaluate(run: Run, device: torch.device) -> None:
-    evaluation, data = run.evaluation, run.data
-    assert evaluation is not None
-    tasks = [task.to(device) for task in make_tasks(run.config, data)]
+def _evaluate(run: Run, evaluation: Evaluation, device: torch.device) -> None:
+    """Evaluates a learner of another kind and writes its summary."""
+    tasks = [task.to(device) for task in make_tasks(run.config, run.data)]
     run.folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     try:
@@ -343,26 +339,17 @@ def _evaluate(run: Run, device: torch.device) -> None:
         write_diverged(run.folder, str(error))
         return
     summary = {
-        "dataset": data.name,
-        "method": evaluation.method,
-        "seed": run.config.seed,
-        "evaluated_on": "validation" if run.config.validation > 0 else "test",
-        "accuracy_matrix": accuracy.tolist(),
-        "mean_accuracy": metrics.mean_accuracy(accuracy),
-        "bwt": metrics.backward_transfer(accuracy),
-        "forgetting": metrics.forgetting(accuracy),
+        **accuracies(run.data.name, evaluation.method, run.config, accuracy),
         "seconds": time.perf_counter() - start,
-        "device": device_name(device),
-        "versions": versions(),
-        "commit": commit(),
+        **origin(device),
         "neurons": evaluation.neurons,
         "settings": evaluation.settings,
     }
-    write_atomically(run.folder / SUMMARY, dumps(summary, indent=2) + "\n")
+    write_json(run.folder / SUMMARY, summary)
 
 
 def _checkpoint(folders: Sequence[Path]) -> Path:
-    """Of runs that are trained together."""
+    """The common checkpoint of runs that are trained together."""
     digest = _digest("\n".join(folder.name for folder in folders))
     return folders[0].with_name(f"together-{digest}.safetensors")
 
@@ -390,6 +377,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train_in_worker(number: int, batch: tuple[Run, ...], options: RunOptions) -> None:
+def _train_in_worker(number: int, batch: tuple[Run, ...], device: torch.device) -> None:
     watch = position_watcher(lambda *where: _shared["reports"].put((number, *where)))
-    train_batch(batch, options, watch, _shared["stop"].is_set)
+    train_batch(batch, RunOptions(device, watch=watch, stopped=_shared["stop"].is_set))

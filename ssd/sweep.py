@@ -12,7 +12,7 @@
     [[runs]]                    # optional: each table is crossed with the grid
     method = "ssd"
 
-A run lies in a folder named by its settings: a file that has grown trains only what is new.
+Each run has a folder named by its settings, so a file with more rows trains only the new ones.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from typing import Any
 from rich.console import Console
 
 from ssd.cli import (
+    MOST_RUNS,
     SETTINGS,
     ArgumentParser,
     add_common,
     check_folder,
+    check_seeds,
     choose_device,
     command_line,
     exit_status,
@@ -45,15 +47,16 @@ from ssd.cli import (
     stop_on_interrupt,
 )
 from ssd.config import Config, resolve
-from ssd.data import Dataset, default_root, load
-from ssd.errors import MOST_RUNS, UserError
+from ssd.data import Dataset, default_root
+from ssd.errors import UserError
 from ssd.progress import Display
-from ssd.run import RunOptions
+from ssd.run import load_data
 from ssd.storage.files import dumps, read_json, read_text, write_atomically
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import doubts, versions_of
+from ssd.storage.run_folder import evaluated_on
 from ssd.study import Run, Study, hints_for, measured
-from ssd.tables import DIGITS, columns, csv_text, markdown_table, plus_minus, rich_table
+from ssd.tables import cell, columns, csv_text, markdown_table, rich_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,7 +64,7 @@ else:
     import tomli as tomllib
 
 CSV, MARKDOWN = "sweep.csv", "sweep.md"
-SOURCE = "sweep.json"  # whose tables these are
+SOURCE = "sweep.json"  # names the sweep file
 SECTIONS: dict[str, tuple[type, str]] = {
     "dataset": (str, "a string"),
     "features": (str, "a string"),
@@ -79,7 +82,7 @@ SPREAD = "mean ± standard error of the mean over seeds, each its own class orde
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file: what its rows share, and the settings of each row that vary."""
+    """A sweep file: the settings that its rows share, those of each row, and seeds per row."""
 
     shared: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -90,9 +93,8 @@ class Sweep:
         """The settings that rows name, in the file's order."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def config(self, row: Mapping[str, Any], dataset: str | None = None) -> Config:
-        """The settings of a row's first run; dataset: what stands in for the file's."""
-        instead = {} if dataset is None else {"dataset": dataset}
+    def config(self, row: Mapping[str, Any], **instead: Any) -> Config:
+        """The settings of a row's first run; instead: settings in place of the file's."""
         return resolve({**self.shared, **row, **instead})
 
 
@@ -118,14 +120,11 @@ def read_sweep(path: Path) -> Sweep:
             replace(config, seed=config.seed + sweep.seeds - 1).validate()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    rows, seen = [], set[Config]()
-    for number, row in enumerate(sweep.rows):
-        if configs[number] in seen:
+    rows: dict[Config, dict[str, Any]] = {}
+    for config, row in zip(configs, sweep.rows, strict=True):
+        if rows.setdefault(config, row) is not row:
             note(f"{path}: {_shown(row)} is listed twice; it is trained once")
-        else:
-            rows.append(row)
-            seen.add(configs[number])
-    return replace(sweep, rows=rows)
+    return replace(sweep, rows=list(rows.values()))
 
 
 def _parse(content: Mapping[str, Any]) -> Sweep:
@@ -136,40 +135,34 @@ def _parse(content: Mapping[str, Any]) -> Sweep:
             raise UserError(f"{name} must be {called}, not {value!r}")
     seeds, base = content.get("seeds", 1), content.get("base", {})
     grid, runs = content.get("grid", {}), content.get("runs", [{}])
-    if not 1 <= seeds <= MOST_RUNS:
-        raise UserError(f"seeds {seeds} must be in 1..{MOST_RUNS}")
+    check_seeds(seeds)
     if not runs or not all(isinstance(run, dict) for run in runs):
         raise UserError(f"runs must be [[runs]] tables, not {runs!r}")
-    _require_settings(base, "[base]", SHARED)
-    _require_settings(grid, "[grid]", SHARED | {"seed"}, [("[base]", base)])
+    _require_settings([("[base]", base), ("[grid]", grid), *(("[[runs]]", run) for run in runs)])
     for name, values in grid.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"[grid] {name} must be a list of values, not {values!r}")
-    for run in runs:
-        _require_settings(run, "[[runs]]", SHARED | {"seed"}, [("[base]", base), ("[grid]", grid)])
     total = seeds * len(runs) * math.prod(map(len, grid.values()))
     if total > MOST_RUNS:
         raise UserError(f"the file names {total} runs, but at most {MOST_RUNS} are swept at a time")
     combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    shared = {n: v for n, v in content.items() if n in {"dataset", "features", "preset"}} | base
+    shared = {n: v for n, v in content.items() if n in SHARED | {"preset"}} | base
     return Sweep(shared, [{**run, **cell} for run in runs for cell in combinations], seeds)
 
 
-def _require_settings(
-    table: Mapping[str, Any],
-    where: str,
-    elsewhere: set[str],
-    others: Sequence[tuple[str, Mapping[str, Any]]] = (),
-) -> None:
-    """Every name is a setting, belongs there and is not in another table too."""
-    for name in table:
-        _require_known(name, [setting.name for setting in fields(Config)], where)
-        if name in elsewhere:
-            place = "[base], with seeds = N at the top" if name == "seed" else "the top of the file"
-            raise UserError(f"{name} belongs in {place}, not in {where}")
-        for other, values in others:
-            if name in values:
-                raise UserError(f"{name} is in both {other} and {where}; leave it in one")
+def _require_settings(tables: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Every name is a setting, in a table where it belongs and in no other."""
+    known, found = [setting.name for setting in fields(Config)], dict[str, str]()
+    for where, table in tables:
+        for name in table:
+            _require_known(name, known, where)
+            if name in SHARED:
+                raise UserError(f"{name} belongs in the top of the file, not in {where}")
+            if name == "seed" and where != "[base]":
+                place = "[base], with seeds = N at the top"
+                raise UserError(f"{name} belongs in {place}, not in {where}")
+            if found.setdefault(name, where) != where:
+                raise UserError(f"{name} is in both {found[name]} and {where}; leave it in one")
 
 
 def _require_known(name: str, known: Iterable[str], where: str) -> None:
@@ -186,14 +179,16 @@ def _shown(row: Mapping[str, Any]) -> str:
 def rank(
     sweep: Sweep, configs: Sequence[Config], outcomes: Sequence[Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """One record a row: its varied settings, then each measure's mean and standard error.
+    """One record per row: its varied settings, then each measure's mean and standard error.
 
     Args:
-        configs: of each row. outcomes: of each row's runs, see Run.outcome.
+        sweep: names the settings that vary.
+        configs: settings of each row.
+        outcomes: of each row's runs, see Run.outcome.
 
     Returns:
-        records, the highest mean accuracy first. A row of which a run diverged comes last and has
-        no measures: the mean of the rest would flatter.
+        The records, highest mean accuracy first. A row in which a run diverged comes last and has
+        no measures: the mean of the other runs would flatter it.
     """
     records = []
     for config, group in zip(configs, outcomes, strict=True):
@@ -201,8 +196,7 @@ def rank(
         sound = [] if any("diverged" in outcome for outcome in group) else group
         for measure in MEASURES:
             record |= columns(measure, [measured(outcome, measure)[0] for outcome in sound])
-        shown = "validation" if config.validation > 0 else "test"
-        records.append(record | {"seeds": len(group), "evaluated_on": shown})
+        records.append(record | {"seeds": len(group), "evaluated_on": evaluated_on(config)})
     return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
 
 
@@ -216,18 +210,13 @@ def header(varied: Sequence[str]) -> list[str]:
 
 
 def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
-    """A record as texts: settings, then `mean ± standard error` of each measure."""
-    texts = [_text(record[name]) for name in varied]
-    if _diverged(record):
-        return [*texts, "diverged", *[""] * (len(MEASURES) - 1)]
-    for measure in MEASURES:
-        error, digits = record[f"{measure}_standard_error"], DIGITS.get(measure, 4)
-        texts.append(plus_minus(record[measure], error, digits))
-    return texts
+    """A record as texts: settings, then each measure."""
+    first, *rest = (cell(record, measure) for measure in MEASURES)
+    return [*(_text(record[name]) for name in varied), first or "diverged", *rest]
 
 
 def _text(value: Any) -> str:
-    """A setting in as few digits as tell it from any other."""
+    """A setting in as few digits as distinguish it from any other."""
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
@@ -238,10 +227,13 @@ def markdown_text(
     records: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Mapping[str, Any]],
 ) -> str:
-    """sweep.md: the table, the best row in bold, what it was measured on and with.
+    """sweep.md: the table with its best row in bold, the split, the versions and the commits.
 
     Args:
-        records: of rank. outcomes: of all runs behind them.
+        title: of the table.
+        varied: the settings that are columns.
+        records: what rank returned.
+        outcomes: of all runs behind them.
     """
     best, *others = (cells(record, varied) for record in records)
     rows = [[f"**{text}**" for text in best], *others]
@@ -274,10 +266,10 @@ def execute(arguments: Sequence[str]) -> None:
     given = build_parser().parse_args(arguments)
     with in_words(SETTINGS):
         sweep = read_sweep(given.file)
-        options = RunOptions(choose_device(given.device))
+        device = choose_device(given.device)
         folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
         check_folder(folder)
-        near = given.file.resolve().drive == Path.cwd().drive  # else there is no way from here
+        near = given.file.resolve().drive == Path.cwd().drive  # else no relative path leads to it
         source = os.path.relpath(given.file) if near else str(given.file)
         if given.out is None and (folder / SOURCE).is_file():
             other = read_json(folder / SOURCE).get("file")
@@ -295,7 +287,7 @@ def execute(arguments: Sequence[str]) -> None:
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
             write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
-            study = Study(runs, options, Display(Console(), given.quiet))
+            study = Study(runs, device, Display(Console(), given.quiet))
             with stop_on_interrupt() as stopped:
                 study.train(runs, stopped)
             _report(sweep, rows, folder, given.file.stem, given.quiet)
@@ -305,22 +297,23 @@ def _report(
     sweep: Sweep, rows: Sequence[Sequence[Run]], folder: Path, stem: str, quiet: bool
 ) -> None:
     """Ranks the rows, writes the tables and prints the best row."""
-    groups = [[run.outcome() or {} for run in row] for row in rows]
-    outcomes = [outcome for group in groups for outcome in group]
-    for run, outcome in zip((run for row in rows for run in row), outcomes, strict=True):
+    outcomes = {run: run.outcome() or {} for row in rows for run in row}
+    for run, outcome in outcomes.items():
         if "diverged" in outcome:
             note(f"{run.name}: {outcome['diverged']}")
+    groups = [[outcomes[run] for run in row] for row in rows]
     records = rank(sweep, [row[0].config for row in rows], groups)
     split = " and ".join(sorted({record["evaluated_on"] for record in records}))
     count = f"{sweep.seeds} seed{'s' * (sweep.seeds > 1)}"
     data, features = rows[0][0].data.name, rows[0][0].config.features
     name = f"{data} {features}" if features else data
     title = f"{stem}: {name}, accuracy on {split} data, {count}"
-    commits = {outcome["commit"] for outcome in outcomes}
+    commits = {outcome["commit"] for outcome in outcomes.values()}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")
+    markdown = markdown_text(title, sweep.varied, records, list(outcomes.values()))
     write_atomically(folder / CSV, csv_text(records))
-    write_atomically(folder / MARKDOWN, markdown_text(title, sweep.varied, records, outcomes))
+    write_atomically(folder / MARKDOWN, markdown)
     if not quiet:
         marked = [["* "[number > 0], *cells(r, sweep.varied)] for number, r in enumerate(records)]
         table = rich_table(title, ["", *header(sweep.varied)], marked, caption=SPREAD)
@@ -334,13 +327,11 @@ def _report(
 
 
 def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:
-    """The data and each row's settings, which suit one another; says what may not be meant."""
-    first = sweep.config(sweep.rows[0])
-    features = Path(first.features) if first.features else None
-    data = load(first.dataset, root, features, notice=note)
+    """The data and each row's settings, checked against them; prints hints."""
+    data = load_data(sweep.config(sweep.rows[0]), root, notice=note)
     # The subset may stand in for MNIST: the settings are then the subset's.
-    configs = [sweep.config(row, data.name) for row in sweep.rows]
-    found = hints_for(configs, data)
+    configs = [sweep.config(row, dataset=data.name) for row in sweep.rows]
+    found = hints_for(configs, data)  # checks the data first
     if any(config.validation == 0 for config in configs):
         note("without validation in [base] the rows are ranked on the test set")
     for hint in found:

@@ -11,19 +11,15 @@ from rich.table import Table
 
 from ssd.metrics import estimate
 
-DIGITS = {"seconds": 1, "mean_active": 1, "effective_rank": 1}  # of a measure; all else: 4
+# Decimals of measures; all others have 4.
+DIGITS = {"seconds": 1, "mean_active": 1, "effective_rank": 1}
 CELL, MARGIN = 8, 24  # characters of a column of accuracies, and of the rest of that table
 
 
-def plus_minus(center: float, error: float | None, digits: int = 4) -> str:
-    """`center ± error`; the error of a single value is None."""
-    text = f"{center:.{digits}f}"
+def plus_minus(center: float, error: float | None, digits: int = 4, sign: str = "") -> str:
+    """`center ± error`; the error of a single value is None. sign "+" shows it for center too."""
+    text = f"{center:{sign}.{digits}f}"
     return text if error is None else f"{text} ± {error:.{digits}f}"
-
-
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """The mean of values ± its standard error; empty without values."""
-    return plus_minus(*estimate(values), digits) if values else ""
 
 
 def columns(measure: str, values: Sequence[float]) -> dict[str, float | None]:
@@ -32,11 +28,18 @@ def columns(measure: str, values: Sequence[float]) -> dict[str, float | None]:
     return {measure: center, f"{measure}_standard_error": error}
 
 
+def cell(record: Mapping[str, Any], measure: str) -> str:
+    """`mean ± standard error` of a measure's columns; empty where the mean is unknown."""
+    center, error = record[measure], record[f"{measure}_standard_error"]
+    return "" if center is None else plus_minus(center, error, DIGITS.get(measure, 4))
+
+
 def csv_text(records: Sequence[Mapping[str, Any]], origin: Mapping[str, str] = {}) -> str:
     """Records of equal keys as CSV, in full precision; None is empty.
 
     Args:
-        records: one for each line. origin: facts, shown above the header as `# name: fact`.
+        records: one per line.
+        origin: facts, shown above the header as `# name: fact`.
     """
     stream = io.StringIO()
     stream.writelines(f"# {name}: {fact}\n" for name, fact in origin.items())
@@ -63,7 +66,11 @@ def rich_table(
     """A table for a terminal, its title in bold.
 
     Args:
-        texts: columns of texts, to the left of those of numbers. style: see rich.table.Table.
+        title: of the table.
+        header: the names of the columns.
+        rows: the texts of each row.
+        texts: number of columns that hold text; the numbers are to the right of them.
+        style: see rich.table.Table.
     """
     table = Table(title=title, title_style="bold", **style)
     for number, name in enumerate(header):
@@ -74,9 +81,9 @@ def rich_table(
 
 
 def accuracy_table(summary: Mapping[str, Any], width: int = 80) -> Table:
-    """The accuracy matrix: rows after training a task, columns the task tested.
+    """The accuracy matrix: row t after training task t, one column per task tested.
 
-    Of more tasks than `width` characters can show, every n-th, and the last.
+    If `width` characters cannot show all tasks, every n-th and the last are shown.
     """
     matrix = summary["accuracy_matrix"]
     stride = -(-len(matrix) * CELL // max(CELL, width - MARGIN))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from ssd.cli import (
     ArgumentParser,
     add_common,
+    check_seeds,
     choose_device,
     command_line,
     exit_status,
@@ -23,12 +24,12 @@ from ssd.cli import (
     stop_on_interrupt,
 )
 from ssd.config import PENALTIES, PRESETS, Config, option, penalty_settings, resolve
-from ssd.data import SOURCES, Dataset, default_root, load
-from ssd.errors import MOST_RUNS, Interrupted, UserError
+from ssd.data import SOURCES, Dataset, default_root
+from ssd.errors import Interrupted, UserError
 from ssd.figures import draw
 from ssd.progress import Display, watcher
-from ssd.run import RunOptions, make_tasks, require_fit, run, run_together
-from ssd.storage.files import dumps, read_json, write_atomically
+from ssd.run import RunOptions, load_data, make_tasks, require_fit, run, run_together
+from ssd.storage.files import read_json, write_json
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import versions
 from ssd.storage.run_folder import CHECKPOINT, CONFIG, SUMMARY, claimed, describe
@@ -51,7 +52,7 @@ CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line: run control by hand, every setting of Config by itself."""
+    """The command line: the options of the command, then one for each setting of Config."""
     parser = ArgumentParser(
         prog="python -m ssd.train",
         usage="%(prog)s [options]",
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def choose_folder(given: dict[str, Any], config: Config) -> Path:
-    """--out, or the first free runs/<dataset>-<method>-seed<n>; with --resume the last one used."""
+    """--out, or the first free runs/<dataset>-<method>-seed<n>; with --resume the last in use."""
     if "out" in given:
         return given["out"]
     data = Path(config.features).stem if config.features else config.dataset
@@ -105,7 +106,7 @@ def choose_folder(given: dict[str, Any], config: Config) -> Path:
 
 
 def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """With --resume --out and nothing else, the settings are those of the folder."""
+    """What was given, with the folder's settings if that is --resume and --out alone."""
     if not given.get("resume") or "out" not in given or not set(given) <= CONTROL:
         return given
     path = given["out"] / CONFIG
@@ -122,61 +123,46 @@ def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **settings, "seeds": seeds}
 
 
-@dataclass(frozen=True)
-class Session:
-    """One invocation of the command line: what every run of it shares."""
+def train_one(config: Config, data: Dataset, folder: Path, options: RunOptions) -> dict[str, Any]:
+    """Trains one run and draws its figures; returns its summary."""
+    summary = run(config, data, folder, options)
+    with folder_lock(folder):
+        draw(folder)
+    return summary
 
-    data: Dataset
-    options: RunOptions
-    display: Display
-    stopped: Callable[[], bool]
 
-    def train(self, config: Config, folder: Path) -> dict[str, Any]:
-        """One run, then its figures."""
-        with self.display:
-            watch = watcher(self.display)
-            summary = run(config, self.data, folder, self.options, watch, self.stopped)
-        with folder_lock(folder):
-            draw(folder)
-        return summary
-
-    def train_seeds(self, config: Config, count: int, folder: Path) -> dict[str, Any]:
-        """Seeds seed, seed + 1, .. side by side, each in its folder; mean and deviation."""
-        make_tasks(config, self.data)  # complains before there is a folder
-        require_fit(config, self.data, count, self.options.device)
-        configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
-        folders = [folder / f"seed{config.seed}" for config in configs]
-        with claimed(folder, describe(config, self.data, count), self.options.resume):
-            # The folder is this run's: what lies in it is gone on with.
-            options = replace(self.options, resume=True)
-            watch, checkpoint = watcher(self.display), folder / CHECKPOINT
-            with self.display:
-                summaries = run_together(
-                    configs, self.data, folders, checkpoint, options, watch, self.stopped
-                )
-            for seed_folder in folders:
-                draw(seed_folder)
-                if self.stopped():
-                    raise Interrupted
-            aggregate = summarize_seeds(summaries, config)
-            write_atomically(folder / SUMMARY, dumps(aggregate, indent=2) + "\n")
-        return aggregate
+def train_seeds(
+    config: Config, count: int, data: Dataset, folder: Path, options: RunOptions
+) -> dict[str, Any]:
+    """Trains seeds seed, seed + 1, .. side by side, each in its folder; returns their summary."""
+    make_tasks(config, data)  # complains before there is a folder
+    require_fit(config, data, count, options.device)
+    configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
+    folders = [folder / f"seed{config.seed}" for config in configs]
+    with claimed(folder, describe(config, data, count), options.resume):
+        # The folder is claimed, so the runs in it may be resumed.
+        options = replace(options, resume=True)
+        summaries = run_together(configs, data, folders, folder / CHECKPOINT, options)
+        for seed_folder in folders:
+            draw(seed_folder)
+            if options.stopped():
+                raise Interrupted
+        aggregate = summarize_seeds(summaries, config)
+        write_json(folder / SUMMARY, aggregate)
+    return aggregate
 
 
 def summarize_seeds(summaries: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
-    """summary.json of runs that differ in their seed alone: mean and standard deviation."""
-    measures = {
-        measure: [summary[measure] for summary in summaries]
-        for measure in ("mean_accuracy", "bwt", "forgetting", "seconds")
-    }
+    """The summary of runs that differ only in their seed: mean and standard deviation."""
+    measures = {}
+    for measure in ("mean_accuracy", "bwt", "forgetting", "seconds"):
+        values = [summary[measure] for summary in summaries]
+        measures[measure] = {"mean": mean(values), "std": stdev(values), "values": values}
     return {
         "dataset": summaries[0]["dataset"],
         "method": config.method,
         "seeds": [summary["seed"] for summary in summaries],
-        **{
-            measure: {"mean": mean(values), "std": stdev(values), "values": values}
-            for measure, values in measures.items()
-        },
+        **measures,
         "device": summaries[0]["device"],
         "versions": versions(),
         "commit": ", ".join(sorted({summary["commit"] for summary in summaries})),
@@ -189,17 +175,16 @@ def execute(arguments: Sequence[str] | None) -> None:
     given = recorded_settings(vars(build_parser().parse_args(arguments)))
     config = resolve(given)
     config.validate()
-    count, every = given.get("seeds", 1), given.get("checkpoint_every", 30.0)
-    if not 1 <= count <= MOST_RUNS:
-        raise UserError(f"--seeds {count} must be in 1..{MOST_RUNS}")
-    if not every >= 0:
-        raise UserError(f"--checkpoint-every {every} must be at least 0")
-    options = RunOptions(choose_device(given.get("device")), given.get("resume", False), every)
-    features = Path(config.features) if config.features else None
+    count = given.get("seeds", 1)
+    check_seeds(count)
+    control = {name: given[name] for name in ("resume", "checkpoint_every") if name in given}
+    options = RunOptions(choose_device(given.get("device")), **control)
+    if not options.checkpoint_every >= 0:
+        raise UserError(f"--checkpoint-every {options.checkpoint_every} must be at least 0")
     root = given.get("data_root", default_root())
-    data = load(config.dataset, root, features, given.get("strict_data", False), note)
+    data = load_data(config, root, strict=given.get("strict_data", False), notice=note)
     if data.name != config.dataset:
-        # The subset stands in: everything that is written bears its name and its settings.
+        # The subset replaces MNIST, and all files carry its name and its settings.
         config = resolve({**given, "dataset": data.name})
     for hint in hints_for([config], data):
         note(hint)
@@ -207,12 +192,12 @@ def execute(arguments: Sequence[str] | None) -> None:
     display = Display(console, given.get("quiet", False))
     place = ["--data-root", str(root)] if "data_root" in given else []
     again = command_line("ssd.train", ["--out", str(folder), *place, "--resume"])
-    with resumable(f"go on with: {again}"), stop_on_interrupt() as stopped:
-        session = Session(data, options, display, stopped)
+    with resumable(f"go on with: {again}"), stop_on_interrupt() as stopped, display:
+        options = replace(options, watch=watcher(display), stopped=stopped)
         if count == 1:
-            summary = session.train(config, folder)
+            summary = train_one(config, data, folder, options)
         else:
-            summary = session.train_seeds(config, count, folder)
+            summary = train_seeds(config, count, data, folder, options)
     if not display.quiet:
         console.print(seeds_table(summary) if count > 1 else accuracy_table(summary, console.width))
     print(f"{data.name} {config.method}  {result_line(summary)}  -> {folder}")

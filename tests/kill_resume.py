@@ -24,8 +24,9 @@ TIMED = ("seconds", "steps_per_second")
 KILLS_PER_RUN = 4
 # Python and PyTorch take longer to start than the run takes: most kills shall hit the run.
 START_SHARE = 0.2
-# Threads of several processes get in one another's way on a small machine.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[1]
+# One thread: several processes share a small machine.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def write_features(path: Path, samples: int = 600, features: int = 16, classes: int = 4) -> None:

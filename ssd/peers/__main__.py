@@ -15,6 +15,7 @@ from ssd.cli import (
     ArgumentParser,
     add_common,
     check_file,
+    check_seeds,
     command_line,
     exit_status,
     in_words,
@@ -22,7 +23,7 @@ from ssd.cli import (
     resumable,
 )
 from ssd.data import SOURCES, Dataset, class_order, default_root, load, split
-from ssd.errors import MOST_RUNS, UserError, require_memory
+from ssd.errors import UserError, require_memory
 from ssd.peers.learners import entries
 from ssd.peers.readout import gram_dtype
 from ssd.peers.study import Study, result_table
@@ -61,8 +62,7 @@ def execute(arguments: Sequence[str]) -> None:
     given = _parser().parse_args(arguments)
     if given.neurons < 10:
         raise UserError(f"--neurons {given.neurons} must be at least 10")
-    if not 1 <= given.seeds <= MOST_RUNS:
-        raise UserError(f"--seeds {given.seeds} must be in 1..{MOST_RUNS}")
+    check_seeds(given.seeds)
     out, dataset = given.out, given.dataset or ("features" if given.features else "mnist")
     if out is not None:
         check_file(out)

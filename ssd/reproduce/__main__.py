@@ -1,7 +1,7 @@
 """python -m ssd.reproduce: from data to the paper's tables and figures.
 
-Each run lies in a folder named by its settings, so the same command goes on where it was stopped,
-and results that share runs train them once.
+Each run has a folder named by its settings. So the same command goes on where it was stopped, and
+results that share runs train them once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from ssd.errors import UserError
 from ssd.reproduce import experiments
 from ssd.reproduce.experiments import RESULTS
 from ssd.reproduce.reproduction import WORDS, Reproduction, Request, load_benchmarks, nameable
-from ssd.run import RunOptions
 from ssd.storage.lock import folder_lock
 
 ALL = "all"
@@ -78,7 +77,7 @@ def execute(arguments: Sequence[str]) -> None:
     for name in given.only:
         if name not in known:
             raise UserError(f"--only {name} is unknown; choose from {', '.join(known)}")
-    options = RunOptions(choose_device(given.device))
+    device = choose_device(given.device)
     out = given.out or Path("results") / ("reproduction-short" if given.short else "reproduction")
     for place, path in (("--out", out), ("--runs", given.runs)):
         check_folder(path, place)
@@ -93,10 +92,10 @@ def execute(arguments: Sequence[str]) -> None:
     if given.large:
         results = {name: experiments.over_all_orders(rows) for name, rows in results.items()}
     command = command_line("ssd.reproduce", arguments)
-    request = Request(results, given.only, out, given.runs, options, given.short, command, start)
+    request = Request(results, given.only, out, given.runs, device, given.short, command, start)
     with in_words(WORDS):
         rows = [row for group in results.values() for row in group]
-        data, absent = load_benchmarks(rows, root, features)
+        data, absent = load_benchmarks(rows, root)
         with folder_lock(given.runs), folder_lock(out):
             reproduction = Reproduction(request, data, absent)
             for reason in dict.fromkeys(reproduction.refused.values()):

@@ -1,4 +1,4 @@
-"""The claims of the paper and of this project, and whether the runs bear them out."""
+"""The claims of the paper and of this project, and whether the runs support them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import mean
 from ssd.metrics import estimate
 from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE
 from ssd.reproduce.lines import NOT_RUN, Line
-from ssd.tables import spread
+from ssd.tables import plus_minus
 
 GAIN = 0.05  # of accuracy, from each method to the next
 FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD
@@ -17,10 +17,10 @@ BEST = {"mnist": 0.86}  # accuracy of SSD+EWC, at either size
 
 
 def verdicts(lines: Sequence[Line]) -> Iterator[str]:
-    """The claims on each benchmark and size of the lines, and whether the figures bear them out.
+    """The claims on each benchmark and size of the lines, and whether the figures support them.
 
-    Differences are paired, of the runs with the same class order. Standard errors that are apart
-    are those of the methods' own means, as the claim was made.
+    Differences are between runs with the same class order. "Standard errors apart" compares those
+    of the methods' own means, as the claim does.
     """
     by_key = {
         (line.row.benchmark, line.row.neurons, line.row.method): line
@@ -49,7 +49,7 @@ def _ordered(group: Sequence[Line], measure: str) -> str:
     values = [line.values(measure) for line in group]
     if not all(values):
         return NOT_RUN
-    figures = " / ".join(map(spread, values))
+    figures = " / ".join(map(_spread, values))
     figures += "; " + " and ".join(_difference(a, b, measure) for a, b in pairwise(group))
     if any(len(seeds) == 1 for seeds in values):
         return f"undecided, one seed has no standard error ({figures})"
@@ -62,7 +62,7 @@ def _gained(before: Line, after: Line) -> str:
     gains = paired(before, after, "mean_accuracy")
     if not gains:
         return NOT_RUN
-    # Accuracies are sums of fractions: a gain of exactly GAIN must not fall to rounding.
+    # Accuracies are sums of fractions, so rounding could hide a gain of exactly GAIN.
     verdict = _yes(round(mean(gains), 9) >= GAIN)
     return f"{verdict} ({_difference(before, after, 'mean_accuracy')})"
 
@@ -84,7 +84,7 @@ def _reached(line: Line, bound: float) -> str:
     values = line.values("mean_accuracy")
     if not values:
         return NOT_RUN
-    return f"{_yes(mean(values) >= bound)} ({spread(values)})"
+    return f"{_yes(mean(values) >= bound)} ({_spread(values)})"
 
 
 def _yes(holds: bool) -> str:
@@ -92,7 +92,7 @@ def _yes(holds: bool) -> str:
 
 
 def paired(before: Line, after: Line, measure: str) -> list[float]:
-    """`after` less `before` for each seed that both have: its class order is the same for both."""
+    """`after` minus `before` for each seed that both have, and so for one class order."""
     first, second = before.by_seed(measure), after.by_seed(measure)
     return [second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())]
 
@@ -101,7 +101,10 @@ def _difference(before: Line, after: Line, measure: str) -> str:
     differences = paired(before, after, measure)
     if not differences:
         return "no class order in common"
-    center, error = estimate(differences)
-    plus_minus = "" if error is None else f" ± {error:.4f}"
     orders = f"{len(differences)} class order{'s' * (len(differences) > 1)}"
-    return f"paired {center:+.4f}{plus_minus} over {orders}"
+    return f"paired {_spread(differences, sign='+')} over {orders}"
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """The mean of values ± its standard error."""
+    return plus_minus(*estimate(values), sign=sign)

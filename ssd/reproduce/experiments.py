@@ -1,6 +1,6 @@
 """What is reproduced: benchmarks, tables, ablations, peers, and the figures that were published.
 
-Everything here is data, but for how a row's settings follow from it.
+Everything here is data, except how a row's settings follow from it.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ BENCHMARKS = (
 PLAIN = ("naive", "topk-mlp")
 # In the order of the tables.
 TABLE1 = (*PLAIN, "sdmlp", "l2", "si", "mas", "ewc", "lwf", "ssd", "ssd+ewc", JOINT)
-# The rows of the paper's claims: with --short too over all SEEDS, and at R = 10,000, where a run
-# takes a minute or two, over all with --large.
+# The rows of the paper's claims. With --short they have all SEEDS too, at R = 10,000 only with
+# --large, as a run there takes a minute or two.
 SHORT_LARGE = ("sdmlp", "ssd", "ssd+ewc")
 SHORT_LARGE_ON = ("mnist", "cifar10")
 SIZES = (1_000, 10_000)
 SEEDS = (0, 1, 2, 3, 4)  # class orders; 0 is the ordinal one
-SHORT_SEEDS = (0, 1)  # of --short, for all else
+SHORT_SEEDS = (0, 1)  # of all other rows of --short
 
 _LARGE = {"epochs": 3, "anneal_samples": 24_000}
-# --short: (benchmark, R, method) -> settings that its validation sweeps (results/sweeps) chose
-# where they differ from the preset's. Epochs may be among them: every method its own length.
+# --short: (benchmark, R, method) -> settings that differ from the preset's, chosen by validation
+# sweeps (results/sweeps). Methods may differ in epochs too.
 SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
     ("mnist", 1_000, "ssd+ewc"): {"alpha": 0.7},
     ("mnist", 10_000, "sdmlp"): _LARGE,
@@ -59,7 +59,7 @@ SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
     ("mnist", 10_000, "ssd+ewc"): {**_LARGE, "alpha": 0.7, "ewc_coefficient": 600.0},
     ("cifar10", 1_000, "ssd"): {"alpha": 0.3},
     ("cifar10", 10_000, "ssd"): {"alpha": 0.3},
-    # A single long task: the switch takes as large a part of it as of the stream's first task.
+    # One long task: the switch takes the same share of it as of the stream's first task.
     ("mnist", 1_000, JOINT): {"anneal_samples": 400_000},
     ("cifar10", 1_000, JOINT): {"anneal_samples": 250_000},
     ("cifar100", 1_000, JOINT): {"anneal_samples": 100_000, "lr": 2.0},
@@ -67,9 +67,8 @@ SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
 # SDMLP's own best learning rate in the sweeps; the preset's suits SSD + EWC.
 SHORT_SLOWER = 0.5
 
-# Each factor's values; the one that is the method's default makes no row of its own, and of the
-# others --short takes the last two.
-# "R/k" distils all neurons, lambda 0 none.
+# Each factor's values. The method's default makes no row of its own; --short takes the last two
+# of the others. "R/k" distils all neurons, lambda 0 none.
 ABLATED = "cifar10"
 ABLATIONS: Mapping[str, Sequence[Any]] = {
     "subnetwork": (1.0, 2.0, 5.0, 10.0, "R/k"),
@@ -91,11 +90,11 @@ class Peer:
     """A learner of another kind, measured on the same streams.
 
     Args:
-        evaluate: (tasks, classes C, neurons R, config, **settings) -> accuracy matrix [T, T]; of
-            the config a peer without gradients takes the seed alone.
-        sizes: R of its rows; a peer without neurons has none, and is given R = 0.
+        evaluate: (tasks, classes C, neurons R, config, **settings) -> accuracy matrix [T, T]; a
+            peer without gradients takes only the seed from the config.
+        sizes: R of its rows; empty for a peer without neurons, which is given R = 0.
         settings: by the benchmark's name; chosen on a validation split, never here.
-        method: of the network that it trains, by the preset `short`; empty if it trains none.
+        method: of the network that it trains with the preset `short`; empty if it trains none.
     """
 
     evaluate: Callable[..., Tensor]
@@ -107,35 +106,31 @@ class Peer:
 _Settings = Mapping[str, Any] | None  # of a peer on a benchmark; None: it is not measured there
 
 
-def _by_benchmark(settings: Sequence[_Settings]) -> dict[str, Mapping[str, Any]]:
-    """Settings in the order of BENCHMARKS."""
-    pairs = zip(BENCHMARKS, settings, strict=True)
-    return {benchmark.name: chosen for benchmark, chosen in pairs if chosen is not None}
+def _peer(
+    name: str, sizes: tuple[int, ...], *settings: _Settings, method: str = ""
+) -> dict[str, Peer]:
+    """A learner of ssd.peers by its name there; with a method, a readout of its network's code.
 
-
-def _peer(name: str, sizes: tuple[int, ...], *settings: _Settings) -> dict[str, Peer]:
-    """A learner of ssd.peers by its name there."""
+    Args:
+        name: in the tables, and without a method in ssd.peers.
+        sizes: see Peer.
+        settings: on each of BENCHMARKS, in their order.
+        method: see Peer.
+    """
 
     def evaluate(
         tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
     ) -> Tensor:
+        if method:
+            return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
         features = tasks[0].x_train.shape[1]
         entry = next(e for e in entries(features, neurons) if e.name == name)
         learner = entry.make(features, classes, neurons, config.seed, chosen)
         return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
 
-    return {name: Peer(evaluate, sizes, _by_benchmark(settings))}
-
-
-def _read_out(name: str, method: str, *settings: _Settings) -> dict[str, Peer]:
-    """The code of a method's network with a closed-form decoder."""
-
-    def evaluate(
-        tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
-    ) -> Tensor:
-        return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
-
-    return {name: Peer(evaluate, SIZES[:1], _by_benchmark(settings), method)}
+    pairs = zip(BENCHMARKS, settings, strict=True)
+    known = {benchmark.name: chosen for benchmark, chosen in pairs if chosen is not None}
+    return {name: Peer(evaluate, sizes, known, method)}
 
 
 def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
@@ -147,8 +142,9 @@ _CODE = _code(0.4, 1e-4, power=0.5)
 # Of the closed-form readouts: readout, strength and share are those of Gaussian addresses.
 _FROZEN = _code(0.4, 1e-4, freeze=True)
 _KEPT = {"readout": "lda", "strength": 1e-2}
-# By name, in the order of the table: sizes (or method), and settings on each of BENCHMARKS. They
-# were chosen on a validation split at R = 1,000: results/peers/*.csv.
+_READ = SIZES[:1]  # sizes of the networks whose code is read out
+# By name, in the order of the table. Their settings were chosen on a validation split at R = 1,000:
+# results/peers/*.csv.
 PEERS: dict[str, Peer] = {
     **_peer("nearest class mean", (), {}, {}, {}),
     **_peer("streaming LDA", (), {"shrinkage": 0.1}, {"shrinkage": 1e-3}, {"shrinkage": 1e-3}),
@@ -165,14 +161,15 @@ PEERS: dict[str, Peer] = {
         _code(1.0, 1e-3, power=1.0),
     ),
     # Nothing was chosen for these. A code that keeps training is read at the network's own k.
-    **_read_out("sdmlp code, closed-form readout", "sdmlp", None, _KEPT, None),
-    **_read_out("ssd code, closed-form readout", "ssd", None, _KEPT, None),
-    **_read_out(
+    **_peer("sdmlp code, closed-form readout", _READ, None, _KEPT, None, method="sdmlp"),
+    **_peer("ssd code, closed-form readout", _READ, None, _KEPT, None, method="ssd"),
+    **_peer(
         "sdmlp code of the first task, closed-form readout",
-        "sdmlp",
+        _READ,
         _FROZEN,
         _code(0.4, 1e-2, freeze=True),
         _FROZEN,
+        method="sdmlp",
     ),
 }
 
@@ -212,7 +209,7 @@ PAPER_ENTROPY = "the paper's mean activation entropy falls from 0.99 to 0.003 bi
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: one setting of one method or peer, run once a seed."""
+    """A line of a table: one setting of one method or peer, run once per seed."""
 
     benchmark: Benchmark
     method: str
@@ -221,7 +218,7 @@ class Row:
     factor: str = ""  # what an ablation changes, and to what
     value: str = ""
     peer: Peer | None = None
-    note: str = ""  # what a reader of the table has to know of it
+    note: str = ""  # shown in the table
 
     @property
     def neurons(self) -> int:
@@ -235,11 +232,11 @@ class Row:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a peer's figures depend on beside its stream."""
+        """What a peer's figures depend on, apart from its stream."""
         return {} if self.peer is None else dict(self.peer.settings.get(self.benchmark.name, {}))
 
     def published(self, measure: str) -> Published | None:
-        """The publication's figure for this line; ablations have none but the default's."""
+        """The publication's figure for this line; in ablations only the default has one."""
         if self.factor not in ("", DEFAULT):
             return None
         return PAPER.get((self.benchmark.name, self.neurons, self.method, measure))
@@ -249,7 +246,7 @@ def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
     """The paper's methods on every benchmark at both sizes.
 
     Args:
-        short: the preset `short`; fewer seeds and R = 1,000 alone for all but SHORT_LARGE.
+        short: use the preset `short`, with fewer seeds and only R = 1,000 except for SHORT_LARGE.
         features: path of each benchmark's feature file.
     """
     rows = []
@@ -261,8 +258,8 @@ def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
             for method in SHORT_LARGE if large else TABLE1:
                 config = _config(benchmark, method, neurons, short, features)
                 if method == JOINT:
-                    # One task of all classes: what it would train on in the end, without the tasks
-                    # on the way to it, which cost 25 times as much for 50 tasks.
+                    # One task of all classes, which the last of many tasks would be too. The
+                    # tasks before it would cost 25 times as much for 50 tasks.
                     config = replace(config, tasks=1)
                 few = large or (short and method not in SHORT_LARGE)
                 rows.append(Row(benchmark, method, config, SHORT_SEEDS if few else SEEDS))
@@ -280,7 +277,7 @@ def streams(short: bool, features: Mapping[str, str]) -> list[Row]:
 
 
 def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
-    """Peers beside SDMLP and the paper's methods at R = 1,000; --short: peers of that size too."""
+    """Peers beside SDMLP and the paper's methods at R = 1,000; --short: only peers of that size."""
     rows = []
     for benchmark in BENCHMARKS:
         for method in SHORT_LARGE:
@@ -290,12 +287,13 @@ def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
         for name, peer in PEERS.items():
             if peer.settings and benchmark.name not in peer.settings:
                 continue
-            sizes = [r for r in peer.sizes if r <= SIZES[0] or not short]
-            noted = peer.method and not short
-            note = "its network is trained as with --short" if noted else ""
-            for neurons in sizes if peer.sizes else SIZES[:1]:
-                method, as_short = peer.method or Config().method, short or bool(peer.method)
-                config = _config(benchmark, method, neurons, as_short, features)
+            scaled = bool(peer.method) and not short
+            note = "its network is trained as with --short" if scaled else ""
+            for neurons in peer.sizes or SIZES[:1]:
+                if short and neurons > SIZES[0]:
+                    continue
+                method = peer.method or Config().method
+                config = _config(benchmark, method, neurons, short or scaled, features)
                 rows.append(Row(benchmark, name, config, seeds, peer=peer, note=note))
     return rows
 
@@ -313,7 +311,7 @@ def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
             changed = Config(**{**config.to_dict(), factor: settings[value]})
             shown = f"{value:g}" if isinstance(value, float) else str(value)
             rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
-    if short:  # what of SSD's gain is owed to its learning rate
+    if short:  # how much of SSD's gain comes from its learning rate
         for method in ("sdmlp", "ssd"):
             own = _config(benchmark, method, SIZES[0], short, features)
             slower = replace(own, lr=SHORT_SLOWER)
@@ -324,7 +322,7 @@ def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
 def _config(
     benchmark: Benchmark, method: str, neurons: int, short: bool, features: Mapping[str, str]
 ) -> Config:
-    """The settings of a method: the benchmark's, but for what --short tunes to each."""
+    """The settings of a method: the benchmark's, and with --short its own."""
     name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
     config = replace(
         resolve({"preset": name, "dataset": benchmark.protocol}),
@@ -343,9 +341,9 @@ def _config(
 
 @dataclass(frozen=True)
 class Result:
-    """A table with its figure: the rows it shows, and the measures it shows of them.
+    """A table with its figure: its rows and its measures.
 
-    The first measure is compared with the publications. Measures are names in summary.json; of a
+    The first measure is compared with the publications. Measures are names in summary.json; for a
     list over tasks the mean is shown.
     """
 
@@ -353,7 +351,7 @@ class Result:
     rows: Callable[[bool, Mapping[str, str]], list[Row]]
     measures: tuple[str, ...]
     claims: bool = False  # whether the paper's claims are judged on its rows
-    per_task: bool = False  # whether a table over tasks and a figure over tasks belong to it
+    per_task: bool = False  # whether it has a table and a figure over tasks too
 
 
 _STRUCTURE = "Structure of the code, mean over tasks"

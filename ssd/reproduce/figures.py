@@ -1,7 +1,4 @@
-"""Figures of a reproduction: filled marks are ours, with standard errors; open ones published.
-
-Heat maps neuron x task show one class order.
-"""
+"""Figures of a reproduction: filled marks are ours, with standard errors; open ones published."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE, Result
 from ssd.reproduce.lines import Line
 from ssd.storage.run_folder import read_frequency
 
-# Okabe & Ito (2008): told apart with any colour vision; marks and dashes serve print in grey.
+# Okabe & Ito (2008): distinct with any colour vision; marks and dashes are distinct in grey too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 HEAT_MAP_NEURONS = 200
-# A dense network beside k-sparse ones needs a logarithmic axis: from this ratio of values on.
+# Measures whose axis is logarithmic from this ratio of values, as with a dense network among them.
 LOGARITHMIC, WIDE = ("mean_entropy_bits", "mean_active"), 20
 AXIS = {
     "mean_accuracy": "accuracy after the last task",
@@ -44,15 +41,16 @@ AXIS = {
 
 
 def draw(name: str, result: Result, lines: Sequence[Line]) -> list[tuple[str, Figure]]:
-    """The figures of a result by the stem of their files; none where nothing was run."""
+    """The figures of a result with the stems of their files; none where nothing was run."""
     run = [line for line in lines if line.summaries]
     if not run:
         return []
     if result.per_task:
-        figures = []
-        for stream in dict.fromkeys((line.row.benchmark, line.row.neurons) for line in run):
-            group = [line for line in run if (line.row.benchmark, line.row.neurons) == stream]
-            stem = f"{stream[0].name}_{stream[1]}"
+        figures, groups = [], dict[str, list[Line]]()
+        for line in run:
+            stem = f"{line.row.benchmark.name}_{line.row.neurons}"
+            groups.setdefault(stem, []).append(line)
+        for stem, group in groups.items():
             figures.append((f"{name}_{stem}", _over_tasks(result, group)))
             if (maps := _heat_maps(group)) is not None:
                 figures.append((f"{name}_heat_maps_{stem}", maps))
@@ -63,7 +61,7 @@ def draw(name: str, result: Result, lines: Sequence[Line]) -> list[tuple[str, Fi
 
 
 def _methods(result: Result, lines: Sequence[Line]) -> Figure:
-    """A panel for each benchmark and measure; a line of marks for each method."""
+    """One panel per benchmark and measure, one line of marks per method."""
     benchmarks = list(dict.fromkeys(line.row.benchmark for line in lines))
     methods = list(dict.fromkeys(line.row.method for line in lines))[::-1]
     measures = [m for m in result.measures if m != "seconds"]
@@ -117,7 +115,7 @@ def _legend(sizes: Sequence[int], named: bool) -> list[Line2D]:
 
 
 def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
-    """A panel a measure, a mark for each value of each factor, the default as a band."""
+    """One panel per measure, one mark per value of a factor, the default as a band."""
     default = next((line for line in lines if line.row.factor == DEFAULT), None)
     varied = [line for line in lines if line is not default][::-1]
     base = (default or lines[0]).row
@@ -150,7 +148,7 @@ def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
 
 
 def _over_tasks(result: Result, lines: Sequence[Line]) -> Figure:
-    """A panel a measure that was recorded, a line a method, a band of one standard error."""
+    """One panel per recorded measure, one line per method, a band of one standard error."""
     recorded = [m for m in result.measures if any(line.per_task(m) for line in lines)]
     columns = min(3, len(recorded))
     rows = -(-len(recorded) // columns)
@@ -197,18 +195,21 @@ def _curve(axes: Axes, line: Line, measure: str, number: int) -> None:
 
 
 def _heat_maps(lines: Sequence[Line]) -> Figure | None:
-    """Neuron x task, a panel for each method of the claims; None where no run has its frequencies.
+    """Neuron x task, one panel per method of the claims; None where no run has its frequencies.
 
-    Of the first class order that all of these methods have. The networks of one seed begin with the
-    same weights, so a neuron is the same one in every panel: the same neurons are shown, those
-    that are active most often over all panels and tasks, in the same order and on the same scale.
+    All panels are of the first class order that these methods have in common. The networks of one
+    seed begin with the same weights, so a neuron is the same in every panel. All panels show the
+    neurons that are most active over all panels and tasks, in one order and on one scale.
     """
-    files = {line.row.method: line.frequencies() for line in lines}
-    files = {method: files[method] for method in SHORT_LARGE if files.get(method)}
-    seeds = set.intersection(*map(set, files.values())) if files else set()
+    by_method = {line.row.method: line for line in lines if line.recorded()}
+    chosen = [by_method[method] for method in SHORT_LARGE if method in by_method]
+    seeds = set.intersection(*(set(line.recorded()) for line in chosen)) if chosen else set()
     if not seeds:
         return None
-    found = {method: read_frequency(*paths[min(seeds)]) for method, paths in files.items()}
+    found = {
+        line.row.method: read_frequency(line.recorded()[min(seeds)], line.row.config)
+        for line in chosen
+    }
     together = np.mean(list(found.values()), axis=0)
     most = np.argsort(-together.mean(0), kind="stable")[:HEAT_MAP_NEURONS]
     order = most[busiest_first(together[:, most])]

@@ -1,4 +1,4 @@
-"""Lines of a reproduction's tables: rows with the runs that exist of them."""
+"""Lines of a reproduction's tables: rows with those of their runs that exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ssd import metrics
-from ssd.config import Config
 from ssd.data import Dataset
 from ssd.distillation import select_subnetwork
 from ssd.peers import learners as peers
@@ -27,11 +26,13 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Line:
-    """A row with what has been measured of it.
+    """A row with what was measured of it.
 
     Args:
-        summaries: of the seeds that were run. missing: why others were not; empty if all were.
-        folders: where each of those runs lies.
+        row: what was to be run.
+        summaries: of the seeds that were run.
+        missing: why other seeds were not; empty if all were.
+        folders: of the runs in summaries.
     """
 
     row: Row
@@ -41,40 +42,36 @@ class Line:
 
     @property
     def note(self) -> str:
-        """What the table says beside the figures."""
+        """The text beside the figures in the table."""
         return "; ".join(text for text in (self.row.note, self.missing) if text)
 
     def per_task(self, measure: str) -> list[list[float]]:
-        """A measure of each run that has it, one value a task; a scalar is a list of one."""
+        """A measure of each run that has it, one value per task; one value for a scalar."""
         found = (measured(summary, measure) for summary in self.summaries)
         return [values for values in found if values]
 
-    def values(self, measure: str) -> list[float]:
-        """A measure of each run that has it, lists over tasks averaged."""
-        return [mean(values) for values in self.per_task(measure)]
-
     def by_seed(self, measure: str) -> dict[int, float]:
-        """What values() gives, by the seed of the run."""
+        """Seed -> a measure of each run that has it, the mean for a list over tasks."""
         found = ((summary["seed"], measured(summary, measure)) for summary in self.summaries)
         return {seed: mean(values) for seed, values in found if values}
 
-    def frequencies(self) -> dict[int, tuple[Path, Config]]:
-        """What read_frequency takes for each run that has its activation frequency, by its seed."""
+    def values(self, measure: str) -> list[float]:
+        """The values of by_seed()."""
+        return list(self.by_seed(measure).values())
+
+    def recorded(self) -> dict[int, Path]:
+        """Seed -> folder of each run that has its activation frequency."""
         found = zip(self.summaries, self.folders, strict=False)
-        return {
-            summary["seed"]: (folder, self.row.config)
-            for summary, folder in found
-            if (folder / FREQUENCY).is_file()
-        }
+        return {s["seed"]: folder for s, folder in found if (folder / FREQUENCY).is_file()}
 
 
 def runs_of(row: Row, data: Dataset, root: Path) -> list[Run]:
-    """The runs of a row on its benchmark's data, one a seed; root: folder of all runs."""
+    """The runs of a row on its benchmark's data, one per seed; root: folder of all runs."""
     size = f"R={row.neurons}" if row.neurons else ""
     changed = f"{row.factor}={row.value}" if row.value else ""
+    name = " ".join(filter(None, [row.benchmark.name, row.method, size, changed]))
     runs = []
     for seed in row.seeds:
-        name = " ".join(filter(None, [row.benchmark.name, row.method, size, changed]))
         config, evaluation = replace(row.config, seed=seed), None
         if row.peer is not None:
             given = {"classes": data.classes, "neurons": row.neurons, "config": config}
@@ -91,7 +88,7 @@ def runs_of(row: Row, data: Dataset, root: Path) -> list[Run]:
 
 
 def line_of(row: Row, runs: Sequence[Run], left_out: bool) -> Line:
-    """A row with what its runs have come to; left_out: whether --only lets none be trained."""
+    """A row with what its runs came to; left_out: whether --only excludes it from training."""
     outcomes = {run: outcome for run in runs if (outcome := run.outcome()) is not None}
     found = {
         run: _with_structure(run, outcome)
@@ -108,7 +105,7 @@ def line_of(row: Row, runs: Sequence[Run], left_out: bool) -> Line:
 
 
 def _with_structure(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary with the structure of the run's code, as far as its frequency tells it."""
+    """The summary with the structure of the run's code, as far as its frequency shows it."""
     if "structure" in summary or not (run.folder / FREQUENCY).is_file():
         return summary
     frequency = torch.from_numpy(read_frequency(run.folder, run.config))
@@ -120,7 +117,8 @@ def overlaps(frequency: Tensor, size: int) -> dict[str, list[float | None]]:
     """How each task's code differs from that of the task before; None for the first task.
 
     Args:
-        frequency: [T, R] activation frequency. size: n, neurons of the subnetwork.
+        frequency: [T, R] activation frequency.
+        size: n, neurons of the subnetwork.
 
     Returns:
         jaccard of the subnetworks and kl_bits of the frequencies, as in ssd.structure.compare.

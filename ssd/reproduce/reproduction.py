@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ssd.cli import SETTINGS, note, resumable, reword, stop_on_interrupt
-from ssd.data import Dataset, load
+from ssd.data import Dataset
 from ssd.errors import Interrupted, UserError
 from ssd.figures import save_figure
 from ssd.progress import Display
@@ -29,8 +30,8 @@ from ssd.reproduce.tables import (
     task_records,
     terminal_table,
 )
-from ssd.run import RunOptions, make_tasks
-from ssd.storage.files import damaged, dumps, read_json, write_atomically
+from ssd.run import load_data, make_tasks
+from ssd.storage.files import read_json, require_sound, write_atomically, write_json
 from ssd.storage.provenance import commit, device_name, machine, versions
 from ssd.study import Run, Study, hints_for
 from ssd.tables import csv_text
@@ -42,27 +43,20 @@ WORDS = {**SETTINGS, "--out": "--runs"}
 
 @dataclass(frozen=True)
 class Request:
-    """What a command asks for.
+    """What a command asks for."""
 
-    Args:
-        results: the rows of each result. only: names of what may be trained; empty: everything.
-        out: folder of the tables and figures. runs: folder of the runs' folders.
-        options: of every run. short: whether the rows are scaled down.
-        command: as typed. start: time.perf_counter() when it began.
-    """
-
-    results: Mapping[str, Sequence[Row]]
-    only: Sequence[str]
-    out: Path
-    runs: Path
-    options: RunOptions
-    short: bool
-    command: str
-    start: float
+    results: Mapping[str, Sequence[Row]]  # the rows of each result
+    only: Sequence[str]  # names of what may be trained; empty: everything
+    out: Path  # folder of the tables and figures
+    runs: Path  # folder of the runs' folders
+    device: torch.device
+    short: bool  # whether the rows are scaled down
+    command: str  # as typed
+    start: float  # time.perf_counter() when it began
 
 
 def nameable() -> dict[str, set[str]]:
-    """What --only may name, by the kind of the name."""
+    """The names that --only knows, by their kind."""
     return {
         "benchmark": {benchmark.name for benchmark in experiments.BENCHMARKS},
         "size": set(map(str, experiments.SIZES)),
@@ -72,7 +66,7 @@ def nameable() -> dict[str, set[str]]:
 
 
 def selects(only: Sequence[str], row: Row) -> bool:
-    """Whether --only lets a row be trained: for each kind of name, it has one of those named."""
+    """Whether --only lets a row be trained: it has one of the names given of each kind."""
     names = {"benchmark": row.benchmark.name, "method": row.method, "factor": row.factor}
     if row.neurons:  # a peer without neurons is of every size
         names["size"] = str(row.neurons)
@@ -80,9 +74,7 @@ def selects(only: Sequence[str], row: Row) -> bool:
     return all(not wanted[kind] or name in wanted[kind] for kind, name in names.items())
 
 
-def load_benchmarks(
-    rows: Sequence[Row], root: Path, features: Mapping[str, str]
-) -> tuple[dict[str, Dataset], dict[str, str]]:
+def load_benchmarks(rows: Sequence[Row], root: Path) -> tuple[dict[str, Dataset], dict[str, str]]:
     """The data of the rows' benchmarks by name, and why others have none.
 
     Raises:
@@ -92,9 +84,8 @@ def load_benchmarks(
     absent: dict[str, str] = {}
     most_tasks = sorted(rows, key=lambda row: row.config.tasks)
     for benchmark, config in {row.benchmark: row.config for row in most_tasks}.items():
-        path = Path(features[benchmark.name]) if benchmark.features else None
         try:
-            found = load(benchmark.dataset, root, path, strict=True)
+            found = load_data(config, root, strict=True)
             make_tasks(config, found)
             data[benchmark.name] = found
         except UserError as error:
@@ -105,7 +96,7 @@ def load_benchmarks(
 
 
 def _refusal(row: Row, absent: Mapping[str, str]) -> str:
-    """Why a row cannot be run at all; empty if it can."""
+    """Why a row cannot be run; empty if it can."""
     if row.benchmark.name in absent:
         return f"no data: {absent[row.benchmark.name]}"
     try:
@@ -116,14 +107,12 @@ def _refusal(row: Row, absent: Mapping[str, str]) -> str:
 
 
 def read_commands(path: Path) -> dict[str, Any]:
-    """What all commands that wrote into a folder took; UserError if the file is damaged."""
+    """The record of all commands that wrote into a folder; UserError if it is damaged."""
     entries = read_json(path) if path.is_file() else {}
     summed: dict[str, Any] = {"commits": list, "runs_trained": int, "seconds": (int, float)}
     for entry in entries.values():
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(name), kind) for name, kind in summed.items()
-        ):
-            raise damaged(path, f"not an entry with {', '.join(summed)}")
+        known = entry if isinstance(entry, dict) else {}
+        require_sound(path, {n: isinstance(known.get(n), kind) for n, kind in summed.items()})
     return entries
 
 
@@ -131,7 +120,8 @@ class Reproduction:
     """The results asked for, the runs they need, and their files.
 
     Args:
-        request: what is asked for. data, absent: of load_benchmarks.
+        request: what is asked for.
+        data, absent: what load_benchmarks returned.
 
     Raises:
         UserError: a summary or the folder's record of commands is damaged.
@@ -142,7 +132,7 @@ class Reproduction:
     ) -> None:
         self.request, self.data = request, data
         self.console = Console(soft_wrap=True, markup=False, highlight=False)
-        self.refused: dict[Row, str] = {}  # and why
+        self.refused: dict[Row, str] = {}  # row -> why it cannot be run
         self.runs: dict[Row, list[Run]] = {}
         for row in dict.fromkeys(row for rows in request.results.values() for row in rows):
             if why := _refusal(row, absent):
@@ -151,14 +141,14 @@ class Reproduction:
                 self.runs[row] = runs_of(row, data[row.benchmark.name], request.runs)
         self.chosen = [row for row in self.runs if selects(request.only, row)]
         needed = [run for row in self.chosen for run in self.runs[row]]
-        self.study = Study(needed, request.options, Display(self.console))
+        self.study = Study(needed, request.device, Display(self.console), self._write_command)
         self.needed = len({run.folder for run in needed})
         self.checksums = {name: found.checksum() for name, found in data.items()}
         entry = read_commands(request.out / COMMANDS).get(request.command, {})
         self.before = entry if entry.get("data") == self.checksums else {}
 
     def hints(self) -> list[str]:
-        """What the user should know of the networks that may be trained."""
+        """What the user should know of the networks that may be trained, one line per hint."""
         networks = [row for row in self.chosen if row.peer is None or row.peer.method]
         return [
             f"{benchmark.title}: {reword(hint, WORDS)}"
@@ -170,7 +160,7 @@ class Reproduction:
         ]
 
     def run(self) -> None:
-        """Trains and writes result by result: the first tables are there before the last runs.
+        """Trains and writes result by result, so the first tables come before the last runs.
 
         Raises:
             Interrupted: Ctrl-C was hit; the tables show what exists.
@@ -178,8 +168,10 @@ class Reproduction:
         request = self.request
         with resumable(f"{request.out} shows what exists; go on with: {request.command}"):
             try:
-                for name in request.results:
-                    self._train(name)
+                for name, rows in request.results.items():
+                    runs = [run for row in rows if row in self.chosen for run in self.runs[row]]
+                    with stop_on_interrupt() as stopped:
+                        self.study.train(runs, stopped)
                     self._show(name, self.write(name))
             except (Interrupted, KeyboardInterrupt):
                 for name in request.results:
@@ -189,17 +181,11 @@ class Reproduction:
         self._write_command(finished=True)
         self.console.print(f"{self.study.trained} runs trained  -> {request.out}")
 
-    def _train(self, name: str) -> None:
-        rows = [row for row in self.request.results[name] if row in self.chosen]
-        with stop_on_interrupt() as stopped:
-            runs = [run for row in rows for run in self.runs[row]]
-            self.study.train(runs, stopped, self._write_command)
-
     def _write_command(self, finished: bool = False) -> None:
-        """Writes what the command took from end to end, its interruptions added up.
+        """Records the time and the runs of the command, summed over its interruptions.
 
-        A command that was stopped goes on with its entry. One that had ended keeps it while there
-        is nothing to train, and begins a new one otherwise, as it does on other data.
+        A command that was stopped continues its entry. One that had ended keeps its entry if there
+        is nothing to train, and begins a new one otherwise. So does a command on other data.
         """
         request, ended = self.request, self.before.get("finished", False)
         if ended and not self.study.trained:
@@ -208,7 +194,7 @@ class Reproduction:
         entry = {
             "commits": sorted({*before.get("commits", []), commit()}),
             "machine": machine(),
-            "device": device_name(request.options.device),
+            "device": device_name(request.device),
             "data": self.checksums,
             "versions": versions(),
             "runs_needed": self.needed,
@@ -216,28 +202,22 @@ class Reproduction:
             "seconds": before.get("seconds", 0.0) + time.perf_counter() - request.start,
             "finished": finished,
         }
-        request.out.mkdir(parents=True, exist_ok=True)
         path = request.out / COMMANDS
-        entries = {**read_commands(path), request.command: entry}
-        write_atomically(path, dumps(entries, indent=2) + "\n")
+        write_json(path, {**read_commands(path), request.command: entry})
 
-    def lines(self, name: str) -> list[Line]:
-        """The rows of a result with the runs that exist."""
-        return [
+    def write(self, name: str) -> list[Line]:
+        """Writes a result's tables and figures from the runs that exist; returns its lines."""
+        result, out = RESULTS[name], self.request.out
+        lines = [
             Line(row, (), self.refused[row])
             if row in self.refused
             else line_of(row, self.runs[row], left_out=row not in self.chosen)
             for row in self.request.results[name]
         ]
-
-    def write(self, name: str) -> list[Line]:
-        """Writes a result's tables and figures, with what exists of its runs; its lines."""
-        result, lines, out = RESULTS[name], self.lines(name), self.request.out
         title = f"{name}: {result.title}"
         if self.request.short:
             title += " (--short: scaled down, not the protocol of the paper)"
         origin = provenance(self.request.command, lines)
-        out.mkdir(parents=True, exist_ok=True)
         tables = {name: records(result, lines)}
         if result.per_task:
             tables[f"{name}_tasks"] = task_records(result, lines)

@@ -15,14 +15,14 @@ from ssd.reproduce.experiments import DEFAULT, PAPER_ENTROPY, Published, Result,
 from ssd.reproduce.lines import NOT_RUN, Line
 from ssd.storage.provenance import commit, doubts, machine, versions_of
 from ssd.study import measured
-from ssd.tables import DIGITS, columns, markdown_table, rich_table, spread
+from ssd.tables import cell, columns, markdown_table, rich_table
 
 # What ± and the columns *_standard_error are.
 SPREAD = "standard error of the mean over seeds, each seed its own class order (0: in order)"
 
 
 def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The table as one record a row, in full precision; None where nothing was measured."""
+    """The table as one record per row, in full precision; None where nothing was measured."""
     first = result.measures[0]
     default = next((line for line in lines if line.row.factor == DEFAULT), None)
     base = [] if default is None else default.values(first)
@@ -48,7 +48,7 @@ def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def task_records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Measures that have a value a task: one record for each of them and each task."""
+    """One record per row, measure with one value per task, and task."""
     found = []
     for line in lines:
         for measure in result.measures:
@@ -70,10 +70,11 @@ def _key(row: Row) -> dict[str, Any]:
 def cells(
     result: Result, lines: Sequence[Line], narrow: bool = False
 ) -> tuple[list[str], list[list[str]]]:
-    """The table as texts for a reader: its header and a list a row.
+    """The table as texts for a reader: its header and one list per row.
 
     Args:
-        narrow: for a terminal: short names, the first measure alone, no notes.
+        result, lines: what the table shows.
+        narrow: for a terminal, with short names, the first measure and no notes.
     """
     measures = result.measures[:1] if narrow else result.measures
     ablated, published = any(line.row.factor for line in lines), _published(result, lines)
@@ -88,7 +89,7 @@ def cells(
         texts += [f"{row.neurons:,}" if row.neurons else "", row.method]
         texts += [row.factor, row.value] if ablated else []
         empty = "not recorded" if line.summaries else NOT_RUN
-        texts += [spread(line.values(m), DIGITS.get(m, 4)) or empty for m in measures]
+        texts += [cell(record, measure) or empty for measure in measures]
         if ablated:
             texts.append(_signed(record["difference_to_default"]))
         elif published:
@@ -101,7 +102,7 @@ def cells(
 
 
 def _published(result: Result, lines: Sequence[Line]) -> list[Published]:
-    """The publications' figures that a table shows."""
+    """The published figures that a table shows."""
     found = (line.row.published(result.measures[0]) for line in lines)
     return [figure for figure in found if figure is not None]
 
@@ -141,7 +142,7 @@ def provenance(command: str, lines: Sequence[Line]) -> dict[str, str]:
 def markdown_text(
     title: str, result: Result, lines: Sequence[Line], origin: Mapping[str, str]
 ) -> str:
-    """The table for a reader, its sources and verdicts, and its origin."""
+    """The table for a reader with its sources, verdicts and origin."""
     text = [f"# {title}", "", *markdown_table(*cells(result, lines)), "", f"± is the {SPREAD}."]
     if published := _published(result, lines):
         sources = "; ".join(dict.fromkeys(figure.source for figure in published))
@@ -157,7 +158,7 @@ def markdown_text(
 
 
 def terminal_table(title: str, result: Result, lines: Sequence[Line]) -> Table:
-    """The first measure of the table, for a terminal; * marks what is inferred."""
+    """The table of the first measure for a terminal; * marks figures that are inferred."""
     inferred = any(figure.inferred for figure in _published(result, lines))
     caption = "± standard error" + "; * inferred" * inferred
     style = {"box": SIMPLE, "padding": (0, 1, 0, 0), "caption": caption}

@@ -1,1 +1,1 @@
-"""Files of runs: written whole, read with care, locked, and where their numbers come from."""
+"""Files of runs: written whole, checked when read, locked, and with their provenance."""

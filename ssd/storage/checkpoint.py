@@ -35,20 +35,18 @@ def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        sound = metadata["sha256"] == _digest(tensors, metadata["state"])
+        if metadata["sha256"] != _digest(tensors, metadata["state"]):
+            raise ValueError("checksum differs")
         state = json.loads(metadata["state"])
         if not isinstance(state, dict):
             raise ValueError("its state is not an object")
     except OSError:
         raise
-    except Exception as error:
-        raise UserError(f"checkpoint {path} is damaged ({one_line(error)}); {_ADVICE}") from error
-    if not sound:
-        raise UserError(f"checkpoint {path} is damaged (checksum differs); {_ADVICE}")
+    except Exception as error:  # safetensors raises its own for a damaged file
+        reason = f"checkpoint {path} is damaged ({one_line(error)})"
+        advice = "delete its folder to start again, or use another --out"
+        raise UserError(f"{reason}; {advice}") from error
     return {name: tensor.to(device) for name, tensor in tensors.items()}, state
-
-
-_ADVICE = "delete its folder to start again, or use another --out"
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

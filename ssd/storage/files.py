@@ -36,10 +36,10 @@ def temporary(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], None]) -> None:
-    """Replaces a file in one step, so that no reader or crash sees half of it.
+    """Replaces a file in one step, so that neither a reader nor a crash sees half of it.
 
     Args:
-        path: of the file; a link keeps naming the same file.
+        path: of the file; a link stays, and the file that it names is replaced.
         content: bytes, text, or a function that writes to the open file (to save memory).
     """
     place = Path(os.path.realpath(path))
@@ -63,6 +63,11 @@ def write_atomically(path: Path, content: bytes | str | Callable[[IO[bytes]], No
         if isinstance(error, OSError):
             error.filename = str(path)  # the system does not name the file when the disk is full
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replaces a file by indented JSON."""
+    write_atomically(path, dumps(content, indent=2) + "\n")
 
 
 def read_text(path: Path) -> str:
@@ -99,6 +104,13 @@ def damaged(path: Path, how: object) -> UserError:
     return UserError(f"{path} is damaged ({how}); move its folder away or use another")
 
 
+def require_sound(path: Path, sound: Mapping[str, bool]) -> None:
+    """UserError for the first entry of a file that is not sound."""
+    for name, holds in sound.items():
+        if not holds:
+            raise damaged(path, f"{name} is missing or wrong")
+
+
 def are_numbers(values: Any, *shape: int) -> bool:
     """Whether nested lists hold finite numbers and have this shape; no shape: a single number."""
     try:
@@ -109,7 +121,7 @@ def are_numbers(values: Any, *shape: int) -> bool:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which values of `now` differ from those before, as text; empty if none do."""
+    """Which values of `now` differ from those of `before`, as text; empty if none do."""
     found = []
     for key, value in now.items():
         earlier = before.get(key)

@@ -1,4 +1,4 @@
-"""One process per folder or output file; a lock ends with its process, even a killed one."""
+"""One process per folder or output file; a lock ends with its process, even if it is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _held: set[Path] = set()
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Makes a folder and locks it against other processes; one process may nest it.
+    """Makes a folder and locks it against other processes; one process may lock it repeatedly.
 
     Raises:
         UserError: another process holds the lock.
@@ -43,11 +43,11 @@ def file_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder and its parents; removes those that are still empty in the end."""
+    """Makes a folder and its parents; at the end removes those of them that are empty."""
     new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:  # a file is in the place of the folder
+    except FileExistsError:  # a file has the folder's name
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     try:
         yield

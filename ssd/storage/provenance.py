@@ -35,10 +35,10 @@ def versions_of(summaries: Iterable[Mapping[str, Any]]) -> str:
 
 
 def commit(file: Path | None = None) -> str:
-    """The commit of the checkout that holds a file, "-dirty" if more than results changed.
+    """The commit of the checkout that holds a file, with "-dirty" if more than results changed.
 
     Args:
-        file: by default of this checkout; where that is none, $GIT_COMMIT may name the commit.
+        file: by default this module; where that is in no checkout, $GIT_COMMIT may name the commit.
 
     Returns:
         "unknown" outside a checkout.
@@ -54,10 +54,10 @@ def commit(file: Path | None = None) -> str:
         return "unknown" if file else os.environ.get("GIT_COMMIT", "unknown")
 
 
-def _git(*arguments: str, folder: Path | None = None) -> str:
+def _git(*arguments: str, folder: Path) -> str:
     return subprocess.run(
         ["git", *arguments],
-        cwd=folder or Path(__file__).parent,
+        cwd=folder,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -67,8 +67,8 @@ def _git(*arguments: str, folder: Path | None = None) -> str:
 
 def doubts(commits: Collection[str]) -> str:
     """Why no single commit repeats runs of these commits; empty if one does."""
-    several = len(set(commits))
-    found = [f"of {several} commits"] if several > 1 else []
+    count = len(set(commits))
+    found = [f"of {count} commits"] if count > 1 else []
     if any(commit.endswith("-dirty") for commit in commits):
         found.append("with uncommitted changes")
     if "unknown" in commits:

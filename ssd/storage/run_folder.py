@@ -1,4 +1,4 @@
-"""The folder of a run: its files by name, and which run it belongs to."""
+"""The folder of a run: its files, what they hold, and which run it belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ssd import metrics
 from ssd.config import Config
 from ssd.data import Dataset
 from ssd.errors import UserError
@@ -19,14 +22,14 @@ from ssd.storage.files import (
     are_numbers,
     damaged,
     difference,
-    dumps,
     read_json,
     read_text,
+    require_sound,
     temporary,
-    write_atomically,
+    write_json,
 )
 from ssd.storage.lock import LOCK, folder_lock
-from ssd.storage.provenance import commit, versions
+from ssd.storage.provenance import commit, device_name, versions
 
 # Raise this when a change moves the numbers of runs: runs of another ALGORITHM are neither resumed
 # nor shown. Commits are recorded too, but most of them move no number.
@@ -40,6 +43,42 @@ FREQUENCY = "activation_frequency.npy"  # [T, R], after each task, on its traini
 STRUCTURE = "structure.npz"  # the subnetwork after each task, see ssd.structure
 SUMMARY = "summary.json"
 DIVERGED = "diverged.json"  # the reason, in place of a summary
+
+# Entries of a summary.
+_TEXTS = ("dataset", "method", "evaluated_on", "device", "commit")
+_NUMBERS = ("seed", "mean_accuracy", "bwt", "forgetting", "seconds")
+_PER_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
+
+
+def evaluated_on(config: Config) -> str:
+    """The split on which a run's accuracy is measured."""
+    return "validation" if config.validation > 0 else "test"
+
+
+def accuracies(
+    dataset: str, method: str, config: Config, accuracy: Tensor, **stream: Any
+) -> dict[str, Any]:
+    """The first entries of a summary: what was measured, stream among it, and the accuracy."""
+    return {
+        "dataset": dataset,
+        "method": method,
+        "seed": config.seed,
+        "evaluated_on": evaluated_on(config),
+        **stream,
+        "accuracy_matrix": accuracy.tolist(),
+        "mean_accuracy": metrics.mean_accuracy(accuracy),
+        "bwt": metrics.backward_transfer(accuracy),
+        "forgetting": metrics.forgetting(accuracy),
+    }
+
+
+def origin(device: torch.device) -> dict[str, Any]:
+    """The entries of a summary that say where its numbers come from."""
+    return {"device": device_name(device), **_made_by()}
+
+
+def _made_by() -> dict[str, Any]:
+    return {"versions": versions(), "commit": commit()}
 
 
 def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:
@@ -64,32 +103,23 @@ def read_summary(folder: Path, trained: bool = True) -> dict[str, Any]:
         are_numbers(values) or _compared(values, tasks) for values in structure.values()
     )
     if trained:
-        sound |= {name: are_numbers(summary.get(name), tasks) for name in _A_TASK}
+        sound |= {name: are_numbers(summary.get(name), tasks) for name in _PER_TASK}
         sound["trained_together"] = are_numbers(summary.get("trained_together"))
         sound["config"] = _is_config(summary.get("config"), tasks)
-    for name, holds in sound.items():
-        if not holds:
-            raise damaged(path, f"{name} is missing or wrong")
+    require_sound(path, sound)
     return summary
 
 
 def read_diverged(folder: Path) -> dict[str, Any]:
     """What write_diverged wrote; UserError if it is damaged."""
-    content = read_json(folder / DIVERGED)
-    kinds = {"diverged": str, "versions": dict, "commit": str}
-    for name, kind in kinds.items():
-        if not isinstance(content.get(name), kind):
-            raise damaged(folder / DIVERGED, f"{name} is missing or wrong")
+    path, kinds = folder / DIVERGED, {"diverged": str, "versions": dict, "commit": str}
+    content = read_json(path)
+    require_sound(path, {n: isinstance(content.get(n), kind) for n, kind in kinds.items()})
     return content
 
 
-_TEXTS = ("dataset", "method", "evaluated_on", "device", "commit")
-_NUMBERS = ("seed", "mean_accuracy", "bwt", "forgetting", "seconds")
-_A_TASK = ("mean_entropy_bits", "dead_fraction", "mean_active")
-
-
 def _compared(values: Any, tasks: int) -> bool:
-    """Whether each task has a number, or None where there was nothing to compare it with."""
+    """Whether each task has a number, or None if there was nothing to compare it with."""
     if not isinstance(values, list) or len(values) != tasks:
         return False
     return all(value is None or are_numbers(value) for value in values)
@@ -106,8 +136,7 @@ def _is_config(content: Any, tasks: int) -> bool:
 
 def write_diverged(folder: Path, reason: str) -> None:
     """Records why a run has no summary: its numbers were not finite."""
-    content = {"diverged": reason, "versions": versions(), "commit": commit()}
-    write_atomically(folder / DIVERGED, dumps(content, indent=2) + "\n")
+    write_json(folder / DIVERGED, {"diverged": reason, **_made_by()})
 
 
 def read_frequency(folder: Path, config: Config) -> np.ndarray:
@@ -125,24 +154,20 @@ def read_frequency(folder: Path, config: Config) -> np.ndarray:
 
 
 def read_records(folder: Path, config: Config) -> list[dict[str, Any]]:
-    """The log of a finished run, one record per epoch; UserError if the file is damaged."""
-    path, tasks, records = folder / METRICS, config.tasks, []
+    """The log of a finished run, one record per epoch; UserError if it is damaged."""
+    path, tasks, epochs = folder / METRICS, config.tasks, config.epochs
     try:
-        for line in read_text(path).splitlines():
-            record = json.loads(line)
-            records.append((record["task"], record["epoch"], record))
+        records = [json.loads(line) for line in read_text(path).splitlines()]
+        numbers = [(record["task"], record["epoch"]) for record in records]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise damaged(path, error) from error
-    if [(task, epoch) for task, epoch, _ in records] != list(
-        product(range(tasks), range(config.epochs))
-    ):
-        raise damaged(path, f"not a line for each of {tasks} x {config.epochs} epochs")
-    for task, epoch, record in records:
-        if epoch + 1 < config.epochs and "test_accuracy" not in record:
-            continue
-        if not are_numbers(record.get("test_accuracy"), tasks):
+    if numbers != list(product(range(tasks), range(epochs))):
+        raise damaged(path, f"not a line for each of {tasks} x {epochs} epochs")
+    for (task, epoch), record in zip(numbers, records, strict=True):
+        expected = epoch + 1 == epochs or "test_accuracy" in record
+        if expected and not are_numbers(record.get("test_accuracy"), tasks):
             raise damaged(path, f"no test_accuracy in task {task}, epoch {epoch}")
-    return [record for *_, record in records]
+    return records
 
 
 def describe(config: Config, data: Dataset, seeds: int = 1) -> dict[str, Any]:
@@ -180,13 +205,11 @@ def claimed(folder: Path, described: Mapping[str, Any], resume: bool) -> Iterato
     """
     _holds(folder, described, resume)  # before the lock writes into a foreign folder
     with folder_lock(folder):
-        if not _holds(folder, described, resume):
-            content = {**described, "versions": versions(), "commit": commit()}
-            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
-        elif (before := read_json(folder / CONFIG))["config"] != described["config"]:
-            # The feature file has moved, and a plain --resume must find it.
-            content = {**before, "config": described["config"]}
-            write_atomically(folder / CONFIG, dumps(content, indent=2) + "\n")
+        path, known = folder / CONFIG, _holds(folder, described, resume)
+        content = read_json(path) if known else {**described, **_made_by()}
+        # The feature file of a known run may have moved, and a plain --resume must find it.
+        if not known or content["config"] != described["config"]:
+            write_json(path, {**content, "config": described["config"]})
         yield
 
 
@@ -196,8 +219,7 @@ def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
     if path.is_file():
         if not resume:
             raise UserError(f"{folder} already holds a run; add --resume or use another --out")
-        changed = difference(identity(read_json(path)), identity(described))
-        if changed:
+        if changed := difference(identity(read_json(path)), identity(described)):
             raise UserError(
                 f"{folder} belongs to another configuration ({changed}); use another --out"
             )
@@ -208,6 +230,6 @@ def _holds(folder: Path, described: Mapping[str, Any], resume: bool) -> bool:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but leftovers of a run that was killed at its start."""
+    """Whether a folder holds at most what a run killed at its start leaves behind."""
     leftovers = (temporary(folder / CONFIG), folder / LOCK)
     return folder.is_dir() and all(file in leftovers for file in folder.iterdir())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kill_resume import write_features
+from kill_resume import ENVIRONMENT, ROOT, write_features
 from rich.console import Console
 
 from ssd import cli, sweep, train
@@ -28,8 +28,10 @@ TOML = (
     'features = "f.npz"\nseeds = 2\n[base]\ntasks = 2\nneurons = 24\nk = 2\nepochs = 1\n'
     "validation = 0.2\nanneal_samples = 40\n"
 )
-SMALL = ["--tasks", "2", "--neurons", "24", "-k", "2", "--epochs", "1", "--device", "cpu",
-         "--anneal-samples", "40"]  # fmt: skip
+SMALL = [
+    *("--tasks", "2", "--neurons", "24", "-k", "2", "--epochs", "1", "--device", "cpu"),
+    *("--anneal-samples", "40"),
+]
 # A short form of each command without its --out, and what its --out is.
 COMMANDS: dict[str, tuple[Main, list[str], str]] = {
     "train": (train.main, ["--features", "f.npz", *SMALL, "--seeds", "2"], "folder"),
@@ -95,16 +97,11 @@ def test_any_encoding(command: str, encoding: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_locale_without_utf8() -> None:
-    environment = {
-        **os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
-        "PYTHONPATH": str(Path(cli.__file__).parents[1]),
-    }  # fmt: skip
+    environment = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment.pop("PYTHONIOENCODING", None)
-    given = ["--features", "f.npz", "--tasks", "2", "--neurons", "10", "--seeds", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ssd.peers", *given, "--out", "gr\u00f6\u00dfe.csv"],
-        capture_output=True, env=environment,
-    )  # fmt: skip
+    given = arguments("peers", "gr\u00f6\u00dfe.csv")
+    command = [sys.executable, "-m", "ssd.peers", *given]
+    done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b" ? " in done.stdout
     assert b"\n" + b"-" * 9 in done.stdout or b"+--" in done.stdout  # lines of plain characters
@@ -288,10 +285,12 @@ def test_interruption_of_imports(module: str) -> None:
     Path("slow").mkdir()
     Path("slow/torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
     with subprocess.Popen(
-        [sys.executable, "-m", f"ssd.{module}"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": f"slow{os.pathsep}{Path(train.__file__).parents[1]}"},
-    ) as process:  # fmt: skip
+        [sys.executable, "-m", f"ssd.{module}"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**ENVIRONMENT, "PYTHONPATH": f"slow{os.pathsep}{ROOT}"},
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()

@@ -6,6 +6,7 @@ import csv
 import json
 import pickle
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from kill_resume import write_features
 
 from ssd import sweep, train
-from ssd.config import Config
+from ssd.config import Config, option
 from ssd.data import load
 from ssd.errors import Diverged, UserError
 from ssd.learner import Learner
@@ -27,13 +28,14 @@ from ssd.study import Run, train_batch
 from ssd.trainer import Event, Trainer
 
 CPU = torch.device("cpu")
-CONFIG = Config(
-    dataset="features", features="f.npz", method="naive", tasks=2, epochs=3, batch_size=64,
-    neurons=32, k=3, anneal_samples=150,
-)  # fmt: skip
+SIZES = {"tasks": 2, "neurons": 32, "k": 3, "epochs": 3, "batch_size": 64, "anneal_samples": 150}
+CONFIG = Config(dataset="features", features="f.npz", method="naive", **SIZES)
 HUGE = {"lr": 1e30, "max_norm": 1e30}
-OPTIONS = ["--tasks", "2", "--neurons", "32", "-k", "3", "--epochs", "3", "--batch-size", "64",
-           "--anneal-samples", "150", "--device", "cpu", "--quiet"]  # fmt: skip
+OPTIONS = [
+    "--features=f.npz",
+    *(f"{option(name)}={value}" for name, value in SIZES.items() if name != "k"),
+    *("-k", "3", "--device", "cpu", "--quiet"),
+]
 
 
 @pytest.fixture
@@ -61,9 +63,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, seed: int = 0) -> None:
     def step_and_spoil(self: Trainer, samples: Any) -> None:
         original(self, samples)
         if self.steps == step:
-            for each in self.learners:
-                if each.config.seed == seed:
-                    each.parameters[0].data[0, 0] = torch.nan
+            for learner in self.learners:
+                if learner.config.seed == seed:
+                    learner.parameters[0].data[0, 0] = torch.nan
 
     monkeypatch.setattr(Trainer, "step", step_and_spoil)
 
@@ -72,8 +74,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, seed: int = 0) -> None:
 def test_one_line_and_a_checkpoint_from_before(
     folder: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    arguments = ["--features", "f.npz", *OPTIONS, "--method", method, "--out", "r",
-                 "--lr", "1e30", "--max-norm", "1e30"]  # fmt: skip
+    arguments = [*OPTIONS, "--method", method, "--out", "r", "--lr", "1e30", "--max-norm", "1e30"]
     for more in ([], ["--resume"], ["--resume"]):  # the same comes of it every time
         assert train.main([*arguments, *more]) == 2
         printed, said = capsys.readouterr()
@@ -81,9 +82,9 @@ def test_one_line_and_a_checkpoint_from_before(
         assert said.count("\n") == 1
         assert said.startswith("error: training diverged: ")
         assert "the loss is " in said or "every address is 0" in said
-        for part in (" in task 1, epoch 1, step ", "--lr 1e+30", "--max-norm 1e+30",
-                     f"r/{CHECKPOINT} is from before", "--resume"):  # fmt: skip
+        for part in (" in task 1, epoch 1, step ", "--lr 1e+30", "--max-norm 1e+30"):
             assert part in said
+        assert f"r/{CHECKPOINT} is from before, and --resume" in said
         assert strictly(Path("r", METRICS)) == []
         assert not Path("r", SUMMARY).exists()
         tensors, state = load_checkpoint(Path("r", CHECKPOINT), CPU)
@@ -135,8 +136,8 @@ def test_a_network_that_is_dead_for_good(
     folder: Path, capsys: pytest.CaptureFixture[str], lr: str
 ) -> None:
     """Too large a step clamps every address to 0; the loss is then log C for ever."""
-    write = ["--features", "f.npz", *OPTIONS, "--method", "sdmlp", "--batch-size", "16"]
-    assert train.main([*write, "--out", "r", "--lr", lr, "--max-norm", lr]) == 2
+    arguments = [*OPTIONS, "--method", "sdmlp", "--batch-size", "16"]
+    assert train.main([*arguments, "--out", "r", "--lr", lr, "--max-norm", lr]) == 2
     assert "every address is 0 for good in task 1, epoch " in capsys.readouterr().err
 
 
@@ -144,7 +145,7 @@ def test_seeds_name_the_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, 3, seed=2)
-    arguments = ["--features", "f.npz", *OPTIONS, "--method", "sdmlp", "--out", "r", "--seed", "1"]
+    arguments = [*OPTIONS, "--method", "sdmlp", "--out", "r", "--seed", "1"]
     assert train.main([*arguments, "--seeds", "3"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: the run with --seed 2 diverged: ")
@@ -225,7 +226,7 @@ def test_companions_go_on_from_the_checkpoint(
         if event.kind == "task":
             steps.append(len(trainer.learners))
 
-    train_batch(jobs, RunOptions(CPU, resume=True), watch)
+    train_batch(jobs, RunOptions(CPU, watch=watch))
     assert steps == [3, 2]
     assert "--seed 1" in (jobs[1].outcome() or {})["diverged"]
     assert not (jobs[1].folder / SUMMARY).exists()
@@ -250,12 +251,15 @@ def test_scores_that_are_not_finite_are_no_accuracy(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, bad) for name in ("lr", "alpha", "max_norm", "temperature", "ewc_coefficient")
-          for bad in (float("nan"), float("inf"), -1.0, 1e39, 1e-46, 10**400)),
-        ("temperature", 0.0), ("temperature", 1e-20), ("temperature", 1e20), ("lr", 0.0),
+        *product(
+            ("lr", "alpha", "max_norm", "temperature", "ewc_coefficient"),
+            (float("nan"), float("inf"), -1.0, 1e39, 1e-46, 10**400),
+        ),
+        *product(("temperature",), (0.0, 1e-20, 1e20)),
+        ("lr", 0.0),
         ("si_coefficient", 3e38),
     ],
-)  # fmt: skip
+)
 def test_settings_that_no_step_can_use(name: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"^--{name.replace('_', '-')} \S+ must be [^\n]*$"):
         replace(CONFIG, **{name: value}).validate()

@@ -18,10 +18,8 @@ from ssd.data import load
 from ssd.run import Interrupted, RunOptions, run
 
 CPU = RunOptions(torch.device("cpu"), resume=True, checkpoint_every=1e9)
-SMALL = Config(
-    dataset="features", method="ssd+ewc", tasks=2, epochs=2, batch_size=64, neurons=32, k=3,
-    anneal_samples=300, eval_every=1,
-)  # fmt: skip
+SIZES = {"tasks": 2, "epochs": 2, "batch_size": 64, "neurons": 32, "k": 3, "anneal_samples": 300}
+SMALL = Config(dataset="features", method="ssd+ewc", eval_every=1, **SIZES)
 VARIANTS = {
     "ssd+ewc": {},
     "momentum": {"momentum": 0.9},
@@ -43,11 +41,12 @@ def test_stop_at_every_event(tmp_path: Path, variant: str) -> None:
     data = load("features", tmp_path, tmp_path / "f.npz")
     config = replace(SMALL, **VARIANTS[variant])
     events: list[object] = []
-    run(config, data, tmp_path / "expected", CPU, lambda _, event: events.append(event))
+    watched = replace(CPU, watch=lambda _, event: events.append(event))
+    run(config, data, tmp_path / "expected", watched)
     stops = 0
     while True:
         try:
-            run(config, data, tmp_path / "stopped", CPU, stopped=lambda: True)
+            run(config, data, tmp_path / "stopped", replace(CPU, stopped=lambda: True))
             break
         except Interrupted:
             stops += 1

@@ -45,7 +45,7 @@ def interrupt(config: Config, data: Dataset, folder: Path, after: int = 3) -> No
     """Leaves a run that was stopped at its `after`-th event."""
     events = iter(range(1, 1000))
     with pytest.raises(Interrupted):
-        run(config, data, folder, CPU, stopped=lambda: next(events) >= after)
+        run(config, data, folder, replace(CPU, stopped=lambda: next(events) >= after))
 
 
 def test_files_of_a_run(tmp_path: Path, data: Dataset) -> None:
@@ -122,7 +122,8 @@ def test_log_shorter_than_the_checkpoint_says(tmp_path: Path, data: Dataset) -> 
 def test_finished_run_is_not_trained_again(tmp_path: Path, data: Dataset) -> None:
     summary = run(CONFIG_SMALL, data, tmp_path / "a", CPU)
     events: list[object] = []
-    again = run(CONFIG_SMALL, data, tmp_path / "a", AGAIN, lambda *event: events.append(event))
+    watched = replace(AGAIN, watch=lambda *event: events.append(event))
+    again = run(CONFIG_SMALL, data, tmp_path / "a", watched)
     assert again == summary
     assert not events
 
@@ -178,7 +179,7 @@ def test_model_that_does_not_fit_leaves_no_folder(
 
 
 def test_commit_is_of_this_package_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    provenance._git("init", str(tmp_path))
+    provenance._git("init", folder=tmp_path)
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "folder.py"))
     assert provenance.commit() == "unknown"  # a checkout, of something else
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "absent" / "folder.py"))

@@ -11,11 +11,12 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import torch
 from kill_resume import write_features
 
 from ssd import sweep
 from ssd.config import Config
-from ssd.run import run
+from ssd.run import RunOptions, run
 from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
 from ssd.sweep import cells, markdown_text, rank, read_sweep
 from ssd.tables import csv_text
@@ -159,10 +160,8 @@ def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
     (summary,) = summaries().values()
     config = Config(**summary["config"])
     data, _ = sweep._load(read_sweep(Path("s.toml")), Path())
-    options = sweep.RunOptions(sweep.choose_device("cpu"))
-    assert (
-        run(config, data, Path("alone"), options)["accuracy_matrix"] == (summary["accuracy_matrix"])
-    )
+    alone = run(config, data, Path("alone"), RunOptions(torch.device("cpu")))
+    assert alone["accuracy_matrix"] == summary["accuracy_matrix"]
     (row,) = rows()
     assert row["mean_accuracy_standard_error"] == ""
 
@@ -378,7 +377,7 @@ def test_runs_of_several_commits_say_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, made in enumerate(("c0ffee", "decaf")):
-        monkeypatch.setattr("ssd.run.commit", lambda made=made: made)
+        monkeypatch.setattr("ssd.storage.run_folder.commit", lambda made=made: made)
         Path("s.toml").write_text(ONE.replace("[1]", str([1, 2][: number + 1])))
         assert sweep.main([*SWEPT, "--quiet"]) == 0
     assert capsys.readouterr().err == "note: the table shows runs of 2 commits\n"

@@ -149,7 +149,8 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
     while not all(study_run.outcome() for study_run in runs):
         events = chain([False] * 9, repeat(True))
         try:
-            Study(runs, CPU, Display(Console(), quiet=True)).train(runs, events.__next__)
+            study = Study(runs, CPU.device, Display(Console(), quiet=True))
+            study.train(runs, events.__next__)
         except Interrupted:
             stops += 1
     assert stops > 3

@@ -13,16 +13,18 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from kill_resume import write_features
+from kill_resume import ENVIRONMENT, write_features
 from rich.console import Console
 
 from ssd import train
 from ssd.config import Config, preset, resolve
+from ssd.data import load
 from ssd.progress import Display, watcher
 from ssd.run import RunOptions, run
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.run_folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
 
+CPU = torch.device("cpu")
 SMALL = [
     *("--tasks", "2", "--neurons", "32", "-k", "3", "--epochs", "2", "--batch-size", "64"),
     *("--anneal-samples", "250", "--method", "ssd+ewc", "--device", "cpu"),
@@ -147,15 +149,9 @@ def half(folder: Path) -> Path:
     """A run of `small()` that was stopped half-way."""
     events = iter(range(1000))
     config = resolve(vars(train.build_parser().parse_args(small())))
-    data = train.load("features", folder, Path("f.npz"))
+    data = load("features", folder, Path("f.npz"))
     with pytest.raises(train.Interrupted):
-        run(
-            config,
-            data,
-            folder / "half",
-            RunOptions(torch.device("cpu")),
-            stopped=lambda: next(events) > 3,
-        )
+        run(config, data, folder / "half", RunOptions(CPU, stopped=lambda: next(events) > 3))
     return folder / "half"
 
 
@@ -229,7 +225,7 @@ def test_corrupted_log(half: Path, capsys: pytest.CaptureFixture[str], how: str)
 def test_sealed_checkpoint_of_other_logs(
     half: Path, capsys: pytest.CaptureFixture[str], logs: object
 ) -> None:
-    tensors, state = load_checkpoint(half / CHECKPOINT, torch.device("cpu"))
+    tensors, state = load_checkpoint(half / CHECKPOINT, CPU)
     save_checkpoint(half / CHECKPOINT, tensors, {**state, "logs": logs})
     assert "is not of this model" in refused(half.parent, capsys, ["--resume", "--out", "half"])
     save_checkpoint(half / CHECKPOINT, tensors, [])  # type: ignore[arg-type]
@@ -280,7 +276,7 @@ def test_subprocess_gives_one_line(folder: Path) -> None:
         [sys.executable, "-m", "ssd.train", *small("--features", "trap.npz")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parents[1])},
+        env=ENVIRONMENT,
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: --features trap.npz cannot be read")
@@ -485,9 +481,9 @@ def test_progress_bar(folder: Path) -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100, color_system=None)
     config = resolve(vars(train.build_parser().parse_args(small())))
-    data = train.load("features", folder, Path("f.npz"))
+    data = load("features", folder, Path("f.npz"))
     with Display(console) as display:
-        run(config, data, folder / "r", RunOptions(torch.device("cpu")), watcher(display))
+        run(config, data, folder / "r", RunOptions(CPU, watch=watcher(display)))
     last = stream.getvalue().split("\r")[-1]
     assert "task 2/2: loss " in last
     assert " accuracy 0." in last

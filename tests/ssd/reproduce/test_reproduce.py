@@ -29,7 +29,7 @@ from ssd.reproduce.experiments import PAPER, RESULTS, TABLE1, Peer, Row
 from ssd.reproduce.figures import draw
 from ssd.reproduce.lines import Line, overlaps
 from ssd.reproduce.tables import markdown_text, provenance, records, task_records
-from ssd.run import Interrupted
+from ssd.run import Interrupted, RunOptions
 from ssd.study import Run
 from ssd.trainer import Event
 
@@ -55,8 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar10.npz"), 96)
     write_features(Path("data/features/cifar100.npz"), 120)
     benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
-    for module in ("run", "study"):
-        monkeypatch.setattr(f"ssd.{module}.commit", lambda: "c0ffee")  # of a run, never dirty
+    monkeypatch.setattr("ssd.storage.run_folder.commit", lambda: "c0ffee")  # never dirty
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     monkeypatch.setattr(experiments, "SHORT_OWN", {})
     monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
@@ -83,9 +82,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the runs that were trained."""
     names: list[str] = []
 
-    def count(batch: Sequence[Run], *rest: Any) -> None:
+    def count(batch: Sequence[Run], options: RunOptions) -> None:
         names.extend(run.name for run in batch if run.evaluation is None)
-        original(batch, *rest)
+        original(batch, options)
 
     original = study.train_batch
     monkeypatch.setattr(study, "train_batch", count)
@@ -525,7 +524,7 @@ def test_warning_of_several_commits(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("table1", "--only", "cifar10", "sdmlp", "24") == 0
-    monkeypatch.setattr("ssd.run.commit", lambda: "decaf-dirty")
+    monkeypatch.setattr("ssd.storage.run_folder.commit", lambda: "decaf-dirty")
     assert call("table1", "--only", "cifar10", "ssd", "24") == 0
     said = capsys.readouterr().err
     warning = "runs of 2 commits, with uncommitted changes"

@@ -1,6 +1,5 @@
 """One process a folder: the second is refused, and a killed one leaves nothing to clean up."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from kill_resume import write_features
+from kill_resume import ENVIRONMENT, write_features
 
 from ssd import sweep, train
 from ssd.embed import __main__ as embed
@@ -31,11 +30,9 @@ TOML = 'features = "f.npz"\n[base]\ntasks = 2\nneurons = 16\nk = 2\nepochs = 1\n
 @contextmanager
 def held(path: Path, kind: str = "folder_lock") -> Iterator[subprocess.Popen[str]]:
     """Another process that has the lock of a folder or, by file_lock, of a file."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", HOLD.format(kind), str(path)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(lock.__file__).parents[2])},
-    ) as process:  # fmt: skip
+    with subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "\n"
         try:
@@ -98,9 +95,11 @@ def test_a_lock_that_was_removed_meanwhile_is_taken_anew(
         assert len(calls) == 2
         other = subprocess.run(
             [sys.executable, "-c", HOLD.format("folder_lock"), str(tmp_path)],
-            capture_output=True, text=True, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(Path(lock.__file__).parents[2])},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+        )
         assert "in use by another process" in other.stderr
 
 
@@ -174,10 +173,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     """Or they would train on beside the command that goes on with their runs."""
     script = tmp_path / "script.py"
     script.write_text(WORKER)
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(lock.__file__).parents[2])},
-    ) as parent:  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert _running(child)
