@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from ssd.cli import ArgumentParser, exit_status
 from ssd_kernels import _dispatch
-from tests.kernels.cases import Call, Draw, Results
+from tests.kernels.cases import Arguments, Draw, Op, Results, gradients
 from tests.kernels.ops import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Largest error of a result over its largest entry: a few roundings of the dtype.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 class Case(NamedTuple):
@@ -106,14 +106,10 @@ def _run(case: Case, impl: str, dtype: torch.dtype) -> Results:
     return case.run(impl, Draw(DEVICE, dtype, wide=impl == "reference"))
 
 
-def _results(call: Call, impl: str, draw: Draw) -> Results:
+def _results(op: Op, given: Arguments, impl: str, draw: Draw) -> Results:
     """What a call returns or writes, and the gradients of what it draws to be differentiated."""
-    results = call.prepare(draw)(impl)
-    reached = [out for out in results if out is not None and out.requires_grad]
-    if not reached:
-        return results
-    loss = torch.stack([out.double().square().sum() for out in reached]).sum()
-    return *results, *torch.autograd.grad(loss, draw.leaves)
+    results = op.prepare(draw, given)(impl)
+    return *results, *gradients(results, draw.leaves)
 
 
 def _wrong(number: int, pair: tuple[Tensor | None, Tensor | None]) -> str:
@@ -139,9 +135,9 @@ def _answers() -> bool:
 
 
 CASES = [
-    Case(name, f" {words}" if words else "", partial(_results, call), call.half)
+    Case(name, f" {words}" if words else "", partial(_results, op, given), op.half)
     for name, op in OPS.items()
-    for words, call in op.calls.items()
+    for words, given in op.calls.items()
 ]
 
 

@@ -20,9 +20,9 @@ from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
-from tests.kernels.cases import Draw, Results
+from tests.kernels.cases import TINY, Draw, Results, Run
 from tests.kernels.conftest import triton_only
-from tests.kernels.ops import OPS
+from tests.kernels.ops import cases
 
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 6, 3, 17, 8, 5
 IMPLS = ["reference", "torch", triton_only("triton")]
@@ -319,18 +319,18 @@ def test_shapes_without_data(name: str) -> None:
         assert op(*arguments).shape == want.shape
 
 
-CALLS = {
-    f"{name} {case}".strip(): call.prepare
-    for name, op in OPS.items()
-    for case, call in op.calls.items()
-}
+CALLS = cases("calls")
+
+
+def drawn_call(name: str, *given: Any, **sizes: int) -> Run:
+    op, options = CALLS[name]
+    return op.prepare(Draw(*given, **sizes), options)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_results_without_data(name: str) -> None:
     """Of an op that asks for no values: the shapes and dtypes that it has with data."""
-    sizes = {"B": 6, "D": 8, "R": 17, "K": 3, "C": 5}
-    want, got = (CALLS[name](Draw(device, **sizes))(None) for device in ("cpu", META))
+    want, got = (drawn_call(name, device, **TINY)(None) for device in ("cpu", META))
     for expected, have in zip(want, got, strict=True):
         if have is None or expected is None:
             assert have is expected
@@ -357,7 +357,7 @@ def test_the_default_device_is_nobodys_business(name: str, impl: str | None, dev
 
     def results() -> Results:
         torch.manual_seed(0)
-        return CALLS[name](Draw("cpu", R=neurons))(impl)
+        return drawn_call(name, R=neurons)(impl)
 
     want = results()
     with META:
