@@ -20,8 +20,8 @@ from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
-from tests.kernels.cases import TINY, Draw, Results, Run
-from tests.kernels.conftest import triton_only
+from tests.kernels.cases import TINY, Draw, Results, Run, gradients
+from tests.kernels.conftest import INTERPRETED, triton_only
 from tests.kernels.ops import cases
 
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 6, 3, 17, 8, 5
@@ -344,6 +344,26 @@ def test_how_many_neurons_fire_depends_on_values() -> None:
         linear_active(x, weight, 3)
 
 
+@pytest.mark.parametrize("impl", ["torch", triton_only("triton"), None])
+@pytest.mark.parametrize("name", CALLS)
+def test_repeats_are_bit_equal(name: str, impl: str | None, device: str) -> None:
+    """Of few neurons, each of many slots; and of as many as a CPU takes its shortcuts for."""
+    if impl not in (None, *_dispatch.TABLES[name.split()[0]]):
+        pytest.skip("the op has no such implementation")
+    if INTERPRETED and name.endswith(("large", "unaligned", "parts")):
+        pytest.skip("long in Triton's interpreter")
+    op, given = CALLS[name]
+    for neurons in (17,) if impl == "triton" else (17, 4100):
+        draw = Draw(device, **TINY | {"B": 20, "R": neurons})
+        run = op.prepare(draw, given)
+        first, *others = (
+            [*results, *gradients(results, draw.leaves)]
+            for results in (run(impl) for _ in range(3 if INTERPRETED else 20))
+        )
+        for again in others:
+            torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("impl", WITH_DEFAULT)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_default_device_is_nobodys_business(name: str, impl: str | None, device: str) -> None:
@@ -436,6 +456,7 @@ def test_modules_are_copied_and_saved(make: Callable[[int], nn.Module]) -> None:
         (lambda: TopK(True), TypeError, "TopK: k=True must be an integer"),
         (lambda: TopKLinear(4, 8, 2.5), TypeError, "k=2.5"),  # type: ignore[arg-type]
         (lambda: TopKLinear(4, 8, True), TypeError, "k=True"),
+        (lambda: TopKLinear(4, 8, 0), ValueError, r"k=0 must lie in 1\.\.8"),
         (lambda: TopKLinear(4, 8, 9), ValueError, r"k=9 must lie in 1\.\.8"),
         (lambda: TopKLinear(4, 0, 1), ValueError, "neurons=0 must be at least 1"),
         (lambda: TopKLinear(4.0, 8, 1), TypeError, "in_features=4.0"),  # type: ignore[arg-type]

@@ -220,22 +220,6 @@ def test_any_floats(rows: list[list[float]], data: st.DataObject) -> None:
     agrees(scores, data.draw(st.integers(1, scores.shape[1])), "torch")
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"k": 0}, ValueError),
-        ({"k": 9}, ValueError),
-        ({"k": 2, "boost": torch.ones(7)}, ValueError),
-        ({"k": 2, "mask": torch.ones(8)}, TypeError),
-        ({"k": 2, "mask": torch.ones(8, dtype=torch.bool), "impl": "cuda"}, ValueError),
-    ],
-)
-def test_errors(impl: str, arguments: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match="topk"):
-        topk_op(torch.ones(2, 8), **{"impl": impl, **arguments})
-
-
 def test_triton_serves_cuda() -> None:
     """The table has the kernel wherever Triton is installed."""
     assert ("triton" in _dispatch.TABLES["topk"]) == _dispatch.TRITON

@@ -96,6 +96,7 @@ OP = cases.Op(
         *refused.GRADED,
         ({"width": 2.5}, TypeError, r"width=2\.5 must be an integer"),
         ({"width": True}, TypeError, "width=True must be an integer"),
+        ({"width": 1}, ValueError, r"width=1 must lie in 2\.\.9"),
         ({"width": 10}, ValueError, r"width=10 must lie in 2\.\.9"),
     ],
     drawn=LinearCode(linear_code),

@@ -153,7 +153,7 @@ OP = cases.Op(
         "clipped": cases.check(
             tolerance=1e-5, B=5, K=3, R=8, D=20, C=3, max_norm=0.5, momentum=0.9
         ),
-        "networks": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=3, D=9, single=True, max_norm=1e6),
+        "networks": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=3, D=7, single=True, max_norm=1e6),
         "few slots": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=13, D=11, C=3, max_norm=0.5),
     },
     tiles={"row_update": cases.tile(BLOCK=8, num_warps=1)},
