@@ -1,11 +1,10 @@
 """Runs every op and every implementation on small shapes against the specification in fp64.
 
-    python scripts/smoke.py [--quick]
+    python scripts/smoke.py [--quick]     one line a case: ok, how wrong, or what was raised
 
-Prints one line per case: ok, the error, or the exception. It goes on after a failure; if the GPU no
-longer answers, a new process runs the rest. --quick takes fp32 alone, for compute-sanitizer.
-Without a GPU the implementations for a CPU run, and Triton's with TRITON_INTERPRET=1. Exit status:
-1 if a case failed.
+A failure does not end it; if the GPU no longer answers, a new process runs the rest. --quick takes
+fp32 alone, as compute-sanitizer needs it. Without a GPU the implementations for a CPU run, and with
+TRITON_INTERPRET=1 Triton's too. Exit status: 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 
 from ssd.cli import ArgumentParser, exit_status
 from ssd_kernels import _dispatch
-from tests.kernels.cases import Call, Draw, Results
+from tests.kernels.cases import Arguments, Draw, Op, Results, gradients
 from tests.kernels.ops import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Largest error of a result over its largest entry: a few roundings of the dtype.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 class Case(NamedTuple):
-    """A call of an op."""
+    """A call of an op: what it is called, and what runs it."""
 
     op: str
     name: str
@@ -72,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _cases(quick: bool) -> Iterator[tuple[Case, str, torch.dtype]]:
-    """(case, implementation, dtype) for all that runs here."""
+    """What is run here: case, implementation, dtype."""
     interpreted, cpu = _dispatch.interpreted(), DEVICE.type == "cpu"
     runs_triton = interpreted or not cpu
     runs = {"reference": False, "torch": True, "triton": runs_triton, "numba": cpu}
@@ -103,17 +102,14 @@ def _attempt(case: Case, impl: str, dtype: torch.dtype) -> str:
 def _run(case: Case, impl: str, dtype: torch.dtype) -> Results:
     """The reference computes in fp64 on the same, rounded inputs."""
     torch.manual_seed(0)
+
     return case.run(impl, Draw(DEVICE, dtype, wide=impl == "reference"))
 
 
-def _results(call: Call, impl: str, draw: Draw) -> Results:
-    """What a call returns or writes, and the gradients of its drawn leaves."""
-    results = call.prepare(draw)(impl)
-    reached = [out for out in results if out is not None and out.requires_grad]
-    if not reached:
-        return results
-    loss = torch.stack([out.double().square().sum() for out in reached]).sum()
-    return *results, *torch.autograd.grad(loss, draw.leaves)
+def _results(op: Op, given: Arguments, impl: str, draw: Draw) -> Results:
+    """What a call returns or writes, and the gradients of what it draws to be differentiated."""
+    results = op.prepare(draw, given)(impl)
+    return *results, *gradients(results, draw.leaves)
 
 
 def _wrong(number: int, pair: tuple[Tensor | None, Tensor | None]) -> str:
@@ -139,9 +135,9 @@ def _answers() -> bool:
 
 
 CASES = [
-    Case(name, f" {words}" if words else "", partial(_results, call), call.half)
+    Case(name, f" {words}" if words else "", partial(_results, op, given), op.half)
     for name, op in OPS.items()
-    for words, call in op.calls.items()
+    for words, given in op.calls.items()
 ]
 
 

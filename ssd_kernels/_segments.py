@@ -387,8 +387,7 @@ def row_gradients(
     gates [B, K]: where one is <= 0, the coefficient counts as 0. order: of the indices, if known,
     else empty.
     """
-    gradient = inputs.new_empty(neurons, inputs.shape[1])
-    sums = inputs.new_empty(neurons if bias else 0)
+    gradient, sums = _row_gradients_like(coefficients, inputs, indices, neurons, bias)
     walk(
         Order(*order) if order else sorted_slots(indices, neurons),
         indices.shape[-1],

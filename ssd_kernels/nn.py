@@ -62,12 +62,8 @@ class TopKLinear(nn.Module):
         _checks.whole("TopKLinear", "neurons", neurons, 1)
         _checks.active_range("TopKLinear", k, neurons)
         _checks.inhibition("TopKLinear", inhibition)
-        self.in_features, self.neurons, self.k, self.inhibition = (
-            in_features,
-            neurons,
-            k,
-            inhibition,
-        )
+        self.in_features, self.neurons = in_features, neurons
+        self.k, self.inhibition = k, inhibition
         self.weight = nn.Parameter(torch.empty(neurons, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(neurons, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()

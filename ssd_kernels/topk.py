@@ -404,8 +404,7 @@ def select_triton(
     Allocates O(B k) and a buffer per resident program; reads no value on the host.
     """
     batch, neurons = scores.shape
-    values = scores.new_empty(batch, k)
-    indices = torch.empty(batch, k, dtype=torch.int64, device=scores.device)
+    values, indices = _like(scores, k)
     if batch == 0:
         return values, indices
     scores = scores.detach()

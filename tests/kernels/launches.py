@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import cases
 from ssd_kernels import _dispatch, _tuning
-from tests.kernels.cases import BF16, FP16, FP32, FP64
+from tests.kernels.cases import BF16, FP16, FP32, FP64, gradients
 from tests.kernels.ops import OPS, modules
 
 SHORT: dict[Any, str] = {FP64: "fp64", FP32: "fp32", BF16: "bf16", FP16: "fp16"}
@@ -90,10 +90,17 @@ def record(family: str, calls: Sequence[Call]) -> Recording:
     with _family(family, rows):
         for call in calls:
             with _hooked(seen, str(call)):
-                run = OPS[call.op].launch
-                assert run is not None, call.op
-                run(call.dtype, **call.given)
+                _run(call)
     return Recording(list(seen.values()), rows)
+
+
+def _run(call: Call) -> None:
+    given = dict(call.given)
+    backward = given.pop("backward", False)
+    draw, run = OPS[call.op].without_data(call.dtype, given)
+    results = run(None)
+    if backward:
+        gradients(results, draw.leaves)
 
 
 def kernels() -> set[str]:

@@ -14,22 +14,9 @@ PACKAGES = ("ssd_kernels", "ssd")
 # Launches are named by the first call that leads to them, and drawn cases by their number: what
 # comes first stays first. Other files of cases follow.
 FIRST = [
-    "topk",
-    "linear_topk",
-    "linear_inhibit",
-    "linear_active",
-    "linear_code",
-    "sparse_linear",
-    "row_gradient",
-    "row_update",
-    "count_active",
-    "code_gram",
-    "distill",
-    "dense_update",
-    "draw_batch",
-    "gate_gradient",
-    "tally",
-    "distill_code",
+    *["topk", "linear_topk", "linear_inhibit", "linear_active", "linear_code", "sparse_linear"],
+    *["row_gradient", "row_update", "count_active", "code_gram", "distill", "dense_update"],
+    *["draw_batch", "gate_gradient", "tally", "distill_code"],
 ]
 
 
@@ -40,6 +27,15 @@ def ops() -> dict[str, Op]:
 
 
 OPS = ops()
+
+
+def cases(field: str) -> dict[str, tuple[Op, Any]]:
+    """What the ops have in this field of Op, by op and case, and the op."""
+    return {
+        f"{name} {case}".strip(): (op, given)
+        for name, op in OPS.items()
+        for case, given in getattr(op, field).items()
+    }
 
 
 def modules() -> list[Any]:

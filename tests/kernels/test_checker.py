@@ -14,14 +14,15 @@ from unittest import mock
 import pytest
 import torch
 
-from ssd_kernels import _dispatch, _encoder, _tuning
+from ssd_kernels import _dispatch, _encoder, _segments, _tuning
 from ssd_kernels._triton import jit, tl
 
 if not _dispatch.TRITON:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from tests.kernels.cases import Check, Draw, Op, gradients
 from tests.kernels.checker import Fault, Launch, Site, checking
-from tests.kernels.ops import OPS, modules
+from tests.kernels.ops import OPS, cases, modules
 
 # "triton" is in the name of every test here, for tests/test_interpreter.py picks them by it.
 pytestmark = pytest.mark.skipif(
@@ -48,42 +49,47 @@ class Function(NamedTuple):
 
 
 LINEAR_INHIBIT = importlib.import_module("ssd_kernels.linear_inhibit")  # not the function
-CASES = {
-    f"{name} {case}".strip(): run for name, op in OPS.items() for case, run in op.checked.items()
-}
+CASES = cases("checked")
+TILES = {name: {"default": rows} for op in OPS.values() for name, rows in op.tiles.items()}
 
 
-@contextmanager
-def small_tiles(slab: int | None = None, groups: int | None = None) -> Iterator[None]:
-    """Launches with tiles so short that the smallest shapes have several, and a short last one.
-
-    slab: rows at a time. groups: the most that a program selects from.
-    """
-    table = {name: {"default": rows} for op in OPS.values() for name, rows in op.tiles.items()}
-    limits: list[tuple[Any, str, Any]] = []
-    if slab is not None:
-        limits += [(LINEAR_INHIBIT, "slab_rows", lambda *_: slab), (_encoder, "WORKSPACE", 1)]
-    if groups is not None:
-        limits += [(_encoder, "MAX_GROUPS", groups)]
-    with ExitStack() as stack:
-        for limit in limits:
-            stack.enter_context(mock.patch.object(*limit))
-        stack.enter_context(mock.patch.object(_tuning, "TABLE", table))
-        stack.enter_context(mock.patch.dict("os.environ", SSD_KERNELS_IMPL="triton"))
-        yield
-
-
-def slabs(case: str) -> dict[str, int]:
-    """Few rows at a time for some, few groups at a time for others."""
+def limits(case: str) -> list[tuple[Any, str, Any]]:
+    """Few rows at a time for some, few groups to select from for others; slots that are sorted."""
     if "networks" in case or case.endswith("gaba"):
-        return {"slab": 4}
-    return {"groups": 3} if "ties" in case else {}
+        return [(LINEAR_INHIBIT, "slab_rows", lambda *_: 4), (_encoder, "WORKSPACE", 1)]
+    if "ties" in case:
+        return [(_encoder, "MAX_GROUPS", 3)]
+    return [(_segments, "MAX_RANKED", 0)] if "sorted" in case else []
 
 
 def run_case(case: str) -> None:
+    """With tiles so short that the smallest shapes have several, and a short last one."""
+    op, check = CASES[case]
     torch.manual_seed(0)
-    with small_tiles(**slabs(case)):
-        CASES[case]()
+    with ExitStack() as stack:
+        for limit in limits(case):
+            stack.enter_context(mock.patch.object(*limit))
+        stack.enter_context(mock.patch.object(_tuning, "TABLE", TILES))
+        stack.enter_context(mock.patch.dict("os.environ", SSD_KERNELS_IMPL="triton"))
+        if callable(check):
+            check()
+        else:
+            compare(op, check)
+
+
+def compare(op: Op, check: Check) -> None:
+    found = []
+    for impl in (check.impl, "reference"):
+        torch.manual_seed(0)
+        wide = impl == "reference" and check.tolerance > 0
+        draw = Draw(dtype=check.dtype, wide=wide, whole=not check.tolerance)
+        results = op.prepare(draw, check.given)(impl)
+        found.append([*results, *gradients(results, draw.leaves)])
+    bounds: dict[str, Any] = {"rtol": check.tolerance, "atol": check.tolerance / 10}
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(
+            got, expected, **bounds, equal_nan=True, check_dtype=not check.tolerance
+        )
 
 
 @cache

@@ -20,9 +20,9 @@ from ssd_kernels import _dispatch
 from ssd_kernels._graded_code import linear_active, linear_code
 from ssd_kernels._row_gradient import row_gradient
 from ssd_kernels.nn import KSparseMLP, SparseLinear, TopK, TopKLinear
-from tests.kernels.cases import Draw, Results
-from tests.kernels.conftest import triton_only
-from tests.kernels.ops import OPS
+from tests.kernels.cases import TINY, Draw, Results, Run, gradients
+from tests.kernels.conftest import INTERPRETED, triton_only
+from tests.kernels.ops import cases
 
 BATCH, SLOTS, NEURONS, INPUTS, OUTPUTS = 6, 3, 17, 8, 5
 IMPLS = ["reference", "torch", triton_only("triton")]
@@ -319,18 +319,18 @@ def test_shapes_without_data(name: str) -> None:
         assert op(*arguments).shape == want.shape
 
 
-CALLS = {
-    f"{name} {case}".strip(): call.prepare
-    for name, op in OPS.items()
-    for case, call in op.calls.items()
-}
+CALLS = cases("calls")
+
+
+def drawn_call(name: str, *given: Any, **sizes: int) -> Run:
+    op, options = CALLS[name]
+    return op.prepare(Draw(*given, **sizes), options)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_results_without_data(name: str) -> None:
     """Of an op that asks for no values: the shapes and dtypes that it has with data."""
-    sizes = {"B": 6, "D": 8, "R": 17, "K": 3, "C": 5}
-    want, got = (CALLS[name](Draw(device, **sizes))(None) for device in ("cpu", META))
+    want, got = (drawn_call(name, device, **TINY)(None) for device in ("cpu", META))
     for expected, have in zip(want, got, strict=True):
         if have is None or expected is None:
             assert have is expected
@@ -342,6 +342,26 @@ def test_how_many_neurons_fire_depends_on_values() -> None:
     x, weight = torch.zeros(BATCH, INPUTS, device=META), torch.zeros(17, INPUTS, device=META)
     with pytest.raises(TypeError, match="linear_active: how many neurons fire depends on values"):
         linear_active(x, weight, 3)
+
+
+@pytest.mark.parametrize("impl", ["torch", triton_only("triton"), None])
+@pytest.mark.parametrize("name", CALLS)
+def test_repeats_are_bit_equal(name: str, impl: str | None, device: str) -> None:
+    """Of few neurons, each of many slots; and of as many as a CPU takes its shortcuts for."""
+    if impl not in (None, *_dispatch.TABLES[name.split()[0]]):
+        pytest.skip("the op has no such implementation")
+    if INTERPRETED and name.endswith(("large", "unaligned", "parts")):
+        pytest.skip("long in Triton's interpreter")
+    op, given = CALLS[name]
+    for neurons in (17,) if impl == "triton" else (17, 4100):
+        draw = Draw(device, **TINY | {"B": 8, "R": neurons})
+        run = op.prepare(draw, given)
+        first, *others = (
+            [*results, *gradients(results, draw.leaves)]
+            for results in (run(impl) for _ in range(2 if INTERPRETED else 20))
+        )
+        for again in others:
+            torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("impl", WITH_DEFAULT)
@@ -357,7 +377,7 @@ def test_the_default_device_is_nobodys_business(name: str, impl: str | None, dev
 
     def results() -> Results:
         torch.manual_seed(0)
-        return CALLS[name](Draw("cpu", R=neurons))(impl)
+        return drawn_call(name, R=neurons)(impl)
 
     want = results()
     with META:
@@ -436,6 +456,7 @@ def test_modules_are_copied_and_saved(make: Callable[[int], nn.Module]) -> None:
         (lambda: TopK(True), TypeError, "TopK: k=True must be an integer"),
         (lambda: TopKLinear(4, 8, 2.5), TypeError, "k=2.5"),  # type: ignore[arg-type]
         (lambda: TopKLinear(4, 8, True), TypeError, "k=True"),
+        (lambda: TopKLinear(4, 8, 0), ValueError, r"k=0 must lie in 1\.\.8"),
         (lambda: TopKLinear(4, 8, 9), ValueError, r"k=9 must lie in 1\.\.8"),
         (lambda: TopKLinear(4, 0, 1), ValueError, "neurons=0 must be at least 1"),
         (lambda: TopKLinear(4.0, 8, 1), TypeError, "in_features=4.0"),  # type: ignore[arg-type]

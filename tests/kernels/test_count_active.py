@@ -86,18 +86,6 @@ def test_counts_beyond_the_integers_of_fp32(impl: str, device: str) -> None:
     assert counts.item() == 2**24 + 1
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_errors(impl: str, device: str) -> None:
-    values, indices = torch.ones(2, 3, device=device), torch.zeros(2, 3, dtype=torch.int64)
-    counts = torch.zeros(5, dtype=torch.int64, device=device)
-    with pytest.raises(TypeError, match="count_active: counts has dtype"):
-        count_active(values, indices.to(device), counts.float(), impl=impl)
-    with pytest.raises(TypeError, match="count_active: indices have dtype"):
-        count_active(values, indices.int().to(device), counts, impl=impl)
-    with pytest.raises(ValueError, match="count_active: values have shape"):
-        count_active(values[:1], indices.to(device), counts, impl=impl)
-
-
 @pytest.mark.cuda
 def test_in_a_cuda_graph() -> None:
     values, indices = (t.cuda() for t in code(64, 8, 500, torch.float32))

@@ -7,6 +7,8 @@ is neither handed in nor handed out counts as allocated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import launches
@@ -17,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ssd_kernels import _dispatch
-from tests.kernels.cases._meta import Prepare, new
-from tests.kernels.ops import OPS
+from tests.kernels.cases import Draw, Op, Pin, Prepare
+from tests.kernels.ops import cases
 
 pytestmark = [
     pytest.mark.skipif(not _dispatch.TRITON, reason="Triton is not installed"),
@@ -64,17 +66,35 @@ def counted(prepare: Prepare) -> tuple[list[str], int]:
     return names, len(count.fresh.keys() - _memory(results).keys())
 
 
-PINS = {f"{name} {case}".strip(): pin for name, op in OPS.items() for case, pin in op.pins.items()}
+def prepared(op: Op, pin: Pin) -> Callable[[], Any]:
+    if callable(pin.given):
+        return pin.given()
+    draw, run = op.without_data(pin.dtype, pin.given)
+    forward = partial(run, None)
+    if not pin.backward:
+        return forward
+    before = forward()
+    slopes = [torch.empty_like(before[number]) for number in pin.backward]
+
+    def backward() -> Any:
+        results = forward() if pin.forward else before
+        outputs = [results[number] for number in pin.backward]
+        return results, torch.autograd.grad(outputs, draw.leaves, slopes)
+
+    return backward
+
+
+PINS = cases("pins")
 
 
 @pytest.mark.parametrize("name", PINS)
 def test_launches_and_allocations(name: str) -> None:
-    prepare, expected, allocations = PINS[name]
-    assert counted(prepare) == (expected.split(), allocations)
+    op, pin = PINS[name]
+    assert counted(partial(prepared, op, pin)) == (pin.launches.split(), pin.allocations)
 
 
 def test_counting() -> None:
-    rows = new(4, 3)
+    rows = Draw("meta")(4, 3)
 
     def run() -> Tensor:
         kept = rows.t().contiguous()[1:]  # a copy, of which a view is handed out

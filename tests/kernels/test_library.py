@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -12,46 +11,38 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import ssd_kernels as sk
 from ssd_kernels import _op
-from tests.kernels.cases import Draw, Results, Run
+from tests.kernels.cases import TINY, Draw, Run, gradients
 from tests.kernels.conftest import INTERPRETED, triton_only
-from tests.kernels.ops import OPS, PACKAGES
+from tests.kernels.ops import OPS, PACKAGES, cases
 
 # Compiled on CPU, the traceable path serves; "triton" is operators.
 IMPLS = [None, triton_only("triton")]
-SIZES = {"B": 6, "D": 8, "R": 17, "K": 3, "C": 5}
-BATCH, INPUTS, NEURONS, SLOTS = 6, 8, 17, 3
-CASES = {
-    f"{name} {case}".strip(): call.prepare
-    for name, op in OPS.items()
-    for case, call in op.calls.items()
-    if call.traced
-}
+BATCH, INPUTS, NEURONS, SLOTS = (TINY[name] for name in "BDRK")
+UNTRACED = {f"{name} {case}".strip() for name, op in OPS.items() for case in op.untraced}
+CASES = {name: case for name, case in cases("calls").items() if name not in UNTRACED}
 
 
 def prepared(name: str, device: str) -> tuple[Run, list[Tensor]]:
     """A call, and the leaves that its gradients are asked for."""
-    draw = Draw(device, **SIZES)
-    return CASES[name](draw), draw.leaves
+    op, given = CASES[name]
+    draw = Draw(device, **TINY)
+    return op.prepare(draw, given), draw.leaves
 
 
-def gradients(outputs: Results, leaves: list[Tensor]) -> list[Tensor]:
-    reached = [o for o in outputs if o is not None and o.requires_grad]
-    if not reached:
-        return []
-    loss = torch.stack([o.double().square().sum() for o in reached]).sum()
-    return list(torch.autograd.grad(loss, leaves))
-
-
-def check_compiled(name: str, impl: str | None, backend: str, device: str) -> None:
+def check_compiled(name: str, impl: str | None, backend: Any, device: str) -> None:
     torch._dynamo.reset()
     run, leaves = prepared(name, device)
-    eager, traced = run(impl), torch.compile(run, fullgraph=True, backend=backend)(impl)
+    with Operators() as called:
+        eager = run(impl)
+    assert not called.names  # operators serve traced calls only
+    traced = torch.compile(run, fullgraph=True, backend=backend)(impl)
     expected = gradients(eager, leaves)
     assert bool(expected) == bool(leaves)
     torch.testing.assert_close(traced, eager)
@@ -61,7 +52,15 @@ def check_compiled(name: str, impl: str | None, backend: str, device: str) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_to_one_graph(name: str, impl: str | None, device: str) -> None:
-    check_compiled(name, impl, "aot_eager", device)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[Tensor]) -> Any:
+        graphs.append(_code_of(graph))
+        return lookup_backend("aot_eager")(graph, given)
+
+    check_compiled(name, impl, backend, device)
+    words = [f"{package}.{name}" for package in PACKAGES for name in _operators()]
+    assert impl is None or any(word in graphs[0] for word in words)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="inductor's own Triton kernels need the compiler")
@@ -107,7 +106,7 @@ def test_one_graph_serves_every_batch(impl: str | None, device: str) -> None:
     torch._dynamo.reset()
     run = Reconstruction(impl, device)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch in (4, 9, 33):
+    for batch in (4, 9) if INTERPRETED else (4, 9, 33):
         x = torch.randn(batch, INPUTS, device=device, requires_grad=True)
         got, want = (torch.autograd.grad(run(x).square().sum(), x)[0] for run in (compiled, run))
         torch.testing.assert_close(got, want)
@@ -130,11 +129,11 @@ def test_compiled_transforms(impl: str | None, device: str) -> None:
 def test_operators_are_exported(impl: str, strict: bool, device: str) -> None:
     module = Reconstruction(impl, device)
     sizes = ({0: torch.export.Dim("batch")},)
-    example = (torch.randn(32, INPUTS, device=device),)
+    example = (torch.randn(4, INPUTS, device=device),)
     with torch.no_grad():
         program = torch.export.export(module, example, dynamic_shapes=sizes, strict=strict)
     assert "ssd_kernels.linear_topk" in _code_of(program.graph_module)
-    for batch in (2, 7, 300):
+    for batch in (2, 7) if INTERPRETED else (2, 7, 300):
         x = torch.randn(batch, INPUTS, device=device)
         torch.testing.assert_close(program.module()(x), module(x))
 
@@ -157,7 +156,7 @@ class Reconstruction(nn.Module):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_learning_rate_may_change_between_compiled_steps(impl: str | None, device: str) -> None:
     torch._dynamo.reset()
-    values, indices = Draw(device, **SIZES).code()
+    values, indices = Draw(device, **TINY).code()
     inputs = torch.randn(BATCH, INPUTS, device=device)
 
     def step(weight: Tensor, lr: float) -> Tensor:
@@ -175,36 +174,36 @@ def _copied(arguments: Any) -> Any:
 
 
 @cache
-def operator_calls(name: str, device: str) -> list[tuple[str, Any, Any]]:
-    """The operators that a call and its backward come to, and their arguments."""
-    calls = []
+def operator_calls(device: str) -> dict[str, tuple[str, Any, Any]]:
+    """The operators that all calls and their backwards come to: one call of each kind.
+
+    Calls are of a kind if they differ in no more than the sizes and values of tensors.
+    """
+    calls: dict[str, tuple[str, Any, Any]] = {}
     cross = CustomOpDef.__call__
 
     def recorded(operator: CustomOpDef, *args: Any, **kwargs: Any) -> Any:
-        calls.append((operator._qualname.partition("::")[2], _copied(args), _copied(kwargs)))
+        given = operator._qualname.partition("::")[2], _copied(args), _copied(kwargs)
+        kind = tree_map_only(Tensor, lambda t: (t.dtype, t.dim(), t.requires_grad), given)
+        calls.setdefault(str(kind), given)
         return cross(operator, *args, **kwargs)
 
-    run, leaves = prepared(name, device)
     with (
         patch.object(CustomOpDef, "__call__", recorded),
         patch.object(_op, "_dispatch", SimpleNamespace(tracing=lambda: True)),
     ):
-        gradients(run("triton"), leaves)
+        for name in CASES:
+            run, leaves = prepared(name, device)
+            gradients(run("triton"), leaves)
     return calls
 
 
 @pytest.mark.parametrize("impl", [triton_only("triton")])
-@pytest.mark.parametrize("name", CASES)
-def test_opcheck(name: str, impl: str, device: str) -> None:
-    for operator, args, kwargs in operator_calls(name, device):
+def test_opcheck(impl: str, device: str) -> None:
+    for operator, args, kwargs in operator_calls(device).values():
         results = torch.library.opcheck(_operators()[operator], args, kwargs)
         assert set(results.values()) == {"SUCCESS"}, operator
-
-
-@pytest.mark.parametrize("impl", [triton_only("triton")])
-def test_every_operator_is_checked(impl: str, device: str) -> None:
-    called = {operator for name in CASES for operator, *_ in operator_calls(name, device)}
-    assert _operators().keys() == called
+    assert _operators().keys() == {operator for operator, *_ in operator_calls(device).values()}
 
 
 def _operators() -> dict[str, Any]:
@@ -217,26 +216,6 @@ def _operators() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("impl", [triton_only("triton")])
-@pytest.mark.parametrize("name", CASES)
-def test_operators_serve_traced_calls_only(name: str, impl: str, device: str) -> None:
-    torch._dynamo.reset()
-    run, _ = prepared(name, device)
-    graphs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(_code_of(graph))
-        return graph.forward
-
-    with Operators() as eager:
-        run(impl)
-    assert not eager.called
-    torch.compile(lambda: run(impl), fullgraph=True, backend=backend)()
-    assert any(
-        f"{package}.{operator}" in graphs[0] for package in PACKAGES for operator in _operators()
-    )
-
-
 def _code_of(graph: torch.fx.GraphModule) -> str:
     """With its subgraphs."""
     return "".join(m.code for m in graph.modules() if isinstance(m, torch.fx.GraphModule))
@@ -247,11 +226,11 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.called: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         if func.namespace in PACKAGES:
-            self.called.append(str(func))
+            self.names.append(str(func))
         return func(*args, **(kwargs or {}))

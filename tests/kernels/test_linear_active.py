@@ -130,28 +130,3 @@ def test_every_neuron_and_several_networks(impl: str) -> None:
         assert alone.neurons is None
         torch.testing.assert_close(active.values[rows], alone.values)
         assert torch.equal(active.gate[rows] > 0, alone.gate > 0)
-
-
-def test_repeats_are_bit_equal() -> None:
-    x, weight, gaba = layer(32, 16, 500, torch.float32)
-    first = linear_active(x, weight, 5, gaba)
-    for _ in range(20):
-        again = linear_active(x, weight, 5, gaba)
-        assert torch.equal(first.values, again.values)
-        assert torch.equal(dense(first, 500), dense(again, 500))
-
-
-@pytest.mark.parametrize("k", [0, 51])
-def test_bad_k(k: int) -> None:
-    with pytest.raises(ValueError, match="linear_active"):
-        linear_active(torch.rand(2, 8), torch.rand(50, 8), k)
-
-
-def test_bad_inputs() -> None:
-    x, weight = torch.rand(2, 8), torch.rand(50, 8)
-    with pytest.raises(ValueError, match="gaba"):
-        linear_active(x, weight, 5, torch.rand(49))
-    with pytest.raises(ValueError, match="inhibition"):
-        linear_active(x, weight, 5, inhibition="none")
-    with pytest.raises(TypeError, match="counts"):
-        linear_active(x, weight, 5, counts=torch.zeros(50))

@@ -17,7 +17,7 @@ for package in (ssd_kernels, ssd.ops):  # every op registers when its module is 
         if module.name != "_loops":  # which needs numba
             importlib.import_module(f"{package.__name__}.{module.name}")
 EVERY = {"calls", "checked"}
-KERNELS = {"launch", "compiled", "pins"}
+KERNELS = {"compiled", "pins"}
 PUBLIC = {"good", "bad", "drawn"}
 
 

@@ -30,15 +30,21 @@ def code() -> Arguments:
 
 META = torch.device("meta")
 SETTINGS: list[Bad] = [
+    ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
+    ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
     ({"k": True}, TypeError, "k=True must be an integer"),
     ({"k": 2.0}, TypeError, r"k=2\.0 must be an integer"),
     ({"k": torch.tensor(2)}, TypeError, "must be an integer"),
     ({"k": "2"}, TypeError, "k='2' must be an integer"),
 ]
+NETWORKS: list[Bad] = [
+    ({"networks": 0}, ValueError, "networks=0 must divide the 4 rows of x"),
+    ({"networks": -1}, ValueError, "networks=-1 must divide the 4 rows of x"),
+    ({"networks": 3}, ValueError, "networks=3 must divide the 4 rows of x"),
+    ({"networks": 2}, ValueError, "networks=2 must divide the 9 rows of weight"),
+]
 LAYER: list[Bad] = [
     *SETTINGS,
-    ({"k": 0}, ValueError, r"k=0 must lie in 1\.\.9"),
-    ({"k": 10}, ValueError, r"k=10 must lie in 1\.\.9"),
     ({"networks": True}, TypeError, "networks=True must be an integer"),
     ({"networks": 1.0}, TypeError, r"networks=1\.0 must be an integer"),
     ({"x": torch.ones(4, 5, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
@@ -53,10 +59,7 @@ LAYER: list[Bad] = [
     ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
     ({"counts": torch.zeros(8).long()}, ValueError, r"counts has shape \[8\]"),
     ({"counts": torch.zeros(9, device=META).long()}, ValueError, "counts is on meta"),
-    ({"networks": 0}, ValueError, "networks=0 must divide the 4 rows of x"),
-    ({"networks": -1}, ValueError, "networks=-1 must divide the 4 rows of x"),
-    ({"networks": 3}, ValueError, "networks=3 must divide the 4 rows of x"),
-    ({"networks": 2}, ValueError, "networks=2 must divide the 9 rows of weight"),
+    *NETWORKS,
     ({"networks": 3, "x": torch.ones(3, 5), "k": 4}, ValueError, r"k=4 must lie in 1\.\.3"),
 ]
 GABA: list[Bad] = [
@@ -69,7 +72,8 @@ ACTIVE: list[Bad] = [
     *GABA,
     ({"counts": torch.zeros(9)}, TypeError, "counts has dtype torch.float32"),
     ({"x": torch.ones(2, 4, 5)}, ValueError, r"x has shape \[2, 4, 5\], expected \[B, d\]"),
-    ({"networks": 3}, ValueError, "networks=3 must divide the 4 rows of x"),
+    *NETWORKS,
+    ({"inhibition": "none"}, ValueError, "inhibition='none'"),
 ]
 GRADED: list[Bad] = [
     *ACTIVE,

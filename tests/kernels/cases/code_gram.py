@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from ssd.ops.code_gram import code_gram
 from tests.kernels import cases
 from tests.kernels.cases import BF16, FP32, FP64
-from tests.kernels.cases import _checked as small
-from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_codes import CodeGram
 
 
-def call(draw: cases.Draw) -> cases.Run:
+def call(draw: cases.Draw, labels: bool = True, into: torch.dtype = FP32) -> cases.Run:
+    """targets: labels, or dense; none where C is 0."""
     values, indices = draw.code()
-    labels, targets = draw.labels(), draw(draw.B, draw.C)
+    into = FP64 if draw.wide else into
+    starts = [torch.ones(draw.R, n, dtype=into, device=draw.device) for n in (draw.R, draw.C)]
+    targets = []
+    if draw.C:
+        targets = [draw.labels() if labels else draw(draw.B, draw.C).contiguous()]
 
     def run(impl: str | None) -> cases.Results:
-        gram, cross = values.new_zeros(draw.R, draw.R), values.new_zeros(2, draw.R, draw.C)
-        code_gram(values, indices, gram, cross[0], labels, impl=impl)
-        code_gram(values, indices, gram, cross[1], targets, impl=impl)
-        code_gram(values, indices, gram, impl=impl)
-        return gram, cross
+        sums = [draw.copy(start) for start in starts[: 1 + len(targets)]]
+        code_gram(values, indices, *sums, *targets, impl=impl)
+        return tuple(sums)
 
     return run
 
@@ -67,69 +66,24 @@ BAD: list[cases.Bad] = [
 ]
 
 
-def launch(
-    dtype: torch.dtype,
-    *,
-    B: int,
-    R: int,
-    k: int,
-    C: int = 0,
-    labels: bool = True,
-    into: torch.dtype = FP32,
-) -> None:
-    targets = meta.longs(B) if labels else meta.new(B, C, dtype=dtype)
-    cross = meta.new(R, C, dtype=into) if C else None
-    code_gram(
-        *meta.code(B, R, k, dtype, grad=True),
-        meta.new(R, R, dtype=into),
-        cross,
-        targets if C else None,
-    )
-
-
-def check(
-    batch: int, slots: int, neurons: int, targets: str, dtype: torch.dtype = torch.float32
-) -> None:
-    values, indices = small.code(batch, slots, neurons)
-    wanted = {
-        "none": None,
-        "labels": torch.randint(3, (batch,)),
-        "dense": small.integers(batch, 5).contiguous(),
-    }[targets]
-    classes = 3 if targets == "labels" else 5
-    results = []
-    for impl in ("triton", "reference"):
-        gram = torch.ones(neurons, neurons, dtype=dtype)
-        cross = None if wanted is None else torch.ones(neurons, classes, dtype=dtype)
-        code_gram(values, indices, gram, cross, wanted, impl=impl)
-        results.append((gram, cross))
-    small.equal(*results)
-
-
 OP = cases.Op(
     code_gram,
-    calls={"": cases.Call(call, half=False)},
+    call,
+    calls={"": {}, "of targets": {"labels": False}, "alone": {"C": 0}},
     good=good,
     bad=BAD,
     drawn=CodeGram(code_gram),
-    launch=launch,
     compiled=[
         *cases.grid(FP32, B=1024, R=10000, k=32),
         *cases.grid(BF16, B=1024, R=10000, k=32, C=10, into=FP64),
         *cases.grid(FP32, B=1024, R=10000, k=300, C=10, labels=False, into=FP64),
     ],
     checked={
-        "": partial(check, 4, 6, 9, "none"),
-        "labels": partial(check, 4, 6, 9, "labels", FP64),
-        "dense": partial(check, 4, 3, 5, "dense"),
-        "one": partial(check, 3, 1, 2, "labels"),
+        "": cases.check(B=4, K=6, R=9, C=0),
+        "labels": cases.check(B=4, K=6, R=9, C=3, into=FP64),
+        "dense": cases.check(B=4, K=3, R=5, C=5, labels=False),
+        "one": cases.check(B=3, K=1, R=2, C=3),
     },
     tiles={"code_gram": cases.tile(BLOCK=4, num_warps=1)},
-    pins={
-        "": cases.Pin(
-            meta.of(code_gram, *meta.code(**meta.SMALL), meta.new(10_000, 10_000)),
-            f"{meta.RANKED} _gram_kernel",
-            1,
-        )
-    },
+    pins={"": cases.pin(f"{cases.RANKED} _gram_kernel", 1, **cases.SMALL)},
 )

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 
 from ssd.ops.distill import distill
 from tests.kernels import cases
 from tests.kernels.cases import BF16, FP32
-from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_distill import Distill
 
 
-def call(draw: cases.Draw) -> cases.Run:
+def call(
+    draw: cases.Draw,
+    teacher: bool = True,
+    columns: bool = False,
+    kl: str = "reverse",
+    each: bool = False,
+) -> cases.Run:
+    """columns: some are left out. each: settings, and a weight, of each sample."""
     logits, target = draw(draw.B, draw.C), draw(draw.B, draw.C)
-    hidden, taught = draw(draw.B, draw.K).relu(), draw(draw.B, draw.K).relu()
-    labels, weight = draw.labels(), draw(draw.B).abs()
-    settings: dict[str, Any] = {"alpha": 0.6, "lam": 0.3, "temperature": 2.0}
-
-    def run(impl: str | None) -> cases.Results:
-        given = logits, labels, target, hidden, taught
-        return (
-            *distill(*given, **settings, weight=weight, impl=impl),
-            *distill(logits, labels, weight=weight, impl=impl),
-        )
-
-    return run
-
-
-def each_sample(draw: cases.Draw) -> cases.Run:
-    """Settings of each sample, the other divergence, and columns that are left out."""
-    logits, target = draw(draw.B, draw.C), draw(draw.B, draw.C)
-    hidden, taught = draw(draw.B, draw.K).relu(), draw(draw.B, draw.K).relu()
-    labels, columns = draw.labels(), logits > -1
-    alpha, lam, weight = (draw(draw.B).abs() for _ in range(3))
-
-    def run(impl: str | None) -> cases.Results:
-        given: dict[str, Any] = {"alpha": alpha, "lam": lam, "temperature": lam + 1}
-        given |= {"weight": weight, "columns": columns, "kl": "forward", "impl": impl}
-        return tuple(distill(logits, labels, target, hidden, taught, **given))
-
-    return run
+    hidden = [draw(draw.B, draw.N).relu() for _ in range(2)] if draw.N else [None, None]
+    given = logits, draw.labels(), target if teacher else None, *hidden
+    options = draw.settings(each) | {"kl": kl, "columns": logits > -1 if columns else None}
+    return lambda impl: tuple(distill(*given, **options, impl=impl))
 
 
 def good() -> cases.Arguments:
@@ -81,66 +61,17 @@ BAD: list[cases.Bad] = [
 ]
 
 
-def launch(
-    dtype: torch.dtype,
-    *,
-    B: int,
-    C: int,
-    n: int = 0,
-    teacher: bool = True,
-    columns: bool = False,
-    kl: str = "reverse",
-    each: bool = False,
-) -> None:
-    """each: settings, and a weight, of each sample."""
-    hidden = meta.new(B, n, dtype=dtype) if n else None
-    distill(
-        meta.new(B, C, dtype=dtype),
-        meta.longs(B),
-        meta.new(B, C, dtype=dtype) if teacher else None,
-        hidden,
-        hidden,
-        **meta.settings(B, each),
-        kl=kl,
-        columns=meta.new(B, C, dtype=torch.bool) if columns else None,
-    )
-
-
-def check(
-    classes: int, teacher: bool, hidden: bool, columns: bool, kl: str, each: bool = False
-) -> None:
-    logits, labels = torch.randn(3, classes), torch.randint(classes, (3,))
-    options: dict[str, Any] = {"kl": kl, "alpha": 0.3, "lam": 0.4, "temperature": 2.0}
-    if each:
-        options |= {"lam": torch.rand(3), "weight": torch.rand(3)}
-    if columns:
-        options["columns"] = torch.rand(3, classes) < 0.5
-        options["columns"][:, 0] = True
-    given = [torch.randn(3, classes) if teacher else None]
-    given += [torch.randn(3, 18), torch.randn(3, 18)] if hidden else [None, None]
-    got, expected = (
-        distill(logits, labels, *given, impl=impl, **options) for impl in ("triton", "reference")
-    )
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def pinned(teacher: bool = True, each: bool = False) -> meta.Prepare:
-    """distill of [128, 10]; each: settings, and a weight, of each sample."""
-    logits, labels = meta.new(128, 10), meta.longs(128)
-    terms = [meta.new(128, 10) for _ in range(3)] if teacher else [None, logits, logits]
-    names = ("alpha", "lam", "temperature", "weight")
-    options = {name: meta.new(128) for name in names} if each else {"alpha": 0.5, "lam": 0.5}
-    return meta.of(distill, logits, labels, *terms, **options)
-
-
 OP = cases.Op(
     distill,
-    calls={"": cases.Call(call, half=False), "of each sample": cases.Call(each_sample, half=False)},
+    call,
+    calls={
+        "": {},
+        "of each sample": {"columns": True, "kl": "forward", "each": True},
+        "of labels": {"teacher": False, "N": 0},
+    },
     good=good,
     bad=BAD,
     drawn=Distill(distill),
-    launch=launch,
     compiled=[
         *cases.grid(FP32, B=128, C=10, teacher=False),
         *cases.grid(FP32, BF16, B=128, C=10),
@@ -149,16 +80,16 @@ OP = cases.Op(
         *cases.grid(FP32, BF16, B=128, C=4096, n=4096, columns=True),
     ],
     checked={
-        "": partial(check, 10, True, True, True, "reverse"),
-        "each": partial(check, 10, True, True, False, "reverse", each=True),
-        "hidden alone": partial(check, 3, False, True, False, "reverse", each=True),
-        "forward": partial(check, 18, True, False, False, "forward"),
-        "labels": partial(check, 3, False, False, False, "reverse"),
+        "": cases.check(tolerance=1e-4, B=3, C=10, N=18, columns=True),
+        "each": cases.check(tolerance=1e-4, B=3, C=10, N=18, each=True),
+        "hidden alone": cases.check(tolerance=1e-4, B=3, C=3, N=18, teacher=False, each=True),
+        "forward": cases.check(tolerance=1e-4, B=3, C=18, N=0, kl="forward"),
+        "labels": cases.check(tolerance=1e-4, B=3, C=3, N=0, teacher=False),
     },
     tiles={"distill": cases.tile(num_warps=1)},
     pins={
-        "": cases.Pin(pinned(), "_distill_kernel", 0),
-        "each": cases.Pin(pinned(each=True), "_distill_kernel", 0),
-        "labels": cases.Pin(pinned(teacher=False), "_distill_kernel", 0),
+        "": cases.pin("_distill_kernel", 0, B=128, C=10, N=10),
+        "each": cases.pin("_distill_kernel", 0, B=128, C=10, N=10, each=True),
+        "labels": cases.pin("_distill_kernel", 0, B=128, C=10, N=10, teacher=False),
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,6 @@ import torch
 from ssd_kernels import linear_topk, sparse_linear
 from tests.kernels import cases
 from tests.kernels.cases import BF16, FP16, FP32
-from tests.kernels.cases import _checked as small
-from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_layers import LinearTopK
 
@@ -20,121 +19,28 @@ TILE = {"TOGETHER": 2, "BM": 4, "BN": 64, "BK": 8, "num_warps": 1, "num_stages":
 PLAIN, DESCRIBED = ({**TILE, "DESCRIPTORS": on, "PERSISTENT": on} for on in (0, 1))
 
 
-def call(draw: cases.Draw, networks: int = 1) -> cases.Run:
-    x, weight, bias = draw.layer(networks)
-    counts = draw.counts(networks * draw.R)
+CHECKED: dict[str, cases.Arguments] = {
+    "one": {"B": 5, "R": 70, "D": 9, "K": 1, "bias": False},
+    "ties": {"B": 3, "R": 130, "D": 9, "K": 3, "inhibition": "subtract"},
+    "networks": {"S": 2, "B": 5, "R": 65, "D": 9, "K": 2, "bias": False, "counts": False},
+    "all": {"B": 1, "R": 33, "D": 37, "K": 33, "counts": False},
+    "many groups": {"B": 2, "R": 700, "D": 1, "K": 1, "bias": False, "grad": False},
+}
+
+
+def call(
+    draw: cases.Draw, bias: bool = True, counts: bool = False, every: bool = False, **options: Any
+) -> cases.Run:
+    """every: every neuron stays active."""
+    x, weight, shift = draw.layer(bias)
+    k, start = draw.R if every else draw.K, draw.counts(draw.S * draw.R)
 
     def run(impl: str | None) -> cases.Results:
-        now = counts.clone()
-        out = linear_topk(
-            x,
-            weight,
-            draw.K,
-            bias,
-            inhibition="subtract",
-            threshold=True,
-            counts=now,
-            networks=networks,
-            impl=impl,
-        )
-        return out.values, out.indices, out.threshold, now
+        now = draw.copy(start) if counts else None
+        given = {"counts": now, "networks": draw.S, "impl": impl, **options}
+        return *linear_topk(x, weight, k, shift, **given), now
 
     return run
-
-
-def of_all(draw: cases.Draw) -> cases.Run:
-    """Every neuron stays active, and none is counted."""
-    x, weight, bias = draw.layer()
-
-    def run(impl: str | None) -> cases.Results:
-        out = linear_topk(x, weight, draw.R, bias, impl=impl)
-        return out.values, out.indices
-
-    return run
-
-
-def preactivations(draw: cases.Draw) -> cases.Run:
-    x, weight, bias = draw.layer()
-
-    def run(impl: str | None) -> cases.Results:
-        out = linear_topk(x, weight, draw.K, bias, preactivations=True, impl=impl)
-        return out.values, out.indices, out.preactivations
-
-    return run
-
-
-def forward(draw: cases.Draw, batch: int, d: int, networks: int = 1) -> cases.Run:
-    x, weight = draw(networks * batch, d), draw(networks * draw.R, d)
-    bias = draw(networks * draw.R)
-
-    def run(impl: str | None) -> cases.Results:
-        out = linear_topk(x, weight, draw.K, bias, networks=networks, impl=impl)
-        return out.values, out.indices
-
-    return run
-
-
-def launch(
-    dtype: torch.dtype,
-    *,
-    B: int,
-    d: int,
-    R: int,
-    k: int,
-    S: int = 1,
-    bias: bool = True,
-    counts: bool = False,
-    backward: bool = False,
-    **options: Any,
-) -> None:
-    output = linear_topk(
-        meta.new(S * B, d, dtype=dtype, grad=True),
-        meta.new(S * R, d, dtype=dtype, grad=True),
-        k,
-        meta.new(S * R, dtype=dtype, grad=True) if bias else None,
-        counts=meta.longs(S * R) if counts else None,
-        networks=S,
-        **options,
-    )
-    if backward:
-        loss = output.values.sum()
-        (loss if output.threshold is None else loss + output.threshold.sum()).backward()
-
-
-def check(
-    batch: int,
-    neurons: int,
-    features: int,
-    k: int,
-    bias: bool = True,
-    inhibition: str = "mask",
-    count: bool = True,
-    networks: int = 1,
-    grad: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    given = small.layer(batch * networks, neurons * networks, features, bias, dtype)
-    leaves = [t.requires_grad_(grad) for t in given if t is not None]
-    results = []
-    for name in ("triton", "reference"):
-        counts = small.counter(neurons * networks) if count else None
-        out = linear_topk(
-            given[0],
-            given[1],
-            k,
-            given[2],
-            inhibition=inhibition,
-            threshold=True,
-            counts=counts,
-            networks=networks,
-            impl=name,
-        )
-        assert out.threshold is not None
-        loss = (out.values * small.ramp(out.values)).sum() + (
-            out.threshold * small.ramp(out.threshold)
-        ).sum()
-        results.append((out[:3], counts, small.gradients(loss, leaves) if grad else ()))
-    small.equal(*results)
 
 
 def rescored(networks: int, bias: bool) -> None:
@@ -155,118 +61,47 @@ def rescored(networks: int, bias: bool) -> None:
     torch.testing.assert_close(got.values.double(), expected.values, rtol=1e-5, atol=1e-5)
 
 
-def encoder(needs: str = "xwb", parts: str = "values", **shape: int) -> meta.Prepare:
-    """The backward of linear_topk, for x, w(eight) and b(ias)."""
-
-    def prepare() -> meta.Run:
-        B, R = shape["B"], shape["R"]
-        leaves = [
-            meta.new(*size, grad=name in needs)
-            for name, size in (("x", (B, 256)), ("w", (R, 256)), ("b", (R,)))
-        ]
-        out = linear_topk(*leaves[:2], shape["k"], leaves[2], threshold=True)
-        outputs = [getattr(out, part) for part in parts.split()]
-        return meta.backward(outputs, [leaf for leaf in leaves if leaf.requires_grad])
-
-    return prepare
-
-
-def encode(
-    dtype: torch.dtype = torch.float32,
-    grad: bool = False,
-    backward: bool = False,
-    threshold: bool = False,
-    **shape: int,
-) -> meta.Prepare:
-    """linear_topk, and its backward to x, weight and bias."""
-
-    def prepare() -> meta.Run:
-        B, R = shape["B"], shape["R"]
-        leaves = [meta.new(*size, dtype=dtype, grad=grad) for size in ((B, 256), (R, 256), (R,))]
-        slopes, counts = meta.new(B, shape["k"], dtype=dtype), meta.longs(R)
-
-        def run() -> Any:
-            x, weight, bias = leaves
-            out = linear_topk(x, weight, shape["k"], bias, threshold=threshold, counts=counts)
-            return out, torch.autograd.grad(out.values, leaves, slopes) if backward else None
-
-        return run
-
-    return prepare
-
-
-def both(**shape: int) -> meta.Prepare:
+def with_decoder(sizes: dict[str, int]) -> cases.Prepare:
     """The backward of a decoder and its encoder."""
 
-    def prepare() -> meta.Run:
-        leaves = [meta.new(shape["R"], 256, grad=True) for _ in range(2)]
-        hidden = linear_topk(meta.new(shape["B"], 256), leaves[0], shape["k"])
-        return meta.backward([sparse_linear(hidden.values, hidden.indices, leaves[1])], leaves)
+    def prepare() -> Callable[[], Any]:
+        draw = cases.Draw("meta", **sizes)
+        leaves = [draw(draw.R, draw.D).requires_grad_() for _ in range(2)]
+        hidden = linear_topk(draw(draw.B, draw.D), leaves[0], draw.K)
+        out = sparse_linear(hidden.values, hidden.indices, leaves[1])
+        return partial(torch.autograd.grad, out, leaves, torch.empty_like(out))
 
     return prepare
 
 
+ALL = {"counts": True, "inhibition": "subtract", "threshold": True}
+KEPT = {"counts": True, "threshold": True}
 ENCODE = "_keys_kernel _code_kernel"
-PINS = {
-    "": cases.Pin(encode(threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2),
-    "in 16 bits": cases.Pin(encode(BF16, threshold=True, **meta.SMALL), ENCODE, 2),
-    "with gradients": cases.Pin(
-        encode(grad=True, threshold=True, **meta.SMALL), f"_halve_kernel {ENCODE}", 2
-    ),
-    "both ways": cases.Pin(
-        encode(grad=True, backward=True, threshold=True, **meta.SMALL),
-        f"_halve_kernel {ENCODE} _gather_kernel {meta.RANKED} segment_kernel",
-        3,
-    ),
-    # Two blocks of rows.
-    "both ways, large": cases.Pin(
-        encode(grad=True, backward=True, threshold=True, **meta.LARGE),
-        f"_halve_kernel {ENCODE} {ENCODE} _gather_kernel {meta.SORTED} segment_kernel",
-        6,
-    ),
-    "backward": cases.Pin(encoder(**meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1),
-    "backward to x": cases.Pin(encoder("x", **meta.SMALL), "_gather_kernel", 0),
-    "backward to weight": cases.Pin(encoder("w", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
-    "backward to bias": cases.Pin(encoder("b", **meta.SMALL), f"{meta.RANKED} segment_kernel", 1),
-    "backward large": cases.Pin(
-        encoder(**meta.LARGE), f"_gather_kernel {meta.SORTED} segment_kernel", 4
-    ),
-    "backward of threshold": cases.Pin(
-        encoder(parts="threshold", **meta.SMALL), f"_gather_kernel {meta.RANKED} segment_kernel", 1
-    ),
-    "backward of values and threshold": cases.Pin(
-        encoder(parts="values threshold", **meta.SMALL),
-        f"cat cat cat _gather_kernel {meta.RANKED} segment_kernel",
-        4,
-    ),
-    "with its decoder, backward": cases.Pin(
-        both(**meta.SMALL), f"{meta.RANKED} segment_kernel segment_kernel", 2
-    ),
-    "with its decoder, backward large": cases.Pin(
-        both(**meta.LARGE), f"{meta.SORTED} segment_kernel segment_kernel", 5
-    ),
-}
+BACKWARD = f"_gather_kernel {cases.RANKED} segment_kernel"
+
+
+def backward(launches: str, allocations: int, *outputs: int, **given: Any) -> cases.Pin:
+    given = cases.SMALL | {"threshold": True} | given
+    return cases.pin(launches, allocations, backward=outputs or (0,), forward=False, **given)
 
 
 OP = cases.Op(
     linear_topk,
+    call,
     calls={
-        "": cases.Call(call),
-        "of networks": cases.Call(partial(call, networks=2)),
-        "of all neurons": cases.Call(of_all),
-        "and preactivations": cases.Call(preactivations),
-        "large": cases.Call(partial(forward, batch=cases.Draw.MANY, d=24), traced=False),
-        "large, unaligned": cases.Call(
-            partial(forward, batch=cases.Draw.MANY, d=cases.Draw.UNALIGNED), traced=False
-        ),
-        "of networks, large": cases.Call(
-            partial(forward, batch=cases.Draw.MANY, d=24, networks=2), traced=False
-        ),
+        "": ALL,
+        "of networks": {**ALL, "S": 2},
+        "of all neurons": {"every": True},
+        "and preactivations": {"preactivations": True},
+        "large": {"B": cases.MANY},
+        "large, unaligned": {"B": cases.MANY, "D": cases.UNALIGNED},
+        "of networks, large": {"B": cases.MANY, "S": 2},
     },
+    half=True,
+    untraced=["large", "large, unaligned", "of networks, large"],
     good=refused.layer,
     bad=refused.LAYER,
     drawn=LinearTopK(linear_topk),
-    launch=launch,
     compiled=[
         *cases.grid(
             FP32, B=128, d=256, R=10000, k=10, bias=False, inhibition="subtract", counts=True
@@ -286,20 +121,44 @@ OP = cases.Op(
     ],
     checked={
         **{
-            f"{name} {word}": partial(check, *shape, **options, dtype=dtype)
+            f"{name} {word}": cases.check(dtype, **KEPT | given)
             for dtype, word in ((FP32, "single"), (FP16, "half"))
-            for name, shape, options in (
-                ("one", (5, 70, 9, 1), {"bias": False}),
-                ("ties", (3, 130, 9, 3), {"inhibition": "subtract"}),
-                ("networks", (5, 65, 9, 2), {"networks": 2, "bias": False, "count": False}),
-                ("all", (1, 33, 37, 33), {"count": False}),
-                ("many groups", (2, 700, 1, 1), {"bias": False, "grad": False}),
-            )
+            for name, given in CHECKED.items()
         },
-        "": partial(check, 2, 40, 3, 3),
+        "": cases.check(B=2, R=40, D=3, K=3, **KEPT),
         "rescored": partial(rescored, 2, True),
         "rescored without bias": partial(rescored, 1, False),
     },
     tiles={"linear_topk": (({"aligned": 0}, PLAIN), ({}, DESCRIBED))},
-    pins=PINS,
+    pins={
+        "": cases.pin(f"_halve_kernel {ENCODE}", 2, **cases.SMALL, **KEPT, grad=False),
+        "in 16 bits": cases.pin(ENCODE, 2, dtype=BF16, **cases.SMALL, **KEPT, grad=False),
+        "with gradients": cases.pin(f"_halve_kernel {ENCODE}", 2, **cases.SMALL, **KEPT),
+        "both ways": cases.pin(
+            f"_halve_kernel {ENCODE} {BACKWARD}", 3, backward=[0], **cases.SMALL, **KEPT
+        ),
+        # Two blocks of rows.
+        "both ways, large": cases.pin(
+            f"_halve_kernel {ENCODE} {ENCODE} _gather_kernel {cases.SORTED} segment_kernel",
+            6,
+            backward=[0],
+            **cases.LARGE,
+            **KEPT,
+        ),
+        "backward": backward(BACKWARD, 1),
+        "backward to x": backward("_gather_kernel", 0, learned=["x"]),
+        "backward to weight": backward(f"{cases.RANKED} segment_kernel", 1, learned=["weight"]),
+        "backward to bias": backward(f"{cases.RANKED} segment_kernel", 1, learned=["bias"]),
+        "backward large": backward(
+            f"_gather_kernel {cases.SORTED} segment_kernel", 4, **cases.LARGE
+        ),
+        "backward of threshold": backward(BACKWARD, 1, 2),
+        "backward of values and threshold": backward(f"cat cat cat {BACKWARD}", 4, 0, 2),
+        "with its decoder, backward": cases.pin(
+            f"{cases.RANKED} segment_kernel segment_kernel", 2, with_decoder(cases.SMALL)
+        ),
+        "with its decoder, backward large": cases.pin(
+            f"{cases.SORTED} segment_kernel segment_kernel", 5, with_decoder(cases.LARGE)
+        ),
+    },
 )

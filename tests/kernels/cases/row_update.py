@@ -2,59 +2,44 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ssd_kernels import row_update
 from tests.kernels import cases
 from tests.kernels.cases import BF16, FP32
-from tests.kernels.cases import _meta as meta
 from tests.kernels.cases import _refused as refused
 from tests.kernels.property_codes import RowUpdate
 
 
-def call(draw: cases.Draw, networks: int = 1, momentum: float = 0.0) -> cases.Run:
-    coefficients, indices = draw.code(networks)
-    rows, neurons = networks * draw.B, networks * draw.R
-    starts, kept = ([draw(neurons, draw.D), draw(neurons, draw.C)] for _ in range(2))
-    inputs = [draw(rows, draw.D), draw(rows, draw.C)]
-    rates: Any = 0.1
-    if networks > 1:
-        rates = torch.linspace(0.1, 0.2, networks, device="cpu").to(coefficients)
+def call(
+    draw: cases.Draw,
+    single: bool = False,
+    project: bool = True,
+    momentum: float = 0.0,
+    max_norm: float | None = None,
+) -> cases.Run:
+    """Each of several networks has its rate and bound; each matrix has idle slots of its own."""
+    values, indices = draw.code()
+    widths = [draw.D] if single else [draw.D, draw.C]
+    starts, kept = ([draw(draw.S * draw.R, w) for w in widths] for _ in range(2))
+    coefficients = [values, draw(*values.shape).relu()][: len(widths)]
+    inputs = [draw(len(values), w) for w in widths]
+    options: dict[str, Any] = {
+        "lr": draw.per_network(0.1),
+        "max_norm": draw.per_network(max_norm),
+        "nonnegative": project,
+        "normalize": [project, False][: len(widths)],
+        "momentum": momentum,
+        "networks": draw.S,
+    }
 
     def run(impl: str | None) -> cases.Results:
-        weights = [weight.clone() for weight in starts]
-        buffers = [buffer.clone() for buffer in kept] if momentum else []
-        norm = row_update(
-            weights,
-            [coefficients, 2 * coefficients],
-            inputs,
-            indices,
-            lr=rates,
-            max_norm=1.0,
-            nonnegative=True,
-            normalize=[True, False],
-            momentum=momentum,
-            buffers=buffers or None,
-            networks=networks,
-            impl=impl,
-        )
+        weights, buffers = ([draw.copy(t) for t in tensors] for tensors in (starts, kept))
+        given = {"buffers": buffers if momentum else None, "impl": impl}
+        norm = row_update(weights, coefficients, inputs, indices, **options, **given)
         return norm, *weights, *buffers
-
-    return run
-
-
-def unbounded(draw: cases.Draw) -> cases.Run:
-    """Neither clipped nor projected."""
-    coefficients, indices = draw.code()
-    start, inputs = draw(draw.R, draw.D), draw(draw.B, draw.D)
-
-    def run(impl: str | None) -> cases.Results:
-        weight = start.clone()
-        return row_update([weight], [coefficients], [inputs], indices, lr=0.1, impl=impl), weight
 
     return run
 
@@ -138,116 +123,20 @@ BAD: list[cases.Bad] = [
 ]
 
 
-def launch(
-    dtype: torch.dtype,
-    *,
-    B: int,
-    R: int,
-    k: int,
-    d: int,
-    C: int = 10,
-    S: int = 1,
-    project: bool = True,
-    momentum: float = 0.0,
-    max_norm: float | None = None,
-) -> None:
-    values, indices = meta.code(S * B, R, k, dtype, grad=True)
-    several = S > 1  # each with its rate and bound
-    weights = [meta.new(S * R, width, dtype=dtype) for width in (d, C)]
-    row_update(
-        weights,
-        [values, torch.empty_like(values)],
-        [meta.new(S * B, width, dtype=dtype) for width in (d, C)],
-        indices,
-        lr=meta.new(S, dtype=FP32) if several else 0.1,
-        max_norm=meta.new(S, dtype=FP32) if several and max_norm is not None else max_norm,
-        nonnegative=project,
-        normalize=[project, False],
-        momentum=momentum,
-        buffers=[torch.empty_like(weight) for weight in weights] if momentum else None,
-        networks=S,
-    )
-
-
-class Step:
-    """One update's inputs; `run` works on copies and returns the norm and all it wrote."""
-
-    def __init__(
-        self, batch: int, slots: int, neurons: int, widths: list[int], device: str = "cpu"
-    ) -> None:
-        self.weights = [torch.rand(neurons, w, device=device) for w in widths]
-        self.buffers = [torch.randn(neurons, w, device=device) for w in widths]
-        self.inputs = [torch.randn(batch, w, device=device) for w in widths]
-        self.indices = torch.randint(neurons, (batch, slots), device=device)
-        # Some slots are idle, each for its own matrices.
-        self.coefficients = [torch.randn(batch, slots, device=device).relu() for _ in widths]
-
-    def run(self, impl: str, dtype: torch.dtype, **options: Any) -> list[Tensor]:
-        weights = [w.to(dtype, copy=True) for w in self.weights]
-        buffers = [b.to(dtype, copy=True) for b in self.buffers] if "momentum" in options else None
-        coefficients = [c.to(dtype) for c in self.coefficients]
-        inputs = [i.to(dtype) for i in self.inputs]
-        norm = row_update(
-            weights,
-            coefficients,
-            inputs,
-            self.indices,
-            buffers=buffers,
-            impl=impl,
-            **{"lr": 0.1, **options},
-        )
-        return [norm, *weights, *(buffers or [])]
-
-    def round_to(self, dtype: torch.dtype) -> Step:
-        for tensors in (self.weights, self.buffers, self.inputs, self.coefficients):
-            tensors[:] = [t.to(dtype).to(t.dtype) for t in tensors]
-        return self
-
-
-def check(widths: list[int], neurons: int = 8, networks: int = 1, **options: Any) -> None:
-    step = Step(5 if networks == 1 else 2 * networks, 3, neurons, widths)
-    if networks > 1:  # samples follow one another as their networks do
-        own = neurons // networks
-        step.indices = (
-            step.indices % own + own * torch.arange(networks).repeat_interleave(2)[:, None]
-        )
-        bounds = torch.full((networks,), options.pop("max_norm"))
-        options |= {"networks": networks, "max_norm": bounds, "lr": torch.rand(networks)}
-    got = step.run("triton", torch.float32, **options)
-    expected = step.run("reference", torch.float64, **options)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
-
-
-def update(*widths: int, S: int = 1, **shape: int) -> meta.Prepare:
-    values, indices = meta.code(**shape)
-    rates = meta.new(S) if S > 1 else 0.1
-    return meta.of(
-        row_update,
-        [meta.new(shape["R"], width) for width in widths],
-        [values] * len(widths),
-        [meta.new(shape["B"], width) for width in widths],
-        indices,
-        lr=rates,
-        max_norm=rates,
-        normalize=[True] * len(widths),
-        networks=S,
-    )
-
-
-SUMS = f"{meta.RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel"
+SUMS = f"{cases.RANKED} segment_kernel segment_kernel sum _apply_kernel _apply_kernel"
 OP = cases.Op(
     row_update,
+    call,
     calls={
-        "": cases.Call(partial(call, momentum=0.9), half=False),
-        "plain": cases.Call(call, half=False),
-        "of networks": cases.Call(partial(call, networks=2), half=False),
-        "unbounded": cases.Call(unbounded, half=False),
+        "": {"momentum": 0.9, "max_norm": 1.0},
+        "plain": {"max_norm": 1.0},
+        "of networks": {"S": 2, "max_norm": 1.0},
+        "unbounded": {"single": True, "project": False},
     },
     good=good,
     bad=BAD,
     drawn=RowUpdate(row_update),
-    launch=launch,
+    implied={"C": 10},
     compiled=[
         *(
             call
@@ -260,22 +149,30 @@ OP = cases.Op(
         *cases.grid(FP32, S=10, B=128, R=1000, k=10, d=256, max_norm=1.0),
     ],
     checked={
-        "": partial(check, [11, 3]),
-        "clipped": partial(
-            check, [20, 3], max_norm=0.5, nonnegative=True, normalize=[True, True], momentum=0.9
+        "": cases.check(tolerance=1e-5, B=5, K=3, R=8, D=11, C=3, project=False),
+        "clipped": cases.check(
+            tolerance=1e-5, B=5, K=3, R=8, D=20, C=3, max_norm=0.5, momentum=0.9
         ),
-        "networks": partial(check, [9], 9, 3, max_norm=1e6, normalize=[True]),
-        "few slots": partial(check, [11, 3], 39, 3, max_norm=0.5, nonnegative=True),
+        "networks": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=3, D=7, single=True, max_norm=1e6),
+        "few slots": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=13, D=11, C=3, max_norm=0.5),
     },
     tiles={"row_update": cases.tile(BLOCK=8, num_warps=1)},
     pins={
-        "": cases.Pin(
-            update(256, **meta.SMALL), f"{meta.RANKED} segment_kernel sum _apply_kernel", 5
+        "": cases.pin(
+            f"{cases.RANKED} segment_kernel sum _apply_kernel",
+            5,
+            **cases.SMALL,
+            single=True,
+            max_norm=1.0,
         ),
-        "of two": cases.Pin(update(256, 10, **meta.SMALL), SUMS, 6),
-        "of ten networks": cases.Pin(update(256, 10, S=10, B=1280, R=10_000, k=10), SUMS, 6),
-        "large": cases.Pin(
-            update(1024, **meta.LARGE), f"{meta.SORTED} segment_kernel sum _apply_kernel", 8
+        "of two": cases.pin(SUMS, 6, **cases.SMALL, max_norm=1.0),
+        "of ten networks": cases.pin(SUMS, 6, S=10, B=128, D=256, R=1000, K=10, max_norm=1.0),
+        "large": cases.pin(
+            f"{cases.SORTED} segment_kernel sum _apply_kernel",
+            8,
+            **cases.LARGE,
+            single=True,
+            max_norm=1.0,
         ),
     },
 )
