@@ -35,11 +35,13 @@ def linear_topk(
 
     Args:
         x: [.., d] fp16, bf16, fp32 or fp64; scores accumulate in at least fp32.
-        weight: [R, d]; bias: [R] or None; the dtype of x.
+        weight: [R, d] in the dtype of x.
         k: neurons that stay active, 1..R.
+        bias: [R] in the dtype of x, or None.
         inhibition: "mask" keeps a on the top-k; "subtract" gives relu(a - I) there, with I the
-            (k+1)-th largest activation, which carries no gradient (SDMLP, Bricken et al. 2023).
-        threshold: also return I as a differentiable output.
+            (k+1)-th largest activation, 0 for k = R (SDMLP, Bricken et al. 2023). The subtraction
+            passes no gradient to I.
+        threshold: also return I, as an output with a gradient.
         preactivations: also return x weight^T + bias [.., R], differentiable. Allocates it.
         counts: [R] int64 or int32, updated in place: += samples in which the neuron is active.
             Activation checkpointing runs the forward twice and so counts twice: there, call

@@ -17,6 +17,8 @@ from ssd_kernels.topk import topk
 class TopK(nn.Module):
     """k-winners activation: keeps the k largest positive entries of each row, dense in and out.
 
+    Unlike the op `topk`, it sets negative winners to 0.
+
     Args:
         k: neurons that stay active.
 
@@ -40,9 +42,13 @@ class TopKLinear(nn.Module):
     """A linear layer whose k largest positive outputs stay active.
 
     Args:
-        in_features: d. neurons: R. k: 1..R.
+        in_features: d.
+        neurons: R.
+        k: neurons that stay active, 1..R.
         bias: whether to learn one.
         inhibition: "mask" or "subtract", see linear_topk.
+        device: of the parameters.
+        dtype: of the parameters.
 
     forward: x [.., d] -> TopKOutput with values and indices [.., k].
     """
@@ -88,7 +94,11 @@ class SparseLinear(nn.Module):
     """Maps a sparse code to a vector; weight [R, C] has one row per neuron.
 
     Args:
-        neurons: R. out_features: C. bias: whether to learn one.
+        neurons: R.
+        out_features: C.
+        bias: whether to learn one.
+        device: of the parameters.
+        dtype: of the parameters.
 
     forward: values [.., K], indices [.., K] -> [.., C].
     """
@@ -131,9 +141,14 @@ class KSparseMLP(nn.Module):
     """Encoder, exact top-k, decoder: a k-sparse MLP, or a Top-K sparse autoencoder if C = d.
 
     Args:
-        in_features: d. neurons: R. out_features: C. k: 1..R.
+        in_features: d.
+        neurons: R.
+        out_features: C.
+        k: neurons that stay active, 1..R.
         bias: whether both layers learn one.
         inhibition: "mask" or "subtract", see linear_topk.
+        device: of the parameters.
+        dtype: of the parameters.
 
     forward: x [.., d] -> [.., C].
     """

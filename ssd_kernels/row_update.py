@@ -68,15 +68,18 @@ def row_update(
 
     Args:
         weights: matrices [R, d_i], updated in place.
-        coefficients: [B, K] each. inputs: [B, d_i] each. indices: [B, K] int64.
+        coefficients: [B, K] for each matrix.
+        inputs: [B, d_i] for each matrix.
+        indices: [B, K] int64, neurons of the slots.
         lr: learning rate, or one for each network [networks].
         max_norm: bound of the global L2 norm of the gradients, as in clip_grad_norm_, or one for
             each network [networks]; None: no clip.
         nonnegative: clamp touched rows at 0 after the step (SDMLP).
         normalize: for each matrix, whether touched rows are then scaled to unit L2 norm; an
             all-zero row stays zero.
-        momentum, buffers: heavy-ball momentum with buffers shaped like weights, updated in place.
-            Lazy: an untouched row keeps its buffer and does not move.
+        momentum: of heavy-ball SGD; goes with buffers. Lazy: an untouched row keeps its buffer and
+            does not move.
+        buffers: shaped like weights, updated in place.
         networks: number S of networks whose rows follow one another, R / S each, and whose samples
             do, B / S each; each gradient is clipped by itself.
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.

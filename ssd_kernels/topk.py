@@ -44,6 +44,8 @@ def topk(
 ) -> TopKOutput:
     """The k largest entries of each row: exact, descending, ties to the lower index.
 
+    Negative winners keep their value; nn.TopK and linear_topk set them to 0.
+
     Args:
         scores: [.., R], floating. NaN counts as largest, -0.0 equals 0.0.
         k: entries to keep, 1..R.

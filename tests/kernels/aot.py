@@ -165,6 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", action="append", choices=list(gpus.GPUS), help="one of the GPUs")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results")
     given = parser.parse_args(arguments)
+    if given.write and not given.all:
+        parser.error("--write keeps the table of every launch; add --all")
+    if given.write and (given.words or given.gpu):
+        parser.error("--write keeps the table of every launch; leave out WORD and --gpu")
     began = time.perf_counter()
     rows = [
         Row(family, launch, compile_launch(launch, family))

@@ -27,6 +27,7 @@ Never drawn, since the contract excludes it: a sample that names an active neuro
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--cases", type=int, default=10_000, help="of all ops, or of --only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=[op.name for op in DRAWN], metavar="OP")
     parser.add_argument("--impl", help='one by its name, or "plain" or "kernels"; default: all')
@@ -290,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{kind}{name}, strides {tensor.stride()}:\n{tensor}")
         numbers = [given.case]
     else:
-        numbers = [n for n in range(given.cases) if given.only in (None, op_of(n).name)]
+        wanted = (n for n in itertools.count() if given.only in (None, op_of(n).name))
+        numbers = list(itertools.islice(wanted, given.cases))
     total, wrong = Counter(op_of(n).name for n in numbers), Counter[str]()
     said = time.monotonic()
     for done, number in enumerate(numbers):
