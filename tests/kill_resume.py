@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 EXACT = ("accuracy_matrix.csv", "activation_frequency.npy", "metrics.jsonl")
 TIMED = ("seconds", "steps_per_second")
@@ -40,6 +42,39 @@ def write_features(path: Path, samples: int = 600, features: int = 16, classes: 
         arrays[f"x_{part}"] = (centers[labels] + noise).astype(np.float32)
         arrays[f"y_{part}"] = labels.astype(np.uint8)
     np.savez(path, **arrays)
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def crash_at_every_write(patch: pytest.MonkeyPatch, work: Callable[[], object], files: int) -> int:
+    """Crashes before and after each replacement of a file until `work`, which resumes, ends.
+
+    Args:
+        files: more than work replaces between two checkpoints, and odd: then each is hit both ways.
+
+    Returns:
+        The number of crashes.
+    """
+    replace_file, crashes, left = os.replace, 0, 1
+
+    def crash(source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left > 0 or crashes % 2:
+            replace_file(source, target)
+        if left == 0:
+            raise Killed
+
+    patch.setattr(os, "replace", crash)
+    while True:
+        try:
+            work()
+            return crashes
+        except Killed:
+            crashes += 1
+            left = 1 + crashes % files
 
 
 def command(features: Path, out: Path) -> list[str]:

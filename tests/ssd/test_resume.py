@@ -1,7 +1,6 @@
 """A run that was killed or interrupted anywhere ends bit-identical to one that was left alone."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -30,10 +29,6 @@ VARIANTS = {
 }
 
 
-class Killed(BaseException):
-    """What nothing catches."""
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stop_at_every_event(tmp_path: Path, variant: str) -> None:
     """Every step, epoch and task is the last one of some process."""
@@ -60,24 +55,12 @@ def test_crash_at_every_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     data = load("features", tmp_path, tmp_path / "f.npz")
     options = replace(CPU, checkpoint_every=0.0)
     run(SMALL, data, tmp_path / "expected", options)
-    replace_file, crashes, left = os.replace, 0, 1
 
-    def crash(source: Path, target: Path) -> None:
-        nonlocal left
-        left -= 1
-        if left > 0 or crashes % 2:
-            replace_file(source, target)
-        if left == 0:
-            raise Killed
+    def work() -> None:
+        run(SMALL, data, tmp_path / "crashed", options)
 
-    monkeypatch.setattr(os, "replace", crash)
-    while True:
-        try:
-            run(SMALL, data, tmp_path / "crashed", options)
-            break
-        except Killed:
-            crashes += 1
-            left = 1 + crashes % 5  # a finished run writes four files at its end
+    # A finished run writes four files at its end.
+    crashes = kill_resume.crash_at_every_write(monkeypatch, work, 5)
     assert crashes > 5
     assert not kill_resume.differences(tmp_path / "expected", tmp_path / "crashed")
 

@@ -19,8 +19,9 @@ def call(
     project: bool = True,
     momentum: float = 0.0,
     max_norm: float | None = None,
+    one_bound: bool = False,
 ) -> cases.Run:
-    """Each of several networks has its rate and bound; each matrix has idle slots of its own."""
+    """Each network has its rate and, but for one_bound, its bound; each matrix its idle slots."""
     values, indices = draw.code()
     widths = [draw.D] if single else [draw.D, draw.C]
     starts, kept = ([draw(draw.S * draw.R, w) for w in widths] for _ in range(2))
@@ -28,7 +29,7 @@ def call(
     inputs = [draw(len(values), w) for w in widths]
     options: dict[str, Any] = {
         "lr": draw.per_network(0.1),
-        "max_norm": draw.per_network(max_norm),
+        "max_norm": max_norm if one_bound else draw.per_network(max_norm),
         "nonnegative": project,
         "normalize": [project, False][: len(widths)],
         "momentum": momentum,
@@ -131,6 +132,7 @@ OP = cases.Op(
         "": {"momentum": 0.9, "max_norm": 1.0},
         "plain": {"max_norm": 1.0},
         "of networks": {"S": 2, "max_norm": 1.0},
+        "of networks, one bound": {"S": 2, "max_norm": 1.0, "one_bound": True},
         "unbounded": {"single": True, "project": False},
     },
     good=good,
@@ -154,6 +156,9 @@ OP = cases.Op(
             tolerance=1e-5, B=5, K=3, R=8, D=20, C=3, max_norm=0.5, momentum=0.9
         ),
         "networks": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=3, D=7, single=True, max_norm=1e6),
+        "one bound": cases.check(
+            tolerance=1e-5, S=3, B=2, K=3, R=3, D=7, C=3, max_norm=0.5, one_bound=True
+        ),
         "few slots": cases.check(tolerance=1e-5, S=3, B=2, K=3, R=13, D=11, C=3, max_norm=0.5),
     },
     tiles={"row_update": cases.tile(BLOCK=8, num_warps=1)},

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kill_resume import crash_at_every_write
 from safetensors import safe_open
 from small_images import TEST, TRAIN, make
 from torch import nn
@@ -175,26 +176,11 @@ def test_interrupt_anywhere_and_resume(
 def test_crash_at_every_write(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [*CONVMIXER, "--checkpoint-every", "0"]
     expected = written_and_removed(arguments)
-    replace_file, crashes, left = os.replace, 0, 1
 
-    class Killed(BaseException):
-        """What nothing catches."""
+    def work() -> None:
+        assert embed.main([*arguments, "--resume"]) == 0
 
-    def crash(source: Path, target: Path) -> None:
-        nonlocal left
-        left -= 1
-        if left > 0 or crashes % 2:
-            replace_file(source, target)
-        if left == 0:
-            raise Killed
-
-    monkeypatch.setattr(os, "replace", crash)
-    while True:
-        try:
-            assert embed.main([*arguments, "--resume"]) == 0
-            break
-        except Killed:
-            crashes, left = crashes + 1, crashes % 3 + 1
+    crashes = crash_at_every_write(monkeypatch, work, 3)
     assert crashes > 3
     assert digests() == expected
 
