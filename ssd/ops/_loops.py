@@ -1,7 +1,8 @@
 """The loss of a batch in one pass over its samples, compiled by numba (ssd_kernels._loops).
 
 Both losses take the tuples of Objective.for_loops: targets (labels, target_logits, columns,
-target_hidden, weight) and settings (alpha, lam, temperature, whether the KL is forward).
+target_hidden, weight) and settings (alpha, lam, temperature, hidden_weight, whether the KL is
+forward, whether the hidden term is the sum of squares).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _divergence(
 ) -> float:
     """T^2 KL of a row; adds scale times its gradient."""
     student, teacher = pair
-    _, _, temperature, forward = settings
+    _, _, temperature, _, forward, _ = settings
     log_p, p, log_q, q = scratch
     _softmax(student, chosen, temperature, log_p, p)
     _softmax(teacher, chosen, temperature, log_q, q)
@@ -66,6 +67,18 @@ def _divergence(
 
 
 @loop
+def _squares(pair: Any, scale: float, gradient: Any) -> float:
+    """The sum of squared differences of a row; adds scale times its gradient."""
+    student, teacher = pair
+    loss = 0.0
+    for column in range(len(student)):
+        difference = np.float64(student[column]) - np.float64(teacher[column])
+        loss += difference * difference
+        gradient[column] += np.float32(2 * scale * difference)
+    return loss
+
+
+@loop
 def _sample(
     b: int, students: Any, targets: Any, settings: Any, workspace: Any, gradients: Any
 ) -> float:
@@ -73,7 +86,7 @@ def _sample(
     (logits, hidden), (grad_logits, grad_hidden) = students, gradients
     labels, target_logits, columns, target_hidden, weights = targets
     label, weight = labels[b], weights[b]
-    alpha, lam, _, _ = settings
+    alpha, lam, _, hidden_weight, _, squares = settings
     every, scratch = workspace
     taught = target_logits.shape[1] > 0
     share = alpha if taught else 1.0
@@ -87,9 +100,12 @@ def _sample(
         part = (1 - alpha) * (1 - lam)
         loss += part * _divergence(pair, chosen, settings, weight * part, scratch, grad_logits)
     if target_hidden.shape[1] > 0:
-        pair, part = (hidden, target_hidden[b]), (1 - alpha) * lam
+        pair, part = (hidden, target_hidden[b]), (1 - alpha) * lam * hidden_weight
         grad_hidden[:] = 0
-        loss += part * _divergence(pair, every, settings, weight * part, scratch, grad_hidden)
+        if squares:
+            loss += part * _squares(pair, weight * part, grad_hidden)
+        else:
+            loss += part * _divergence(pair, every, settings, weight * part, scratch, grad_hidden)
     return loss
 
 

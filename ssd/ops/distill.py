@@ -14,6 +14,7 @@ from ssd_kernels import _checks, _dispatch, _op, _tuning
 from ssd_kernels._triton import jit, tl
 from ssd_kernels.reference import accumulation_dtype
 
+HIDDEN_LOSSES = ("kl", "mse")
 MAX_COLUMNS = 4096  # a program holds a row; the torch path serves longer ones
 MAX_LOOPED = 256  # on a CPU vectorised operators are as fast for longer rows
 _tuning.TABLE["distill"] = {
@@ -45,19 +46,22 @@ class Objective(NamedTuple):
     kl: str = "reverse"
     columns: Tensor | None = None  # [B, C]
     weight: Tensor | None = None  # [B]
+    hidden_loss: str = "kl"
+    hidden_weight: float | Tensor = 1.0
 
     @property
     def settings(self) -> tuple[float | Tensor, ...]:
-        return self.alpha, self.lam, self.temperature
+        return self.alpha, self.lam, self.temperature, self.hidden_weight
 
-    def looped(self, width: int, *students: Tensor | None) -> bool:
+    def looped(self, classes: int, units: int, *students: Tensor | None) -> bool:
         """Whether numba's loops are fastest: short float32 rows, settings that are numbers."""
+        width = max(classes, units) if self.hidden_loss == "kl" else classes
         tensors = (*students, self.target_logits, self.target_hidden, self.weight)
         floats = all(t is None or t.dtype == torch.float32 for t in tensors)
         single = not any(isinstance(setting, Tensor) for setting in self.settings)
         return floats and single and width <= MAX_LOOPED
 
-    def for_loops(self) -> tuple[tuple[Any, ...], tuple[float, float, float, bool]]:
+    def for_loops(self) -> tuple[tuple[Any, ...], tuple[float | bool, ...]]:
         """Targets and settings as ssd.ops._loops takes them."""
         from ssd.ops._loops import array
 
@@ -74,8 +78,8 @@ class Objective(NamedTuple):
             array(hidden, rows),
             array(weight, rows),
         )
-        alpha, lam, temperature = (float(setting) for setting in self.settings)
-        return arrays, (alpha, lam, temperature, self.kl == "forward")
+        numbers = (float(setting) for setting in self.settings)
+        return arrays, (*numbers, self.kl == "forward", self.hidden_loss == "mse")
 
     def for_launch(self) -> tuple[Any, ...]:
         """As the launchers take it: settings as numbers, or as [B] each if one is a tensor."""
@@ -91,7 +95,7 @@ class Objective(NamedTuple):
             ]
         weight = None if self.weight is None else self.weight.to(torch.float32)
         targets = self.labels, self.target_logits, self.target_hidden
-        return *targets, numbers, tensors, self.kl, self.columns, weight
+        return *targets, numbers, tensors, self.kl, self.hidden_loss, self.columns, weight
 
 
 def distill(
@@ -107,12 +111,15 @@ def distill(
     kl: str = "reverse",
     columns: Tensor | None = None,
     weight: Tensor | None = None,
+    hidden_loss: str = "kl",
+    hidden_weight: float | Tensor = 1.0,
     impl: str | None = None,
 ) -> DistillOutput:
-    """alpha CE + (1 - alpha) [(1 - lam) D(logits) + lam D(hidden)] for each sample.
+    """alpha CE + (1 - alpha) [(1 - lam) D(logits) + lam hidden_weight H(hidden)] for each sample.
 
-    D = T^2 KL between the softmaxes of student / T and teacher / T. Without target_logits the loss
-    is the cross entropy alone, whatever alpha is; without hidden the last term is left out.
+    D = T^2 KL between the softmaxes of student / T and teacher / T. H is D or, for "mse", the sum
+    of (student - teacher)^2. Without target_logits the loss is the cross entropy alone, whatever
+    alpha is; without hidden the last term is left out.
 
     Args:
         logits: [B, C] floating.
@@ -126,6 +133,8 @@ def distill(
         kl: "reverse" is KL(student || teacher), "forward" KL(teacher || student).
         columns: [B, C] bool, the logits that D compares, at least one a sample; None: all.
         weight: [B] floating, multiplies each sample's gradients, not its loss.
+        hidden_loss: "kl" or "mse".
+        hidden_weight: a number, or one for each sample [B].
         impl: "triton", "numba", "torch" or "reference"; by default the fastest for the device.
 
     Returns:
@@ -134,13 +143,12 @@ def distill(
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit, before any work.
     """
-    objective = Objective(
-        labels, target_logits, target_hidden, alpha, lam, temperature, kl, columns, weight
-    )
+    targets, settings = (labels, target_logits, target_hidden), (alpha, lam, temperature, kl)
+    objective = Objective(*targets, *settings, columns, weight, hidden_loss, hidden_weight)
     _check(logits, hidden, objective)
-    widths = [t.shape[1] for t in (logits, hidden) if t is not None]
+    widths = logits.shape[1], 1 if hidden is None else hidden.shape[1]
     served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS
-    looped = objective.looped(max(widths), logits, hidden)
+    looped = objective.looped(*widths, logits, hidden)
     serve = _dispatch.choose("distill", impl, logits, "torch", served, looped)
     with torch.no_grad():
         return serve(logits, hidden, objective)
@@ -167,7 +175,7 @@ def _check(logits: Tensor, hidden: Tensor | None, objective: Objective) -> None:
         _checks.shape(op, name, tensor, expected)
         if tensor is not None:
             _checks.same_device(op, "logits", logits, name, tensor)
-    for name in ("alpha", "lam", "temperature"):
+    for name in ("alpha", "lam", "temperature", "hidden_weight"):
         setting = getattr(given, name)
         if not isinstance(setting, Tensor):
             _checks.number(op, name, setting, positive=name == "temperature")
@@ -179,8 +187,10 @@ def _check(logits: Tensor, hidden: Tensor | None, objective: Objective) -> None:
         raise TypeError(f"{op}: labels have dtype {given.labels.dtype}; use torch.int64")
     if given.columns is not None and given.columns.dtype != torch.bool:
         raise TypeError(f"{op}: columns has dtype {given.columns.dtype}; use torch.bool")
-    if given.kl not in ("reverse", "forward"):
-        raise ValueError(f"{op}: kl={given.kl!r} is not one of reverse, forward")
+    for name, known in (("kl", ("reverse", "forward")), ("hidden_loss", HIDDEN_LOSSES)):
+        value = getattr(given, name)
+        if value not in known:
+            raise ValueError(f"{op}: {name}={value!r} is not one of {', '.join(known)}")
     _checks.in_range(op, "labels", given.labels, logits.shape[1])
 
 
@@ -215,14 +225,18 @@ def _torch(logits: Tensor, hidden: Tensor | None, objective: Objective) -> Disti
     if teacher is None:
         loss = -loss
     else:
-        alpha, lam, scale = (_column(setting) for setting in objective.settings)
+        alpha, lam, scale, factor = (_column(setting) for setting in objective.settings)
         share = (1 - alpha) * (1 - lam)
         term, slope = _divergence(student, teacher, scale, objective.kl, objective.columns)
         loss = _plus(loss * -alpha, term, share * scale)
         gradient = _plus(gradient * alpha, slope, share)
         if z is not None and target_z is not None:
-            share = (1 - alpha) * lam
-            term, slope = _divergence(z, target_z, scale, objective.kl, None)
+            share = (1 - alpha) * lam * factor
+            if objective.hidden_loss == "mse":
+                slope = z - target_z
+                term, slope, scale = slope.square().sum(-1, keepdim=True), slope.mul_(2), 1.0
+            else:
+                term, slope = _divergence(z, target_z, scale, objective.kl, None)
             loss = _plus(loss, term, share * scale)
             slopes = slope * share
     if objective.weight is not None:
@@ -293,12 +307,13 @@ def _row_divergence(student, teacher, counts, t, FORWARD: tl.constexpr):
 
 
 @jit
-def settings_of(row, alpha, lam, temperature, EACH: tl.constexpr):
-    """A row's entries of tensors [B] if EACH, else the numbers that serve all rows."""
+def settings_of(row, alpha, lam, temperature, hidden_weight, EACH: tl.constexpr):
+    """A row's alpha, shares of the logits' and hidden terms, T; tensors [B] if EACH."""
     if EACH:
-        return tl.load(alpha + row), tl.load(lam + row), tl.load(temperature + row)
+        a, share, t = tl.load(alpha + row), tl.load(lam + row), tl.load(temperature + row)
+        return a, (1 - a) * (1 - share), (1 - a) * share * tl.load(hidden_weight + row), t
     else:
-        return alpha, lam, temperature
+        return alpha, (1 - alpha) * (1 - lam), (1 - alpha) * lam * hidden_weight, temperature
 
 
 @jit
@@ -311,7 +326,7 @@ def logits_loss(
     column,
     inside,
     alpha,
-    lam,
+    share,
     t,
     TEACHER: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -328,17 +343,21 @@ def logits_loss(
             counts = tl.load(columns + at, mask=inside, other=0) != 0
         teacher = tl.load(target_logits + at, mask=inside, other=0.0).to(tl.float32)
         term, slope = _row_divergence(student, teacher, counts, t, FORWARD)
-        total = alpha * total + (1 - alpha) * (1 - lam) * term
-        gradient = alpha * gradient + (1 - alpha) * (1 - lam) * slope
+        total = alpha * total + share * term
+        gradient = alpha * gradient + share * slope
     return total, gradient
 
 
 @jit
-def hidden_loss(z, target_hidden, at, inside, alpha, lam, t, FORWARD: tl.constexpr):
+def hidden_term(z, target_hidden, at, inside, share, t, FORWARD: tl.constexpr, MSE: tl.constexpr):
     """The hidden term of a row's loss, and the gradient."""
     teacher = tl.load(target_hidden + at, mask=inside, other=0.0).to(tl.float32)
-    term, slope = _row_divergence(z, teacher, inside, t, FORWARD)
-    return (1 - alpha) * lam * term, (1 - alpha) * lam * slope
+    if MSE:
+        difference = tl.where(inside, z - teacher, 0.0)
+        return share * tl.sum(difference * difference, axis=0), 2 * share * difference
+    else:
+        term, slope = _row_divergence(z, teacher, inside, t, FORWARD)
+        return share * term, share * slope
 
 
 @jit
@@ -349,9 +368,10 @@ def _distill_kernel(
     hidden,  # [B, n]
     target_hidden,  # [B, n]
     columns,  # [B, C] bool
-    alpha,  # [B] fp32 if EACH, else a number; so are the next two
+    alpha,  # [B] fp32 if EACH, else a number; so are the next three
     lam,
     temperature,
+    hidden_weight,
     weight,  # [B] fp32
     loss,  # [B]
     grad_logits,  # [B, C]
@@ -364,11 +384,12 @@ def _distill_kernel(
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     FORWARD: tl.constexpr,
+    MSE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    a, share, t = settings_of(row, alpha, lam, temperature, EACH)
+    a, of_logits, of_hidden, t = settings_of(row, alpha, lam, temperature, hidden_weight, EACH)
     scale = 1.0
     if WEIGHT:
         scale = tl.load(weight + row)
@@ -386,7 +407,7 @@ def _distill_kernel(
         column,
         inside,
         a,
-        share,
+        of_logits,
         t,
         TEACHER,
         COLUMNS,
@@ -399,7 +420,7 @@ def _distill_kernel(
         slope = tl.zeros([BLOCK_N], tl.float32)
         if TEACHER:
             z = tl.load(hidden + here, mask=real, other=0.0).to(tl.float32)
-            term, slope = hidden_loss(z, target_hidden, here, real, a, share, t, FORWARD)
+            term, slope = hidden_term(z, target_hidden, here, real, of_hidden, t, FORWARD, MSE)
             total += term
         tl.store(grad_hidden + here, scale * slope, mask=real)
     tl.store(loss + row, total)
@@ -426,6 +447,7 @@ def _launch(
     numbers: Sequence[float],
     tensors: Sequence[Tensor],
     kl: str,
+    hidden_loss: str,
     columns: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -454,6 +476,7 @@ def _launch(
             HIDDEN=hidden is not None,
             COLUMNS=columns is not None,
             FORWARD=kl == "forward",
+            MSE=hidden_loss == "mse",
             BLOCK_C=power(classes),
             BLOCK_N=power(units),
             **chosen,

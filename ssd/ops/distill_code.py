@@ -14,7 +14,7 @@ from ssd.ops.distill import (
     MAX_COLUMNS,
     Objective,
     distill,
-    hidden_loss,
+    hidden_term,
     logits_loss,
     power,
     settings_of,
@@ -65,7 +65,8 @@ def distill_code(
         target_hidden: [B, n], the teacher's; goes with positions.
         positions: [R] int64, where each neuron stands in the subnetwork: 0..n-1, or n for none.
         impl: "triton" or "numba" (float32 alone), "torch" or "reference"; by default the fastest.
-        options: alpha, lam, temperature, kl, columns and weight, as in distill.
+        options: alpha, lam, temperature, kl, columns, weight, hidden_loss and hidden_weight, as in
+            distill.
 
     Returns:
         Logits, loss and gradients, without autograd. A value that is not > 0 has gradient 0.
@@ -78,7 +79,7 @@ def distill_code(
     units = 1 if target_hidden is None else target_hidden.shape[1]
     sizes = *values.shape, decoder.shape[1], units
     served = min(sizes) > 0 and max(sizes[2:]) <= MAX_COLUMNS and values.dtype == torch.float32
-    looped = objective.looped(max(sizes[2:]), values, decoder)
+    looped = objective.looped(*sizes[2:], values, decoder)
     serve = _dispatch.choose("distill_code", impl, values, "torch", served, looped)
     with torch.no_grad():
         return serve(values, indices, decoder, positions, objective)
@@ -162,9 +163,10 @@ def _distill_code_kernel(
     target_hidden,  # [B, n]
     positions,  # [R] int64
     columns,  # [B, C] bool
-    alpha,  # [B] if EACH, else a number; so are the next two
+    alpha,  # [B] if EACH, else a number; so are the next three
     lam,
     temperature,
+    hidden_weight,
     weight,  # [B]
     logits,  # [B, C]
     loss,  # [B]
@@ -180,13 +182,14 @@ def _distill_code_kernel(
     HIDDEN: tl.constexpr,
     COLUMNS: tl.constexpr,
     FORWARD: tl.constexpr,
+    MSE: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A program a sample; `slots` are walked twice, forth and back."""
     row = tl.program_id(0).to(tl.int64)
-    a, share, t = settings_of(row, alpha, lam, temperature, EACH)
+    a, of_logits, of_hidden, t = settings_of(row, alpha, lam, temperature, hidden_weight, EACH)
     column = tl.arange(0, BLOCK_C)
     inside = column < C
     unit = tl.arange(0, BLOCK_N)
@@ -216,7 +219,7 @@ def _distill_code_kernel(
         column,
         inside,
         a,
-        share,
+        of_logits,
         t,
         TEACHER,
         COLUMNS,
@@ -224,7 +227,8 @@ def _distill_code_kernel(
     )
     slope = tl.zeros([BLOCK_N], tl.float32)
     if HIDDEN:
-        term, slope = hidden_loss(z, target_hidden, row * N + unit, unit < N, a, share, t, FORWARD)
+        here, real = row * N + unit, unit < N
+        term, slope = hidden_term(z, target_hidden, here, real, of_hidden, t, FORWARD, MSE)
         total += term
     if WEIGHT:
         scale = tl.load(weight + row)
@@ -278,6 +282,7 @@ def _launch(
     numbers: Sequence[float],
     tensors: Sequence[Tensor],
     kl: str,
+    hidden_loss: str,
     columns: Tensor | None,
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -313,6 +318,7 @@ def _launch(
             HIDDEN=hidden,
             COLUMNS=columns is not None,
             FORWARD=kl == "forward",
+            MSE=hidden_loss == "mse",
             SLOTS=max(1, min(power(slots), chosen.pop("TILE") // widest)),
             BLOCK_C=power(classes),
             BLOCK_N=power(units),

@@ -168,8 +168,13 @@ def distill(
     temperature: float | Tensor = 1.0,
     kl: str = "reverse",
     columns: Tensor | None = None,
+    hidden_loss: str = "kl",
+    hidden_weight: float | Tensor = 1.0,
 ) -> Tensor:
-    """alpha CE + (1 - alpha) ((1 - lam) KL of the logits + lam KL of the hidden), per sample."""
+    """alpha CE + (1 - alpha) ((1 - lam) KL of logits + lam hidden_weight H of hidden), per sample.
+
+    H is the KL, or the sum of squared differences for hidden_loss="mse".
+    """
     wide = accumulation_dtype(logits.dtype)  # T^2 magnifies rounding
     loss = F.cross_entropy(logits.to(wide), labels, reduction="none")
     if target_logits is not None:
@@ -177,7 +182,11 @@ def distill(
         distilled = (1 - lam) * divergence(student, teacher, temperature, kl, columns)
         if hidden is not None and target_hidden is not None:
             student, teacher = hidden.to(wide), target_hidden.to(wide)
-            distilled = distilled + lam * divergence(student, teacher, temperature, kl)
+            if hidden_loss == "mse":
+                term = (student - teacher).square().sum(-1)
+            else:
+                term = divergence(student, teacher, temperature, kl)
+            distilled = distilled + lam * hidden_weight * term
         loss = alpha * loss + (1 - alpha) * distilled
     return loss.to(logits.dtype)
 

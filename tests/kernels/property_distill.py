@@ -21,6 +21,8 @@ from tests.kernels.property_cases import (
 )
 from tests.kernels.property_draws import STYLES, Draw
 
+DEFAULTS = {"alpha": 1.0, "lam": 0.0, "temperature": 1.0, "hidden_weight": 1.0}
+
 
 class Distill(Drawn):
     def draw(self, d: Draw) -> Case:
@@ -37,7 +39,8 @@ class Distill(Drawn):
         if d.chance(0.5):
             units = d.features()
             case.give(hidden=(batch, units), target_hidden=(batch, units))
-        for name, low, high in (("alpha", 0, 1), ("lam", 0, 1), ("temperature", 0.5, 4)):
+        ranges = {"alpha": (0, 1), "lam": (0, 1), "temperature": (0.5, 4), "hidden_weight": (0, 9)}
+        for name, (low, high) in ranges.items():
             kind = d.pick(["number", "number", "each", "default" if name != "alpha" else "each"])
             if kind == "number":
                 case.arguments[name] = round(float(d.rng.uniform(low, high)), 2)
@@ -47,6 +50,7 @@ class Distill(Drawn):
         if d.chance(0.4):
             case.add("weight", torch.from_numpy(d.rng.uniform(0.1, 2, batch)).to(case.dtype))
         case.arguments["kl"] = d.pick(["reverse", "forward"])
+        case.arguments["hidden_loss"] = d.pick(["kl", "mse"])
         if d.chance(0.4):
             columns = torch.from_numpy(d.rng.random((batch, classes)) < 0.5)
             columns[torch.arange(batch), torch.from_numpy(d.rng.integers(0, classes, batch))] = True
@@ -66,11 +70,11 @@ class Distill(Drawn):
     def judge(self, case: Case, got: Outputs, after: Arguments) -> Iterator[str]:
         logits, labels, dtype = case["logits"].double(), case["labels"], case.dtype
         unit = 2 * (torch.finfo(dtype).eps + torch.finfo(torch.float64).eps)
-        alpha, lam, temperature = (
+        alpha, lam, temperature, factor = (
             torch.as_tensor(default if case[name] is None else case[name], dtype=torch.float64)
             .expand(len(logits))
             .unsqueeze(1)
-            for name, default in (("alpha", 1.0), ("lam", 0.0), ("temperature", 1.0))
+            for name, default in DEFAULTS.items()
         )
         every = torch.ones_like(logits, dtype=torch.bool)
         log_p, error = log_softmax(logits, every, unit, dtype)
@@ -86,7 +90,7 @@ class Distill(Drawn):
             share = (1 - alpha) * (1 - lam)
             terms.append((share, "logits", "target_logits", case["columns"]))
             if case["hidden"] is not None:
-                terms.append(((1 - alpha) * lam, "hidden", "target_hidden", None))
+                terms.append(((1 - alpha) * lam * factor, "hidden", "target_hidden", None))
         slopes = {"logits": slope}
         errors = {"logits": slope_error}
         if case["hidden"] is not None:
@@ -94,20 +98,18 @@ class Distill(Drawn):
                 case["hidden"].shape, dtype=torch.float64
             )
         for share, student, teacher, columns in terms:
-            term, term_error, slope, slope_error = divergence(
-                case[student].double(),
-                case[teacher].double(),
-                columns,
-                temperature,
-                case["kl"],
-                unit,
-                dtype,
-            )
+            pair = case[student].double(), case[teacher].double()
+            if student == "hidden" and case["hidden_loss"] == "mse":
+                measured = squares(*pair, unit, dtype)
+            else:
+                measured = divergence(*pair, columns, temperature, case["kl"], unit, dtype)
+            term, term_error, slope, slope_error = measured
             # A share rounds too, as 1 - alpha does, whatever is left of it.
             loss = loss + share * term
-            loss_error = loss_error + share.abs() * term_error + 4 * unit * term.abs()
+            size = unit * (4 + 4 * factor)
+            loss_error = loss_error + share.abs() * term_error + size * term.abs()
             slopes[student] = slopes[student] + share * slope
-            errors[student] = errors[student] + share.abs() * slope_error + 4 * unit * slope.abs()
+            errors[student] = errors[student] + share.abs() * slope_error + size * slope.abs()
         bounds = Bounds.around(loss, loss_error + 2 * unit * loss.abs())
         yield from off("loss", got["loss"], bounds.reshape(len(logits)))
         weight = 1.0 if case["weight"] is None else case["weight"].double().unsqueeze(1)
@@ -124,6 +126,7 @@ class Distill(Drawn):
         yield "labels longer", {"labels": F.pad(case["labels"], (0, 1))}
         yield "labels on meta", {"labels": case["labels"].to("meta")}
         yield "kl", {"kl": "sideways"}
+        yield "hidden_loss", {"hidden_loss": "sideways"}
         yield from mislabelled(case, "labels", classes)
         yield "columns int64", {"columns": torch.ones(logits.shape, dtype=torch.int64)}
         yield "hidden alone", {"hidden": logits, "target_hidden": None}
@@ -155,6 +158,24 @@ def log_softmax(
     largest = size.amax(1, keepdim=True) if rows.shape[1] else size.sum(1, keepdim=True)
     error = unit * (rows.shape[1] + 4 + 2 * largest + finite(log_p)) + torch.finfo(dtype).tiny
     return log_p, torch.where(largest > torch.finfo(dtype).max / 4, torch.inf, error)
+
+
+def squares(
+    student: Tensor, teacher: Tensor, unit: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As divergence, for the sum of squared differences."""
+    difference = student - teacher
+    error = unit * (student.abs() + teacher.abs()) + torch.finfo(dtype).tiny
+    loss = difference.square().sum(1, keepdim=True)
+    size = 2 * difference.abs() + error
+    loss_error = (error * size).sum(1, keepdim=True) + (student.shape[1] + 4) * unit * loss
+    over = (size.square().sum(1, keepdim=True)) > torch.finfo(dtype).max / 64
+    return (
+        loss,
+        torch.where(over, torch.inf, loss_error),
+        2 * difference,
+        torch.where(over, torch.inf, 2 * error + 4 * unit * difference.abs()),
+    )
 
 
 def divergence(

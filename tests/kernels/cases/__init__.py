@@ -117,9 +117,10 @@ class Draw:
     def settings(self, each: bool) -> Arguments:
         """Of distill; each: one value, and one weight, per sample."""
         if not each:
-            return {"alpha": 0.5, "lam": 0.5, "temperature": 2.0}
+            return {"alpha": 0.5, "lam": 0.5, "temperature": 2.0, "hidden_weight": 1.5}
         alpha, lam, weight = (self(self.B).abs() for _ in range(3))
-        return {"alpha": alpha, "lam": lam, "temperature": lam + 1, "weight": weight}
+        settings = {"alpha": alpha, "lam": lam, "temperature": lam + 1, "weight": weight}
+        return settings | {"hidden_weight": lam + 0.5}
 
     def per_network(self, value: float | None) -> Any:
         """The value; where there are several networks, another one for each."""

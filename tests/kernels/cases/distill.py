@@ -16,13 +16,15 @@ def call(
     teacher: bool = True,
     columns: bool = False,
     kl: str = "reverse",
+    hidden_loss: str = "kl",
     each: bool = False,
 ) -> cases.Run:
     """columns: some are left out. each: settings, and a weight, of each sample."""
     logits, target = draw(draw.B, draw.C), draw(draw.B, draw.C)
     hidden = [draw(draw.B, draw.N).relu() for _ in range(2)] if draw.N else [None, None]
     given = logits, draw.labels(), target if teacher else None, *hidden
-    options = draw.settings(each) | {"kl": kl, "columns": logits > -1 if columns else None}
+    options = draw.settings(each) | {"kl": kl, "hidden_loss": hidden_loss}
+    options["columns"] = logits > -1 if columns else None
     return lambda impl: tuple(distill(*given, **options, impl=impl))
 
 
@@ -53,6 +55,8 @@ BAD: list[cases.Bad] = [
     ({"alpha": torch.ones(3)}, ValueError, r"alpha has shape \[3\], expected \[4\]"),
     ({"lam": torch.ones(4, 1)}, ValueError, r"lam has shape \[4, 1\], expected \[4\]"),
     ({"temperature": torch.ones(4, device=refused.META)}, ValueError, "temperature is on meta"),
+    ({"hidden_weight": torch.ones(3)}, ValueError, r"hidden_weight has shape \[3\], expected"),
+    ({"hidden_loss": "l1"}, ValueError, "hidden_loss='l1' is not one of kl, mse"),
     ({"temperature": 0.0}, ValueError, r"temperature=0\.0 must be finite and above 0"),
     ({"temperature": -1}, ValueError, "temperature=-1 must be finite and above 0"),
     ({"alpha": float("nan")}, ValueError, "alpha=nan must be finite and at least 0"),
@@ -67,6 +71,8 @@ OP = cases.Op(
     calls={
         "": {},
         "of each sample": {"columns": True, "kl": "forward", "each": True},
+        "squares": {"hidden_loss": "mse"},
+        "squares of each sample": {"hidden_loss": "mse", "each": True},
         "of labels": {"teacher": False, "N": 0},
     },
     good=good,
@@ -78,11 +84,14 @@ OP = cases.Op(
         *cases.grid(FP32, B=128, C=10, n=10, each=True),
         *cases.grid(FP32, B=128, C=100, n=200, columns=True, kl="forward"),
         *cases.grid(FP32, BF16, B=128, C=4096, n=4096, columns=True),
+        *cases.grid(FP32, B=128, C=10, n=10, hidden_loss="mse"),
+        *cases.grid(FP32, B=128, C=100, n=4096, hidden_loss="mse", each=True),
     ],
     checked={
         "": cases.check(tolerance=1e-4, B=3, C=10, N=18, columns=True),
         "each": cases.check(tolerance=1e-4, B=3, C=10, N=18, each=True),
         "hidden alone": cases.check(tolerance=1e-4, B=3, C=3, N=18, teacher=False, each=True),
+        "squares": cases.check(tolerance=1e-4, B=3, C=10, N=18, hidden_loss="mse", each=True),
         "forward": cases.check(tolerance=1e-4, B=3, C=18, N=0, kl="forward"),
         "labels": cases.check(tolerance=1e-4, B=3, C=3, N=0, teacher=False),
     },

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ssd.ops import reference
-from ssd.ops.distill import distill
+from ssd.ops.distill import HIDDEN_LOSSES, distill
 from tests.kernels.conftest import INTERPRETED, NUMBA, triton_only
 
 FAST = ["torch", *NUMBA, triton_only("triton")]
@@ -66,23 +66,50 @@ def check(inputs: dict[str, Tensor], impl: str, **options: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
-def test_close_to_fp64(impl: str, dtype: torch.dtype, kl: str, device: str) -> None:
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_close_to_fp64(
+    impl: str, dtype: torch.dtype, kl: str, hidden_loss: str, device: str
+) -> None:
     inputs = problem(7, 10, 13, device, dtype)
-    check(inputs, impl, alpha=0.7, lam=0.25, temperature=2.0, kl=kl)
+    hidden = {"hidden_loss": hidden_loss, "hidden_weight": 0.75}
+    check(inputs, impl, alpha=0.7, lam=0.25, temperature=2.0, kl=kl, **hidden)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_exact_in_fp64(impl: str, device: str) -> None:
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_exact_in_fp64(impl: str, hidden_loss: str, device: str) -> None:
     inputs = cast(problem(7, 10, 13, device))
-    output = distill(**inputs, impl=impl, alpha=0.7, lam=0.1, temperature=8.0)
-    for ours, exact in zip(output, truth(inputs, alpha=0.7, lam=0.1, temperature=8.0), strict=True):
+    options: dict[str, Any] = {"alpha": 0.7, "lam": 0.1, "temperature": 8.0}
+    options |= {"hidden_loss": hidden_loss, "hidden_weight": 30.0}
+    output = distill(**inputs, impl=impl, **options)
+    for ours, exact in zip(output, truth(inputs, **options), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_squared_error_by_hand(impl: str, device: str) -> None:
+    """(1 - alpha) lam weight sum (h_s - h_t)^2; no mean, and no temperature."""
+    given = {
+        "logits": torch.zeros(1, 2, device=device),
+        "labels": torch.zeros(1, dtype=torch.int64, device=device),
+        "target_logits": torch.zeros(1, 2, device=device),
+        "hidden": torch.tensor([[1.0, 0.0, 3.0]], device=device),
+        "target_hidden": torch.tensor([[0.5, 2.0, 3.0]], device=device),
+    }
+    options: dict[str, Any] = {"alpha": 0.5, "lam": 0.5, "temperature": 7.0, "hidden_weight": 4.0}
+    loss, _, slopes = distill(**given, **options, hidden_loss="mse", impl=impl)
+    entropy = 0.5 * torch.tensor(2.0).log().item()
+    assert loss.item() == pytest.approx(entropy + 0.25 + 4.0)
+    assert slopes is not None
+    assert slopes.tolist() == [[1.0, -4.0, 0.0]]
 
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize(("classes", "units"), [(2, 1), (10, 40), (100, 3), (3, 3000), (16, 16)])
-def test_widths(impl: str, classes: int, units: int, device: str) -> None:
-    check(problem(5, classes, units, device), impl, alpha=0.5, lam=0.5, temperature=3.0)
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_widths(impl: str, hidden_loss: str, classes: int, units: int, device: str) -> None:
+    options: dict[str, Any] = {"alpha": 0.5, "lam": 0.5, "temperature": 3.0}
+    check(problem(5, classes, units, device), impl, hidden_loss=hidden_loss, **options)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -96,18 +123,20 @@ def test_some_columns(impl: str, kl: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_settings_of_each_sample(impl: str, device: str) -> None:
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_settings_of_each_sample(impl: str, hidden_loss: str, device: str) -> None:
     inputs = problem(6, 5, 4, device)
     options = {
         "alpha": torch.rand(6, device=device),
         "lam": torch.rand(6, device=device),
         "temperature": 1 + torch.rand(6, device=device),
+        "hidden_weight": 5 * torch.rand(6, device=device),
     }
-    check(inputs, impl, **options)
+    check(inputs, impl, **options, hidden_loss=hidden_loss)
     row = {name: tensor[2:3] for name, tensor in inputs.items()}
     numbers = {name: tensor[2].item() for name, tensor in options.items()}
-    alone = distill(**row, **numbers, impl=impl)
-    together = distill(**inputs, impl=impl, **options)
+    alone = distill(**row, **numbers, hidden_loss=hidden_loss, impl=impl)
+    together = distill(**inputs, impl=impl, **options, hidden_loss=hidden_loss)
     for one, all_ in zip(alone, together, strict=True):
         torch.testing.assert_close(one, all_[2:3])
 
@@ -163,6 +192,8 @@ def test_strided_rows_and_empty_batch(impl: str, device: str) -> None:
         ({"target_hidden": None}, "together"),
         ({"hidden": torch.zeros(6, 3)}, "target_hidden"),
         ({"kl": "backward"}, "backward"),
+        ({"hidden_loss": "l1"}, "hidden_loss='l1' is not one of kl, mse"),
+        ({"hidden_weight": -1.0}, r"hidden_weight=-1\.0 must be finite and at least 0"),
         ({"columns": torch.zeros(6, 5)}, "torch.bool"),
     ],
 )
@@ -211,7 +242,7 @@ def test_sixteen_bits_are_not_what_temperature_magnifies(impl: str, dtype: torch
 def test_settings_may_be_tensors_of_no_dimension(impl: str, device: str) -> None:
     logits, target = torch.randn(2, 4, 3, device=device)
     labels = torch.tensor([0, 1, 2, 0], device=device)
-    numbers: dict[str, Any] = {"alpha": 0.5, "lam": 0.25, "temperature": 2.0}
+    numbers: dict[str, Any] = {"alpha": 0.5, "lam": 0.25, "temperature": 2.0, "hidden_weight": 3.0}
     tensors = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
     given = (logits, labels, target, logits, target)
     got, want = distill(*given, **tensors, impl=impl), distill(*given, **numbers, impl=impl)

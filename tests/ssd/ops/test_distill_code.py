@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssd.ops import reference
-from ssd.ops.distill import distill
+from ssd.ops.distill import HIDDEN_LOSSES, distill
 from ssd.ops.distill_code import CodeLoss, distill_code
 from ssd_kernels import _dispatch
 from tests.kernels.conftest import NUMBA, triton_only
@@ -81,16 +81,20 @@ def check(given: dict[str, Any], impl: str, **options: Any) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
 @pytest.mark.parametrize("units", [0, 1, 12])
-def test_close_to_fp64(units: int, kl: str, impl: str, device: str) -> None:
-    check(problem(7, 9, 10, units, device), impl, **SETTINGS, kl=kl)
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_close_to_fp64(units: int, hidden_loss: str, kl: str, impl: str, device: str) -> None:
+    options = {"kl": kl, "hidden_loss": hidden_loss, "hidden_weight": 1.5}
+    check(problem(7, 9, 10, units, device), impl, **SETTINGS, **options)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("units", [0, 5])
-def test_exact_in_fp64(units: int, impl: str, device: str) -> None:
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_exact_in_fp64(units: int, hidden_loss: str, impl: str, device: str) -> None:
     given = cast(problem(7, 9, 10, units, device))
-    got = distill_code(**given, **SETTINGS, impl=impl)
-    for ours, exact in zip(got, truth(given, **SETTINGS), strict=True):
+    options = SETTINGS | {"hidden_loss": hidden_loss, "hidden_weight": 30.0}
+    got = distill_code(**given, **options, impl=impl)
+    for ours, exact in zip(got, truth(given, **options), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
@@ -99,8 +103,11 @@ def test_exact_in_fp64(units: int, impl: str, device: str) -> None:
     ("slots", "classes", "units"),
     [(1, 1, 1), (40, 10, 40), (300, 10, 33), (17, 100, 3), (3, 300, 2), (5, 2, 2500)],
 )
-def test_sizes(slots: int, classes: int, units: int, impl: str, device: str) -> None:
-    check(problem(3, slots, classes, units, device), impl, **SETTINGS)
+@pytest.mark.parametrize("hidden_loss", HIDDEN_LOSSES)
+def test_sizes(
+    slots: int, classes: int, units: int, hidden_loss: str, impl: str, device: str
+) -> None:
+    check(problem(3, slots, classes, units, device), impl, **SETTINGS, hidden_loss=hidden_loss)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -110,6 +117,8 @@ def test_settings_and_a_weight_of_each_sample(teacher: bool, impl: str, device: 
     options = {name: torch.rand(6, device=device) for name in ("alpha", "lam", "weight")}
     options["weight"][2] = 0
     check(given, impl, **options, temperature=1 + torch.rand(6, device=device))
+    squares = {"hidden_loss": "mse", "hidden_weight": 9 * torch.rand(6, device=device)}
+    check(given, impl, **options, **squares, temperature=2.0)
     check(given, impl, alpha=options["alpha"], lam=0.3, temperature=2.0)
 
 
