@@ -12,8 +12,9 @@ from math import inf
 from typing import Any
 
 from ssd.data import SOURCES
-from ssd.distillation import CHOICES
+from ssd.distillation import CHOICES, SELECTIONS
 from ssd.errors import UserError
+from ssd.losses import HIDDEN_LOSSES
 from ssd.models import NETWORKS, SCHEDULES
 from ssd.regularizers import PENALTIES
 
@@ -90,6 +91,19 @@ class Config:
     logits: str = _setting(
         "all", "logits distilled: all outputs or classes seen", CHOICES["logits"]
     )
+    hidden_loss: str = _setting(
+        "kl",
+        "hidden term: KL (paper), or mse relative to the norm of the teacher's code",
+        tuple(HIDDEN_LOSSES),
+        later=True,
+    )
+    hidden_weight: float = _setting(1.0, "factor of the hidden term", later=True)
+    selection: str = _setting(
+        "frequency",
+        "neurons distilled: the most frequent (paper), those active on the new inputs too, or all",
+        tuple(SELECTIONS),
+        later=True,
+    )
     frequency: str = _setting(
         "last", "activation frequency of the last task or accumulated", CHOICES["frequency"]
     )
@@ -100,6 +114,9 @@ class Config:
     si_coefficient: float = _setting(1500.0, "strength of the SI penalty")
     si_beta: float = _setting(0.005, "inverse temperature of the SI importance")
     l2_coefficient: float = _setting(10.0, "strength of the L2 pull to the last task's weights")
+    metaplasticity_coefficient: float = _setting(
+        3.0, "how much past use slows a neuron's address", later=True
+    )
 
     eval_every: int = _setting(5, "epochs between evaluations; there is one after every task too")
 
@@ -146,7 +163,7 @@ class Config:
         check(lambda v: 0 <= v < 1, "in 0..1, below 1", "validation", "momentum")
         numbers = [f.name for f in fields(self) if isinstance(f.default, float)]
         penalties = [n for n in penalty_settings(*PENALTIES) if n in numbers]
-        check(lambda v: 0 <= v < inf, "at least 0 and finite", *penalties)
+        check(lambda v: 0 <= v < inf, "at least 0 and finite", "hidden_weight", *penalties)
         # These two are shares of samples and neurons, and take no part in a step.
         in_steps = [n for n in numbers if n not in ("validation", "subnetwork")]
         rule = f"0 or in {SMALLEST:.1e}..{LARGEST:.1e}, as float32"
@@ -362,7 +379,8 @@ def hints(config: Config, samples: int, largest: float = 1.0) -> list[str]:
         largest: the largest magnitude in the training data.
     """
     found = []
-    if "ssd" in config.parts and config.lam > 0 and round(config.subnetwork * config.k) < 2:
+    divides = "ssd" in config.parts and config.lam > 0 and config.hidden_loss == "kl"
+    if divides and config.selection != "all" and round(config.subnetwork * config.k) < 2:
         found.append("a subnetwork of one neuron has nothing to distil; use --subnetwork 2")
     network = NETWORKS[config.network]
     reach = config.epochs * samples  # a neuron counts at most once per sample

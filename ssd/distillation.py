@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
@@ -30,10 +30,18 @@ from torch.nn import functional as F
 
 from ssd.activations import CHUNK, Recorder, evaluating, find_layers
 from ssd.losses import HIDDEN_LOSSES, KL, choice, distillation_loss, positive, real, wide
-from ssd.ops.reference import distill
+from ssd.ops.distill import HIDDEN_LOSSES as FUSED
+from ssd.ops.reference import divergence
 from ssd_kernels.nn import TopKLinear
 
-# The choices of a Distiller's options, besides hidden_loss.
+# How neurons are ranked: f(activation frequency [R] on earlier tasks, mean activation [R] of the
+# teacher on the new task's inputs) -> score [R]. "all" distils every neuron.
+SELECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "frequency": lambda frequency, _: frequency,
+    "activation": lambda frequency, activation: frequency * activation,
+    "all": lambda frequency, _: frequency,
+}
+# The choices of a Distiller's other options.
 CHOICES = {
     "kl": KL,
     "hidden": ("after", "before"),
@@ -70,7 +78,12 @@ class Distiller:
         frequency: rank neurons by the "last" task's activation frequency or by the "accumulated".
         layers: the Top-K layers, by module name; None finds them. Modules other than TopK and
             TopKLinear also need their k: a mapping {name: k}.
-        hidden_loss: the hidden term, a name in HIDDEN_LOSSES.
+        hidden_loss: the hidden term, a name in HIDDEN_LOSSES: "kl" is the paper's; "mse" is the sum
+            of squared differences over the mean squared norm of the teacher's z, all neurons.
+        hidden_weight: a factor of the hidden term, at least 0.
+        selection: how neurons are ranked, a name in SELECTIONS: by activation "frequency", as in
+            the paper; by frequency times the teacher's mean "activation" on the new task's inputs;
+            or "all" of them are distilled.
 
     Copies of the model, deep or pickled, have no Distiller; a copy of the Distiller has a copy of
     the model. Under torch.distributed end_task adds up the counts of all ranks, so that they choose
@@ -93,16 +106,22 @@ class Distiller:
         frequency: str = "last",
         layers: Sequence[str] | Mapping[str, int] | None = None,
         hidden_loss: str = "kl",
+        hidden_weight: float = 1.0,
+        selection: str = "frequency",
     ) -> None:
         self.model = model
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
         self.subnetwork, self.kl, self.hidden = subnetwork, kl, hidden
-        self.logits, self.frequency, self.hidden_loss = logits, frequency, hidden_loss
-        for name, known in [*CHOICES.items(), ("hidden_loss", HIDDEN_LOSSES)]:
+        self.logits, self.frequency, self.selection = logits, frequency, selection
+        self.hidden_loss, self.hidden_weight = hidden_loss, hidden_weight
+        tables: dict[str, Iterable[str]] = {"hidden_loss": HIDDEN_LOSSES, "selection": SELECTIONS}
+        for name, known in (CHOICES | tables).items():
             choice(name, getattr(self, name), known)
         for name, number in (("alpha", alpha), ("lam", lam)):
             if not (real(number) and 0 <= number <= 1):
                 raise ValueError(f"{name}={number!r} must be a number in 0..1")
+        if not (real(hidden_weight) and 0 <= hidden_weight < math.inf):
+            raise ValueError(f"hidden_weight={hidden_weight!r} must be a finite number, 0 or above")
         positive("temperature", temperature)
         positive("subnetwork", subnetwork)
         self.layers = find_layers(model, layers)
@@ -110,6 +129,8 @@ class Distiller:
         self.neurons: dict[str, Tensor] = {}  # {layer: [n]} the selected subnetwork
         self.teacher_logits: Tensor | None = None  # [N, C]
         self.teacher_hidden: dict[str, Tensor] = {}  # {layer: [N, .., n]}
+        # {layer: 0-d float64 on the CPU}, the mean squared norm of the teacher's z, if relative
+        self.teacher_norm: dict[str, Tensor] = {}
         self.classes_seen: Tensor | None = None  # ascending labels
         self._attach()
 
@@ -147,7 +168,7 @@ class Distiller:
     @property
     def fused(self) -> bool:
         """Whether ssd.ops.distill can compute this loss, from what terms() returns."""
-        return len(self.layers) == 1 and (self.hidden_loss == "kl" or self.lam == 0)
+        return len(self.layers) == 1 and (self.hidden_loss in FUSED or self.lam == 0)
 
     @torch.inference_mode(False)  # inference tensors could not be saved for backward
     def begin_task(self, x: Tensor) -> None:
@@ -159,6 +180,10 @@ class Distiller:
         """
         if not self.neurons:
             return
+        relative = HIDDEN_LOSSES[self.hidden_loss].relative
+        if relative or self.selection == "activation":
+            activation, norm = self._measure(x)
+            self.neurons, self.teacher_norm = self._select(activation), norm if relative else {}
         model = self._recorder.model
         logits: list[Tensor] = []
         hidden: dict[str, list[Tensor]] = {name: [] for name in self.layers}
@@ -200,7 +225,7 @@ class Distiller:
     ) -> Tensor:
         """alpha CE + (1 - alpha) (lambda L_hidden + (1 - lambda) L_logits); CE in the first task.
 
-        L_hidden is the mean over the Top-K layers.
+        L_hidden is the mean over the Top-K layers, times hidden_weight.
 
         Args:
             logits: [B, C], what the model returned.
@@ -214,35 +239,52 @@ class Distiller:
             ValueError: a shape or a range that does not fit, or logits of no known forward pass.
             RuntimeError: end_task has been called and begin_task not yet.
         """
+        return torch.stack([*self.losses(logits, labels, samples, hidden).values()]).sum()
+
+    def losses(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        samples: Tensor,
+        hidden: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms of loss(), of the same arguments: cross_entropy, logits and hidden.
+
+        Returns:
+            {name: 0-d}; cross_entropy alone in the first task, no hidden without lambda.
+        """
         if not isinstance(logits, Tensor):
             raise ValueError(f"logits must be a tensor [B, C], not a {type(logits).__name__}")
         if logits.dim() != 2 or 0 in logits.shape:
             raise ValueError(f"logits {list(logits.shape)} must be [B, C], not empty")
         rows, classes = logits.shape
         labels = _positions("labels", labels, rows, classes, "classes")
+        entropy = F.cross_entropy(wide(logits), labels)
         if self.teacher_logits is None:
             if self.neurons:
                 raise RuntimeError("there is no teacher for this task; call begin_task(x) first")
-            return F.cross_entropy(wide(logits), labels)
+            return {"cross_entropy": entropy}
         known, taught = self.teacher_logits.shape
         samples = _positions("samples", samples, rows, known, "inputs of begin_task")
         if classes != taught:
             raise ValueError(
                 f"logits {list(logits.shape)} do not have the teacher's {taught} classes"
             )
-        layers = []
+        pair = wide(logits), wide(self.teacher_logits[samples])
+        distance = divergence(*pair, self.temperature, self.kl, self._columns(rows)).mean()
+        rest = 1 - self.alpha
+        losses = {"cross_entropy": self.alpha * entropy, "logits": rest * (1 - self.lam) * distance}
         if self.lam > 0:
             hidden = self.activations(logits) if hidden is None else hidden
             self._check_layers("hidden activations", hidden)
             settings = self.temperature, self.kl, self.hidden_loss
             layers = [
                 distillation_loss(z, self.teacher_hidden[name][samples], *settings)
+                * self._scale(name)
                 for name, z in hidden.items()
             ]
-        loss = distill(wide(logits), labels, **self._logit_terms(samples)).mean()
-        if layers:
-            loss = loss + (1 - self.alpha) * self.lam * torch.stack(layers).mean()
-        return loss
+            losses["hidden"] = rest * self.lam * torch.stack(layers).mean()
+        return losses
 
     def terms(self, samples: Tensor) -> dict[str, Any]:
         """Arguments of ssd.ops.distill.distill besides the student's, if `fused`.
@@ -251,36 +293,47 @@ class Distiller:
             samples: [B] int64, indices into the inputs of begin_task.
 
         Returns:
-            {} without a teacher. Else alpha, lam, temperature, kl and target_logits [B, C]; for
-            logits="seen" also columns [B, C], and for lam > 0 target_hidden [B, n].
+            {} without a teacher. Else alpha, lam, temperature, kl, hidden_loss, hidden_weight and
+            target_logits [B, C]; for logits="seen" also columns [B, C], and for lam > 0
+            target_hidden [B, n].
 
         Raises:
-            ValueError: several layers, or a hidden loss that is not the KL.
+            ValueError: several layers, or a hidden loss that the op does not compute.
         """
         if not self.fused:
             raise ValueError(
-                f"terms() serves the KL of one layer, not {sorted(self.layers)} with "
+                f"terms() serves {' or '.join(FUSED)} of one layer, not {sorted(self.layers)} with "
                 f"hidden_loss={self.hidden_loss!r}"
             )
         if self.teacher_logits is None:
             return {}
-        terms = self._logit_terms(samples)
-        if self.lam > 0:
-            (hidden,) = self.teacher_hidden.values()
-            terms["target_hidden"] = hidden[samples]
-        return terms
-
-    def _logit_terms(self, samples: Tensor) -> dict[str, Any]:
-        """The settings of the loss and the teacher's logits."""
-        assert self.teacher_logits is not None
         names = ("alpha", "lam", "temperature", "kl")
         terms: dict[str, Any] = {name: getattr(self, name) for name in names}
         terms["target_logits"] = self.teacher_logits[samples]
-        if self.logits == "seen" and self.classes_seen is not None:
-            shape = terms["target_logits"].shape
-            seen = torch.zeros(shape[1], dtype=torch.bool, device=self.classes_seen.device)
-            terms["columns"] = seen.index_fill_(0, self.classes_seen, True).expand(shape)
+        columns = self._columns(len(samples))
+        if columns is not None:
+            terms["columns"] = columns
+        if self.hidden_loss in FUSED:
+            (layer,) = self.layers
+            terms |= {"hidden_loss": self.hidden_loss, "hidden_weight": self._scale(layer)}
+            if self.lam > 0:
+                terms["target_hidden"] = self.teacher_hidden[layer][samples]
         return terms
+
+    def _scale(self, layer: str) -> float:
+        """The factor of a layer's hidden loss."""
+        if layer not in self.teacher_norm:
+            return self.hidden_weight
+        # A silent teacher is imitated in absolute terms.
+        return self.hidden_weight / (self.teacher_norm[layer].item() or 1.0)
+
+    def _columns(self, rows: int) -> Tensor | None:
+        """Which logits [rows, C] are distilled; None: all."""
+        if self.logits == "all" or self.classes_seen is None or self.teacher_logits is None:
+            return None
+        classes, device = self.teacher_logits.shape[1], self.classes_seen.device
+        seen = torch.zeros(classes, dtype=torch.bool, device=device)
+        return seen.index_fill_(0, self.classes_seen, True).expand(rows, -1)
 
     def activations(self, logits: Tensor) -> dict[str, Tensor]:
         """z of the selected neurons in the forward pass that returned logits, {layer: [B, .., n]}.
@@ -332,14 +385,49 @@ class Distiller:
         if self.frequency == "accumulated" and self.counts:
             counts = {name: self.counts[name] + hits for name, hits in counts.items()}
         self.counts, self.classes_seen = dict(counts), seen
-        self.neurons = {
-            name: select_subnetwork(
-                counts[name], subnetwork_size(k, len(counts[name]), self.subnetwork)
-            )
-            for name, k in self.layers.items()
-        }
-        self.teacher_logits, self.teacher_hidden = None, {}
+        # Before the next task's inputs are known every neuron counts as equally active on them.
+        self.neurons = self._select({name: hits.new_ones(()) for name, hits in counts.items()})
+        self.teacher_logits, self.teacher_hidden, self.teacher_norm = None, {}, {}
         self._watch()
+
+    def _select(self, activation: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The neurons to distil, by what they did on earlier tasks and do on the new one."""
+        rank = SELECTIONS[self.selection]
+        return {
+            name: select_subnetwork(
+                rank(counts.double(), activation[name].to(counts.device)),
+                self._size(name, len(counts)),
+            )
+            for name, counts in self.counts.items()
+        }
+
+    def _size(self, layer: str, neurons: int) -> int:
+        """n of a layer."""
+        if self.selection == "all":
+            return neurons
+        return subnetwork_size(self.layers[layer], neurons, self.subnetwork)
+
+    def _measure(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The teacher on a task's inputs: mean z [R] and mean squared norm of z, by layer."""
+        every = {
+            name: torch.arange(len(counts), device=counts.device)
+            for name, counts in self.counts.items()
+        }
+        sums = {name: counts.new_zeros(len(counts) + 2) for name, counts in self.counts.items()}
+        model = self._recorder.model
+        with evaluating(model):
+            for chunk in x.split(CHUNK):
+                with self._recorder.record() as calls:
+                    model(chunk)
+                for name, z in self._recorder.read(calls, every).items():
+                    z = z.flatten(0, -2).double()
+                    own = z.sum(0), z.square().sum().view(1), z.new_full((1,), len(z))
+                    sums[name] = sums[name] + torch.cat(own)
+        of_ranks = self._recorder.of_ranks({name: own.cpu() for name, own in sums.items()})
+        totals = {name: sum(own[name] for own in of_ranks) for name in sums}
+        means = {name: total[:-1] / total[-1] for name, total in totals.items()}
+        activation = {name: mean[:-1] for name, mean in means.items()}
+        return activation, {name: mean[-1].clone() for name, mean in means.items()}
 
     def _seen(self, labels: Tensor | None) -> Tensor:
         """The classes seen so far, with those of the task that ends."""
@@ -355,7 +443,7 @@ class Distiller:
         """Copies of all tensors needed to resume, by name."""
         state = {
             f"{part}/{name}": tensor
-            for part in ("counts", "neurons", "teacher_hidden")
+            for part in ("counts", "neurons", "teacher_hidden", "teacher_norm")
             for name, tensor in getattr(self, part).items()
         }
         for name in ("teacher_logits", "classes_seen"):
@@ -373,7 +461,12 @@ class Distiller:
         self._check_state(**_parts(state))
         tensors = [*self.model.parameters(), *self.model.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
-        own = {name: tensor.detach().to(device, copy=True) for name, tensor in state.items()}
+        own = {
+            name: tensor.detach().to(
+                "cpu" if name.startswith("teacher_norm/") else device, copy=True
+            )
+            for name, tensor in state.items()
+        }
         self.__dict__.update(_parts(own))
         self._watch()
 
@@ -382,6 +475,7 @@ class Distiller:
         counts: Mapping[str, Tensor],
         neurons: Mapping[str, Tensor],
         teacher_hidden: Mapping[str, Tensor],
+        teacher_norm: Mapping[str, Tensor],
         teacher_logits: Tensor | None,
         classes_seen: Tensor | None,
     ) -> None:
@@ -391,6 +485,8 @@ class Distiller:
             self._check_layers("the state's neurons", neurons)
         if taught:
             self._check_layers("the state's teacher_hidden", teacher_hidden)
+            if HIDDEN_LOSSES[self.hidden_loss].relative:
+                self._check_layers("the state's teacher_norm", teacher_norm)
             if teacher_logits is None:
                 raise ValueError("the state has no teacher_logits")
         if (classes_seen is not None) != (self.logits == "seen" and bool(counts)):
@@ -400,7 +496,7 @@ class Distiller:
             )
         for name, chosen in neurons.items():
             count = len(counts[name])
-            size = subnetwork_size(self.layers[name], count, self.subnetwork)
+            size = self._size(name, count)
             _positions(f"the state's neurons of {name!r}", chosen, size, count, "neurons")
             if teacher_logits is not None:
                 z = teacher_hidden[name]
@@ -428,7 +524,7 @@ class Distiller:
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The attributes of a Distiller from its state_dict()."""
-    parts: dict[str, Any] = {"counts": {}, "neurons": {}, "teacher_hidden": {}}
+    parts: dict[str, Any] = {"counts": {}, "neurons": {}, "teacher_hidden": {}, "teacher_norm": {}}
     parts |= {"teacher_logits": None, "classes_seen": None}
     for key, tensor in state.items():
         part, slash, name = key.partition("/")

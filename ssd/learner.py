@@ -44,6 +44,7 @@ def build_distiller(config: Config, model: Network) -> Distiller | None:
     if not config.parts & set(DISTILLATIONS):
         return None
     names = ["alpha", "temperature", "subnetwork", "kl", "hidden", "logits", "frequency"]
+    names += ["hidden_loss", "hidden_weight", "selection"]
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     return Distiller(model, lam=0.0 if "lwf" in config.parts else config.lam, **settings)
 
@@ -195,7 +196,9 @@ class Learner:
             own = {name: counts[name] for name in self.distiller.layers}
             self.distiller.end_task(task.x_train, task.y_train, own)
         for regularizer in self.regularizers:
-            regularizer.end_task(task.x_train, self.order(number, -1))
+            regularizer.end_task(
+                task.x_train, self.order(number, -1), self.frequency[number].to(self.device)
+            )
 
     def _probes(self) -> Tensor:
         """Up to PROBES test inputs, evenly spaced over all tasks; the same after every task."""

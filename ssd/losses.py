@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssd.ops.reference import divergence
+from ssd.ops.reference import divergence, squared_error
 
 KL = ("reverse", "forward")
-# Losses [B, ..] of hidden activations: f(student [B, .., n], teacher [B, .., n], temperature, kl),
-# both at least float32. ssd.ops.distill only computes "kl"; steps with another loss use autograd.
-HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, float, str], Tensor]] = {"kl": divergence}
+
+
+class HiddenLoss(NamedTuple):
+    """A loss of hidden activations."""
+
+    # f(student [B, .., n], teacher [B, .., n], temperature, kl) -> [B, ..]; at least float32
+    function: Callable[[Tensor, Tensor, float, str], Tensor]
+    relative: bool = False  # whether a Distiller divides it by the mean squared norm of a code
+
+
+# Steps with a loss that ssd.ops.distill does not compute use autograd.
+HIDDEN_LOSSES = {
+    "kl": HiddenLoss(divergence),
+    "mse": HiddenLoss(lambda student, teacher, *_: squared_error(student, teacher), relative=True),
+}
 
 
 def distillation_loss(
@@ -26,7 +39,8 @@ def distillation_loss(
 ) -> Tensor:
     """Mean of a loss between student and teacher, 0-d.
 
-    "kl", the default, is T^2 KL between softmax(student / T) and softmax(teacher / T).
+    "kl", the default, is T^2 KL between softmax(student / T) and softmax(teacher / T); "mse" the
+    sum of (student - teacher)^2.
 
     Args:
         student: [B, .., n], logits or activations.
@@ -46,7 +60,8 @@ def distillation_loss(
             f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape"
         )
     positive("temperature", temperature)
-    return HIDDEN_LOSSES[hidden_loss](wide(student), wide(teacher), temperature, kl).mean()
+    loss = HIDDEN_LOSSES[hidden_loss].function
+    return loss(wide(student), wide(teacher), temperature, kl).mean()
 
 
 def wide(z: Tensor) -> Tensor:

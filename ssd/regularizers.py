@@ -1,7 +1,7 @@
-"""Weight regularisers: quadratic penalties on what earlier tasks need.
+"""Weight regularisers: quadratic penalties on what earlier tasks need, and slower learning.
 
-coefficient * sum over terms and parameters of importance * (p - p*)^2, no factor 1/2, from the
-second task on. EWC has one term per task, the others have one.
+The penalties are coefficient * sum over terms and parameters of importance * (p - p*)^2, no factor
+1/2, from the second task on. EWC has one term per task, the others have one.
 
 PENALTIES lists them. A new one is a class and a row there, and its settings in ssd.config.
 """
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.activations import evaluating
+from ssd.errors import UserError
+from ssd.models import Network
 from ssd_kernels._checks import in_range
 
 # Batches from which EWC ("memory" variant) and MAS take importance, as in the SDMLP code.
@@ -34,7 +36,7 @@ class Regularizer(Protocol):
 
     @property
     def active(self) -> bool:
-        """Whether there is a penalty yet."""
+        """Whether it changes gradients yet."""
         ...
 
     def penalty(self) -> Tensor:
@@ -42,11 +44,11 @@ class Regularizer(Protocol):
         ...
 
     def add_gradient(self, gradients: Sequence[Tensor]) -> None:
-        """Adds the penalty's gradient to the gradients of the parameters, in place."""
+        """Adds the penalty's gradient to the gradients of the parameters, or scales them."""
         ...
 
     def rows(self) -> Tensor | None:
-        """Ascending rows [n] of the parameters [R, ..] with a gradient; None: all."""
+        """Ascending rows [n] of the parameters [R, ..] that it pulls; None: all."""
         ...
 
     def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
@@ -70,8 +72,14 @@ class Regularizer(Protocol):
         """The penalty's own tensors that a step writes to."""
         ...
 
-    def end_task(self, x: Tensor, order: Tensor) -> None:
-        """Learns what a finished task needs, from its inputs [N, d] in a random order [N]."""
+    def end_task(self, x: Tensor, order: Tensor, frequency: Tensor) -> None:
+        """Learns what a finished task needs.
+
+        Args:
+            x: [N, d], its training inputs.
+            order: [N], a random order of them.
+            frequency: [R] float64, the share of them for which each neuron of the layer is active.
+        """
         ...
 
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -205,7 +213,7 @@ class EWC(Quadratic):
         self.beta = beta
 
     @torch.no_grad()
-    def end_task(self, x: Tensor, order: Tensor) -> None:
+    def end_task(self, x: Tensor, order: Tensor, frequency: Tensor) -> None:
         """Merges the task's term: the anchor becomes the mean of both, weighted by importance.
 
         Importance: squared gradients of batch sums of the beta-softmax loss, label = prediction.
@@ -233,7 +241,7 @@ class MAS(Quadratic):
     of batches in the whole task.
     """
 
-    def end_task(self, x: Tensor, order: Tensor) -> None:
+    def end_task(self, x: Tensor, order: Tensor, frequency: Tensor) -> None:
         batches = ceil(len(x) / IMPORTANCE_BATCH_SIZE)
         self._accumulate(
             self._measure(x, order, lambda z: z.square().mean(), lambda g: g.abs() / batches)
@@ -277,7 +285,7 @@ class SI(Quadratic):
             w.addcmul_(gradient, before.sub_(p))
 
     @torch.no_grad()
-    def end_task(self, x: Tensor, order: Tensor) -> None:
+    def end_task(self, x: Tensor, order: Tensor, frequency: Tensor) -> None:
         for w, (p, _, anchor) in zip(self.path, self._terms(), strict=True):
             w /= (p - anchor).square() + SI_DAMPING
         self._accumulate(self.path)
@@ -288,11 +296,92 @@ class SI(Quadratic):
 class L2(Quadratic):
     """Pulls every parameter alike to its value at the end of the last task."""
 
-    def end_task(self, x: Tensor, order: Tensor) -> None:
+    def end_task(self, x: Tensor, order: Tensor, frequency: Tensor) -> None:
         added = torch.zeros_like if self.active else torch.ones_like
         self._accumulate([added(p) for p in self.parameters])
 
 
-# {name in a method: class}. The class takes the model and, by name, the settings of ssd.config
-# that begin with the penalty's name: ewc_beta is its argument beta.
-PENALTIES: dict[str, Callable[..., Regularizer]] = {"ewc": EWC, "mas": MAS, "si": SI, "l2": L2}
+class Metaplasticity:
+    """Slows the addresses of neurons that earlier tasks use; their output weights stay plastic.
+
+    The gradient of neuron j's address is divided by 1 + coefficient * use_j. use_j adds up, over
+    the tasks so far, the neuron's activation frequency divided by the mean over neurons.
+
+    Args:
+        model: a Network; the parameters of its layer have a row for each neuron.
+        coefficient: strength.
+    """
+
+    def __init__(self, model: Network, coefficient: float) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        own = {id(p) for p in model.get_submodule(model.layer).parameters()}
+        self.numbers = [n for n, p in enumerate(trained) if id(p) in own]
+        if not self.numbers:
+            raise UserError(
+                f"metaplasticity needs a layer with weights, and {model.layer!r} has none"
+            )
+        self.coefficient, self.tasks = coefficient, 0
+        first = trained[self.numbers[0]]
+        self.use = first.new_zeros(len(first))
+        self.rates = torch.ones_like(self.use)
+
+    @property
+    def active(self) -> bool:
+        return self.tasks > 0
+
+    def penalty(self) -> Tensor:
+        return self.use.new_zeros((), dtype=torch.float64)
+
+    @torch.no_grad()
+    def add_gradient(self, gradients: Sequence[Tensor]) -> None:
+        self._scale(gradients, self.rates)
+
+    def rows(self) -> Tensor | None:
+        return torch.empty(0, dtype=torch.int64, device=self.use.device)
+
+    @torch.no_grad()
+    def add_row_gradient(self, gradients: Sequence[Tensor], rows: Tensor) -> None:
+        self._scale(gradients, self.rates.index_select(0, rows))
+
+    def before_step(self, gradient: Gradient, labels: Tensor) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def followed(self) -> Sequence[Tensor]:
+        return ()
+
+    @torch.no_grad()
+    def end_task(self, x: Tensor, order: Tensor, frequency: Tensor) -> None:
+        mean = frequency.mean().clamp(min=torch.finfo(frequency.dtype).tiny)
+        self.use += (frequency / mean).to(self.use)
+        self.tasks += 1
+        self._rate()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"use": self.use, "tasks": torch.tensor(self.tasks, device="cpu")}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.use.copy_(state["use"])
+        self.tasks = int(state["tasks"])
+        self._rate()
+
+    def _rate(self) -> None:
+        self.rates.copy_(1 / (1 + self.coefficient * self.use))
+
+    def _scale(self, gradients: Sequence[Tensor], rates: Tensor) -> None:
+        for number in self.numbers:
+            gradient = gradients[number]
+            gradient.mul_(rates.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+# {name in a method: class}. The class takes the model and, by name, the settings of ssd.config that
+# begin with the penalty's name: ewc_beta is its argument beta. Metaplasticity comes last, as it
+# slows the pull of the penalties too.
+PENALTIES: dict[str, Callable[..., Regularizer]] = {
+    "ewc": EWC,
+    "mas": MAS,
+    "si": SI,
+    "l2": L2,
+    "metaplasticity": Metaplasticity,
+}

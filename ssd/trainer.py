@@ -22,7 +22,7 @@ from ssd.step import plain_step, step
 
 # Settings in which learners that are trained together may differ.
 OWN = (
-    *("seed", "alpha", "lam", "temperature", "lr", "max_norm", "anneal_samples"),
+    *("seed", "alpha", "lam", "temperature", "hidden_weight", "lr", "max_norm", "anneal_samples"),
     *penalty_settings(*PENALTIES),
 )
 

@@ -143,8 +143,19 @@ def distill(
     Raises:
         TypeError, ValueError: a dtype, shape, device or option that does not fit, before any work.
     """
-    targets, settings = (labels, target_logits, target_hidden), (alpha, lam, temperature, kl)
-    objective = Objective(*targets, *settings, columns, weight, hidden_loss, hidden_weight)
+    objective = Objective(
+        labels,
+        target_logits,
+        target_hidden,
+        alpha,
+        lam,
+        temperature,
+        kl,
+        columns,
+        weight,
+        hidden_loss,
+        hidden_weight,
+    )
     _check(logits, hidden, objective)
     widths = logits.shape[1], 1 if hidden is None else hidden.shape[1]
     served = min(len(logits), *widths) > 0 and max(widths) <= MAX_COLUMNS

@@ -183,7 +183,7 @@ def distill(
         if hidden is not None and target_hidden is not None:
             student, teacher = hidden.to(wide), target_hidden.to(wide)
             if hidden_loss == "mse":
-                term = (student - teacher).square().sum(-1)
+                term = squared_error(student, teacher)
             else:
                 term = divergence(student, teacher, temperature, kl)
             distilled = distilled + lam * hidden_weight * term
@@ -217,6 +217,11 @@ def distill_code(
 def at_places(values: Tensor, places: Tensor, size: int) -> Tensor:
     """values [B, K] at their places in rows [B, n], zeros elsewhere; place n drops a value."""
     return values.new_zeros(len(values), size + 1).scatter_add(1, places, values)[:, :size]
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """The sum of squared differences over the last dimension, [..]."""
+    return (student - teacher).square().sum(-1)
 
 
 def divergence(

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import threading
 import weakref
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ssd.activations import count_activations, evaluating
 from ssd.cuda_graph import GraphedEpochs
 from ssd.distillation import Distiller, select_subnetwork
-from ssd.losses import HIDDEN_LOSSES, distillation_loss
+from ssd.losses import HIDDEN_LOSSES, HiddenLoss, distillation_loss
 from ssd.ops.distill import distill
 from ssd.trainer import Trainer
 from ssd_kernels.nn import KSparseMLP, TopK, TopKLinear
@@ -177,13 +178,18 @@ def test_the_teacher_is_frozen_and_run_once_a_task() -> None:
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
 @pytest.mark.parametrize("logits", ["all", "seen"])
 @pytest.mark.parametrize("lam", [0.0, 0.4])
-def test_terms_are_what_the_loss_is_made_of(lam: float, logits: str, kl: str) -> None:
+@pytest.mark.parametrize("hidden_loss", ["kl", "mse"])
+def test_terms_are_what_the_loss_is_made_of(
+    hidden_loss: str, lam: float, logits: str, kl: str
+) -> None:
     model = nn.Sequential(nn.Linear(12, 40), TopK(6), nn.Linear(40, 5))
-    task = second_task(model, classes=4, lam=lam, logits=logits, kl=kl)
+    options = {"lam": lam, "logits": logits, "kl": kl, "hidden_loss": hidden_loss}
+    task = second_task(model, classes=4, hidden_weight=3.0, **options)
     samples = torch.tensor([7, 3, 50])
     terms = task.distiller.terms(samples)
     optional = {"columns": logits == "seen", "target_hidden": lam > 0}
     expected = {"target_logits", "alpha", "lam", "temperature", "kl"}
+    expected |= {"hidden_loss", "hidden_weight"}
     assert terms.keys() == expected | {name for name, given in optional.items() if given}
     if logits == "seen":
         assert terms["columns"].tolist() == [[True] * 4 + [False]] * 3
@@ -193,6 +199,10 @@ def test_terms_are_what_the_loss_is_made_of(lam: float, logits: str, kl: str) ->
     got = distill(output, task.y[samples], **terms)
     loss = task.distiller.loss(output, task.y[samples], samples)
     torch.testing.assert_close(got.loss.mean(), loss.detach())
+    losses = task.distiller.losses(output, task.y[samples], samples)
+    names = ["cross_entropy", "logits", *(["hidden"] if lam > 0 else [])]
+    assert list(losses) == names
+    torch.testing.assert_close(sum(losses.values()), loss)
     (slope,) = torch.autograd.grad(loss, output)
     torch.testing.assert_close(got.grad_logits / 3, slope)
 
@@ -211,8 +221,8 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> str:
     def mean_square(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
         return (student - teacher).square().mean(-1)
 
-    monkeypatch.setitem(HIDDEN_LOSSES, "mse", mean_square)
-    return "mse"
+    monkeypatch.setitem(HIDDEN_LOSSES, "mean square", HiddenLoss(mean_square))
+    return "mean square"
 
 
 def test_a_new_hidden_loss_takes_the_place_of_the_kl(squares: str) -> None:
@@ -238,7 +248,7 @@ def test_no_other_loss_is_fused(squares: str) -> None:
     assert not Distiller(KWinnersMLP()).fused
     other = second_task(model, hidden_loss=squares).distiller
     assert not other.fused
-    with pytest.raises(ValueError, match=r"KL of one layer, not \['1'\] with hidden_loss='mse'"):
+    with pytest.raises(ValueError, match=r"kl or mse of one layer, not \['1'\] with .*='mean sq"):
         other.terms(torch.arange(3))
 
 
@@ -984,7 +994,10 @@ def test_arguments_of_distillation_loss_are_checked(
     ("arguments", "message"),
     [
         ({"kl": "sideways"}, "sideways"),
-        ({"hidden_loss": "sideways"}, "hidden_loss='sideways' is not one of kl"),
+        ({"hidden_loss": "sideways"}, "hidden_loss='sideways' is not one of kl, mse"),
+        ({"selection": "some"}, "selection='some' is not one of frequency, activation, all"),
+        ({"hidden_weight": -1.0}, r"hidden_weight=-1\.0 must be a finite number, 0 or above"),
+        ({"hidden_weight": math.inf}, "hidden_weight=inf must be a finite number"),
         ({"alpha": 1.5}, r"alpha=1\.5"),
         ({"alpha": float("nan")}, "alpha=nan"),
         ({"lam": -0.1}, r"lam=-0\.1"),
