@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssd.activations import CHUNK, count_activations, evaluating
 from ssd.config import DISTILLATIONS, Config, penalty_settings
@@ -19,16 +20,20 @@ from ssd.distillation import Distiller, subnetwork_size
 from ssd.errors import Diverged
 from ssd.metrics import finite, predicted
 from ssd.models import NETWORKS, SDMLP, Network
-from ssd.regularizers import PENALTIES, Regularizer
+from ssd.regularizers import PENALTIES, Metaplasticity, Regularizer
 from ssd.structure import StructureRecorder
 from ssd_kernels._graded_code import Scratch
+from ssd_kernels.row_update import global_norm
 
 # Gathering more than this share of the rows costs more than a pass over all of them.
 PENALIZED_SHARE = 0.3
 # Test inputs, of all tasks, on which coverage is measured after every task.
 PROBES = 2000
 # Tensors of a Learner that a checkpoint keeps, beside its parts.
-RESULTS = ("accuracy", "frequency", "loss_sum", "correct")
+RESULTS = ("accuracy", "frequency", "gradients", "loss_sum", "correct")
+# What has a gradient: the terms of the loss, and all penalties together.
+TERMS = ("cross_entropy", "logits", "hidden", "penalty")
+TERM_SAMPLES = 512  # training inputs on which the gradients of the terms are measured
 
 
 def build_model(config: Config, in_features: int, classes: int) -> Network:
@@ -92,6 +97,8 @@ class Learner:
         count = len(tasks)
         self.accuracy = torch.zeros(count, count, dtype=torch.float64, device="cpu")
         self.frequency = torch.zeros(count, config.neurons, dtype=torch.float64, device="cpu")
+        # [T, 4], gradient_norms at the end of each task; -1 where there is no such term
+        self.gradients = torch.full((count, len(TERMS)), -1.0, dtype=torch.float64, device="cpu")
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.structure: StructureRecorder | None = None
@@ -177,7 +184,40 @@ class Learner:
         if evaluate:
             record["test_accuracy"] = self.evaluate()
             self.accuracy[task] = self.accuracy.new_tensor(record["test_accuracy"])
+            record["gradient_norms"] = norms = self.gradient_norms(task)
+            found = [norms.get(term, -1.0) for term in TERMS]
+            self.gradients[task] = self.gradients.new_tensor(found)
         return record
+
+    def gradient_norms(self, task: int) -> dict[str, float]:
+        """The norm of each term's weighted gradient, without clip, on inputs of the loaded task."""
+        samples = self.order(task, -1)[:TERM_SAMPLES]
+        address, labels = self.inputs[samples], self.labels[samples]
+        with evaluating(self.model), torch.enable_grad():
+            if self.distiller is None:
+                losses = {"cross_entropy": F.cross_entropy(self.model.respond(address), labels)}
+            else:
+                with self.distiller.recording() as hidden:
+                    logits = self.model.respond(address)
+                losses = self.distiller.losses(logits, labels, samples, hidden)
+            norms = {
+                term: global_norm(
+                    torch.autograd.grad(
+                        loss, self.parameters, retain_graph=True, materialize_grads=True
+                    )
+                ).item()
+                for term, loss in losses.items()
+            }
+        pulls = [r for r in self.regularizers if r.active and not isinstance(r, Metaplasticity)]
+        if pulls:
+            gradients = [torch.zeros_like(p) for p in self.parameters]
+            for regularizer in pulls:
+                regularizer.add_gradient(gradients)
+            norms["penalty"] = global_norm(gradients).item()
+        for term, norm in norms.items():
+            if not math.isfinite(norm):
+                raise Diverged(f"the norm of the gradient of {term} is {norm}")
+        return norms
 
     def require_finite_loss(self) -> None:
         """Diverged unless the loss of the epoch so far is finite; reads the device."""

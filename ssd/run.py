@@ -19,7 +19,7 @@ from ssd import metrics
 from ssd.config import JOINT, Config
 from ssd.data import Dataset, Task, class_order, cumulated, hold_out, load, split
 from ssd.errors import Diverged, Interrupted, UserError, fitting, one_line, require_memory
-from ssd.learner import Learner, build_model
+from ssd.learner import TERMS, Learner, build_model
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.files import damaged, difference, dumps, write_atomically, write_json
 from ssd.storage.run_folder import (
@@ -263,6 +263,10 @@ def _conclude(folder: Path, learner: Learner, data: Dataset, journal: Journal) -
         "mean_entropy_bits": metrics.activation_entropy(frequency).mean(-1).tolist(),
         "dead_fraction": [metrics.dead_fraction(row) for row in frequency],
         "mean_active": frequency.sum(-1).tolist(),
+        **{
+            f"{term}_gradient": [norm if norm >= 0 else None for norm in column.tolist()]
+            for term, column in zip(TERMS, learner.gradients.T, strict=True)
+        },
         **({} if structure is None else {"structure": structure.summary()}),
         "trained_together": len(trainer.learners),
         "seconds": seconds,  # of all runs that were trained together

@@ -117,6 +117,48 @@ def test_every_part_acts_from_the_second_task_on(part: str) -> None:
             assert equal == (event.task == 0)
 
 
+def test_gradient_norms_are_of_each_weighted_term() -> None:
+    trainer = make_trainer("ssd+ewc", hidden_weight=5.0)
+    (learner,) = trainer.learners
+    for event in trainer.run():
+        if event.kind == "epoch" and event.task == 0 and event.records[0].get("gradient_norms"):
+            assert event.records[0]["gradient_norms"].keys() == {"cross_entropy"}
+        if (event.kind, event.task, event.epoch) == ("epoch", 1, 1):
+            found = event.records[0]["gradient_norms"]
+            break
+    model, distiller, task = learner.model.eval(), learner.distiller, learner.tasks[1]
+    config, samples = learner.config, learner.order(1, -1)
+    x, y = task.x_train[samples], task.y_train[samples]
+    pre = model.second(model.first(model.address(x)))
+    logits, z = model.out(model.winners(pre)), model.winners(pre)[:, distiller.neurons["winners"]]
+
+    def norm(loss: Tensor) -> float:
+        gradients = torch.autograd.grad(
+            loss, learner.parameters, retain_graph=True, materialize_grads=True
+        )
+        return torch.cat([g.flatten() for g in gradients]).norm().item()
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        p, q = (t.div(2.0).log_softmax(1) for t in (student, teacher))
+        return 4 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+    rest = 1 - config.alpha
+    of_logits = divergence(logits, distiller.teacher_logits[samples])
+    of_hidden = divergence(z, distiller.teacher_hidden["winners"][samples])
+    pull = [torch.zeros_like(p) for p in learner.parameters]
+    learner.regularizers[0].add_gradient(pull)
+    assert found == pytest.approx(
+        {
+            "cross_entropy": norm(config.alpha * F.cross_entropy(logits, y)),
+            "logits": norm(rest * (1 - config.lam) * of_logits),
+            "hidden": norm(rest * config.lam * 5.0 * of_hidden),
+            "penalty": torch.cat([g.flatten() for g in pull]).norm().item(),
+        },
+        rel=1e-4,
+    )
+    assert min(found.values()) > 0
+
+
 @pytest.mark.parametrize("stop", [3, 23, 27, 40])
 @pytest.mark.parametrize("method", ["ssd+ewc", "lwf+si"])
 def test_a_saved_state_goes_on_to_the_same_bits(method: str, stop: int) -> None:
@@ -139,6 +181,11 @@ def test_a_run_in_its_folder(tmp_path: Path) -> None:
     summary = run(config, make_data(), tmp_path / "run", RunOptions(torch.device("cpu")))
     assert summary["method"] == "deep+ssd+ewc"
     assert summary["mean_active"] == pytest.approx([4, 4], abs=1)
+    for term in ("logits", "hidden", "penalty"):
+        first, second = summary[f"{term}_gradient"]
+        assert first is None
+        assert second > 0
+    assert min(summary["cross_entropy_gradient"]) > 0
     assert "structure" not in summary
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ssd.activations import evaluating
-from ssd.models import SDMLP
+from ssd.errors import UserError
+from ssd.models import SDMLP, Network, ReLUMLP
 from ssd.regularizers import (
     EWC,
     IMPORTANCE_BATCH_SIZE,
@@ -18,12 +19,14 @@ from ssd.regularizers import (
     MAS,
     SI,
     Gradient,
+    Metaplasticity,
     Quadratic,
     beta_loss,
 )
 
 FEATURES, CLASSES, SAMPLES, BATCH = 6, 4, 600, 100  # importance: a batch of 512 and one of 88
 COEFFICIENT, BETA = 7.0, 0.3
+FREQUENCY = torch.rand(40, dtype=torch.float64)  # of activations, which no penalty reads
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gaba": lambda: SDMLP(FEATURES, 40, CLASSES, 3, anneal_samples=200, dtype=torch.float64),
@@ -175,7 +178,7 @@ def test_penalty_and_gradient_equal_the_formula(name: str, kind: str) -> None:
             for g, e in zip(gradient_of(regularizer), expected, strict=True):
                 torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-14)
                 largest = max(largest, e.abs().max().item())
-        regularizer.end_task(x, order)
+        regularizer.end_task(x, order, FREQUENCY)
         naive.end_task(x, order)
     assert largest > 1e-2  # the comparison had something to compare
 
@@ -187,7 +190,7 @@ def test_importance_of_six_batches(name: str) -> None:
     regularizer, naive = REGULARIZERS[name](model), Naive(name, model)
     x = torch.randn((IMPORTANCE_BATCHES + 2) * IMPORTANCE_BATCH_SIZE + 100, FEATURES).double()
     order = torch.randperm(len(x))
-    regularizer.end_task(x, order)
+    regularizer.end_task(x, order, FREQUENCY)
     naive.end_task(x, order)
     for ours, theirs in zip(regularizer.curvature, naive.terms[0][0], strict=True):
         torch.testing.assert_close(ours, 2 * COEFFICIENT * theirs, rtol=1e-10, atol=1e-14)
@@ -203,7 +206,7 @@ def test_rows(name: str) -> None:
         x, y, order = task(number)
         for batch in torch.arange(SAMPLES).split(BATCH):
             step(model, regularizer, x[batch], y[batch])
-        regularizer.end_task(x, order)
+        regularizer.end_task(x, order, FREQUENCY)
     with torch.no_grad():
         for p in model.parameters():
             p += torch.rand_like(p)
@@ -258,8 +261,8 @@ def test_resumed_in_the_middle_of_a_task(name: str) -> None:
             step(model, regularizer, x[batch], y[batch])
             if (number, position) >= (2, 3):
                 step(other, resumed, x[batch], y[batch])
-        regularizer.end_task(x, order)
-    resumed.end_task(x, order)
+        regularizer.end_task(x, order, FREQUENCY)
+    resumed.end_task(x, order, FREQUENCY)
     step(model, regularizer, x, y)
     step(other, resumed, x, y)
     assert all(torch.equal(a, b) for a, b in zip(detached(model), detached(other), strict=True))
@@ -283,7 +286,7 @@ def test_measuring_changes_nothing_in_the_model(name: str) -> None:
     before = {n: t.clone() for n, t in model.state_dict().items()}
     regularizer.before_step(gradient_on(model, x), y)
     regularizer.after_step()
-    regularizer.end_task(x, order)
+    regularizer.end_task(x, order, FREQUENCY)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     for key, tensor in model.state_dict().items():
@@ -298,7 +301,7 @@ def test_at_the_anchor_there_is_no_pull(name: str) -> None:
     x, y, order = task(0)
     for batch in torch.arange(SAMPLES).split(BATCH):
         step(model, regularizer, x[batch].float(), y[batch])
-    regularizer.end_task(x.float(), order)
+    regularizer.end_task(x.float(), order, FREQUENCY)
     assert all(c.any() for c in regularizer.curvature)
     assert all(not g.any() for g in gradient_of(regularizer))
     assert regularizer.penalty() == 0
@@ -309,9 +312,9 @@ def test_ewc_of_a_task_that_changes_nothing_twice_as_strong() -> None:
     model = MODELS["mlp"]()
     regularizer = REGULARIZERS["ewc"](model)
     x, _, order = task(0)
-    regularizer.end_task(x, order)
+    regularizer.end_task(x, order, FREQUENCY)
     once = [c.clone() for c in regularizer.curvature]
-    regularizer.end_task(x, order)
+    regularizer.end_task(x, order, FREQUENCY)
     for c, twice in zip(once, regularizer.curvature, strict=True):
         assert torch.equal(2 * c, twice)
     assert regularizer.penalty() == 0
@@ -321,3 +324,62 @@ def test_ewc_of_a_task_that_changes_nothing_twice_as_strong() -> None:
 def test_a_label_out_of_range_is_named(label: int) -> None:
     with pytest.raises(ValueError, match=f"beta_loss: labels run .*{label}"):
         beta_loss(torch.randn(3, CLASSES), torch.tensor([0, label, 1]), BETA)
+
+
+def test_metaplasticity_slows_addresses_by_past_use() -> None:
+    """1 / (1 + coefficient * sum over tasks of frequency / mean frequency); the decoder is free."""
+    model = SDMLP(FEATURES, 4, CLASSES, 2, dtype=torch.float64)
+    slow = Metaplasticity(model, 3.0)
+    assert not slow.active
+    x, _, order = task(0)
+    slow.end_task(x, order, torch.tensor([0.0, 0.1, 0.1, 0.2]).double())
+    slow.end_task(x, order, torch.tensor([0.4, 0.0, 0.0, 0.0]).double())
+    assert slow.active
+    assert slow.penalty() == 0
+    assert slow.rows().tolist() == []
+    expected = 1 / (1 + 3 * torch.tensor([4.0, 1.0, 1.0, 2.0]).double())
+    gradients = [torch.rand_like(p) for p in model.parameters()]
+    dense, some = ([g.clone() for g in gradients] for _ in range(2))
+    slow.add_gradient(dense)
+    torch.testing.assert_close(dense[0], gradients[0] * expected.unsqueeze(1))
+    assert torch.equal(dense[1], gradients[1])
+    rows = torch.tensor([3, 1])
+    some = [g[rows] for g in some]
+    slow.add_row_gradient(some, rows)
+    assert all(torch.equal(ours, full[rows]) for ours, full in zip(some, dense, strict=True))
+    resumed = Metaplasticity(model, 3.0)
+    resumed.load_state_dict(deepcopy(slow.state_dict()))
+    again = [g.clone() for g in gradients]
+    resumed.add_gradient(again)
+    assert resumed.active
+    assert all(torch.equal(ours, full) for ours, full in zip(again, dense, strict=True))
+
+
+def test_metaplasticity_of_other_networks() -> None:
+    """Weights and biases of the layer are slowed; a layer without any is refused."""
+    model = ReLUMLP(FEATURES, 4, CLASSES, torch.Generator())
+    slow = Metaplasticity(model, 1.0)
+    x, _, order = task(0)
+    slow.end_task(x, order, torch.tensor([1.0, 1.0, 2.0, 0.0]).double())
+    gradients = [torch.ones_like(p) for p in model.parameters()]
+    slow.add_gradient(gradients)
+    rates = torch.tensor([0.5, 0.5, 1 / 3, 1.0])
+    torch.testing.assert_close(gradients[0], rates.unsqueeze(1).expand(4, FEATURES))
+    torch.testing.assert_close(gradients[1], rates)
+    assert all(bool((g == 1).all()) for g in gradients[2:])
+
+    class Bare(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = nn.ReLU(), nn.Linear(FEATURES, CLASSES)
+
+    with pytest.raises(UserError, match="metaplasticity needs a layer with weights"):
+        Metaplasticity(Bare(), 1.0)
+
+
+def test_metaplasticity_after_a_task_in_which_nothing_fires() -> None:
+    model = SDMLP(FEATURES, 4, CLASSES, 2)
+    slow = Metaplasticity(model, 3.0)
+    x, _, order = task(0)
+    slow.end_task(x, order, torch.zeros(4, dtype=torch.float64))
+    assert bool((slow.rates == 1).all())

@@ -377,7 +377,9 @@ def test_step_equals_naive_dense_autograd(
         few = "few" in variant or config.method == "metaplasticity"
         some = few or ("flat" in variant and "l2" not in variant)
         assert taken["penalty on some" if some else "penalty on all"] == steps * 2 // 3
-        assert config.method == "metaplasticity" or pull > 1e-8  # some hundred times the tolerance, in one step
+        assert (
+            config.method == "metaplasticity" or pull > 1e-8
+        )  # some hundred times the tolerance, in one step
     assert (model.encoder.weight - moved).abs().max() > 0.03
 
 
