@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +50,7 @@ from ssd.cli import (
 from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root
 from ssd.errors import UserError
+from ssd.learner import TERMS
 from ssd.progress import Display
 from ssd.run import load_data
 from ssd.storage.files import dumps, read_json, read_text, write_atomically
@@ -77,6 +79,8 @@ SECTIONS: dict[str, tuple[type, str]] = {
 # Settings that belong at the top of the file: they are the same for the whole sweep.
 SHARED = {"dataset", "features"}
 MEASURES = ("mean_accuracy", "bwt", "forgetting", "seconds")
+# Norms of the terms' gradients at the ends of tasks, for terms that some row has.
+GRADIENTS = tuple(f"{term}_gradient" for term in TERMS)
 SPREAD = "mean ± standard error of the mean over seeds, each its own class order"
 
 
@@ -194,8 +198,9 @@ def rank(
     for config, group in zip(configs, outcomes, strict=True):
         record = {name: getattr(config, name) for name in sweep.varied}
         sound = [] if any("diverged" in outcome for outcome in group) else group
-        for measure in MEASURES:
-            record |= columns(measure, [measured(outcome, measure)[0] for outcome in sound])
+        for measure in (*MEASURES, *GRADIENTS):
+            found = [measured(outcome, measure) for outcome in sound]
+            record |= columns(measure, [mean(values) for values in found if values])
         records.append(record | {"seeds": len(group), "evaluated_on": evaluated_on(config)})
     return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
 
@@ -204,14 +209,21 @@ def _diverged(record: Mapping[str, Any]) -> bool:
     return record["mean_accuracy"] is None
 
 
-def header(varied: Sequence[str]) -> list[str]:
+def with_gradients(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """MEASURES, and those of GRADIENTS that some record has."""
+    return [*MEASURES, *(g for g in GRADIENTS if any(r.get(g) is not None for r in records))]
+
+
+def header(varied: Sequence[str], measures: Sequence[str] = MEASURES) -> list[str]:
     """The names of the columns of cells()."""
-    return [*varied, *(measure.replace("_", " ") for measure in MEASURES)]
+    return [*varied, *(measure.replace("_", " ") for measure in measures)]
 
 
-def cells(record: Mapping[str, Any], varied: Sequence[str]) -> list[str]:
+def cells(
+    record: Mapping[str, Any], varied: Sequence[str], measures: Sequence[str] = MEASURES
+) -> list[str]:
     """A record as texts: settings, then each measure."""
-    first, *rest = (cell(record, measure) for measure in MEASURES)
+    first, *rest = (cell(record, measure) for measure in measures)
     return [*(_text(record[name]) for name in varied), first or "diverged", *rest]
 
 
@@ -235,9 +247,10 @@ def markdown_text(
         records: what rank returned.
         outcomes: of all runs behind them.
     """
-    best, *others = (cells(record, varied) for record in records)
-    rows = [[f"**{text}**" for text in best], *others]
-    lines = [f"# {title}", "", *markdown_table(header(varied), rows)]
+    measures = with_gradients(records)
+    best, *others = (cells(record, varied, measures) for record in records)
+    rows = [[f"**{text}**" if text else "" for text in best], *others]
+    lines = [f"# {title}", "", *markdown_table(header(varied, measures), rows)]
     commits = sorted({outcome["commit"] for outcome in outcomes})
     lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
     if any(record["evaluated_on"] == "test" for record in records):

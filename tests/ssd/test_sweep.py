@@ -18,7 +18,7 @@ from ssd import sweep
 from ssd.config import Config
 from ssd.run import RunOptions, run
 from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
-from ssd.sweep import cells, markdown_text, rank, read_sweep
+from ssd.sweep import cells, header, markdown_text, rank, read_sweep, with_gradients
 from ssd.tables import csv_text
 
 BASE = """
@@ -216,15 +216,31 @@ def test_rank_of_single_runs() -> None:
     assert [r["k"] for r in records] == [2, 1]
     assert all(r["bwt_standard_error"] is None for r in records)
     assert cells(records[0], ["k"]) == ["2", "0.7500", "-0.5000", "0.5000", "2.0"]
-    assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,1,test"
+    assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,,,,,,,,,1,test"
     made = [{"commit": c, "versions": {"torch": "2.6"}} for c in ("b", "a", "b")]
-    table = markdown_text("title", ["k"], records, made).splitlines()
-    assert "torch 2.6; commit a, b." in table
-    assert "Warning: runs of 2 commits." in table
-    assert table[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
-    assert table[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
-    assert table[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
-    assert "**Ranked on the TEST set**: nothing may be chosen by this table." in table
+    lines = markdown_text("title", ["k"], records, made).splitlines()
+    assert "torch 2.6; commit a, b." in lines
+    assert "Warning: runs of 2 commits." in lines
+    assert lines[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
+    assert lines[4] == "| **2** | **0.7500** | **-0.5000** | **0.5000** | **2.0** |"
+    assert lines[5] == "| 1 | 0.2500 | -0.5000 | 0.5000 | 2.0 |"
+    assert "**Ranked on the TEST set**: nothing may be chosen by this table." in lines
+
+
+def test_gradient_norms_are_columns_where_a_row_has_them() -> None:
+    found = sweep.Sweep({}, [{"method": "ssd"}, {"method": "sdmlp"}], 1)
+    summary = {"bwt": -0.5, "forgetting": 0.5, "seconds": 8.0, "evaluated_on": "test"}
+    summary |= {"cross_entropy_gradient": [0.5, 0.25], "hidden_gradient": [None, None]}
+    taught = {"hidden_gradient": [None, 0.125], "mean_accuracy": 0.75}
+    records = rank(
+        found,
+        [Config(method="ssd"), Config(method="sdmlp")],
+        [[summary | taught], [summary | {"mean_accuracy": 0.25}]],
+    )
+    measures = with_gradients(records)
+    assert header([], measures)[4:] == ["cross entropy gradient", "hidden gradient"]
+    rows = [cells(record, [], measures)[4:] for record in records]
+    assert rows == [["0.3750", "0.1250"], ["0.3750", ""]]
 
 
 FILES = {
