@@ -120,7 +120,7 @@ def torchvision(name: str, work: Work) -> Prepared:
     weights = models.get_model_weights(name).DEFAULT
 
     def load() -> Extractor:
-        with _loading(extractor, f"{torch.hub.get_dir()}/checkpoints", weights.url):
+        with _loading(extractor, _torch_cache(), weights.url):
             model = models.get_model(name, weights=weights, progress=work.display.visible)
         linear = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         if not linear or linear[-1][1].out_features != len(weights.meta["categories"]):
@@ -154,7 +154,10 @@ def timm(name: str, work: Work) -> Prepared:
         if not work.display.visible:
             hub.utils.disable_progress_bars()
         work.display.update(f"loading {extractor}", 0, 1)
-        with _loading(extractor, hub.constants.HF_HUB_CACHE, weights.hf_hub_id or weights.url):
+        cache, source = _torch_cache(), weights.url
+        if weights.hf_hub_id:
+            cache, source = hub.constants.HF_HUB_CACHE, f"huggingface.co/{weights.hf_hub_id}"
+        with _loading(extractor, cache, source):
             model = library.create_model(name, pretrained=True, num_classes=0)
         return _freeze_timm(model, work.request.device)
 
@@ -226,7 +229,8 @@ def _installed(module: str, extractor: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise UserError(
-            f'--extractor {extractor}: {one_line(error)}; pip install ".[{extra}]"'
+            f"--extractor {extractor} cannot import {module} ({one_line(error)}); "
+            f'pip install ".[{extra}]"'
         ) from error
 
 
@@ -239,6 +243,10 @@ def _require_model(extractor: str, names: Iterable[str], examples: list[str]) ->
             f"--extractor {extractor} is no pretrained model; try "
             + " or ".join(f"{library}:{name}" for name in close)
         )
+
+
+def _torch_cache() -> str:
+    return f"{torch.hub.get_dir()}/checkpoints"
 
 
 @contextmanager
