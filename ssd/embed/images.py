@@ -81,6 +81,12 @@ def load_folder(path: Path, watch: Callable[[str, int, int], None]) -> Images:
     return Images(f"folder {path.resolve().name}", images, labels, flip=True)
 
 
+def require_known(option: str, dataset: str) -> None:
+    """UserError unless this is a data set of images."""
+    if dataset not in SHAPES:
+        raise UserError(f"{option} {dataset} is unknown; choose from {', '.join(SHAPES)}")
+
+
 def refuse_same(dataset: str, pretrain: str, source: str) -> None:
     """UserError where an extractor would have seen the labels of what it embeds."""
     own = data.SOURCES[dataset]

@@ -235,6 +235,15 @@ def test_torchvision_features(no_download: dict[str, int]) -> None:
     assert torch.equal(written.y_train, images.y_train)
 
 
+def test_data_set_without_another_to_pretrain_on(
+    no_download: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(embedding.PRETRAIN, "mnist", "")
+    said = refused(capsys, [*CONVMIXER, "--dataset", "mnist"])
+    assert "--dataset mnist has no data set to pretrain on" in said
+    assert embed.main(RESNET) == 0
+
+
 def test_pretrain_folder(capsys: pytest.CaptureFixture[str]) -> None:
     from torchvision.transforms.functional import to_pil_image
 
@@ -302,7 +311,10 @@ OPTIONS = [
     ("--extractor convmixer --out f.npz", "--dataset is missing"),
     ("--dataset cifar10 --out f.npz", "--extractor is missing"),
     ("convmixer --dataset cifar", "--dataset cifar is unknown; choose"),
-    ("convmixer --extractor resnet18", "resnet18 is unknown; use"),
+    ("convmixer --extractor resnet18", "resnet18 is unknown; use one of convmixer, "),
+    ("convmixer --extractor torchvision", "torchvision is unknown; use"),
+    ("convmixer --extractor efficientnet-lite0:b", "efficientnet-lite0:b is unknown; use"),
+    ("convmixer --extractor timm:resnet18", "--epochs does not go with --extractor timm:resnet18"),
     ("resnet --extractor torchvision:resnt18", "torchvision:resnet18"),
     ("resnet --extractor torchvision:?", "torchvision:vit_b_16"),
     ("convmixer --out f.pt", "--out f.pt must end in .npz"),

@@ -1,14 +1,19 @@
-"""torchvision's classifiers without their classifier; no weights are downloaded."""
+"""Pretrained networks without their classifier; no weights are downloaded."""
 
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torchvision import models
 
-from ssd.embed.extractors import freeze, load_torchvision, torchvision_model
+from ssd.embed.embedding import check
+from ssd.embed.extractors import Extractor, find, freeze
+from ssd.embed.request import Work
 from ssd.errors import UserError
+from ssd.progress import Display
 
 CPU = torch.device("cpu")
 WIDTHS = {
@@ -23,6 +28,13 @@ WIDTHS = {
 }
 
 
+def load(extractor: str) -> Extractor:
+    """An extractor as the command builds it."""
+    given = {"dataset": "mnist", "extractor": extractor, "out": Path("unused.npz"), "device": "cpu"}
+    row, model = find(extractor)
+    return row.prepare(model, Work(check(given), Display(Console(), quiet=True)))[1]()
+
+
 @pytest.mark.parametrize("name", WIDTHS)
 def test_last_linear_is_removed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Shapes alone: the network is built without memory."""
@@ -35,8 +47,7 @@ def test_last_linear_is_removed(monkeypatch: pytest.MonkeyPatch, name: str) -> N
 
     monkeypatch.setattr(models, "get_model", build_on_meta)
     monkeypatch.setattr("ssd.embed.extractors.freeze", lambda model, *others: model)
-    monkeypatch.setattr(nn.Module, "to", lambda self, *arguments, **options: self)
-    model = load_torchvision(name, CPU, False).eval()
+    model = load(f"torchvision:{name}").eval()
     assert model is made[0]
     with torch.inference_mode():
         assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, WIDTHS[name])
@@ -46,12 +57,12 @@ def test_model_without_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     build = models.get_model
     monkeypatch.setattr(models, "get_model", lambda name, **options: build(name))
     with pytest.raises(UserError, match="does not end in a linear layer"):
-        load_torchvision("squeezenet1_1", CPU, False)
+        load("torchvision:squeezenet1_1")
 
 
 def test_unknown_model() -> None:
-    with pytest.raises(UserError, match=r"is unknown; try .*torchvision:convnext_tiny"):
-        torchvision_model("convnext_tinny")
+    with pytest.raises(UserError, match=r"is no pretrained model; try .*torchvision:convnext_tiny"):
+        load("torchvision:convnext_tinny")
 
 
 @pytest.mark.parametrize("error", [URLError("no route\nto host"), RuntimeError("invalid hash")])
@@ -65,7 +76,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, error: Exce
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     with pytest.raises(UserError, match="nor to be downloaded from https://") as caught:
-        load_torchvision("resnet18", CPU, False)
+        load("torchvision:resnet18")
     assert "\n" not in str(caught.value)
     assert socket.getdefaulttimeout() is None
 
