@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from typing import Any
 
-from ssd.data import SOURCES
+from ssd.data import SOURCES, Dataset
 from ssd.distillation import CHOICES, SELECTIONS
 from ssd.errors import UserError
 from ssd.losses import HIDDEN_LOSSES
@@ -243,10 +243,9 @@ def penalty_settings(*penalties: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What papers and presets fix for one data set, besides its number of tasks."""
+    """What papers and the preset `short` fix for one data set, besides its number of tasks."""
 
     paper: Mapping[str, Any]
-    quick: Mapping[str, Any] = field(default_factory=dict)
     short: Mapping[str, Any] = field(default_factory=dict)
     sdmlp: Mapping[str, Any] = field(default_factory=dict)  # where its code differs from `paper`
 
@@ -279,8 +278,14 @@ _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
 # k = 1: neurons are rarely active, so N of the SDMLP code; one neuron alone cannot be distilled.
 _K1_SUBNETWORK, _K1_ANNEAL_SAMPLES = 2.0, 500_000
 
-_FEATURES_QUICK = {"ewc_coefficient": 100.0, "ewc_beta": 0.02}
-_CIFAR100_QUICK = {**_FEATURES_QUICK, "anneal_samples": 10_000}
+EVERYDAY = "everyday"
+# Chosen at once on the validation splits of several data sets.
+_EVERYDAY = {"lr": 2.0, "alpha": 0.4, "temperature": 2.0}
+# Epochs and N of the everyday preset follow from the samples of a task.
+EVERYDAY_STEPS = 600  # of a task
+EVERYDAY_EPOCHS = (3, 100)  # at least and at most
+EVERYDAY_SWITCH = 0.5  # N, as a share of the first task's epochs x samples
+TYPICAL_SAMPLES = 12_000  # of a task, where the data are not known yet: Split MNIST
 
 # Chosen on the validation split: results/sweeps/mnist-twelve*.md, cifar10-*.md, cifar100-ten*.md.
 _SHORT = {"lr": 2.0, "temperature": 2.0, "alpha": 0.4, "ewc_coefficient": 400.0, "ewc_beta": 0.005}
@@ -296,17 +301,12 @@ _CIFAR100_SHORT = {
 
 # A data set without a row has the protocol of "features".
 PROTOCOLS: Mapping[str, Protocol] = {
-    "mnist": Protocol(_MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
-    "fashion-mnist": Protocol(_MNIST, {}, _MNIST_SHORT, _SDMLP_MNIST),
-    "mnist-5k": Protocol(
-        _MNIST_5K,
-        {"epochs": 200, "anneal_samples": 70_000, "eval_every": 20},
-        {"epochs": 20, "anneal_samples": 7_000},
-        _SDMLP_MNIST,
-    ),
-    "cifar10": Protocol(_CIFAR, {}, _FEATURES_SHORT),
-    "cifar100": Protocol(_CIFAR100, _CIFAR100_QUICK, _CIFAR100_SHORT),
-    "features": Protocol(_CIFAR, _FEATURES_QUICK, _FEATURES_SHORT),
+    "mnist": Protocol(_MNIST, _MNIST_SHORT, _SDMLP_MNIST),
+    "fashion-mnist": Protocol(_MNIST, _MNIST_SHORT, _SDMLP_MNIST),
+    "mnist-5k": Protocol(_MNIST_5K, {"epochs": 20, "anneal_samples": 7_000}, _SDMLP_MNIST),
+    "cifar10": Protocol(_CIFAR, _FEATURES_SHORT),
+    "cifar100": Protocol(_CIFAR100, _CIFAR100_SHORT),
+    "features": Protocol(_CIFAR, _FEATURES_SHORT),
 }
 
 # The full protocols: their paper or code, R and k.
@@ -316,14 +316,14 @@ _FULL = {
     for k, suffix in ((10, ""), (1, "-k1"))
     for neurons, size in ((1_000, "1k"), (10_000, "10k"))
 }
-PRESETS = ("quick", "short", *_FULL)
+PRESETS = (EVERYDAY, "short", *_FULL)
 
 
 def preset(name: str, dataset: str) -> dict[str, Any]:
     """The settings of a preset for a data set.
 
-    - `quick` runs in minutes on a CPU: fewer epochs, and a GABA switch that is faster to match.
-    - `short` runs in seconds, for `python -m ssd.reproduce --short`; it evaluates after tasks only.
+    - `everyday` trains half a minute or so on a CPU; `resolve` adds what depends on the samples.
+    - `short` is that of `python -m ssd.reproduce --short`; it evaluates after tasks only.
     - `paper-1k` and `paper-10k` are the SSD paper's protocol at R = 1,000 and 10,000, k = 10;
       `paper-1k-k1` and `paper-10k-k1` have k = 1.
     - `sdmlp-` in place of `paper-` is the protocol of the SDMLP code, shorter on MNIST.
@@ -334,8 +334,8 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     if dataset not in SOURCES:
         raise UserError(f"--dataset {dataset} is unknown; choose from {', '.join(SOURCES)}")
     protocol, tasks = PROTOCOLS.get(dataset, PROTOCOLS["features"]), SOURCES[dataset].tasks
-    if name == "quick":
-        return {"tasks": tasks, **protocol.quick}
+    if name == EVERYDAY:
+        return {"tasks": tasks, **_EVERYDAY}
     if name == "short":
         settings = {**protocol.paper, **protocol.short}
         return {"tasks": tasks, "eval_every": settings["epochs"], **settings}
@@ -351,13 +351,14 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     raise UserError(f"--preset {name} is unknown; choose from {', '.join(PRESETS)}")
 
 
-def resolve(given: Mapping[str, Any]) -> Config:
+def resolve(given: Mapping[str, Any], data: Dataset | None = None) -> Config:
     """The settings of a run: defaults, then the preset's, then those given.
 
     A feature file split into as many tasks as CIFAR-100 takes its protocol: the tasks are short.
 
     Args:
         given: settings by name, and "preset"; other keys are ignored.
+        data: what the run trains on; None: the everyday preset takes tasks of TYPICAL_SAMPLES.
 
     Raises:
         UserError: there is no such preset or data set.
@@ -365,9 +366,31 @@ def resolve(given: Mapping[str, Any]) -> Config:
     names = {setting.name for setting in fields(Config)}
     dataset = given.get("dataset", "features" if "features" in given else "mnist")
     many = dataset == "features" and given.get("tasks") == SOURCES["cifar100"].tasks
-    settings = preset(given.get("preset", "quick"), "cifar100" if many else dataset)
+    name = given.get("preset", EVERYDAY)
+    settings = preset(name, "cifar100" if many else dataset)
     settings |= {name: value for name, value in given.items() if name in names}
-    return Config(**{**settings, "dataset": dataset})
+    config = Config(**{**settings, "dataset": dataset})
+    return _sized(config, settings, data) if name == EVERYDAY else config
+
+
+def _sized(config: Config, chosen: Mapping[str, Any], data: Dataset | None) -> Config:
+    """The everyday preset's epochs and N for tasks of the data's size, unless they are chosen."""
+    try:
+        config.validate()
+    except UserError:  # the caller validates too, and has words for it
+        return config
+    samples = TYPICAL_SAMPLES
+    if data is not None:
+        samples = max(1, round((1 - config.validation) * len(data.y_train) / config.tasks))
+    least, most = EVERYDAY_EPOCHS
+    epochs = min(most, max(least, round(EVERYDAY_STEPS * config.batch_size / samples)))
+    epochs = chosen.get("epochs", epochs)
+    sized = {
+        "epochs": epochs,
+        "anneal_samples": max(1, round(EVERYDAY_SWITCH * epochs * samples)),
+        "eval_every": max(1, epochs // 4),
+    }
+    return replace(config, **{n: value for n, value in sized.items() if n not in chosen})
 
 
 def hints(config: Config, samples: int, largest: float = 1.0) -> list[str]:

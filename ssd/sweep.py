@@ -97,9 +97,10 @@ class Sweep:
         """The settings that rows name, in the file's order."""
         return list(dict.fromkeys(name for row in self.rows for name in row))
 
-    def config(self, row: Mapping[str, Any], **instead: Any) -> Config:
-        """The settings of a row's first run; instead: settings in place of the file's."""
-        return resolve({**self.shared, **row, **instead})
+    def config(self, row: Mapping[str, Any], data: Dataset | None = None) -> Config:
+        """The settings of a row's first run, on data that may stand in for the file's."""
+        instead = {} if data is None else {"dataset": data.name}
+        return resolve({**self.shared, **row, **instead}, data)
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -343,7 +344,7 @@ def _load(sweep: Sweep, root: Path) -> tuple[Dataset, list[Config]]:
     """The data and each row's settings, checked against them; prints hints."""
     data = load_data(sweep.config(sweep.rows[0]), root, notice=note)
     # The subset may stand in for MNIST: the settings are then the subset's.
-    configs = [sweep.config(row, dataset=data.name) for row in sweep.rows]
+    configs = [sweep.config(row, data) for row in sweep.rows]
     found = hints_for(configs, data)  # checks the data first
     if any(config.validation == 0 for config in configs):
         note("without validation in [base] the rows are ranked on the test set")

@@ -23,7 +23,15 @@ from ssd.cli import (
     resumable,
     stop_on_interrupt,
 )
-from ssd.config import PENALTIES, PRESETS, Config, option, penalty_settings, resolve
+from ssd.config import (
+    EVERYDAY,
+    PENALTIES,
+    PRESETS,
+    Config,
+    option,
+    penalty_settings,
+    resolve,
+)
 from ssd.data import SOURCES, Dataset, default_root
 from ssd.errors import Interrupted, UserError
 from ssd.figures import draw
@@ -40,8 +48,8 @@ from ssd.tables import accuracy_table, plus_minus, seeds_table
 GROUPS = {
     "data": "tasks validation",
     "run": "seed",
-    "method": "method alpha lam temperature subnetwork kl hidden logits frequency "
-    + " ".join(penalty_settings(*PENALTIES)),
+    "method": "method alpha lam temperature hidden_loss hidden_weight selection subnetwork kl "
+    "hidden logits frequency " + " ".join(penalty_settings(*PENALTIES)),
     "network": "neurons k inhibition schedule anneal_samples",
     "training": "epochs batch_size lr momentum max_norm eval_every",
 }
@@ -58,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [options]",
         description="Train SDMLP / SSD on a class-incremental stream of tasks.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The defaults shown are those of --preset quick on MNIST.\n\n"
+        epilog="The defaults shown are those of --preset everyday on MNIST.\n\n"
         "examples:\n"
         "  python -m ssd.train --dataset mnist --method ssd+ewc --seeds 3\n"
         "  python -m ssd.train --dataset features --features cifar10.npz --tasks 5\n"
@@ -72,15 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_common(add, "--data-root")
     add("--strict-data", action="store_true", help="no fallback to the MNIST subset")
     add = groups["run"].add_argument
-    add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default quick)")
+    add("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default {EVERYDAY})")
     add("--out", metavar="DIR", type=Path, help="folder of the run (default runs/<name>)")
     add("--resume", action="store_true", help="go on with the run in the folder")
     add("--seeds", metavar="N", type=int, help="N runs with seeds seed, seed + 1, ..")
     add_common(add, "--device", "--checkpoint-every", "--quiet")
-    settings = {setting.name: setting for setting in fields(Config)}
+    settings, usual = {setting.name: setting for setting in fields(Config)}, resolve({})
     for title, names in GROUPS.items():
         for name in names.split():
-            default, choices = settings[name].default, settings[name].metadata["choices"]
+            default, choices = getattr(usual, name), settings[name].metadata["choices"]
             groups[title].add_argument(
                 option(name),
                 type=type(default),
@@ -183,9 +191,8 @@ def execute(arguments: Sequence[str] | None) -> None:
         raise UserError(f"--checkpoint-every {options.checkpoint_every} must be at least 0")
     root = given.get("data_root", default_root())
     data = load_data(config, root, strict=given.get("strict_data", False), notice=note)
-    if data.name != config.dataset:
-        # The subset replaces MNIST, and all files carry its name and its settings.
-        config = resolve({**given, "dataset": data.name})
+    # The subset may replace MNIST: all files carry its name and its settings.
+    config = resolve({**given, "dataset": data.name}, data)
     for hint in hints_for([config], data):
         note(hint)
     folder, console = choose_folder(given, config), Console()

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from ssd.config import (
+    EVERYDAY,
+    EVERYDAY_EPOCHS,
     PENALTIES,
     PRESETS,
     PROTOCOLS,
+    TYPICAL_SAMPLES,
     Config,
     hints,
     option,
@@ -22,7 +25,7 @@ from ssd.config import (
     preset,
     resolve,
 )
-from ssd.data import Dataset
+from ssd.data import SOURCES, Dataset
 from ssd.errors import UserError
 from ssd.storage import run_folder
 from ssd.storage.files import dumps
@@ -42,9 +45,34 @@ def test_defaults_and_presets_are_valid() -> None:
     Config().validate()
     for name in PRESETS:
         for dataset in PROTOCOLS:
-            config = Config(**{"dataset": dataset, **preset(name, dataset)})
+            data = of_size(SAMPLES[dataset] * SOURCES[dataset].tasks)
+            config = resolve({"preset": name, "dataset": dataset}, data)
             config.validate()
             assert hints(config, SAMPLES[dataset]) == []
+
+
+def of_size(samples: int) -> Any:
+    """A data set, of which resolve reads the number of training samples alone."""
+    return SimpleNamespace(y_train=torch.zeros(samples))
+
+
+def test_the_everyday_preset_goes_by_the_samples_of_a_task() -> None:
+    def sized(samples: int, **given: Any) -> tuple[int, int, int]:
+        found = resolve({"dataset": "features", "features": "f.npz", **given}, of_size(samples))
+        return found.epochs, found.anneal_samples, found.eval_every
+
+    least, most = EVERYDAY_EPOCHS
+    assert sized(5 * 12_800) == (6, 38_400, 1)  # 600 steps of 128 samples; half of 6 x 12,800
+    assert sized(5 * 1_280) == (60, 38_400, 15)
+    assert sized(5 * 1_280, validation=0.5) == (most, 32_000, most // 4)
+    assert sized(5_000_000) == (least, 1_500_000, 1)
+    assert sized(10) == (most, most, most // 4)
+    assert sized(10 * 12_800, tasks=10, batch_size=256) == (12, 76_800, 3)
+    assert sized(5 * 800, epochs=5) == (5, 2_000, 1)
+    assert sized(5 * 800, anneal_samples=7, eval_every=9) == (96, 7, 9)
+    assert resolve({}) == resolve({"preset": EVERYDAY}, of_size(5 * TYPICAL_SAMPLES))
+    assert resolve({"preset": "short"}, of_size(10)) == resolve({"preset": "short"})
+    assert resolve({"k": 0}).k == 0  # validate() refuses it
 
 
 @pytest.mark.parametrize(
@@ -70,7 +98,7 @@ def test_full_protocols(name: str, epochs: int, neurons: int, k: int) -> None:
     assert switch == (500_000 if k == 1 else 5_000_000)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != EVERYDAY])
 def test_feature_file_of_50_tasks_is_cifar100(name: str) -> None:
     given = {"preset": name, "features": "cifar100.npz", "tasks": 50}
     assert resolve(given) == replace(
@@ -155,7 +183,7 @@ def test_unknown_preset_and_dataset() -> None:
     with pytest.raises(UserError, match="--preset fast is unknown"):
         preset("fast", "mnist")
     with pytest.raises(UserError, match="--dataset mnits is unknown"):
-        preset("quick", "mnits")
+        preset("everyday", "mnits")
 
 
 SAME = [

@@ -15,7 +15,7 @@ import torch
 from kill_resume import write_features
 
 from ssd import sweep
-from ssd.config import Config
+from ssd.config import Config, resolve
 from ssd.run import RunOptions, run
 from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
 from ssd.sweep import cells, header, markdown_text, rank, read_sweep, with_gradients
@@ -201,7 +201,7 @@ def test_runs_are_crossed_with_the_grid(folder: Path) -> None:
     assert found.varied == ["method", "lam", "max_norm"]
     config = found.config(found.rows[2])
     assert (config.method, config.max_norm, config.lam) == ("ewc", 1.0, Config().lam)
-    assert config.ewc_coefficient == 100.0  # of the preset for features
+    assert config.lr == resolve({"features": "f.npz"}).lr != Config().lr  # of the preset
 
 
 def test_rank_of_single_runs() -> None:
