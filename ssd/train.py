@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from ssd.cli import (
@@ -24,7 +26,9 @@ from ssd.cli import (
     stop_on_interrupt,
 )
 from ssd.config import (
+    DEFAULT_NETWORK,
     EVERYDAY,
+    JOINT,
     PENALTIES,
     PRESETS,
     Config,
@@ -35,13 +39,22 @@ from ssd.config import (
 from ssd.data import SOURCES, Dataset, default_root
 from ssd.errors import Interrupted, UserError
 from ssd.figures import draw
+from ssd.peers.learners import NearestClassMean, accuracies
 from ssd.progress import Display, watcher
 from ssd.run import RunOptions, load_data, make_tasks, require_fit, run, run_together
 from ssd.storage.files import read_json, write_json
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import versions
-from ssd.storage.run_folder import CHECKPOINT, CONFIG, SUMMARY, claimed, describe
-from ssd.study import hints_for
+from ssd.storage.run_folder import (
+    CHECKPOINT,
+    CONFIG,
+    SUMMARY,
+    claimed,
+    describe,
+    evaluated_on,
+    read_summary,
+)
+from ssd.study import hints_for, measured
 from ssd.tables import accuracy_table, plus_minus, seeds_table
 
 # The settings that have an option of their own, by the group of --help that shows them.
@@ -53,6 +66,8 @@ GROUPS = {
     "network": "neurons k inhibition schedule anneal_samples",
     "training": "epochs batch_size lr momentum max_norm eval_every",
 }
+# Below this share of the cross entropy's gradient the hidden term does not act.
+DEAD = 0.01
 METAVARS = {int: "N", float: "X", str: None}
 
 # Options that a run may be resumed with: they do not change its numbers.
@@ -207,7 +222,51 @@ def execute(arguments: Sequence[str] | None) -> None:
             summary = train_seeds(config, count, data, folder, options)
     if not display.quiet:
         console.print(seeds_table(summary) if count > 1 else accuracy_table(summary, console.width))
+        print(context(config, data, folder))
+        if hint := dead_term(summary):
+            note(hint)
     print(f"{data.name} {config.method}  {result_line(summary)}  -> {folder}")
+
+
+def context(config: Config, data: Dataset, folder: Path) -> str:
+    """What to compare the mean accuracy with: chance, nearest class mean, joint runs beside it."""
+    tasks = make_tasks(replace(config, method=DEFAULT_NETWORK), data)
+    peer = NearestClassMean(data.x_train.shape[1], data.classes)
+    for task in tasks:
+        peer.fit_task(task.x_train, task.y_train)
+    scores = peer.predict(torch.cat([task.x_test for task in tasks]))
+    known = {
+        "chance": 1 / data.classes,
+        "nearest class mean": accuracies(scores, tasks).mean().item(),
+    }
+    joint = joint_accuracy(config, data, folder)
+    known |= {} if joint is None else {"joint training": joint}
+    return "in context: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items())
+
+
+def joint_accuracy(config: Config, data: Dataset, folder: Path) -> float | None:
+    """The best accuracy of joint runs on these data in folders beside this one, if any."""
+    found = []
+    for path in sorted(folder.resolve().parent.glob(f"*/{SUMMARY}")):
+        with suppress(UserError, KeyError, TypeError):  # what is no run says nothing
+            summary = read_summary(path.parent)
+            described = read_json(path.parent / CONFIG)["data_crc32"]
+            same = described == data.checksum() and summary["evaluated_on"] == evaluated_on(config)
+            if same and JOINT in summary["method"].split("+"):
+                found.append(summary["mean_accuracy"])
+    return max(found, default=None)
+
+
+def dead_term(summary: Mapping[str, Any]) -> str:
+    """A hint where the hidden term's gradient is lost beside that of the cross entropy, or ""."""
+    hidden, entropy = (measured(summary, f"{t}_gradient") for t in ("hidden", "cross_entropy"))
+    share = mean(hidden) / mean(entropy) if hidden and mean(entropy) > 0 else 1.0
+    if share >= DEAD:
+        return ""
+    return (
+        f"the hidden term hardly acts: its gradient has {share:.0e} of the cross entropy's norm; "
+        f"raise {option('hidden_weight')} or use {option('hidden_loss')} mse"
+    )
 
 
 def result_line(summary: dict[str, Any]) -> str:
