@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 
+import torch
 from torch import Tensor
 
 from ssd.config import Config
@@ -11,7 +13,8 @@ from ssd.data import Task
 from ssd.errors import UserError
 from ssd.learner import Learner, build_model
 from ssd.models import SDMLP
-from ssd.peers.readout import CodeReadout, LearnedCode
+from ssd.ops.code_gram import code_gram
+from ssd.peers.readout import CHUNK, CodeReadout, Encoder, LearnedCode, ridge_solution
 from ssd.trainer import Trainer
 
 
@@ -19,7 +22,11 @@ class TrainedReadout(CodeReadout):
     """An SDMLP trained on a stream, with a closed-form decoder of its code in place of its own.
 
     The statistics of a task are taken once, after training on it. Later tasks change the code,
-    which costs more the more neurons are read; `freeze` stops that change.
+    which costs more the more neurons are read. `freeze` stops that change; `follow` moves the
+    statistics with it. For a task's codes H before training on it and H' after, the map
+    A = (H^T H + r m I)^-1 (H^T H' + r m I) turns the Gram matrix G of earlier tasks into A^T G A
+    and the class sums X into A^T X. That is drift compensation (Yu et al. 2020; with a linear map
+    Gomez-Villa et al. 2024) of second moments; m is the mean diagonal entry of H^T H.
 
     Args:
         config: of the network; its method may add distillation or penalties.
@@ -29,6 +36,7 @@ class TrainedReadout(CodeReadout):
         readout: as of CodeReadout.
         strength: as of CodeReadout.
         freeze: trains the network on the first task alone.
+        follow: r above, more than 0; None: the statistics stay as they were taken.
 
     Raises:
         UserError: the method's network is no SDMLP.
@@ -43,6 +51,7 @@ class TrainedReadout(CodeReadout):
         readout: str = "lda",
         strength: float = 1e-3,
         freeze: bool = False,
+        follow: float | None = None,
     ) -> None:
         first = tasks[0].x_train
         model = build_model(config, first.shape[1], classes).to(first.device)
@@ -53,14 +62,30 @@ class TrainedReadout(CodeReadout):
         code = LearnedCode(model, None if share is None else max(1, round(share * config.neurons)))
         super().__init__(code, classes, readout, strength, first.device)
         self._events = Trainer([Learner(config, tasks, model)]).run()
-        self._frozen, self._freeze = False, freeze
+        self._frozen, self._freeze, self._ridge = False, freeze, follow
 
     def fit_task(self, x: Tensor, y: Tensor) -> None:
         """Trains the network on its next task unless frozen, then adds the code's statistics."""
         if not self._frozen:
+            before = deepcopy(self.encoder)
             next(event for event in self._events if event.kind == "task")
+            if self._ridge is not None and self.counts.any():
+                self._follow(before, x, self._ridge)
         self._frozen = self._freeze
         super().fit_task(x, y)
+
+    def _follow(self, before: Encoder, x: Tensor, ridge: float) -> None:
+        """Maps the statistics from the code `before` training on x [N, d] to the present one."""
+        gram, cross = torch.zeros_like(self.gram), torch.zeros_like(self.gram)
+        for part in x.split(CHUNK):
+            code, after = before(part), self.encoder(part)
+            present = after.values.new_zeros(len(part), len(gram))
+            present.scatter_add_(1, after.indices, after.values)
+            code_gram(code.values, code.indices, gram, cross, present)
+        cross.diagonal().add_(ridge * gram.diagonal().mean())
+        change = ridge_solution(gram, cross, ridge).to(self.gram.dtype)
+        self.gram.copy_(change.T @ self.gram @ change)
+        self.cross.copy_(change.T @ self.cross)
 
     @property
     def fixed(self) -> bool:

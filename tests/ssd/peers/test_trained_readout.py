@@ -1,5 +1,8 @@
 """A trained network's code with a closed-form decoder: that it trains, then reads."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,6 +61,34 @@ def test_reads_the_code_as_it_is_after_each_task(freeze: bool) -> None:
     x = torch.cat([task.x_test for task in tasks])
     assert torch.equal(learner.predict(x), expected.predict(x))
     assert not torch.equal(model.encoder.weight, build_model(CONFIG, D, C).encoder.weight)
+
+
+def test_statistics_follow_a_code_that_changes() -> None:
+    """Neurons that change places are a linear map, so nothing is lost."""
+    tasks = stream()
+    x, y = tasks[0].x_train, tasks[0].y_train
+    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, follow=1e-9)
+    learner.fit_task(x, y)
+    assert isinstance(learner.encoder, LearnedCode)
+    before, layer = copy.deepcopy(learner.encoder), learner.encoder.model.encoder
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.roll(3, 0))
+    learner._follow(before, x, 1e-9)
+    expected = CodeReadout(learner.encoder, C)
+    expected.fit_task(x, y)
+    torch.testing.assert_close(learner.gram, expected.gram, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learner.cross, expected.cross, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected.gram, expected.gram.roll((-3, -3), (0, 1)))
+
+
+def test_a_readout_that_follows_forgets_less() -> None:
+    config = replace(CONFIG, method="sdmlp", lr=2.0, epochs=8)
+    stale, following = (
+        evaluate_stream(TrainedReadout(config, stream(), C, 0.5, "lda", 1e-2, follow=r), stream())
+        for r in (None, 1e-2)
+    )
+    assert torch.equal(stale[0], following[0])  # before anything has changed
+    assert following[1, 0] > stale[1, 0] + 0.05
 
 
 def test_the_network_s_own_k() -> None:
