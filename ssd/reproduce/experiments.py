@@ -154,7 +154,7 @@ PEERS: dict[str, Peer] = {
     **_peer("random ReLU + ridge", SIZES, {"ridge": 1e-3}, {"ridge": 1e-4}, {"ridge": 1e-4}),
     # An eigenvalue decomposition a task, so not at R = 10,000.
     **_peer("RanPAC", SIZES[:1], {}, {}, {}),
-    **_peer("Fly-CL", SIZES[:1], _FLYCL, _FLYCL, _FLYCL),
+    **_peer("Fly-CL", SIZES[:1], {"share": 0.4, "connections": 0.1}, _FLYCL, _FLYCL),
     **_peer("sparse code, Gaussian addresses", SIZES, _CODE, _code(0.4, 1e-2, power=0.5), _CODE),
     **_peer("sparse code, local addresses", SIZES, _code(0.3, 1e-4, width=6.0), None, None),
     **_peer("sparse code beside the input", SIZES, None, _CODE, _code(0.4, 1e-3, power=0.5)),
