@@ -12,7 +12,7 @@ from ssd.errors import UserError
 from ssd.learner import Learner, build_model
 from ssd.peers.learners import evaluate_stream
 from ssd.peers.readout import CodeReadout, LearnedCode
-from ssd.peers.trained_readout import TrainedReadout
+from ssd.peers.trained_readout import InputMoments, TrainedReadout
 from ssd.trainer import Trainer
 
 D, C = 12, 4
@@ -79,6 +79,22 @@ def test_statistics_follow_a_code_that_changes() -> None:
     torch.testing.assert_close(learner.gram, expected.gram, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(learner.cross, expected.cross, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected.gram, expected.gram.roll((-3, -3), (0, 1)))
+
+
+def test_inputs_are_drawn_with_the_moments_of_their_classes() -> None:
+    roots = 5 + torch.randn(4000, D) @ torch.randn(D, D) / D  # far from 0, where relu cuts
+    y = torch.arange(4000) % 2 + 1
+    roots[y == 2] += 1
+    moments = InputMoments(D, C, 3, torch.device("cpu"))
+    for part in (slice(0, 1000), slice(1000, 4000)):
+        moments.add(roots[part].square(), y[part])
+    drawn = moments.draw(20_001).sqrt().double().view(2, -1, D)
+    assert drawn.shape[1] == 10_001
+    assert not torch.equal(moments.draw(20_001), moments.draw(20_001))
+    covariance = sum(roots[y == c].double().T.cov(correction=0) for c in (1, 2)) / 2
+    for found, c in zip(drawn, (1, 2), strict=True):
+        torch.testing.assert_close(found.mean(0), roots[y == c].double().mean(0), rtol=0, atol=0.08)
+        torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.08)
 
 
 def test_a_readout_that_follows_forgets_less() -> None:
