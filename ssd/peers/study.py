@@ -214,13 +214,14 @@ def read_rows(path: Path) -> dict[Key, Row]:
 
 def result_table(measured: Mapping[str, Sequence[Row]], title: str) -> Table:
     """Mean and standard deviation over the seeds; "behind" is paired with the best learner."""
-    table = Table("learner", title=title, caption="mean ± standard deviation over seeds")
+    table = Table("learner: settings", title=title, caption="mean ± standard deviation over seeds")
     best = max(measured.values(), key=lambda rows: mean(row.mean_accuracy for row in rows))
-    for heading in ("mean accuracy", "behind", "BWT", "fit s", "MiB", "settings"):
-        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    for heading in ("mean accuracy", "behind", "BWT", "fit s", "MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, rows in measured.items():
+        settings = ", ".join(f"{k} {v}" for k, v in json.loads(rows[0].settings).items())
         table.add_row(
-            name,
+            f"{name}: {settings}" if settings else name,
             _deviating([row.mean_accuracy for row in rows]),
             _deviating(
                 [b.mean_accuracy - r.mean_accuracy for b, r in zip(best, rows, strict=True)]
@@ -228,7 +229,6 @@ def result_table(measured: Mapping[str, Sequence[Row]], title: str) -> Table:
             _deviating([row.bwt for row in rows]),
             f"{mean(row.fit_seconds for row in rows):.1f}",
             f"{mean(row.state_mib for row in rows):.1f}",
-            ", ".join(f"{k} {v}" for k, v in json.loads(rows[0].settings).items()),
         )
     return table
 
