@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ssd.data import Task
 from ssd.metrics import predicted
+from ssd.peers.penalties import candidates, cross_validated_choice, held_out_choice
 from ssd.peers.readout import (
     CodeReadout,
     RandomCode,
@@ -40,6 +41,8 @@ ALGORITHM = 1
 CHUNK = 4096
 # Inputs that a neuron of FlyModel sums, over all inputs.
 CONNECTIONS = 0.1
+# RanPAC chooses its penalty on the samples left over by this share of a task.
+FITTED = 0.8
 
 
 class Learner(Protocol):
@@ -63,12 +66,15 @@ def accuracies(scores: Tensor, tasks: Sequence[Task]) -> Tensor:
     return torch.stack([part.mean() for part in parts]).cpu()
 
 
-def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
+def evaluate_stream(
+    learner: Learner, tasks: Sequence[Task], fit: Callable[[Tensor, Tensor], None] | None = None
+) -> Tensor:
     """Trains on each task in turn and tests on all tasks so far.
 
     Args:
         learner: one that has seen no task.
         tasks: T tasks.
+        fit: is called in place of learner.fit_task, for example to measure its time.
 
     Returns:
         The accuracy matrix [T, T] float64: row t after task t; tasks not yet shown score 0.
@@ -79,7 +85,7 @@ def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
     accuracy = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device="cpu")
     codes: list[TopKOutput] = []
     for t, task in enumerate(tasks):
-        learner.fit_task(task.x_train, task.y_train)
+        (fit or learner.fit_task)(task.x_train, task.y_train)
         seen = tasks[: t + 1]
         if isinstance(learner, CodeReadout) and learner.fixed:
             codes += learner.encode(task.x_test)
@@ -92,6 +98,15 @@ def evaluate_stream(learner: Learner, tasks: Sequence[Task]) -> Tensor:
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device="cpu")
+
+
+def _connections(
+    neurons: int, features: int, share: float, generator: torch.Generator | None
+) -> Tensor:
+    """[R, d] float32: 1 at this share of each neuron's inputs, drawn at random, else 0."""
+    picked = torch.rand(neurons, features, generator=generator, device="cpu").argsort(1)
+    inputs = picked[:, : max(1, round(share * features))]
+    return _zeros(neurons, features, dtype=torch.float32).scatter_(1, inputs, 1.0)
 
 
 class _OnePass:
@@ -190,9 +205,7 @@ class FlyModel(_OnePass):
     ) -> None:
         super().__init__(classes)
         self.k, self.lr = max(1, round(share * neurons)), lr
-        picked = torch.rand(neurons, features, generator=generator, device="cpu").argsort(1)
-        inputs = picked[:, : max(1, round(CONNECTIONS * features))]
-        self.projection = _zeros(neurons, features, dtype=torch.float32).scatter_(1, inputs, 1.0)
+        self.projection = _connections(neurons, features, CONNECTIONS, generator)
         self.weight = _zeros(neurons, classes)
 
     def _code(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,10 +230,55 @@ class FlyModel(_OnePass):
         return torch.cat([sparse_linear(*code, self.weight) for code in codes])
 
 
-class RandomReLU(_OnePass):
+class _RandomRidge(_OnePass):
+    """Ridge regression of the one-hot labels on a hidden layer with a Gaussian projection P."""
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        neurons: int,
+        generator: torch.Generator | None,
+        ridge: float,
+    ) -> None:
+        super().__init__(classes)
+        self.ridge = ridge
+        self.projection = torch.randn(neurons, features, generator=generator, device="cpu")
+        self.gram = _zeros(neurons, neurons, dtype=gram_dtype(neurons))
+        self.cross = _zeros(neurons, classes)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, R] float32."""
+        raise NotImplementedError
+
+    def _accumulate(self, x: Tensor, y: Tensor, gram: Tensor, cross: Tensor) -> None:
+        for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+            hidden = self._hidden(part).to(gram.dtype)
+            gram.addmm_(hidden.T, hidden)
+            cross.index_add_(1, labels, hidden.T.double())
+
+    def _own(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gram matrix and class sums of these data, which are added to those of all data too."""
+        own = torch.zeros_like(self.gram), torch.zeros_like(self.cross)
+        self._accumulate(x, y, *own)
+        self.gram += own[0]
+        self.cross += own[1]
+        return own
+
+    def _penalize(self, penalty: float) -> None:
+        """Makes this the number that is added to the diagonal of the present Gram matrix."""
+        self.ridge = penalty / self.gram.diagonal().mean().item()
+
+    def _scores(self, x: Tensor) -> Tensor:
+        weight = ridge_solution(self.gram, self.cross, self.ridge).float()
+        return torch.cat([self._hidden(part) @ weight for part in x.split(CHUNK)])
+
+
+class RandomReLU(_RandomRidge):
     """relu(x P^T) with a Gaussian P, and ridge regression on the one-hot labels.
 
-    The Gram matrix is updated task by task, which is equal to recursive least squares.
+    This is the classifier of ACIL (Zhuang et al. 2022), whose recursive least squares gives the
+    same weight: the Gram matrix is updated task by task.
 
     Args:
         generator: source of P.
@@ -235,24 +293,77 @@ class RandomReLU(_OnePass):
         generator: torch.Generator | None = None,
         ridge: float = 1e-4,
     ) -> None:
-        super().__init__(classes)
-        self.ridge = ridge
-        self.projection = torch.randn(neurons, features, generator=generator, device="cpu")
-        self.gram = _zeros(neurons, neurons, dtype=gram_dtype(neurons))
-        self.cross = _zeros(neurons, classes)
+        super().__init__(features, classes, neurons, generator, ridge)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return (x.float() @ self.projection.T).relu()
 
     def _add(self, x: Tensor, y: Tensor) -> None:
-        for part, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-            hidden = self._hidden(part).to(self.gram.dtype)
-            self.gram.addmm_(hidden.T, hidden)
-            self.cross.index_add_(1, labels, hidden.T.double())
+        self._accumulate(x, y, self.gram, self.cross)
 
-    def _scores(self, x: Tensor) -> Tensor:
-        weight = ridge_solution(self.gram, self.cross, self.ridge).float()
-        return torch.cat([self._hidden(part) @ weight for part in x.split(CHUNK)])
+
+class RanPAC(RandomReLU):
+    """RandomReLU that chooses its own penalty at each task (McDonnell et al. 2023).
+
+    Class sums X of the hidden layer are the prototypes, decorrelated by (G + r I)^-1. Of the
+    candidates, r has the least squared error on a random fifth of the newest task, after a fit to
+    the rest of that task (public code, RanPAC.py). r is absolute, in the units of scaled inputs.
+
+    Args:
+        generator: source of P.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        neurons: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(features, classes, neurons, generator)
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        # Files may be sorted by class.
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0), device="cpu")
+        fitted, held = order.tensor_split([int(FITTED * len(x))])
+        moments = self._own(x[fitted], y[fitted]), self._own(x[held], y[held])
+        self._penalize(held_out_choice(candidates(self.gram), *moments[0], *moments[1]))
+
+
+class FlyCL(_RandomRidge):
+    """Sparse projection, its k largest responses, streaming ridge (Zou et al. 2026).
+
+    Each neuron has Gaussian weights on some inputs and none on the others. Of the candidates, the
+    penalty r has the least score of generalised cross-validation on the newest task (public code,
+    main.py). r is absolute, in the units of scaled inputs.
+
+    Args:
+        generator: source of the projection.
+        share: k / R.
+        connections: share of the inputs that a neuron takes.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        neurons: int,
+        generator: torch.Generator | None = None,
+        share: float = 0.3,
+        connections: float = 0.4,
+    ) -> None:
+        super().__init__(features, classes, neurons, generator, ridge=1.0)
+        self.k = max(1, round(share * neurons))
+        self.projection *= _connections(neurons, features, connections, generator)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        scores = x.float() @ self.projection.T
+        values, indices, *_ = topk(scores, self.k)
+        return torch.zeros_like(scores).scatter_(1, indices, values)
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        gram, cross = self._own(x, y)
+        self._penalize(cross_validated_choice(candidates(self.gram), gram, cross, len(x)))
 
 
 Settings = dict[str, Any]
@@ -286,7 +397,10 @@ def entries(features: int, neurons: int) -> list[Entry]:
     """The learners to compare on d inputs with R neurons; some ignore R, some need R >= 2 d."""
     strengths = (1e-4, 1e-3, 1e-2, 1e-1)
     shares = (0.1, 0.2, 0.3, 0.4)
-    fly = [{"share": s, "lr": lr} for s in (0.01, 0.05, 0.1) for lr in (1e-4, 1e-3, 5e-3, 2e-2)]
+    fly = [
+        {"share": s, "lr": lr} for s in (0.01, 0.05, 0.1) for lr in (1e-4, 1e-3, 5e-3, 2e-2, 1e-1)
+    ]
+    flycl = [{"share": s, "connections": c} for c in (0.1, 0.4) for s in shares]
     codes = [{"share": s, "power": p} for p in (1.0, 0.5) for s in shares]
     readouts = [{"readout": r, "strength": s} for r in ("lda", "ridge") for s in strengths[:3]]
     found = [
@@ -298,6 +412,8 @@ def entries(features: int, neurons: int) -> list[Entry]:
         ),
         Entry("FlyModel", FlyModel, fly),
         Entry("random ReLU + ridge", RandomReLU, late=[{"ridge": s} for s in (1e-5, *strengths)]),
+        Entry("RanPAC", RanPAC),
+        Entry("Fly-CL", FlyCL, flycl),
         Entry("sparse code, Gaussian addresses", _sparse_code, codes, readouts),
     ]
     side = math.isqrt(features)

@@ -185,6 +185,9 @@ class LearnedCode:
         return linear_topk(address, layer.weight, self.k, inhibition=layer.inhibition)
 
 
+Encoder = RandomCode | LearnedCode
+
+
 class CodeReadout:
     """A sparse code and a closed-form decoder, as a learner of ssd.peers.
 
@@ -201,7 +204,7 @@ class CodeReadout:
 
     def __init__(
         self,
-        encoder: RandomCode | LearnedCode,
+        encoder: Encoder,
         classes: int,
         readout: str = "lda",
         strength: float = 1e-3,

@@ -7,21 +7,23 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from statistics import mean, stdev
-from time import perf_counter
-from typing import Any, get_type_hints
+from time import process_time
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from ssd.data import Dataset, Task, class_order, hold_out, split
 from ssd.errors import UserError
 from ssd.metrics import backward_transfer, mean_accuracy
 from ssd.peers.learners import ALGORITHM, Entry, Learner, Settings, accuracies, evaluate_stream
 from ssd.storage.files import difference, dumps, read_text, write_atomically
-from ssd.storage.provenance import commit
+from ssd.storage.provenance import commit, machine, versions
 from ssd.tables import csv_text, plus_minus
 
 # Settings are chosen on this share of the training data, with this seed, at this width at most.
@@ -43,8 +45,12 @@ class Row:
     tasks: int
     mean_accuracy: float
     bwt: float
-    seconds: float
+    fit_seconds: float  # CPU time of fit_task over the stream
+    test_seconds: float  # CPU time of one prediction of all test sets, after the last task
+    state_mib: float  # of the learner's tensors, after the last task
     commit: str
+    machine: str
+    versions: str
     data_crc32: str
     algorithm: int
 
@@ -79,7 +85,12 @@ class Study:
         report: Callable[[str], None],
     ) -> None:
         self.name, self.data, self.tasks, self.neurons = name, data, tasks, neurons
-        self.out, self.report, self.commit = out, report, commit()
+        self.out, self.report = out, report
+        self.place: dict[str, Any] = {
+            "commit": commit(),
+            "machine": machine(),
+            "versions": "; ".join(f"{name} {number}" for name, number in versions().items()),
+        }
         self.shape = data.x_train.shape[1], data.classes
         self.validation = hold_out(data, VALIDATION)
         self.origin: dict[str, Any] = {
@@ -98,18 +109,19 @@ class Study:
         tasks = split(self.validation, self.tasks, class_order(self.data.classes, seed))
         tried = []
         for early in entry.early:
-            start, learner = perf_counter(), None
+            learner, fit = None, Stopwatch()
             for late in entry.late:
                 key = "validation", entry.name, neurons, dumps(early | late), seed
                 if key not in self.rows:
-                    learner = learner or _fitted(
-                        entry.make(*self.shape, neurons, seed, early), tasks
-                    )
+                    if learner is None:
+                        learner = entry.make(*self.shape, neurons, seed, early)
+                        for task in tasks:
+                            fit.call(learner.fit_task, task.x_train, task.y_train)
                     for name, value in late.items():
                         setattr(learner, name, value)
-                    scores = learner.predict(torch.cat([task.x_test for task in tasks]))
+                    scores, seconds = _tested(learner, tasks)
                     accuracy = mean(accuracies(scores, tasks).tolist())
-                    self._add(key, accuracy, math.nan, perf_counter() - start)
+                    self._add(key, accuracy, math.nan, _Cost(fit.seconds, seconds, learner))
                 tried.append(self.rows[key])
         return json.loads(max(tried, key=lambda row: row.mean_accuracy).settings)
 
@@ -119,35 +131,63 @@ class Study:
         for seed in range(seeds):
             key = "test", entry.name, self.neurons, dumps(settings), seed
             if key not in self.rows:
-                start = perf_counter()
-                learner = entry.make(*self.shape, self.neurons, seed, settings)
+                learner, fit = entry.make(*self.shape, self.neurons, seed, settings), Stopwatch()
                 tasks = split(self.data, self.tasks, class_order(self.data.classes, seed))
-                matrix = evaluate_stream(learner, tasks)
+                matrix = evaluate_stream(learner, tasks, partial(fit.call, learner.fit_task))
                 accuracy, bwt = mean_accuracy(matrix), backward_transfer(matrix)
-                self._add(key, accuracy, bwt, perf_counter() - start)
+                _, seconds = _tested(learner, tasks)
+                self._add(key, accuracy, bwt, _Cost(fit.seconds, seconds, learner))
             found.append(self.rows[key])
         return found
 
-    def _add(self, key: Key, accuracy: float, bwt: float, seconds: float) -> None:
+    def _add(self, key: Key, accuracy: float, bwt: float, cost: _Cost) -> None:
+        part, learner, _, settings, seed = key
         self.rows[key] = Row(
             self.name,
             *key,
             mean_accuracy=round(accuracy, 5),
             bwt=round(bwt, 5),
-            seconds=round(seconds, 2),
-            commit=self.commit,
-            **self.origin,
+            fit_seconds=round(cost.fit, 3),
+            test_seconds=round(cost.test, 3),
+            state_mib=round(state_bytes(cost.learner) / 2**20, 3),
+            **(self.place | self.origin),
         )
-        part, learner, _, settings, seed = key
         self.report(f"{part} {learner} {settings} seed {seed}: {accuracy:.4f}")
         if self.out is not None:
             write_atomically(self.out, csv_text([asdict(row) for row in self.rows.values()]))
 
 
-def _fitted(learner: Learner, tasks: Sequence[Task]) -> Learner:
-    for task in tasks:
-        learner.fit_task(task.x_train, task.y_train)
-    return learner
+class Stopwatch:
+    """CPU seconds that calls took, over all threads of the process."""
+
+    seconds = 0.0
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns."""
+        start = process_time()
+        result = function(*arguments)
+        self.seconds += process_time() - start
+        return result
+
+
+class _Cost(NamedTuple):
+    fit: float  # seconds
+    test: float  # seconds
+    learner: Learner
+
+
+def _tested(learner: Learner, tasks: Sequence[Task]) -> tuple[Tensor, float]:
+    """The scores of all test sets, and their CPU seconds."""
+    watch = Stopwatch()
+    scores = watch.call(learner.predict, torch.cat([task.x_test for task in tasks]))
+    return scores, watch.seconds
+
+
+def state_bytes(part: object) -> int:
+    """Bytes of the tensors that an object and its attributes hold."""
+    if isinstance(part, Tensor):
+        return part.nbytes
+    return sum(map(state_bytes, vars(part).values())) if hasattr(part, "__dict__") else 0
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
@@ -162,7 +202,8 @@ def read_rows(path: Path) -> dict[Key, Row]:
             row = Row(*(kind(cell) for kind, cell in zip(kinds.values(), cells, strict=True)))
             if row.key in rows:
                 raise ValueError(f"line {lines.line_num} is of the same run as one before it")
-            measured = 0 <= row.mean_accuracy <= 1 and 0 <= row.seconds < math.inf
+            costs = row.fit_seconds, row.test_seconds, row.state_mib
+            measured = 0 <= row.mean_accuracy <= 1 and all(0 <= cost < math.inf for cost in costs)
             if not measured or (row.split == "test" and not abs(row.bwt) <= 1):
                 raise ValueError(f"line {lines.line_num} has figures that no run has")
             rows[row.key] = row
@@ -172,17 +213,22 @@ def read_rows(path: Path) -> dict[Key, Row]:
 
 
 def result_table(measured: Mapping[str, Sequence[Row]], title: str) -> Table:
-    """Mean and standard deviation over the seeds."""
-    table = Table("learner", title=title, caption="mean ± standard deviation over seeds")
-    for heading in ("mean accuracy", "BWT", "seconds", "settings"):
-        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    """Mean and standard deviation over the seeds; "behind" is paired with the best learner."""
+    table = Table("learner: settings", title=title, caption="mean ± standard deviation over seeds")
+    best = max(measured.values(), key=lambda rows: mean(row.mean_accuracy for row in rows))
+    for heading in ("mean accuracy", "behind", "BWT", "fit s", "MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, rows in measured.items():
+        settings = ", ".join(f"{k} {v}" for k, v in json.loads(rows[0].settings).items())
         table.add_row(
-            name,
+            f"{name}: {settings}" if settings else name,
             _deviating([row.mean_accuracy for row in rows]),
+            _deviating(
+                [b.mean_accuracy - r.mean_accuracy for b, r in zip(best, rows, strict=True)]
+            ),
             _deviating([row.bwt for row in rows]),
-            f"{mean(row.seconds for row in rows):.1f}",
-            ", ".join(f"{k} {v}" for k, v in json.loads(rows[0].settings).items()),
+            f"{mean(row.fit_seconds for row in rows):.1f}",
+            f"{mean(row.state_mib for row in rows):.1f}",
         )
     return table
 

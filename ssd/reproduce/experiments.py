@@ -138,10 +138,12 @@ def _code(share: float, strength: float, **more: float) -> dict[str, Any]:
 
 
 _FLY_SETTINGS = {"share": 0.05, "lr": 0.005}
+_FLYCL = {"share": 0.4, "connections": 0.4}
 _CODE = _code(0.4, 1e-4, power=0.5)
 # Of the closed-form readouts: readout, strength and share are those of Gaussian addresses.
 _FROZEN = _code(0.4, 1e-4, freeze=True)
 _KEPT = {"readout": "lda", "strength": 1e-2}
+_FOLLOWING = _code(0.4, 1e-2, follow=1e-3)
 _READ = SIZES[:1]  # sizes of the networks whose code is read out
 # By name, in the order of the table. Their settings were chosen on a validation split at R = 1,000:
 # results/peers/*.csv.
@@ -150,6 +152,9 @@ PEERS: dict[str, Peer] = {
     **_peer("streaming LDA", (), {"shrinkage": 0.1}, {"shrinkage": 1e-3}, {"shrinkage": 1e-3}),
     **_peer("FlyModel", SIZES, _FLY_SETTINGS, _FLY_SETTINGS, {"share": 0.05, "lr": 0.02}),
     **_peer("random ReLU + ridge", SIZES, {"ridge": 1e-3}, {"ridge": 1e-4}, {"ridge": 1e-4}),
+    # An eigenvalue decomposition a task, so not at R = 10,000.
+    **_peer("RanPAC", SIZES[:1], {}, {}, {}),
+    **_peer("Fly-CL", SIZES[:1], {"share": 0.4, "connections": 0.1}, _FLYCL, _FLYCL),
     **_peer("sparse code, Gaussian addresses", SIZES, _CODE, _code(0.4, 1e-2, power=0.5), _CODE),
     **_peer("sparse code, local addresses", SIZES, _code(0.3, 1e-4, width=6.0), None, None),
     **_peer("sparse code beside the input", SIZES, None, _CODE, _code(0.4, 1e-3, power=0.5)),
@@ -163,6 +168,8 @@ PEERS: dict[str, Peer] = {
     # Nothing was chosen for these. A code that keeps training is read at the network's own k.
     **_peer("sdmlp code, closed-form readout", _READ, None, _KEPT, None, method="sdmlp"),
     **_peer("ssd code, closed-form readout", _READ, None, _KEPT, None, method="ssd"),
+    # Chosen on the validation split of CIFAR-10 with class order 1000.
+    **_peer("ssd code, statistics that follow", _READ, None, _FOLLOWING, None, method="ssd"),
     **_peer(
         "sdmlp code of the first task, closed-form readout",
         _READ,

@@ -50,6 +50,8 @@ PEERS = {
     "streaming LDA": 11.4342,
     "FlyModel": 5.76628,
     "random ReLU + ridge": 6.36231,
+    "RanPAC": 6.35295,
+    "Fly-CL": 6.09384,
     "sparse code, Gaussian addresses": 5.77558,
     "sparse code beside the input": 5.93091,
     "control: ReLU beside the input": 6.86888,

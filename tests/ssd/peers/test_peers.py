@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,17 @@ from ssd.data import Task
 from ssd.peers import __main__ as peers
 from ssd.peers import learners
 from ssd.peers import study as peer_study
-from ssd.peers.learners import FlyModel, NearestClassMean, RandomReLU, StreamingLDA, evaluate_stream
+from ssd.peers.learners import (
+    FlyCL,
+    FlyModel,
+    NearestClassMean,
+    RandomReLU,
+    RanPAC,
+    StreamingLDA,
+    evaluate_stream,
+)
+from ssd.peers.readout import CodeReadout, RandomCode, ridge_solution
+from ssd.peers.study import state_bytes
 
 D, C = 6, 4
 
@@ -88,6 +99,82 @@ def test_random_relu_task_by_task_is_ridge() -> None:
     )
 
 
+def test_random_relu_is_acil() -> None:
+    """Its recursive least squares, batch by batch, without a Gram matrix."""
+    x, y = data()
+    learner = RandomReLU(D, C, 40, torch.Generator().manual_seed(1), ridge=1e-3)
+    fit(learner, x, y, [[3], [1], [0, 2]])
+    penalty = 1e-3 * learner.gram.diagonal().mean()
+    inverse = torch.eye(40, dtype=torch.float64) / penalty
+    weight = torch.zeros(40, C, dtype=torch.float64)
+    for task in stream(x, y, [[3], [1], [0, 2]]):
+        hidden = (task.x_train / learner._unit @ learner.projection.T).relu().double()
+        targets = torch.nn.functional.one_hot(task.y_train, C).double()
+        projected = hidden @ inverse
+        inner = torch.eye(len(hidden), dtype=torch.float64) + projected @ hidden.T
+        inverse -= projected.T @ torch.linalg.solve(inner, projected)
+        weight += inverse @ hidden.T @ (targets - hidden @ weight)
+    found = ridge_solution(learner.gram, learner.cross, 1e-3)
+    torch.testing.assert_close(found, weight, rtol=1e-9, atol=1e-9)
+
+
+def chosen(learner: RandomReLU | FlyCL) -> float:
+    """The penalty of a learner, in powers of ten."""
+    return float(np.log10(learner.ridge * learner.gram.diagonal().mean().item()))
+
+
+def test_ranpac_chooses_on_a_fifth_of_the_newest_task() -> None:
+    x, y = data(50)
+    tasks, seen = stream(x, y, [[1, 3], [0, 2]]), []
+    learner = RanPAC(D, C, 40, torch.Generator().manual_seed(1))
+    for task in tasks:
+        learner.fit_task(task.x_train, task.y_train)
+        hidden = (task.x_train / learner._unit @ learner.projection.T).relu().double()
+        targets = torch.nn.functional.one_hot(task.y_train, C).double()
+        order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+        errors = []
+        for power in range(-8, 9):
+            # Least squares with the penalty's rows below, without moments.
+            rows = 10.0 ** (power / 2) * torch.eye(40, dtype=torch.float64)
+            weight = torch.linalg.lstsq(
+                torch.cat([hidden[order[:80]], rows]),
+                torch.cat([targets[order[:80]], torch.zeros(40, C)]),
+            ).solution
+            errors.append((hidden[order[80:]] @ weight - targets[order[80:]]).square().mean())
+        best = int(torch.stack(errors).argmin()) - 8
+        assert chosen(learner) == pytest.approx(best)
+        seen.append(hidden)
+    hidden = torch.cat(seen)
+    torch.testing.assert_close(learner.gram, hidden.T @ hidden)
+    assert (learner.predict(x).argmax(1) == y).double().mean() > 0.8
+
+
+@pytest.mark.parametrize("per_class", [12, 50])  # fewer samples than neurons, and more
+def test_fly_cl_cross_validates_on_the_newest_task(per_class: int) -> None:
+    x, y = data(per_class)
+    tasks = stream(x, y, [[1, 3], [0, 2]])
+    learner = FlyCL(D, C, 40, torch.Generator().manual_seed(1), share=0.25, connections=0.5)
+    assert learner.projection.ne(0).sum(1).tolist() == [3] * 40
+    seen = []
+    for task in tasks:
+        learner.fit_task(task.x_train, task.y_train)
+        scores = task.x_train / learner._unit @ learner.projection.T
+        kept = scores >= scores.topk(10).values[:, -1:]
+        hidden = torch.where(kept, scores, 0.0).double()
+        targets = torch.nn.functional.one_hot(task.y_train, C).double()
+        n, points = len(hidden), []
+        for power in range(-8, 9):
+            # (I - A) = r (K + r I)^-1, which loses nothing where A is near I.
+            kernel = hidden @ hidden.T + 10.0**power * torch.eye(n, dtype=torch.float64)
+            left = 10.0**power * torch.linalg.inv(kernel)
+            points.append((left @ targets).square().sum() / n / (left.trace() / n) ** 2)
+        assert chosen(learner) == pytest.approx(int(torch.stack(points).argmin()) - 8)
+        seen.append(hidden)
+    hidden = torch.cat(seen)
+    torch.testing.assert_close(learner.gram, hidden.T @ hidden)
+    assert (learner.predict(x).argmax(1) == y).double().mean() > 0.5
+
+
 def test_fly_model_is_its_one_pass_rule() -> None:
     """Sample by sample, clipped after each."""
     y = torch.arange(C).repeat_interleave(30)
@@ -112,6 +199,8 @@ LEARNERS = [
     StreamingLDA(D, C),
     FlyModel(D, C, 50, share=0.1),
     RandomReLU(D, C, 40),
+    RanPAC(D, C, 40),
+    FlyCL(D, C, 40),
 ]
 
 
@@ -173,6 +262,8 @@ def test_a_study_chooses_on_validation_and_goes_on_where_it_stopped(
         tried = [row for row in mine if row["split"] == "validation"]
         tested = [row for row in mine if row["split"] == "test"]
         assert len(tried) == len(entry.early) * len(entry.late)
+        # Late settings share a fit, so they report the same time for it.
+        assert len({row["fit_seconds"] for row in tried}) <= len(entry.early)
         assert [row["seed"] for row in tested] == ["0", "1"]
         best = max(float(row["mean_accuracy"]) for row in tried)
         chosen = [row for row in tried if row["settings"] == tested[0]["settings"]]
@@ -222,6 +313,25 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(peers, "entries", lambda *_: few)
     archive(Path("f.npz"))
     return ["--features", "f.npz", "--tasks", "2", "--neurons", "20", "--out", "t.csv"]
+
+
+def test_state_counts_every_tensor_of_the_learner() -> None:
+    arrays = 8 * (20 * 20 + 20 * C) + 4 * 20 * D  # Gram matrix and class sums, projection
+    assert state_bytes(RandomReLU(D, C, 20)) == arrays + 8 * C  # and counts
+    code = RandomCode(torch.randn(20, D), 3)
+    learner = CodeReadout(code, C)
+    assert state_bytes(learner) == arrays + 8 * C
+    code.begin(torch.randn(5, D))
+    assert state_bytes(learner) == arrays + 8 * C + 4 * D
+
+
+def test_cpu_seconds_are_of_the_calls_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([1.0, 3.0, 10.0, 10.5])
+    monkeypatch.setattr(peer_study, "process_time", lambda: next(ticks))
+    watch = peer_study.Stopwatch()
+    assert watch.call(max, 4, 7) == 7
+    watch.call(str)
+    assert watch.seconds == 2.5
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> str:
@@ -294,14 +404,23 @@ def test_a_table_that_was_saved_by_another_program(
     assert peers.main(study) == 0
     assert shown(capsys) == table
     run_twice = text + text.splitlines()[-1] + "\n"
-    before, _, *after = text.rsplit(",", 6)  # the last row's accuracy
+    *start, last = list(csv.reader(text.splitlines()))
+    columns = [start[0].index(name) for name in ("mean_accuracy", "fit_seconds", "state_mib")]
+
+    def spoiled(column: int, value: str) -> bytes:
+        cells = [value if place == column else cell for place, cell in enumerate(last)]
+        stream = StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([*start, cells])
+        return stream.getvalue().encode()
+
     for content in (
         b"",
         b"\x00",
         text.encode("utf-16"),
         *map(str.encode, (text.replace(",", ";"), text.replace("algorithm", "version", 1))),
         *map(str.encode, (text[:-30], text + "1,2\n", run_twice)),
-        *(",".join([before, bad, *after]).encode() for bad in ("7.0", "nan", "-1")),
+        *(spoiled(column, bad) for column in columns for bad in ("nan", "-1")),
+        spoiled(columns[0], "7.0"),
     ):
         Path("t.csv").write_bytes(content)
         assert peers.main(study) == 2

@@ -1,5 +1,8 @@
 """A trained network's code with a closed-form decoder: that it trains, then reads."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from ssd.errors import UserError
 from ssd.learner import Learner, build_model
 from ssd.peers.learners import evaluate_stream
 from ssd.peers.readout import CodeReadout, LearnedCode
-from ssd.peers.trained_readout import TrainedReadout
+from ssd.peers.trained_readout import InputMoments, TrainedReadout
 from ssd.trainer import Trainer
 
 D, C = 12, 4
@@ -58,6 +61,50 @@ def test_reads_the_code_as_it_is_after_each_task(freeze: bool) -> None:
     x = torch.cat([task.x_test for task in tasks])
     assert torch.equal(learner.predict(x), expected.predict(x))
     assert not torch.equal(model.encoder.weight, build_model(CONFIG, D, C).encoder.weight)
+
+
+def test_statistics_follow_a_code_that_changes() -> None:
+    """Neurons that change places are a linear map, so nothing is lost."""
+    tasks = stream()
+    x, y = tasks[0].x_train, tasks[0].y_train
+    learner = TrainedReadout(CONFIG, tasks, C, share=0.25, follow=1e-9)
+    learner.fit_task(x, y)
+    assert isinstance(learner.encoder, LearnedCode)
+    before, layer = copy.deepcopy(learner.encoder), learner.encoder.model.encoder
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.roll(3, 0))
+    learner._follow(before, x, 1e-9)
+    expected = CodeReadout(learner.encoder, C)
+    expected.fit_task(x, y)
+    torch.testing.assert_close(learner.gram, expected.gram, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(learner.cross, expected.cross, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected.gram, expected.gram.roll((-3, -3), (0, 1)))
+
+
+def test_inputs_are_drawn_with_the_moments_of_their_classes() -> None:
+    roots = 5 + torch.randn(4000, D) @ torch.randn(D, D) / D  # far from 0, where relu cuts
+    y = torch.arange(4000) % 2 + 1
+    roots[y == 2] += 1
+    moments = InputMoments(D, C, 3, torch.device("cpu"))
+    for part in (slice(0, 1000), slice(1000, 4000)):
+        moments.add(roots[part].square(), y[part])
+    drawn = moments.draw(20_001).sqrt().double().view(2, -1, D)
+    assert drawn.shape[1] == 10_001
+    assert not torch.equal(moments.draw(20_001), moments.draw(20_001))
+    covariance = sum(roots[y == c].double().T.cov(correction=0) for c in (1, 2)) / 2
+    for found, c in zip(drawn, (1, 2), strict=True):
+        torch.testing.assert_close(found.mean(0), roots[y == c].double().mean(0), rtol=0, atol=0.08)
+        torch.testing.assert_close(found.T.cov(), covariance, rtol=0, atol=0.08)
+
+
+def test_a_readout_that_follows_forgets_less() -> None:
+    config = replace(CONFIG, method="sdmlp", lr=2.0, epochs=8)
+    stale, following = (
+        evaluate_stream(TrainedReadout(config, stream(), C, 0.5, "lda", 1e-2, follow=r), stream())
+        for r in (None, 1e-2)
+    )
+    assert torch.equal(stale[0], following[0])  # before anything has changed
+    assert following[1, 0] > stale[1, 0] + 0.05
 
 
 def test_the_network_s_own_k() -> None:
