@@ -227,8 +227,8 @@ def _distill_code_kernel(
     )
     slope = tl.zeros([BLOCK_N], tl.float32)
     if HIDDEN:
-        here, real = row * N + unit, unit < N
-        term, slope = hidden_term(z, target_hidden, here, real, of_hidden, t, FORWARD, MSE)
+        entry, real = row * N + unit, unit < N
+        term, slope = hidden_term(z, target_hidden, entry, real, of_hidden, t, FORWARD, MSE)
         total += term
     if WEIGHT:
         scale = tl.load(weight + row)
