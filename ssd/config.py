@@ -104,6 +104,12 @@ class Config:
         tuple(SELECTIONS),
         later=True,
     )
+    protection: str = _setting(
+        "none",
+        "what ssd protects besides: nothing (paper), or the addresses in use, as metaplasticity",
+        ("none", "use"),
+        later=True,
+    )
     frequency: str = _setting(
         "last", "activation frequency of the last task or accumulated", CHOICES["frequency"]
     )
@@ -134,6 +140,13 @@ class Config:
     def parts(self) -> frozenset[str]:
         """The method's parts but its network: any of DISTILLATIONS, PENALTIES and JOINT."""
         return frozenset(self._names()) - set(NETWORKS)
+
+    @property
+    def penalties(self) -> list[str]:
+        """The names in PENALTIES of what acts on the gradients, in their order."""
+        protected = "ssd" in self.parts and self.protection == "use"
+        acting = self.parts | {"metaplasticity"} if protected else self.parts
+        return [name for name in PENALTIES if name in acting]
 
     @property
     def network(self) -> str:

@@ -56,9 +56,10 @@ def build_distiller(config: Config, model: Network) -> Distiller | None:
 
 def build_regularizers(config: Config, model: Network) -> list[Regularizer]:
     return [
-        build(model, **{n.removeprefix(f"{p}_"): getattr(config, n) for n in penalty_settings(p)})
-        for p, build in PENALTIES.items()
-        if p in config.parts
+        PENALTIES[p](
+            model, **{n.removeprefix(f"{p}_"): getattr(config, n) for n in penalty_settings(p)}
+        )
+        for p in config.penalties
     ]
 
 

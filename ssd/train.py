@@ -62,7 +62,7 @@ GROUPS = {
     "data": "tasks validation",
     "run": "seed",
     "method": "method alpha lam temperature hidden_loss hidden_weight selection subnetwork kl "
-    "hidden logits frequency " + " ".join(penalty_settings(*PENALTIES)),
+    "hidden logits frequency protection " + " ".join(penalty_settings(*PENALTIES)),
     "network": "neurons k inhibition schedule anneal_samples",
     "training": "epochs batch_size lr momentum max_norm eval_every",
 }
@@ -239,7 +239,7 @@ def context(config: Config, data: Dataset, folder: Path) -> str:
         "chance": 1 / data.classes,
         "nearest class mean": accuracies(scores, tasks).mean().item(),
     }
-    joint = joint_accuracy(config, data, folder)
+    joint = None if JOINT in config.parts else joint_accuracy(config, data, folder)
     known |= {} if joint is None else {"joint training": joint}
     return "in context: " + ", ".join(f"{name} {value:.3f}" for name, value in known.items())
 

@@ -179,6 +179,14 @@ def test_parts() -> None:
     assert Config(method="ssd+ewc").parts == {"ssd", "ewc"}
 
 
+def test_what_acts_on_the_gradients() -> None:
+    assert Config(method="ssd+l2+ewc").penalties == ["ewc", "l2"]
+    assert Config(method="ssd+ewc", protection="use").penalties == ["ewc", "metaplasticity"]
+    assert Config(method="ssd+metaplasticity", protection="use").penalties == ["metaplasticity"]
+    for method in ("sdmlp", "lwf", "ewc"):
+        assert "metaplasticity" not in Config(method=method, protection="use").penalties
+
+
 def test_unknown_preset_and_dataset() -> None:
     with pytest.raises(UserError, match="--preset fast is unknown"):
         preset("fast", "mnist")

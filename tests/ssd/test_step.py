@@ -167,7 +167,7 @@ class Naive:
         w1, w2 = self.w1.clone().requires_grad_(), self.w2.clone().requires_grad_()
         loss, h = self.loss(x, y, w1, w2)
         loss.backward()
-        if "metaplasticity" in c.parts:
+        if "metaplasticity" in c.parts or c.protection == "use":
             w1.grad /= (1 + c.metaplasticity_coefficient * self.use).unsqueeze(1)
         self.active = self.active + (h > 0).sum(0)
         self.samples += len(x)
@@ -269,6 +269,7 @@ VARIANTS = {
     "active on new inputs": {"hidden_weight": 50.0, "selection": "activation"},
     "metaplasticity": {"method": "metaplasticity"},
     "metaplasticity, flat": {"method": "metaplasticity", **FLAT},
+    "protection": {"protection": "use"},
     "ssd+ewc+metaplasticity": {"method": "ssd+ewc+metaplasticity"},
     "ssd+ewc+metaplasticity, flat": {"method": "ssd+ewc+metaplasticity", **FLAT},
 }

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -286,8 +287,10 @@ def test_subprocess_gives_one_line(folder: Path) -> None:
 def test_a_run_and_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(small()) == 0
     printed, said = capsys.readouterr()
-    assert said == ""
+    assert said.startswith("note: the hidden term hardly acts: its gradient has ")
+    assert said.endswith("use --hidden-loss mse\n")
     assert "task 2/2: loss" in printed
+    assert re.search(r"\nin context: chance 0\.250, nearest class mean 1\.000\n", printed)
     assert "after task" in printed
     out = folder / "runs" / "f-ssd+ewc-seed0"
     assert printed.splitlines()[-1].startswith("features ssd+ewc  mean accuracy 0.")
@@ -305,6 +308,51 @@ def test_a_run_and_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert (folder / "runs" / "f-ssd+ewc-seed0-2" / SUMMARY).is_file()
     assert content(out) == before
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_line_of_context(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nearest class mean of the classes' means, and the best joint run on the same data."""
+    with np.load("f.npz") as arrays:
+        noisy = dict(arrays)
+    for name in ("x_train", "x_test"):
+        noisy[name] = noisy[name] + 3 * np.random.default_rng(0).random(noisy[name].shape)
+        noisy[name] = noisy[name].astype(np.float32)
+    np.savez("f.npz", **noisy)
+    x, y, x_test, y_test = (noisy[n] for n in ("x_train", "y_train", "x_test", "y_test"))
+    means = np.stack([x[y == label].mean(0) for label in range(4)])
+    nearest = ((x_test[:, None] - means) ** 2).sum(2).argmin(1)
+    parts = [(nearest == y_test)[(y_test == a) | (y_test == b)] for a, b in ((0, 1), (2, 3))]
+    assert min(p.mean() for p in parts) < 1
+    expected = (
+        f"in context: chance 0.250, nearest class mean {np.mean([p.mean() for p in parts]):.3f}"
+    )
+    assert train.main(small("--method", "joint")) == 0
+    summary = json.loads((folder / "runs" / "f-joint-seed0" / SUMMARY).read_text())
+    joint = summary["mean_accuracy"]
+    assert train.main(small("--method", "joint", "--validation", "0.5", "--out", "runs/v")) == 0
+    (folder / "runs" / "broken").mkdir()
+    (folder / "runs" / "broken" / SUMMARY).write_text("{}")
+    capsys.readouterr()
+    assert train.main(small("--method", "sdmlp")) == 0
+    assert f"\n{expected}, joint training {joint:.3f}\n" in capsys.readouterr().out
+    assert train.main(small("--method", "sdmlp", "--out", "elsewhere/run")) == 0
+    assert f"\n{expected}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hidden", "said"),
+    [
+        ([None, 0.001, 0.003], "its gradient has 4e-03 of the cross entropy's norm"),
+        ([None, 0.01, 0.03], ""),
+        ([None, None, None], ""),
+    ],
+)
+def test_a_dead_hidden_term_is_named(hidden: list[float | None], said: str) -> None:
+    summary = {"hidden_gradient": hidden, "cross_entropy_gradient": [0.5, 0.5, 0.5]}
+    found = train.dead_term(summary)
+    assert said in found
+    assert bool(found) == bool(said)
 
 
 @pytest.mark.usefixtures("no_figures")
