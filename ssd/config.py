@@ -292,8 +292,19 @@ _CIFAR100 = {**_CIFAR, "anneal_samples": 500_000}
 _K1_SUBNETWORK, _K1_ANNEAL_SAMPLES = 2.0, 500_000
 
 EVERYDAY = "everyday"
-# Chosen at once on the validation splits of several data sets.
-_EVERYDAY = {"lr": 2.0, "alpha": 0.4, "temperature": 2.0}
+# Chosen at once on the validation splits of several data sets: results/sweeps/everyday-*.md.
+_EVERYDAY = {
+    "lr": 4.0,
+    "alpha": 0.8,
+    "lam": 0.05,
+    "temperature": 2.0,
+    "hidden_loss": "mse",
+    "hidden_weight": 0.5,
+    "selection": "all",
+    "protection": "use",
+    "metaplasticity_coefficient": 3.0,
+    "ewc_coefficient": 100.0,
+}
 # Epochs and N of the everyday preset follow from the samples of a task.
 EVERYDAY_STEPS = 600  # of a task
 EVERYDAY_EPOCHS = (3, 100)  # at least and at most
