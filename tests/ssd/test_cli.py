@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     tiny = {"epochs": 1, "k": 2, "batch_size": 16, "anneal_samples": 40}
-    monkeypatch.setitem(PROTOCOLS, "features", Protocol({}, {}, {"tasks": 2, **tiny}))
+    monkeypatch.setitem(PROTOCOLS, "features", Protocol({}, {"tasks": 2, **tiny}))
     few = learners.entries(16, 10)[:2]
     monkeypatch.setattr(peers, "entries", lambda *sizes: few)
     return tmp_path

@@ -168,7 +168,8 @@ def test_a_run_is_the_one_of_the_command_line(folder: Path) -> None:
 
 def test_hints_of_all_rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Once each, before anything is trained."""
-    base = BASE.replace("k = 3", "k = 1").replace("= 150", "= 300")
+    paper = 'k = 1\nhidden_loss = "kl"\nselection = "frequency"'
+    base = BASE.replace("k = 3", paper).replace("= 150", "= 300")
     Path("s.toml").write_text(base + "[grid]\nmax_norm = [1.0, 2.0]")
     sweep._load(read_sweep(Path("s.toml")), Path())
     said = capsys.readouterr().err.splitlines()
@@ -200,7 +201,7 @@ def test_runs_are_crossed_with_the_grid(folder: Path) -> None:
     ]
     assert found.varied == ["method", "lam", "max_norm"]
     config = found.config(found.rows[2])
-    assert (config.method, config.max_norm, config.lam) == ("ewc", 1.0, Config().lam)
+    assert (config.method, config.max_norm, config.lam) == ("ewc", 1.0, resolve({}).lam)
     assert config.lr == resolve({"features": "f.npz"}).lr != Config().lr  # of the preset
 
 

@@ -32,6 +32,10 @@ SMALL = [
 ]
 
 
+# The hidden term of the paper, on the most frequent neurons.
+PAPER_TERM = ("--hidden-loss", "kl", "--selection", "frequency")
+
+
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of something else: drawing takes longer than a small run."""
@@ -285,7 +289,7 @@ def test_subprocess_gives_one_line(folder: Path) -> None:
 
 
 def test_a_run_and_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(small()) == 0
+    assert train.main(small(*PAPER_TERM)) == 0
     printed, said = capsys.readouterr()
     assert said.startswith("note: the hidden term hardly acts: its gradient has ")
     assert said.endswith("use --hidden-loss mse\n")
@@ -498,7 +502,8 @@ def test_subset_has_settings_of_its_own() -> None:
 
 @pytest.mark.usefixtures("no_figures")
 def test_hints_are_one_line_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(small("-k", "1", "--anneal-samples", "257", "--quiet")) == 0
+    options = ("-k", "1", "--anneal-samples", "257", *PAPER_TERM, "--quiet")
+    assert train.main(small(*options)) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("note: a subnetwork of one neuron has nothing to distil")
     assert said[1].startswith("note: --anneal-samples 257 is more than the 256 that the first task")

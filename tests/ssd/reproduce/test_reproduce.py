@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     for name in ("features", "cifar100"):
-        monkeypatch.setitem(config.PROTOCOLS, name, Protocol({}, {}, {"tasks": 2, **TINY}))
+        monkeypatch.setitem(config.PROTOCOLS, name, Protocol({}, {"tasks": 2, **TINY}))
     monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
     few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
     monkeypatch.setattr(experiments, "ABLATIONS", few)
@@ -229,7 +229,7 @@ def test_what_diverges_leaves_a_note(
     monkeypatch.setitem(
         config.PROTOCOLS,
         "features",
-        Protocol({}, {}, {"tasks": 2, **TINY, "lr": 1e30, "max_norm": 1e30}),
+        Protocol({}, {"tasks": 2, **TINY, "lr": 1e30, "max_norm": 1e30}),
     )
     for trained in (2, 0):  # the second time it is known
         assert call("table1", "table2", "--only", "cifar10", "24", "majority", "sdmlp") == 0
@@ -342,7 +342,7 @@ def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_hints_of_what_is_trained(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = Protocol({}, {}, {"tasks": 2, **TINY, "anneal_samples": 10_000})
+    tiny = Protocol({}, {"tasks": 2, **TINY, "anneal_samples": 10_000})
     monkeypatch.setitem(config.PROTOCOLS, "cifar100", tiny)
     assert call("table1", "--only", "cifar100", "sdmlp", "24") == 0
     assert call("table1", "--only", "cifar10", "sdmlp", "24") == 0
