@@ -23,12 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssd.errors import UserError, one_line
+from ssd_kernels.reference import power_of_two
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 # The user is told if more than this share of the rows or columns carries no information.
 DEAD_SHARE = 0.5
+# The user is told if the cosine of two rows is above this in the mean.
+PARALLEL = 0.9
 # A column that spans fewer float32 steps than this has lost its values to rounding.
 STEPS = 256
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
@@ -513,6 +517,14 @@ def _notes(data: Dataset, x_read: Tensor) -> list[str]:
         found.append(
             f"{constant:,} of the {columns:,} columns of x_train are constant: they tell no "
             "class from another"
+        )
+    # The squared length of the mean direction is the mean cosine of all pairs.
+    directions = F.normalize(data.x_train.relu() / power_of_two(data.x_train.abs().amax()), dim=1)
+    alike = directions.mean(0).square().sum().item()
+    if alike > PARALLEL:
+        found.append(
+            f"the rows of x_train are almost parallel (mean cosine {alike:.2f}), so SDMLP can "
+            "hardly tell them apart: subtract the mean of each column first"
         )
     return found
 

@@ -190,6 +190,9 @@ def test_dead_features_are_noted(tmp_path: Path) -> None:
     dark, columns = noted(x_train=0 * x)
     assert "no entry above 0" in dark
     assert columns.startswith("20 of the 20 columns")
+    for scale in (1.0, 1e30):
+        (line,) = noted(x_train=scale * (10 + x))
+        assert "almost parallel (mean cosine 0.9" in line
 
 
 @pytest.mark.parametrize("command", [train.main, peers.main])
