@@ -348,8 +348,11 @@ class Stack:
         if not self.distils_hidden:
             return
         distillers = [learner.distiller for learner in self.learners]
-        self.neurons = torch.stack([d.neurons[SDMLP.layer] for d in distillers if d is not None])
-        size, device = self.neurons.shape[1], self.neurons.device
+        chosen = torch.stack([d.neurons[SDMLP.layer] for d in distillers if d is not None])
+        if self.neurons is None:
+            self.neurons = torch.empty_like(chosen)
+        self.neurons.copy_(chosen)  # in place: a CUDA graph reads it where it is
+        size, device = chosen.shape[1], chosen.device
         if self.positions is None:
             self.positions = torch.empty_like(self.counts)
         places = self.positions.fill_(size).view(len(self), -1)

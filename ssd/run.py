@@ -83,7 +83,12 @@ def make_learner(
 def require_fit(config: Config, data: Dataset, count: int, device: torch.device) -> None:
     """UserError if the samples and weights of `count` runs side by side cannot fit."""
     weights = 4 * config.neurons * (data.x_train.shape[1] + data.classes)
-    needed = count * (data.x_train.nbytes + weights)  # each run has its own copy of the samples
+    teacher = 0  # the activations of a task's samples that are distilled
+    if "ssd" in config.parts:
+        units = config.neurons if config.selection == "all" else config.subnetwork * config.k
+        teacher = round(4 * units * len(data.y_train) / config.tasks)
+    # Each run has its own copy of the samples.
+    needed = count * (data.x_train.nbytes + weights + teacher)
     runs = f", {count} runs side by side," * (count > 1)
     require_memory(needed, f"--neurons {config.neurons}{runs}", device)
 

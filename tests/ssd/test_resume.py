@@ -22,6 +22,7 @@ SMALL = Config(dataset="features", method="ssd+ewc", eval_every=1, **SIZES)
 VARIANTS = {
     "ssd+ewc": {},
     "momentum": {"momentum": 0.9},
+    "mse": {"hidden_loss": "mse", "selection": "activation", "protection": "use", "tasks": 4},
     "linear": {"method": "sdmlp", "schedule": "linear"},
     "seen, accumulated": {"logits": "seen", "frequency": "accumulated", "tasks": 4},
     "before": {"hidden": "before", "inhibition": "mask", "schedule": "flat"},

@@ -55,6 +55,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "before": {"hidden": "before"},
     "flat": {"schedule": "flat"},
     "momentum": {"momentum": 0.9},
+    "mse, protected": {"hidden_loss": "mse", "selection": "activation", "protection": "use"},
+    "mse of all, before": {"hidden_loss": "mse", "selection": "all", "hidden": "before"},
     "topk-mlp": {"method": "topk-mlp+lwf"},
     "ssd+si": {"method": "ssd+si"},
     # So many neurons that the penalty pulls few of them.
