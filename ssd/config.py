@@ -303,7 +303,7 @@ _EVERYDAY = {
     "selection": "all",
     "protection": "use",
     "metaplasticity_coefficient": 3.0,
-    "ewc_coefficient": 100.0,
+    "ewc_coefficient": 500.0,
 }
 # Epochs and N of the everyday preset follow from the samples of a task.
 EVERYDAY_STEPS = 600  # of a task
