@@ -412,7 +412,7 @@ def _sized(config: Config, chosen: Mapping[str, Any], data: Dataset | None) -> C
     sized = {
         "epochs": epochs,
         "anneal_samples": max(1, round(EVERYDAY_SWITCH * epochs * samples)),
-        "eval_every": max(1, epochs // 4),
+        "eval_every": max(1, epochs // 2),
     }
     return replace(config, **{n: value for n, value in sized.items() if n not in chosen})
 

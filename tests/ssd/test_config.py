@@ -62,13 +62,13 @@ def test_the_everyday_preset_goes_by_the_samples_of_a_task() -> None:
         return found.epochs, found.anneal_samples, found.eval_every
 
     least, most = EVERYDAY_EPOCHS
-    assert sized(5 * 12_800) == (6, 38_400, 1)  # 600 steps of 128 samples; half of 6 x 12,800
-    assert sized(5 * 1_280) == (60, 38_400, 15)
-    assert sized(5 * 1_280, validation=0.5) == (most, 32_000, most // 4)
+    assert sized(5 * 12_800) == (6, 38_400, 3)  # 600 steps of 128 samples; half of 6 x 12,800
+    assert sized(5 * 1_280) == (60, 38_400, 30)
+    assert sized(5 * 1_280, validation=0.5) == (most, 32_000, most // 2)
     assert sized(5_000_000) == (least, 1_500_000, 1)
-    assert sized(10) == (most, most, most // 4)
-    assert sized(10 * 12_800, tasks=10, batch_size=256) == (12, 76_800, 3)
-    assert sized(5 * 800, epochs=5) == (5, 2_000, 1)
+    assert sized(10) == (most, most, most // 2)
+    assert sized(10 * 12_800, tasks=10, batch_size=256) == (12, 76_800, 6)
+    assert sized(5 * 800, epochs=5) == (5, 2_000, 2)
     assert sized(5 * 800, anneal_samples=7, eval_every=9) == (96, 7, 9)
     assert resolve({}) == resolve({"preset": EVERYDAY}, of_size(5 * TYPICAL_SAMPLES))
     assert resolve({"preset": "short"}, of_size(10)) == resolve({"preset": "short"})
