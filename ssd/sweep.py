@@ -66,6 +66,7 @@ else:
     import tomli as tomllib
 
 CSV, MARKDOWN = "sweep.csv", "sweep.md"
+RUNS = "runs.csv"  # a line for each run
 SOURCE = "sweep.json"  # names the sweep file
 SECTIONS: dict[str, tuple[type, str]] = {
     "dataset": (str, "a string"),
@@ -206,6 +207,15 @@ def rank(
     return sorted(records, key=lambda r: (_diverged(r), -(r["mean_accuracy"] or 0.0)))
 
 
+def by_run(sweep: Sweep, run: Run, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of runs.csv: the varied settings, the seed, and each measure; None if it diverged."""
+    line = {name: getattr(run.config, name) for name in sweep.varied} | {"seed": run.config.seed}
+    for measure in (*MEASURES, *GRADIENTS):
+        found = [] if "diverged" in outcome else measured(outcome, measure)
+        line[measure] = mean(found) if found else None
+    return line | {"commit": outcome["commit"]}
+
+
 def _diverged(record: Mapping[str, Any]) -> bool:
     return record["mean_accuracy"] is None
 
@@ -327,6 +337,8 @@ def _report(
         note(f"the table shows {doubts(commits)}")
     markdown = markdown_text(title, sweep.varied, records, list(outcomes.values()))
     write_atomically(folder / CSV, csv_text(records))
+    lines = [by_run(sweep, run, outcomes[run]) for row in rows for run in row]
+    write_atomically(folder / RUNS, csv_text(lines))
     write_atomically(folder / MARKDOWN, markdown)
     if not quiet:
         marked = [["* "[number > 0], *cells(r, sweep.varied)] for number, r in enumerate(records)]

@@ -93,6 +93,18 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert float(row[f"{measure}_standard_error"]) == pytest.approx(stdev(values) / sqrt(2))
         assert row["seeds"] == "2"
         assert row["evaluated_on"] == "validation"
+        with Path("out/runs.csv").open(newline="") as file:
+            lines = [
+                line
+                for line in csv.DictReader(file)
+                if line["method"] == row["method"] and float(line["lr"]) == float(row["lr"])
+            ]
+        assert [line["seed"] for line in lines] == ["0", "1"]
+        for line, seed in zip(lines, (0, 1), strict=True):
+            (own,) = (s for s in group if s["seed"] == seed)
+            for measure in ("mean_accuracy", "bwt", "forgetting"):
+                assert float(line[measure]) == own[measure]
+            assert line["commit"] == own["commit"]
     accuracies = [float(row["mean_accuracy"]) for row in table]
     assert accuracies == sorted(accuracies, reverse=True)
     printed = capsys.readouterr().out
