@@ -318,7 +318,8 @@ class Metaplasticity:
         self.numbers = [n for n, p in enumerate(trained) if id(p) in own]
         if not self.numbers:
             raise UserError(
-                f"metaplasticity needs a layer with weights, and {model.layer!r} has none"
+                f"metaplasticity needs a layer with weights, and {model.layer!r} has none; leave "
+                "it out, and use --protection none with ssd"
             )
         self.coefficient, self.tasks = coefficient, 0
         first = trained[self.numbers[0]]
