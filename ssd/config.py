@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from typing import Any
 
-from ssd.data import SOURCES, Dataset
+from ssd.data import SOURCES
 from ssd.distillation import CHOICES, SELECTIONS
 from ssd.errors import UserError
 from ssd.losses import HIDDEN_LOSSES
@@ -256,10 +256,9 @@ def penalty_settings(*penalties: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What papers and the preset `short` fix for one data set, besides its number of tasks."""
+    """What the papers fix for one data set, besides its number of tasks."""
 
     paper: Mapping[str, Any]
-    short: Mapping[str, Any] = field(default_factory=dict)
     sdmlp: Mapping[str, Any] = field(default_factory=dict)  # where its code differs from `paper`
 
 
@@ -311,26 +310,14 @@ EVERYDAY_EPOCHS = (3, 100)  # at least and at most
 EVERYDAY_SWITCH = 0.5  # N, as a share of the first task's epochs x samples
 TYPICAL_SAMPLES = 12_000  # of a task, where the data are not known yet: Split MNIST
 
-# Chosen on the validation split: results/sweeps/mnist-twelve*.md, cifar10-*.md, cifar100-ten*.md.
-_SHORT = {"lr": 2.0, "temperature": 2.0, "alpha": 0.4, "ewc_coefficient": 400.0, "ewc_beta": 0.005}
-_MNIST_SHORT = {**_SHORT, "epochs": 12, "anneal_samples": 90_000, "ewc_coefficient": 1500.0}
-_FEATURES_SHORT = {**_SHORT, "epochs": 8, "anneal_samples": 50_000}
-_CIFAR100_SHORT = {
-    **_SHORT,
-    "lr": 6.0,
-    "epochs": 10,
-    "anneal_samples": 6_000,
-    "ewc_coefficient": 800.0,
-}
-
 # A data set without a row has the protocol of "features".
 PROTOCOLS: Mapping[str, Protocol] = {
-    "mnist": Protocol(_MNIST, _MNIST_SHORT, _SDMLP_MNIST),
-    "fashion-mnist": Protocol(_MNIST, _MNIST_SHORT, _SDMLP_MNIST),
-    "mnist-5k": Protocol(_MNIST_5K, {"epochs": 20, "anneal_samples": 7_000}, _SDMLP_MNIST),
-    "cifar10": Protocol(_CIFAR, _FEATURES_SHORT),
-    "cifar100": Protocol(_CIFAR100, _CIFAR100_SHORT),
-    "features": Protocol(_CIFAR, _FEATURES_SHORT),
+    "mnist": Protocol(_MNIST, _SDMLP_MNIST),
+    "fashion-mnist": Protocol(_MNIST, _SDMLP_MNIST),
+    "mnist-5k": Protocol(_MNIST_5K, _SDMLP_MNIST),
+    "cifar10": Protocol(_CIFAR),
+    "cifar100": Protocol(_CIFAR100),
+    "features": Protocol(_CIFAR),
 }
 
 # The full protocols: their paper or code, R and k.
@@ -340,14 +327,13 @@ _FULL = {
     for k, suffix in ((10, ""), (1, "-k1"))
     for neurons, size in ((1_000, "1k"), (10_000, "10k"))
 }
-PRESETS = (EVERYDAY, "short", *_FULL)
+PRESETS = (EVERYDAY, *_FULL)
 
 
 def preset(name: str, dataset: str) -> dict[str, Any]:
     """The settings of a preset for a data set.
 
     - `everyday` trains half a minute or so on a CPU; `resolve` adds what depends on the samples.
-    - `short` is that of `python -m ssd.reproduce --short`; it evaluates after tasks only.
     - `paper-1k` and `paper-10k` are the SSD paper's protocol at R = 1,000 and 10,000, k = 10;
       `paper-1k-k1` and `paper-10k-k1` have k = 1.
     - `sdmlp-` in place of `paper-` is the protocol of the SDMLP code, shorter on MNIST.
@@ -360,9 +346,6 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     protocol, tasks = PROTOCOLS.get(dataset, PROTOCOLS["features"]), SOURCES[dataset].tasks
     if name == EVERYDAY:
         return {"tasks": tasks, **_EVERYDAY}
-    if name == "short":
-        settings = {**protocol.paper, **protocol.short}
-        return {"tasks": tasks, "eval_every": settings["epochs"], **settings}
     if name in _FULL:
         whose, neurons, k = _FULL[name]
         settings = {"neurons": neurons, "k": k, **protocol.paper}
@@ -375,14 +358,15 @@ def preset(name: str, dataset: str) -> dict[str, Any]:
     raise UserError(f"--preset {name} is unknown; choose from {', '.join(PRESETS)}")
 
 
-def resolve(given: Mapping[str, Any], data: Dataset | None = None) -> Config:
+def resolve(given: Mapping[str, Any], samples: int | None = None) -> Config:
     """The settings of a run: defaults, then the preset's, then those given.
 
     A feature file split into as many tasks as CIFAR-100 takes its protocol: the tasks are short.
 
     Args:
         given: settings by name, and "preset"; other keys are ignored.
-        data: what the run trains on; None: the everyday preset takes tasks of TYPICAL_SAMPLES.
+        samples: training samples of the data set; None: those of Split MNIST. The everyday
+            preset depends on them.
 
     Raises:
         UserError: there is no such preset or data set.
@@ -394,18 +378,18 @@ def resolve(given: Mapping[str, Any], data: Dataset | None = None) -> Config:
     settings = preset(name, "cifar100" if many else dataset)
     settings |= {name: value for name, value in given.items() if name in names}
     config = Config(**{**settings, "dataset": dataset})
-    return _sized(config, settings, data) if name == EVERYDAY else config
+    return _sized(config, settings, samples) if name == EVERYDAY else config
 
 
-def _sized(config: Config, chosen: Mapping[str, Any], data: Dataset | None) -> Config:
-    """The everyday preset's epochs and N for tasks of the data's size, unless they are chosen."""
+def _sized(config: Config, chosen: Mapping[str, Any], total: int | None) -> Config:
+    """The everyday preset's epochs and N for `total` training samples, unless they are chosen."""
     try:
         config.validate()
     except UserError:  # the caller validates too, and has words for it
         return config
     samples = TYPICAL_SAMPLES
-    if data is not None:
-        samples = max(1, round((1 - config.validation) * len(data.y_train) / config.tasks))
+    if total is not None:
+        samples = max(1, round((1 - config.validation) * total / config.tasks))
     least, most = EVERYDAY_EPOCHS
     epochs = min(most, max(least, round(EVERYDAY_STEPS * config.batch_size / samples)))
     epochs = chosen.get("epochs", epochs)

@@ -101,7 +101,8 @@ class Sweep:
     def config(self, row: Mapping[str, Any], data: Dataset | None = None) -> Config:
         """The settings of a row's first run, on data that may stand in for the file's."""
         instead = {} if data is None else {"dataset": data.name}
-        return resolve({**self.shared, **row, **instead}, data)
+        samples = None if data is None else len(data.y_train)
+        return resolve({**self.shared, **row, **instead}, samples)
 
 
 def read_sweep(path: Path) -> Sweep:

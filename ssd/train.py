@@ -207,7 +207,7 @@ def execute(arguments: Sequence[str] | None) -> None:
     root = given.get("data_root", default_root())
     data = load_data(config, root, strict=given.get("strict_data", False), notice=note)
     # The subset may replace MNIST: all files carry its name and its settings.
-    config = resolve({**given, "dataset": data.name}, data)
+    config = resolve({**given, "dataset": data.name}, len(data.y_train))
     for hint in hints_for([config], data):
         note(hint)
     folder, console = choose_folder(given, config), Console()

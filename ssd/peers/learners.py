@@ -230,20 +230,12 @@ class FlyModel(_OnePass):
         return torch.cat([sparse_linear(*code, self.weight) for code in codes])
 
 
-class _RandomRidge(_OnePass):
-    """Ridge regression of the one-hot labels on a hidden layer with a Gaussian projection P."""
+class _Ridge(_OnePass):
+    """Ridge regression of the one-hot labels on a hidden layer."""
 
-    def __init__(
-        self,
-        features: int,
-        classes: int,
-        neurons: int,
-        generator: torch.Generator | None,
-        ridge: float,
-    ) -> None:
+    def __init__(self, classes: int, neurons: int, ridge: float) -> None:
         super().__init__(classes)
         self.ridge = ridge
-        self.projection = torch.randn(neurons, features, generator=generator, device="cpu")
         self.gram = _zeros(neurons, neurons, dtype=gram_dtype(neurons))
         self.cross = _zeros(neurons, classes)
 
@@ -272,6 +264,38 @@ class _RandomRidge(_OnePass):
     def _scores(self, x: Tensor) -> Tensor:
         weight = ridge_solution(self.gram, self.cross, self.ridge).float()
         return torch.cat([self._hidden(part) @ weight for part in x.split(CHUNK)])
+
+
+class RidgeProbe(_Ridge):
+    """Ridge regression of the one-hot labels on the input itself and a constant.
+
+    Args:
+        ridge: in units of the Gram matrix's mean diagonal entry.
+    """
+
+    def __init__(self, features: int, classes: int, ridge: float = 1e-4) -> None:
+        super().__init__(classes, features + 1, ridge)
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return F.pad(x.float(), (0, 1), value=1.0)
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        self._accumulate(x, y, self.gram, self.cross)
+
+
+class _RandomRidge(_Ridge):
+    """Ridge regression on a hidden layer with a Gaussian projection P."""
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        neurons: int,
+        generator: torch.Generator | None,
+        ridge: float,
+    ) -> None:
+        super().__init__(classes, neurons, ridge)
+        self.projection = torch.randn(neurons, features, generator=generator, device="cpu")
 
 
 class RandomReLU(_RandomRidge):
@@ -409,6 +433,11 @@ def entries(features: int, neurons: int) -> list[Entry]:
             "streaming LDA",
             lambda d, c, r, g, **settings: StreamingLDA(d, c, **settings),
             late=[{"shrinkage": s} for s in strengths],
+        ),
+        Entry(
+            "ridge probe",
+            lambda d, c, r, g, **settings: RidgeProbe(d, c, **settings),
+            late=[{"ridge": s} for s in (1e-6, 1e-5, *strengths)],
         ),
         Entry("FlyModel", FlyModel, fly),
         Entry("random ReLU + ridge", RandomReLU, late=[{"ridge": s} for s in (1e-5, *strengths)]),

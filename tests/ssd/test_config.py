@@ -45,20 +45,15 @@ def test_defaults_and_presets_are_valid() -> None:
     Config().validate()
     for name in PRESETS:
         for dataset in PROTOCOLS:
-            data = of_size(SAMPLES[dataset] * SOURCES[dataset].tasks)
-            config = resolve({"preset": name, "dataset": dataset}, data)
+            samples = SAMPLES[dataset] * SOURCES[dataset].tasks
+            config = resolve({"preset": name, "dataset": dataset}, samples)
             config.validate()
             assert hints(config, SAMPLES[dataset]) == []
 
 
-def of_size(samples: int) -> Any:
-    """A data set, of which resolve reads the number of training samples alone."""
-    return SimpleNamespace(y_train=torch.zeros(samples))
-
-
 def test_the_everyday_preset_goes_by_the_samples_of_a_task() -> None:
     def sized(samples: int, **given: Any) -> tuple[int, int, int]:
-        found = resolve({"dataset": "features", "features": "f.npz", **given}, of_size(samples))
+        found = resolve({"dataset": "features", "features": "f.npz", **given}, samples)
         return found.epochs, found.anneal_samples, found.eval_every
 
     least, most = EVERYDAY_EPOCHS
@@ -70,8 +65,8 @@ def test_the_everyday_preset_goes_by_the_samples_of_a_task() -> None:
     assert sized(10 * 12_800, tasks=10, batch_size=256) == (12, 76_800, 6)
     assert sized(5 * 800, epochs=5) == (5, 2_000, 2)
     assert sized(5 * 800, anneal_samples=7, eval_every=9) == (96, 7, 9)
-    assert resolve({}) == resolve({"preset": EVERYDAY}, of_size(5 * TYPICAL_SAMPLES))
-    assert resolve({"preset": "short"}, of_size(10)) == resolve({"preset": "short"})
+    assert resolve({}) == resolve({"preset": EVERYDAY}, 5 * TYPICAL_SAMPLES)
+    assert resolve({"preset": "paper-1k"}, 10) == resolve({"preset": "paper-1k"})
     assert resolve({"k": 0}).k == 0  # validate() refuses it
 
 

@@ -493,10 +493,11 @@ def test_strict_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_subset_has_settings_of_its_own() -> None:
     given = {"dataset": "mnist", "lr": 0.1}
-    subset = resolve({**given, "dataset": "mnist-5k", "preset": "short"})
-    assert subset.epochs == preset("short", "mnist-5k")["epochs"]
-    assert resolve({**given, "preset": "short"}).epochs != subset.epochs
-    assert resolve({**given, "epochs": 3, "dataset": "mnist-5k", "preset": "short"}).epochs == 3
+    own = {**given, "dataset": "mnist-5k", "preset": "paper-1k"}
+    subset = resolve(own)
+    assert subset.anneal_samples == preset("paper-1k", "mnist-5k")["anneal_samples"]
+    assert resolve({**given, "preset": "paper-1k"}).anneal_samples != subset.anneal_samples
+    assert resolve({**own, "anneal_samples": 3}).anneal_samples == 3
     assert subset.lr == 0.1
 
 
