@@ -42,6 +42,7 @@ setup(
         "triton>=3.2; platform_system == 'Linux'",
         "torchvision>=0.21",
         "numpy>=1.26",
+        "scipy>=1.11",
         "rich>=13",
         "matplotlib>=3.8",
         "safetensors>=0.4",

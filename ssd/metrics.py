@@ -16,6 +16,7 @@ from ssd.errors import Diverged
 from ssd_kernels.reference import project
 
 USED = 1e-3  # the least activation frequency of a used neuron
+ROUNDING = 1e-12  # differences of accuracies below it are none
 SMOOTHING = 1e-6  # added to each neuron's share of the activations in kl_divergence
 
 
@@ -61,6 +62,22 @@ def forgetting(accuracy: Tensor) -> float:
 def estimate(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and its standard error s / sqrt(n); None for the error of a single value."""
     return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired_difference(differences: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean of paired differences, its standard error, and p of a two-sided t test of mean 0.
+
+    Args:
+        differences: one per pair; error and p of a single one are None.
+    """
+    center, error = estimate(differences)
+    if error is None:
+        return center, None, None
+    if error < ROUNDING:  # the test divides by it
+        return center, error, float(abs(center) < ROUNDING)
+    from scipy.stats import ttest_1samp  # takes half a second, and few commands test
+
+    return center, error, float(ttest_1samp(differences, 0.0).pvalue)
 
 
 def activation_entropy(frequency: Tensor) -> Tensor:

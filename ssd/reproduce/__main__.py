@@ -41,14 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  python -m ssd.reproduce all --short\n"
-        "  python -m ssd.reproduce table1 bwt --only cifar10 10000 sdmlp ssd ssd+ewc",
+        "  python -m ssd.reproduce table1 bwt --only cifar10 10000 sdmlp 'ssd (paper)'",
     )
     add = parser.add_argument
     results = f"{', '.join(RESULTS)} or {ALL} (default)"
     add("results", metavar="RESULT", nargs="*", default=[ALL], help=results)
-    add("--short", action="store_true", help="scaled down: minutes on a CPU; not the protocol")
-    large = "with --short: five class orders in place of two at R = 10,000"
-    add("--large", action="store_true", help=large)
+    short = "at the everyday preset: an hour on a CPU; not the paper's protocol"
+    add("--short", action="store_true", help=short)
+    add("--large", action="store_true", help="with --short: R = 10,000 too")
     add_folder = partial(add, metavar="DIR", type=Path)
     out = "default results/reproduction, with --short results/reproduction-short"
     add_folder("--out", help=f"tables and figures ({out})")
@@ -72,7 +72,7 @@ def execute(arguments: Sequence[str]) -> None:
         if name not in (*RESULTS, ALL):
             raise UserError(f"{name} is unknown; choose from {', '.join([*RESULTS, ALL])}")
     if given.large and not given.short:
-        raise UserError("--large goes with --short; without it every row has five class orders")
+        raise UserError("--large goes with --short; without it there is R = 10,000 anyway")
     known = [name for names in nameable().values() for name in sorted(names)]
     for name in given.only:
         if name not in known:
@@ -89,8 +89,9 @@ def execute(arguments: Sequence[str]) -> None:
         for name, result in RESULTS.items()
         if name in given.results or ALL in given.results
     }
-    if given.large:
-        results = {name: experiments.over_all_orders(rows) for name, rows in results.items()}
+    if given.short and not given.large:
+        small = experiments.SIZES[0]
+        results = {n: [r for r in rows if r.neurons <= small] for n, rows in results.items()}
     command = command_line("ssd.reproduce", arguments)
     request = Request(results, given.only, out, given.runs, device, given.short, command, start)
     with in_words(WORDS):

@@ -5,44 +5,81 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import mean
+from typing import Any
 
-from ssd.metrics import estimate
-from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE
+from ssd.metrics import estimate, paired_difference
+from ssd.reproduce.experiments import CLAIMS, DEFAULT, PAIRS, PAPER_SSD_EWC, Result
 from ssd.reproduce.lines import NOT_RUN, Line
 from ssd.tables import plus_minus
 
 GAIN = 0.05  # of accuracy, from each method to the next
 FORGOTTEN = -0.3  # change of forgetting from SDMLP to SSD
-BEST = {"mnist": 0.86}  # accuracy of SSD+EWC, at either size
+BEST = {"mnist": 0.86}  # accuracy of the paper's SSD + EWC, at either size
+SIGNIFICANT = 0.05  # p below it
+TESTED = ("mean_accuracy", "bwt")  # measures whose differences are tested
 
 
 def verdicts(lines: Sequence[Line]) -> Iterator[str]:
     """The claims on each benchmark and size of the lines, and whether the figures support them.
 
-    Differences are between runs with the same class order. "Standard errors apart" compares those
-    of the methods' own means, as the claim does.
+    Differences are between runs with the same class order, and p is of a two-sided paired t test.
     """
-    by_key = {
-        (line.row.benchmark, line.row.neurons, line.row.method): line
-        for line in lines
-        if line.row.factor in ("", DEFAULT) and line.row.peer is None
-    }
-    for benchmark, neurons in dict.fromkeys((b, n) for b, n, _ in by_key):
-        found = [by_key.get((benchmark, neurons, m)) for m in SHORT_LARGE]
-        group = [line for line in found if line is not None]
-        if len(group) < len(found):
-            continue
-        sdmlp, ssd, best = group
-        where = sdmlp.row.place
-        for measure, name in (("mean_accuracy", "accuracy"), ("bwt", "BWT")):
-            order = f"SDMLP < SSD < SSD+EWC in {name}, standard errors apart"
-            yield f"{where}: {order}: {_ordered(group, measure)}"
-        yield f"{where}: SSD - SDMLP >= {GAIN} in accuracy: {_gained(sdmlp, ssd)}"
-        yield f"{where}: SSD+EWC - SSD >= {GAIN} in accuracy: {_gained(ssd, best)}"
-        yield f"{where}: SSD forgets at least {-FORGOTTEN:.0%} less than SDMLP: {_kept(sdmlp, ssd)}"
-        if benchmark.name in BEST:
-            bound = BEST[benchmark.name]
-            yield f"{where}: SSD+EWC reaches {bound} in accuracy: {_reached(best, bound)}"
+    by_place = _by_place(lines)
+    for methods in CLAIMS:
+        for place, found in by_place.items():
+            if not set(methods) <= found.keys():
+                continue
+            group = [found[method] for method in methods]
+            first, second, third = group
+            for measure, name in (("mean_accuracy", "accuracy"), ("bwt", "BWT")):
+                order = f"{' < '.join(methods)} in {name}, p < {SIGNIFICANT}"
+                yield f"{place}: {order}: {_ordered(group, measure)}"
+            for before, after in pairwise(group):
+                step = f"{after.row.method} - {before.row.method} >= {GAIN} in accuracy"
+                yield f"{place}: {step}: {_gained(before, after)}"
+            less = f"{methods[1]} forgets at least {-FORGOTTEN:.0%} less than {methods[0]}"
+            yield f"{place}: {less}: {_kept(first, second)}"
+            bound = BEST.get(first.row.benchmark.name)
+            if bound is not None and methods[-1] == PAPER_SSD_EWC:
+                reached = f"{methods[-1]} reaches {bound} in accuracy"
+                yield f"{place}: {reached}: {_reached(third, bound)}"
+
+
+def differences(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """A record for each pair of methods, place and measure: the paired difference and its p.
+
+    The pairs are PAIRS; in ablations each row and its method's default.
+    """
+    pairs: list[tuple[Line, Line]] = []
+    for found in _by_place(lines).values():
+        pairs += [(found[a], found[b]) for a, b in PAIRS if {a, b} <= found.keys()]
+        for line in (x for x in lines if x.row.value and x.row.method in found):
+            pairs.append((found[line.row.method], line))
+    return [
+        {
+            "benchmark": after.row.benchmark.name,
+            "neurons": after.row.neurons,
+            "method": after.row.name,
+            "less": before.row.name,
+            "measure": measure,
+            **dict(
+                zip(("difference", "standard_error", "p"), paired_difference(pair), strict=True)
+            ),
+            "class_orders": len(pair),
+        }
+        for before, after in pairs
+        for measure in result.measures
+        if measure in TESTED and (pair := paired(before, after, measure))
+    ]
+
+
+def _by_place(lines: Sequence[Line]) -> dict[str, dict[str, Line]]:
+    """The networks at their defaults: benchmark and size -> method -> line."""
+    found: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        if line.row.factor in ("", DEFAULT) and line.row.peer is None:
+            found.setdefault(line.row.place, {})[line.row.method] = line
+    return found
 
 
 def _ordered(group: Sequence[Line], measure: str) -> str:
@@ -51,11 +88,12 @@ def _ordered(group: Sequence[Line], measure: str) -> str:
         return NOT_RUN
     figures = " / ".join(map(_spread, values))
     figures += "; " + " and ".join(_difference(a, b, measure) for a, b in pairwise(group))
-    if any(len(seeds) == 1 for seeds in values):
-        return f"undecided, one seed has no standard error ({figures})"
-    bounds = [(m - e, m + e) for m, e in map(estimate, values) if e is not None]
-    apart = all(low[1] < high[0] for low, high in pairwise(bounds))
-    return f"{_yes(apart)} ({figures})"
+    steps = [paired(a, b, measure) for a, b in pairwise(group)]
+    if any(len(step) < 2 for step in steps):
+        return f"undecided, a test needs two class orders in common ({figures})"
+    tests = [paired_difference(step) for step in steps]
+    holds = all(center > 0 and p is not None and p < SIGNIFICANT for center, _, p in tests)
+    return f"{_yes(holds)} ({figures})"
 
 
 def _gained(before: Line, after: Line) -> str:
@@ -73,7 +111,7 @@ def _kept(before: Line, after: Line) -> str:
         return NOT_RUN
     was, now = mean(first), mean(second)
     if was <= 0:
-        return f"undecided, SDMLP does not forget ({was:.4f})"
+        return f"undecided, {before.row.method} does not forget ({was:.4f})"
     change = now / was - 1
     difference = _difference(before, after, "forgetting")
     verdict = _yes(round(change, 9) <= FORGOTTEN)
@@ -98,11 +136,13 @@ def paired(before: Line, after: Line, measure: str) -> list[float]:
 
 
 def _difference(before: Line, after: Line, measure: str) -> str:
-    differences = paired(before, after, measure)
-    if not differences:
+    found = paired(before, after, measure)
+    if not found:
         return "no class order in common"
-    orders = f"{len(differences)} class order{'s' * (len(differences) > 1)}"
-    return f"paired {_spread(differences, sign='+')} over {orders}"
+    p = paired_difference(found)[2]
+    orders = f"{len(found)} class order{'s' * (len(found) > 1)}"
+    tested = "" if p is None else f", p {p:.2g}"
+    return f"paired {_spread(found, sign='+')} over {orders}{tested}"
 
 
 def _spread(values: Sequence[float], sign: str = "") -> str:

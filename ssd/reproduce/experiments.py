@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd.config import JOINT, Config, resolve
+from ssd.config import DEFAULT_NETWORK, EVERYDAY, JOINT, Config, preset, resolve
 from ssd.data import Task
 from ssd.peers.learners import entries, evaluate_stream
 from ssd.peers.trained_readout import TrainedReadout
@@ -26,61 +26,131 @@ class Benchmark:
     title: str
     dataset: str
     protocol: str  # the data set of ssd.config whose presets hold
+    classes: int
+    samples: int  # of the training set
     features: str | None = None  # file in the features folder
+    # What --short changes in the preset.
+    short: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 BENCHMARKS = (
-    Benchmark("mnist", "Split MNIST", "mnist", "mnist"),
-    Benchmark("cifar10", "Split CIFAR-10 features", "features", "features", "cifar10.npz"),
-    # The 50 tasks are short, so their switch to inhibition is too.
+    Benchmark("mnist", "Split MNIST", "mnist", "mnist", 10, 60_000),
     Benchmark(
-        "cifar100", "Split CIFAR-100 features (50 tasks)", "features", "cifar100", "cifar100.npz"
+        "cifar10", "Split CIFAR-10 features", "features", "features", 10, 50_000, "cifar10.npz"
+    ),
+    Benchmark(
+        "cifar100",
+        "Split CIFAR-100 features (50 tasks)",
+        "features",
+        "cifar100",
+        100,
+        50_000,
+        "cifar100.npz",
+        {"epochs": 16},  # the preset's would take five times as long
     ),
 )
 
-PLAIN = ("naive", "topk-mlp")
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: the parts of a method, and what it changes in a preset.
+
+    Args:
+        parts: `--method`.
+        settings: by name.
+        own: --short: by benchmark, the best of several settings on its validation split with class
+            orders 11 and 12 (results/sweeps/controls-*.md); those of the preset where it has none.
+    """
+
+    parts: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+# What SSD distils and protects in the everyday preset, and in the paper.
+_TERMS = ("alpha", "lam", "temperature", "hidden_loss", "hidden_weight", "selection", "protection")
+_SSD = {name: preset(EVERYDAY, "mnist")[name] for name in _TERMS}
+_PAPER = {name: getattr(Config(), name) for name in _TERMS}
+_OPEN = {**_SSD, "protection": "none"}
+_PAPERS_RATE = {"lr": Config().lr}  # for plain networks, which forget all at any rate
+PAPER_SSD, PAPER_SSD_EWC = "ssd (paper)", "ssd+ewc (paper)"
 # In the order of the tables.
-TABLE1 = (*PLAIN, "sdmlp", "l2", "si", "mas", "ewc", "lwf", "ssd", "ssd+ewc", JOINT)
-# The rows of the paper's claims. With --short they have all SEEDS too, at R = 10,000 only with
-# --large, as a run there takes a minute or two.
-SHORT_LARGE = ("sdmlp", "ssd", "ssd+ewc")
-SHORT_LARGE_ON = ("mnist", "cifar10")
+METHODS: Mapping[str, Method] = {
+    "naive": Method("naive", _PAPERS_RATE),
+    "topk-mlp": Method("topk-mlp", _PAPERS_RATE),
+    "sdmlp": Method("sdmlp"),
+    "l2": Method("l2"),
+    "si": Method("si"),
+    "mas": Method("mas"),
+    "ewc": Method("ewc"),
+    "lwf": Method("lwf"),
+    PAPER_SSD: Method("ssd", _PAPER),
+    PAPER_SSD_EWC: Method("ssd+ewc", _PAPER),
+    "alpha CE alone": Method("ssd", {**_OPEN, "lam": 1.0, "hidden_weight": 0.0}),
+    "ssd, no protection": Method("ssd", _OPEN),
+    "metaplasticity": Method("metaplasticity"),
+    "ssd, logits alone": Method("ssd", {**_SSD, "lam": 0.0}),
+    "ssd, hidden term alone": Method(
+        "ssd", {**_SSD, "lam": 1.0, "hidden_weight": _SSD["lam"] * _SSD["hidden_weight"]}
+    ),
+    "ssd": Method("ssd", _SSD),
+    "ssd+ewc": Method("ssd+ewc", _SSD),
+    JOINT: Method(JOINT),
+}
+# Three methods of which each should beat the one before: the paper's claim, and this project's.
+CLAIMS = (("sdmlp", PAPER_SSD, PAPER_SSD_EWC), ("sdmlp", "ssd", "ssd+ewc"))
+# Differences that are tested, paired by class order: the second less the first.
+PAIRS = (
+    ("sdmlp", PAPER_SSD),
+    ("lwf", PAPER_SSD),
+    ("ewc", PAPER_SSD_EWC),
+    ("alpha CE alone", "ssd, no protection"),
+    ("lwf", "ssd, no protection"),
+    ("ssd, no protection", "ssd"),
+    ("metaplasticity", "ssd"),
+    ("ssd, logits alone", "ssd"),
+    ("ssd, hidden term alone", "ssd"),
+    ("sdmlp", "ssd"),
+    ("lwf", "ssd"),
+    ("ewc", "ssd"),
+    (PAPER_SSD, "ssd"),
+    ("ewc", "ssd+ewc"),
+    (PAPER_SSD_EWC, "ssd+ewc"),
+    ("ssd", "ssd+ewc"),
+)
 SIZES = (1_000, 10_000)
 SEEDS = (0, 1, 2, 3, 4)  # class orders; 0 is the ordinal one
-SHORT_SEEDS = (0, 1)  # of all other rows of --short
+# --short: of ablations, peers, R = 10,000, and of methods that are no control of a claim.
+SHORT_SEEDS = (0, 1, 2)
+ASIDE = ("naive", "topk-mlp", "l2", "si", "mas", JOINT)
+# --short --large: what is run at R = 10,000, as a run there takes a minute or two.
+LARGE, LARGE_ON = (*CLAIMS[0], *CLAIMS[1][1:]), ("mnist", "cifar10")
 
-_LARGE = {"epochs": 3, "anneal_samples": 24_000}
-# --short: (benchmark, R, method) -> settings that differ from the preset's, chosen by validation
-# sweeps (results/sweeps). Methods may differ in epochs too.
-SHORT_OWN: Mapping[tuple[str, int, str], Mapping[str, Any]] = {
-    ("mnist", 1_000, "ssd+ewc"): {"alpha": 0.7},
-    ("mnist", 10_000, "sdmlp"): _LARGE,
-    ("mnist", 10_000, "ssd"): {**_LARGE, "alpha": 0.25},
-    ("mnist", 10_000, "ssd+ewc"): {**_LARGE, "alpha": 0.7, "ewc_coefficient": 600.0},
-    ("cifar10", 1_000, "ssd"): {"alpha": 0.3},
-    ("cifar10", 10_000, "ssd"): {"alpha": 0.3},
-    # One long task: the switch takes the same share of it as of the stream's first task.
-    ("mnist", 1_000, JOINT): {"anneal_samples": 400_000},
-    ("cifar10", 1_000, JOINT): {"anneal_samples": 250_000},
-    ("cifar100", 1_000, JOINT): {"anneal_samples": 100_000, "lr": 2.0},
-}
-# SDMLP's own best learning rate in the sweeps; the preset's suits SSD + EWC.
-SHORT_SLOWER = 0.5
-
-# Each factor's values. The method's default makes no row of its own; --short takes the last two
-# of the others. "R/k" distils all neurons, lambda 0 none.
+# What each method's factors are changed to, one at a time. The method's own value makes no row;
+# --short takes the last two of the others. "R/k" distils all neurons, lambda 0 none.
 ABLATED = "cifar10"
-ABLATIONS: Mapping[str, Sequence[Any]] = {
-    "subnetwork": (1.0, 2.0, 5.0, 10.0, "R/k"),
-    "lam": (0.1, 0.5, 0.0, 1.0),
-    "alpha": (0.3, 0.5, 0.7, 0.9),
-    "temperature": (1.0, 2.0, 4.0, 8.0),
-    "kl": ("reverse", "forward"),
-    "hidden": ("after", "before"),
-    "logits": ("all", "seen"),
-    "frequency": ("last", "accumulated"),
-    "schedule": ("gaba", "linear", "flat"),
-    "inhibition": ("subtract", "mask"),
+_LAYER = {"schedule": ("gaba", "linear", "flat"), "inhibition": ("subtract", "mask")}
+ABLATIONS: Mapping[str, Mapping[str, Sequence[Any]]] = {
+    PAPER_SSD: {
+        "subnetwork": (1.0, 2.0, 5.0, 10.0, "R/k"),
+        "lam": (0.1, 0.5, 0.0, 1.0),
+        "alpha": (0.3, 0.5, 0.7, 0.9),
+        "temperature": (1.0, 2.0, 4.0, 8.0),
+        "kl": ("reverse", "forward"),
+        "hidden": ("after", "before"),
+        "logits": ("all", "seen"),
+        "frequency": ("last", "accumulated"),
+        **_LAYER,
+    },
+    "ssd": {
+        "selection": ("all", "activation", "frequency"),
+        "hidden_weight": (0.5, 0.1, 2.0),
+        "alpha": (0.6, 0.8, 0.9),
+        "temperature": (1.0, 2.0, 8.0),
+        "metaplasticity_coefficient": (1.0, 3.0, 10.0),
+        "lr": (1.0, 2.0, 4.0),
+        **_LAYER,
+    },
 }
 DEFAULT = "default"
 
@@ -94,7 +164,7 @@ class Peer:
             peer without gradients takes only the seed from the config.
         sizes: R of its rows; empty for a peer without neurons, which is given R = 0.
         settings: by the benchmark's name; chosen on a validation split, never here.
-        method: of the network that it trains with the preset `short`; empty if it trains none.
+        method: of the network that it trains, a key of METHODS; empty if it trains none.
     """
 
     evaluate: Callable[..., Tensor]
@@ -144,12 +214,15 @@ _CODE = _code(0.4, 1e-4, power=0.5)
 _FROZEN = _code(0.4, 1e-4, freeze=True)
 _KEPT = {"readout": "lda", "strength": 1e-2}
 _FOLLOWING = _code(0.4, 1e-2, follow=1e-3)
+LINEAR = ("ridge probe", "streaming LDA")  # of the input: ceilings beside joint training
+CEILINGS = (JOINT, *LINEAR)
 _READ = SIZES[:1]  # sizes of the networks whose code is read out
 # By name, in the order of the table. Their settings were chosen on a validation split at R = 1,000:
 # results/peers/*.csv.
 PEERS: dict[str, Peer] = {
     **_peer("nearest class mean", (), {}, {}, {}),
     **_peer("streaming LDA", (), {"shrinkage": 0.1}, {"shrinkage": 1e-3}, {"shrinkage": 1e-3}),
+    **_peer("ridge probe", (), {"ridge": 1e-1}, {"ridge": 1e-6}, {"ridge": 1e-6}),
     **_peer("FlyModel", SIZES, _FLY_SETTINGS, _FLY_SETTINGS, {"share": 0.05, "lr": 0.02}),
     **_peer("random ReLU + ridge", SIZES, {"ridge": 1e-3}, {"ridge": 1e-4}, {"ridge": 1e-4}),
     # An eigenvalue decomposition a task, so not at R = 10,000.
@@ -190,22 +263,22 @@ class Published:
     inferred: bool = False  # which row of the publication it belongs to is our reading
 
 
-_SSD = "Xue et al., AAAI 2026"
+_XUE = "Xue et al., AAAI 2026"
 _LISTED = "secondary listing of the tables of Xue et al., AAAI 2026"
 _FLY = "result files of TrentBrick/SDMContinualLearner"
 
 # (benchmark, R, method, measure); R of a peer without neurons is 0.
-PAPER: Mapping[tuple[str, int, str, str], Published] = {
-    ("cifar10", 10_000, "sdmlp", "mean_accuracy"): Published(0.71, _SSD),
-    ("cifar10", 10_000, "ssd", "mean_accuracy"): Published(0.81, _SSD),
-    ("cifar10", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.87, _SSD),
-    ("cifar10", 10_000, "sdmlp", "bwt"): Published(-0.1828, _SSD),
-    ("cifar10", 10_000, "ssd", "bwt"): Published(-0.1234, _SSD),
-    ("cifar10", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.80, _LISTED, True),
-    ("cifar100", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.40, _LISTED, True),
-    ("cifar100", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.52, _LISTED, True),
-    ("mnist", 1_000, "ssd+ewc", "mean_accuracy"): Published(0.86, _LISTED, True),
-    ("mnist", 10_000, "ssd+ewc", "mean_accuracy"): Published(0.86, _LISTED, True),
+PUBLISHED: Mapping[tuple[str, int, str, str], Published] = {
+    ("cifar10", 10_000, "sdmlp", "mean_accuracy"): Published(0.71, _XUE),
+    ("cifar10", 10_000, PAPER_SSD, "mean_accuracy"): Published(0.81, _XUE),
+    ("cifar10", 10_000, PAPER_SSD_EWC, "mean_accuracy"): Published(0.87, _XUE),
+    ("cifar10", 10_000, "sdmlp", "bwt"): Published(-0.1828, _XUE),
+    ("cifar10", 10_000, PAPER_SSD, "bwt"): Published(-0.1234, _XUE),
+    ("cifar10", 1_000, PAPER_SSD_EWC, "mean_accuracy"): Published(0.80, _LISTED, True),
+    ("cifar100", 1_000, PAPER_SSD_EWC, "mean_accuracy"): Published(0.40, _LISTED, True),
+    ("cifar100", 10_000, PAPER_SSD_EWC, "mean_accuracy"): Published(0.52, _LISTED, True),
+    ("mnist", 1_000, PAPER_SSD_EWC, "mean_accuracy"): Published(0.86, _LISTED, True),
+    ("mnist", 10_000, PAPER_SSD_EWC, "mean_accuracy"): Published(0.86, _LISTED, True),
     ("mnist", 10_000, "FlyModel", "mean_accuracy"): Published(0.906, _FLY, True),
     ("cifar10", 10_000, "FlyModel", "mean_accuracy"): Published(0.822, _FLY),
     ("cifar100", 10_000, "FlyModel", "mean_accuracy"): Published(0.528, _FLY, True),
@@ -233,6 +306,11 @@ class Row:
         return self.config.neurons if self.peer is None or self.peer.sizes else 0
 
     @property
+    def name(self) -> str:
+        """Its method, and in ablations what is changed."""
+        return f"{self.method}, {self.factor} = {self.value}" if self.value else self.method
+
+    @property
     def place(self) -> str:
         """Benchmark and size, as a title says them."""
         return f"{self.benchmark.title}, R = {self.neurons:,}"
@@ -246,104 +324,112 @@ class Row:
         """The publication's figure for this line; in ablations only the default has one."""
         if self.factor not in ("", DEFAULT):
             return None
-        return PAPER.get((self.benchmark.name, self.neurons, self.method, measure))
+        return PUBLISHED.get((self.benchmark.name, self.neurons, self.method, measure))
 
 
 def table1(short: bool, features: Mapping[str, str]) -> list[Row]:
-    """The paper's methods on every benchmark at both sizes.
+    """The methods on every benchmark at both sizes, and the ceilings.
 
     Args:
-        short: use the preset `short`, with fewer seeds and only R = 1,000 except for SHORT_LARGE.
+        short: use the everyday preset, with fewer seeds, and at R = 10,000 LARGE on LARGE_ON.
         features: path of each benchmark's feature file.
     """
     rows = []
     for benchmark in BENCHMARKS:
         for neurons in SIZES:
             large = short and neurons > SIZES[0]
-            if large and benchmark.name not in SHORT_LARGE_ON:
+            if large and benchmark.name not in LARGE_ON:
                 continue
-            for method in SHORT_LARGE if large else TABLE1:
-                config = _config(benchmark, method, neurons, short, features)
-                if method == JOINT:
-                    # One task of all classes, which the last of many tasks would be too. The
-                    # tasks before it would cost 25 times as much for 50 tasks.
-                    config = replace(config, tasks=1)
-                few = large or (short and method not in SHORT_LARGE)
-                rows.append(Row(benchmark, method, config, SHORT_SEEDS if few else SEEDS))
+            for method in LARGE if large else METHODS:
+                few = short and (large or method in ASIDE)
+                rows.append(_row(benchmark, method, neurons, short, features, few))
+            if neurons == SIZES[0]:
+                rows += [_peer_row(benchmark, name, 0, short, features) for name in LINEAR]
     return rows
 
 
-def over_all_orders(rows: Sequence[Row]) -> list[Row]:
-    """The rows with those at R = 10,000 over all class orders: what --large adds to --short."""
-    return [row if row.neurons <= SIZES[0] else replace(row, seeds=SEEDS) for row in rows]
-
-
 def streams(short: bool, features: Mapping[str, str]) -> list[Row]:
-    """The rows of table1 that learn task by task."""
-    return [row for row in table1(short, features) if row.config.tasks > 1]
+    """The rows of table1 that train a network task by task."""
+    return [row for row in table1(short, features) if row.config.tasks > 1 and row.peer is None]
 
 
 def table2(short: bool, features: Mapping[str, str]) -> list[Row]:
-    """Peers beside SDMLP and the paper's methods at R = 1,000; --short: only peers of that size."""
+    """Peers beside the methods at R = 1,000; --short: only peers of that size."""
     rows = []
     for benchmark in BENCHMARKS:
-        for method in SHORT_LARGE:
-            config = _config(benchmark, method, SIZES[0], short, features)
-            rows.append(Row(benchmark, method, config, SEEDS))
-        seeds = SHORT_SEEDS if short else SEEDS
+        for method in (m for m in METHODS if m == JOINT or m not in ASIDE):
+            few = short and method in ASIDE
+            rows.append(_row(benchmark, method, SIZES[0], short, features, few))
         for name, peer in PEERS.items():
-            if peer.settings and benchmark.name not in peer.settings:
-                continue
-            scaled = bool(peer.method) and not short
-            note = "its network is trained as with --short" if scaled else ""
-            for neurons in peer.sizes or SIZES[:1]:
-                if short and neurons > SIZES[0]:
-                    continue
-                method = peer.method or Config().method
-                config = _config(benchmark, method, neurons, short or scaled, features)
-                rows.append(Row(benchmark, name, config, seeds, peer=peer, note=note))
+            if not peer.settings or benchmark.name in peer.settings:
+                sizes = [n for n in peer.sizes or (0,) if n <= SIZES[0] or not short]
+                rows += [_peer_row(benchmark, name, n, short, features) for n in sizes]
     return rows
 
 
 def ablations(short: bool, features: Mapping[str, str]) -> list[Row]:
-    """SSD with one factor changed at a time, on one benchmark at R = 1,000."""
+    """Each method of ABLATIONS with one factor changed at a time, on one benchmark, R = 1,000."""
     benchmark = next(b for b in BENCHMARKS if b.name == ABLATED)
-    config = _config(benchmark, "ssd", SIZES[0], short, features)
-    seeds = SHORT_SEEDS if short else SEEDS
-    rows = [Row(benchmark, "ssd", config, seeds, DEFAULT)]
-    for factor, values in ABLATIONS.items():
-        settings = {v: config.neurons / config.k if v == "R/k" else v for v in values}
-        others = [v for v in values if settings[v] != getattr(config, factor)]
-        for value in others[-2:] if short else others:
-            changed = Config(**{**config.to_dict(), factor: settings[value]})
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            rows.append(Row(benchmark, "ssd", changed, seeds, factor, shown))
-    if short:  # how much of SSD's gain comes from its learning rate
-        for method in ("sdmlp", "ssd"):
-            own = _config(benchmark, method, SIZES[0], short, features)
-            slower = replace(own, lr=SHORT_SLOWER)
-            rows.append(Row(benchmark, method, slower, seeds, "lr", f"{SHORT_SLOWER:g}"))
+    rows = []
+    for method, factors in ABLATIONS.items():
+        default = _row(benchmark, method, SIZES[0], short, features, few=short)
+        config = default.config
+        rows.append(replace(default, factor=DEFAULT))
+        for factor, values in factors.items():
+            settings: dict[Any, Any] = {
+                v: config.neurons / config.k if v == "R/k" else v for v in values
+            }
+            others = [v for v in values if settings[v] != getattr(config, factor)]
+            for value in others[-2:] if short else others:
+                changed = replace(config, **{factor: settings[value]})
+                shown = f"{value:g}" if isinstance(value, float) else str(value)
+                rows.append(replace(default, config=changed, factor=factor, value=shown))
     return rows
+
+
+def _row(
+    benchmark: Benchmark,
+    method: str,
+    neurons: int,
+    short: bool,
+    features: Mapping[str, str],
+    few: bool,
+) -> Row:
+    """A method's row; few: over SHORT_SEEDS."""
+    config = _config(benchmark, method, neurons, short, features)
+    return Row(benchmark, method, config, SHORT_SEEDS if few else SEEDS)
+
+
+def _peer_row(
+    benchmark: Benchmark, name: str, neurons: int, short: bool, features: Mapping[str, str]
+) -> Row:
+    """A peer's row; neurons: 0 if it has none. A network under it is always trained short."""
+    peer = PEERS[name]
+    scaled = bool(peer.method) and not short
+    method, width = peer.method or DEFAULT_NETWORK, neurons or SIZES[0]
+    config = _config(benchmark, method, width, short or scaled, features)
+    note = "its network is trained as with --short" if scaled else ""
+    return Row(benchmark, name, config, SHORT_SEEDS if short else SEEDS, peer=peer, note=note)
 
 
 def _config(
     benchmark: Benchmark, method: str, neurons: int, short: bool, features: Mapping[str, str]
 ) -> Config:
-    """The settings of a method: the benchmark's, and with --short its own."""
-    name = "short" if short else "paper-1k" if neurons == SIZES[0] else "paper-10k"
-    config = replace(
-        resolve({"preset": name, "dataset": benchmark.protocol}),
-        dataset=benchmark.dataset,
-        features=features.get(benchmark.name),
-        neurons=neurons,
-        method=method,
-    )
-    if not short:
-        return config
-    if method in PLAIN:  # the preset's learning rate is SDMLP's; plain networks keep the papers'
-        config = replace(config, lr=Config().lr)
-    config = replace(config, **SHORT_OWN.get((benchmark.name, neurons, method), {}))
-    return replace(config, eval_every=config.epochs)  # after tasks only, as the preset
+    """The settings of a method: those of the protocol, its own, and with --short the tuned ones."""
+    row = METHODS[method]
+    given = {"dataset": benchmark.protocol, "neurons": neurons, "method": row.parts, **row.settings}
+    if short:
+        given |= {**benchmark.short, **row.own.get(benchmark.name, {})}
+        config = resolve({"preset": EVERYDAY, **given}, benchmark.samples)
+        config = replace(config, eval_every=config.epochs)  # after tasks only
+    else:
+        config = resolve({"preset": "paper-1k" if neurons == SIZES[0] else "paper-10k", **given})
+    if method == JOINT:
+        # One task of all classes, which the last of many tasks would be too: the tasks before it
+        # would cost 25 times as much for 50 tasks. --short: the switch takes the same share of it.
+        longer = config.tasks if short else 1
+        config = replace(config, tasks=1, anneal_samples=longer * config.anneal_samples)
+    return replace(config, dataset=benchmark.dataset, features=features.get(benchmark.name))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from ssd.figures import NAMED, busiest_first, draw_heat_map, integer_ticks, panels
 from ssd.metrics import estimate
-from ssd.reproduce.experiments import DEFAULT, SHORT_LARGE, Result
+from ssd.reproduce.experiments import CEILINGS, CLAIMS, DEFAULT, Benchmark, Result
 from ssd.reproduce.lines import Line
 from ssd.storage.run_folder import read_frequency
 
@@ -21,6 +21,16 @@ from ssd.storage.run_folder import read_frequency
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
+# Vertical lines where accuracy is the axis: the floor and the ceilings.
+BOUNDS: dict[str, dict[str, Any]] = {
+    "chance": {"color": "0.6", "ls": ":", "lw": 1},
+    **{
+        name: {"color": color, "ls": dash, "lw": 1}
+        for name, color, dash in zip(
+            CEILINGS, ("#000000", "#009E73", "#CC79A7"), DASHES[:3], strict=True
+        )
+    },
+}
 HEAT_MAP_NEURONS = 200
 # Measures whose axis is logarithmic from this ratio of values, as with a dense network among them.
 LOGARITHMIC, WIDE = ("mean_entropy_bits", "mean_active"), 20
@@ -76,6 +86,8 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
                 number = sizes.index(line.row.neurons)
                 height = methods.index(line.row.method) - (number - (len(sizes) - 1) / 2) * shift
                 _mark(axes, line, measure, height, number)
+            if measure == "mean_accuracy":
+                _bounds(axes, benchmark, lines)
             axes.set(xlabel=AXIS[measure], yticks=range(len(methods)), yticklabels=methods)
             axes.set_ylim(-0.6, len(methods) - 0.4)
             axes.grid(axis="y", color="0.92")
@@ -86,8 +98,21 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
             row[0].set_xlim(-0.02, 1.02)  # for the whole row
     named = any(line.row.published(result.measures[0]) for line in lines)
     handles = _legend(sizes, named)
+    if "mean_accuracy" in measures:
+        handles += [Line2D([], [], label=label, **style) for label, style in BOUNDS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _bounds(axes: Axes, benchmark: Benchmark, lines: Sequence[Line]) -> None:
+    """A line at chance, and one at each ceiling that was measured at the smallest size."""
+    found = {"chance": [1 / benchmark.classes]}
+    for line in lines[::-1]:
+        if line.row.benchmark == benchmark and line.row.method in CEILINGS:
+            found[line.row.method] = line.values("mean_accuracy")
+    for label, values in found.items():
+        if values:
+            axes.axvline(estimate(values)[0], zorder=0, **BOUNDS[label])
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -115,35 +140,32 @@ def _legend(sizes: Sequence[int], named: bool) -> list[Line2D]:
 
 
 def _ablations(result: Result, lines: Sequence[Line]) -> Figure:
-    """One panel per measure, one mark per value of a factor, the default as a band."""
-    default = next((line for line in lines if line.row.factor == DEFAULT), None)
-    varied = [line for line in lines if line is not default][::-1]
-    base = (default or lines[0]).row
-    names = [
-        f"{line.row.method}, " * (line.row.method != base.method)
-        + f"{line.row.factor} = {line.row.value}"
-        for line in varied
-    ]
+    """One panel per measure; each method has its own marks, and its default is a band."""
+    methods = list(dict.fromkeys(line.row.method for line in lines))
+    varied = [line for line in lines if line.row.factor != DEFAULT][::-1]
     columns = len(result.measures)
     height = 1.2 + 0.24 * max(4, len(varied))
     figure, grid = panels(1, columns, 2.0 + 3.4 * columns, height, sharey=True)
     for axes, measure in zip(grid[0], result.measures, strict=True):
-        values = default.values(measure) if default else []
-        if values:
-            center, error = estimate(values)
-            axes.axvline(center, color="0.3", lw=1, label="default")
+        for line in (x for x in lines if x.row.factor == DEFAULT and x.values(measure)):
+            center, error = estimate(line.values(measure))
+            color = _style(methods.index(line.row.method))["color"]
+            axes.axvline(center, color=color, lw=1)
             if error is not None:
-                axes.axvspan(center - error, center + error, color="0.85", lw=0)
+                axes.axvspan(center - error, center + error, color=color, alpha=0.12, lw=0)
         for height, line in enumerate(varied):
-            _mark(axes, line, measure, height, 0)
+            _mark(axes, line, measure, height, methods.index(line.row.method))
         for height, (below, above) in enumerate(pairwise(varied)):
-            if below.row.factor != above.row.factor:
+            if (below.row.method, below.row.factor) != (above.row.method, above.row.factor):
                 axes.axhline(height + 0.5, color="0.92", lw=1)
+        names = [line.row.name for line in varied]
         axes.set(xlabel=AXIS[measure], yticks=range(len(names)), yticklabels=names)
-    if default is not None:
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", frameon=False)
-    figure.suptitle(f"{base.method.upper()} on {base.place}", fontsize="medium")
+    handles = [
+        Line2D([], [], **_style(number), lw=1, ms=5, label=f"{method}; line: its default")
+        for number, method in enumerate(methods)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=len(methods))
+    figure.suptitle(f"Ablations on {lines[0].row.place}", fontsize="medium")
     return figure
 
 
@@ -195,14 +217,15 @@ def _curve(axes: Axes, line: Line, measure: str, number: int) -> None:
 
 
 def _heat_maps(lines: Sequence[Line]) -> Figure | None:
-    """Neuron x task, one panel per method of the claims; None where no run has its frequencies.
+    """Neuron x task, one panel per method of CLAIMS; None where no run has its frequencies.
 
     All panels are of the first class order that these methods have in common. The networks of one
     seed begin with the same weights, so a neuron is the same in every panel. All panels show the
     neurons that are most active over all panels and tasks, in one order and on one scale.
     """
     by_method = {line.row.method: line for line in lines if line.recorded()}
-    chosen = [by_method[method] for method in SHORT_LARGE if method in by_method]
+    judged = dict.fromkeys(method for methods in CLAIMS for method in methods)
+    chosen = [by_method[method] for method in judged if method in by_method]
     seeds = set.intersection(*(set(line.recorded()) for line in chosen)) if chosen else set()
     if not seeds:
         return None

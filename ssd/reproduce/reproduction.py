@@ -17,7 +17,7 @@ from ssd.errors import Interrupted, UserError
 from ssd.figures import save_figure
 from ssd.progress import Display
 from ssd.reproduce import experiments
-from ssd.reproduce.claims import verdicts
+from ssd.reproduce.claims import differences, verdicts
 from ssd.reproduce.experiments import RESULTS, Row
 from ssd.reproduce.figures import draw
 from ssd.reproduce.lines import Line, line_of, runs_of
@@ -27,6 +27,7 @@ from ssd.reproduce.tables import (
     markdown_text,
     provenance,
     records,
+    run_records,
     task_records,
     terminal_table,
 )
@@ -60,8 +61,8 @@ def nameable() -> dict[str, set[str]]:
     return {
         "benchmark": {benchmark.name for benchmark in experiments.BENCHMARKS},
         "size": set(map(str, experiments.SIZES)),
-        "method": {*experiments.TABLE1, *experiments.PEERS},
-        "factor": set(experiments.ABLATIONS),
+        "method": {*experiments.METHODS, *experiments.PEERS},
+        "factor": {f for factors in experiments.ABLATIONS.values() for f in factors},
     }
 
 
@@ -219,6 +220,8 @@ class Reproduction:
             title += " (--short: scaled down, not the protocol of the paper)"
         origin = provenance(self.request.command, lines)
         tables = {name: records(result, lines)}
+        tables[f"{name}_runs"] = run_records(result, lines)
+        tables[f"{name}_differences"] = differences(result, lines)
         if result.per_task:
             tables[f"{name}_tasks"] = task_records(result, lines)
         for stem, table in tables.items():

@@ -10,12 +10,12 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ssd.metrics import estimate
-from ssd.reproduce.claims import verdicts
+from ssd.reproduce.claims import differences, verdicts
 from ssd.reproduce.experiments import DEFAULT, PAPER_ENTROPY, Published, Result, Row
 from ssd.reproduce.lines import NOT_RUN, Line
 from ssd.storage.provenance import commit, doubts, machine, versions_of
 from ssd.study import measured
-from ssd.tables import cell, columns, markdown_table, rich_table
+from ssd.tables import cell, columns, markdown_table, plus_minus, rich_table
 
 # What ± and the columns *_standard_error are.
 SPREAD = "standard error of the mean over seeds, each seed its own class order (0: in order)"
@@ -24,17 +24,17 @@ SPREAD = "standard error of the mean over seeds, each seed its own class order (
 def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
     """The table as one record per row, in full precision; None where nothing was measured."""
     first = result.measures[0]
-    default = next((line for line in lines if line.row.factor == DEFAULT), None)
-    base = [] if default is None else default.values(first)
+    defaults = {x.row.method: x.values(first) for x in lines if x.row.factor == DEFAULT}
     found = []
     for line in lines:
         record, paper = _key(line.row), line.row.published(first)
         for measure in result.measures:
             record |= columns(measure, line.values(measure))
         ours = record[first]
-        if default is not None:
-            known = ours is not None and base
-            record["difference_to_default"] = ours - mean(base) if known else None
+        if base := defaults.get(line.row.method):
+            record["difference_to_default"] = None if ours is None else ours - mean(base)
+        elif defaults:
+            record["difference_to_default"] = None
         record |= {
             "seeds": " ".join(str(s["seed"]) for s in line.summaries),
             "paper": paper and paper.value,
@@ -45,6 +45,17 @@ def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
         }
         found.append(record)
     return found
+
+
+def run_records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The table as one record per run."""
+    return [
+        _key(line.row)
+        | {"seed": seed}
+        | {measure: line.by_seed(measure).get(seed) for measure in result.measures}
+        for line in lines
+        for seed in (summary["seed"] for summary in line.summaries)
+    ]
 
 
 def task_records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -152,9 +163,28 @@ def markdown_text(
     if "mean_entropy_bits" in result.measures:
         text += [f"For comparison, {PAPER_ENTROPY} (data set and size are not named)."]
     if result.claims:
-        text += ["", "## Claims of the paper", "", *(f"- {claim}" for claim in verdicts(lines))]
+        text += ["", "## Claims", "", *(f"- {claim}" for claim in verdicts(lines))]
+    if tested := differences(result, lines):
+        text += ["", "## Paired differences", "", *_differences_table(tested), ""]
+        text += ["Paired by class order; p is of a two-sided t test of mean 0."]
     text += ["", "## Origin", "", *(f"- {name}: {value}" for name, value in origin.items())]
     return "\n".join(text) + "\n"
+
+
+def _differences_table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = {name: [r[name] for r in records] for name in ("benchmark", "neurons", "measure")}
+    header = [name for name, values in names.items() if len(set(values)) > 1]
+    rows = [
+        [
+            *(str(record[name]).replace("_", " ") for name in header),
+            f"{record['method']} less {record['less']}",
+            plus_minus(record["difference"], record["standard_error"], sign="+"),
+            "" if record["p"] is None else f"{record['p']:.2g}",
+            str(record["class_orders"]),
+        ]
+        for record in records
+    ]
+    return markdown_table([*header, "pair", "difference", "p", "class orders"], rows)
 
 
 def terminal_table(title: str, result: Result, lines: Sequence[Line]) -> Table:

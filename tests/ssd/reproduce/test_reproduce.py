@@ -18,14 +18,23 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 from ssd import config, progress, study
-from ssd.config import Config, Protocol
+from ssd.config import Config
 from ssd.data import Task
 from ssd.errors import Diverged
 from ssd.metrics import estimate
 from ssd.reproduce import __main__ as reproduce
 from ssd.reproduce import experiments, reproduction
-from ssd.reproduce.claims import paired, verdicts
-from ssd.reproduce.experiments import PAPER, RESULTS, TABLE1, Peer, Row
+from ssd.reproduce.claims import differences, paired, verdicts
+from ssd.reproduce.experiments import (
+    METHODS,
+    PAPER_SSD,
+    PAPER_SSD_EWC,
+    PUBLISHED,
+    RESULTS,
+    Method,
+    Peer,
+    Row,
+)
 from ssd.reproduce.figures import draw
 from ssd.reproduce.lines import Line, overlaps
 from ssd.reproduce.tables import markdown_text, provenance, records, task_records
@@ -33,9 +42,17 @@ from ssd.run import Interrupted, RunOptions
 from ssd.study import Run
 from ssd.trainer import Event
 
-TINY = {"epochs": 8, "neurons": 24, "k": 4, "batch_size": 16, "anneal_samples": 40, "lr": 1.0}
+TINY = {
+    "tasks": 2,
+    "epochs": 8,
+    "k": 4,
+    "batch_size": 16,
+    "anneal_samples": 40,
+    "lr": 1.0,
+    "ewc_coefficient": 10.0,
+}
 UNKNOWN = "unheard-of"  # a method that no version trains
-RUN = ["naive", "sdmlp", "ssd", "ssd+ewc", "joint"]
+RUN = ["naive", "sdmlp", PAPER_SSD, "ssd", "ssd+ewc", "joint"]
 
 
 def majority(
@@ -54,20 +71,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("data/features").mkdir(parents=True)
     write_features(Path("data/features/cifar10.npz"), 96)
     write_features(Path("data/features/cifar100.npz"), 120)
-    benchmarks = experiments.BENCHMARKS[1:]  # MNIST is no feature file
+    # MNIST is no feature file.
+    benchmarks = tuple(replace(b, short=TINY) for b in experiments.BENCHMARKS[1:])
     monkeypatch.setattr("ssd.storage.run_folder.commit", lambda: "c0ffee")  # never dirty
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
-    monkeypatch.setattr(experiments, "SHORT_OWN", {})
     monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
-    for name in ("features", "cifar100"):
-        monkeypatch.setitem(config.PROTOCOLS, name, Protocol({}, {"tasks": 2, **TINY}))
     monkeypatch.setattr(experiments, "SHORT_SEEDS", (0, 1))
-    few = {"subnetwork": (2.0, "R/k"), "kl": ("forward",)}
+    few = {PAPER_SSD: {"subnetwork": (2.0, "R/k")}, "ssd": {"alpha": (0.5,)}}
     monkeypatch.setattr(experiments, "ABLATIONS", few)
     settings = {name: {"share": 0.5} for name in ("cifar10", "cifar100")}
     monkeypatch.setattr(experiments, "PEERS", {"majority": Peer(majority, settings=settings)})
-    monkeypatch.setattr(experiments, "TABLE1", (UNKNOWN, *RUN))
+    monkeypatch.setattr(experiments, "LINEAR", ("majority",))
+    methods = {name: replace(METHODS[name], own={}) for name in RUN}
+    monkeypatch.setattr(experiments, "METHODS", {UNKNOWN: Method(UNKNOWN), **methods})
+    monkeypatch.setattr(experiments, "LARGE", ("sdmlp", "ssd"))
     return tmp_path
 
 
@@ -140,10 +158,21 @@ def test_everything(
     assert said.startswith(f"note: left out, refused: method {UNKNOWN} must be any of ")
     rows = table(out / "table1.csv")
     assert [r["method"] for r in rows if r["neurons"] == "24"] == 2 * [UNKNOWN, *RUN]
+    assert {r["method"] for r in rows if r["neurons"] == ""} == {"majority"}
+    runs = table(out / "table1_runs.csv")
+    for row in rows:
+        found = [r for r in runs if all(r[n] == row[n] for n in ("benchmark", "neurons", "method"))]
+        assert [r["seed"] for r in found] == row["seeds"].split()
+        if found:
+            values = [float(r["mean_accuracy"]) for r in found]
+            assert np.mean(values) == pytest.approx(float(row["mean_accuracy"]))
+    tested = table(out / "table1_differences.csv")
+    assert {(r["method"], r["less"]) for r in tested} >= {("ssd", "sdmlp"), ("ssd+ewc", "ssd")}
+    shown = (out / "ablations.md").read_text()
+    assert "| ssd, alpha = 0.5 less ssd |" in shown
     assert all(("refused" in r["note"]) == (r["method"] == UNKNOWN) for r in rows)
-    # Two benchmarks, two seeds; three methods of one at the large size; the ablations, and two
-    # methods at another learning rate.
-    assert len(trained) == 2 * 2 * len(RUN) + 2 * 3 + 2 * 3 + 2 * 2
+    # Two seeds: two benchmarks, and the ablations.
+    assert len(trained) == 2 * 2 * len(RUN) + 2 * 3
     assert f"{len(trained) + 4} runs trained" in printed  # with the peer's
     took = entry("all")
     assert took["runs_needed"] == took["runs_trained"] == len(trained) + 4
@@ -152,9 +181,9 @@ def test_everything(
     structure = table(out / "structure.csv")
     for row in structure:
         assert (row["jaccard"] == row["kl_bits"] == "") == (row["method"] == UNKNOWN)
-        # Address and coverage are of an SDMLP; at the large size three methods are run.
+        # Address and coverage are of an SDMLP.
         found = [row[m] != "" for m in ("address_cosine", "effective_rank", "used_fraction")]
-        assert found == [row["method"] in ("sdmlp", "ssd", "ssd+ewc")] * 3
+        assert found == [row["method"] not in (UNKNOWN, "naive")] * 3
     assert {r["measure"] for r in table(out / "structure_tasks.csv")} == {
         "mean_entropy_bits",
         "dead_fraction",
@@ -226,11 +255,9 @@ def test_what_diverges_leaves_a_note(
 
     peer = Peer(singular, settings={"cifar10": {"share": 0.5}})
     monkeypatch.setattr(experiments, "PEERS", {"majority": peer})
-    monkeypatch.setitem(
-        config.PROTOCOLS,
-        "features",
-        Protocol({}, {"tasks": 2, **TINY, "lr": 1e30, "max_norm": 1e30}),
-    )
+    wild = {**TINY, "lr": 1e30, "max_norm": 1e30}
+    benchmarks = [replace(b, short=wild) for b in experiments.BENCHMARKS]
+    monkeypatch.setattr(experiments, "BENCHMARKS", benchmarks)
     for trained in (2, 0):  # the second time it is known
         assert call("table1", "table2", "--only", "cifar10", "24", "majority", "sdmlp") == 0
         printed = capsys.readouterr().out
@@ -269,7 +296,8 @@ def test_interrupted_and_resumed(
     assert "go on with: python -m ssd.reproduce table1 bwt --only cifar10 24 --short" in said
     assert len(trained) == 2
     before = entry(" ".join(arguments))
-    assert (before["runs_needed"], before["runs_trained"]) == (2 * len(RUN), 2)
+    needed = 2 * len(RUN) + 2  # with the peer's
+    assert (before["runs_needed"], before["runs_trained"]) == (needed, 2)
     assert not before["finished"]
     out = folder / "results" / "reproduction-short"
     for name in ("table1", "bwt"):
@@ -284,7 +312,7 @@ def test_interrupted_and_resumed(
     assert call(*arguments) == 0
     assert len(trained) == len(set(trained)) == 2 * len(RUN)
     after = entry(" ".join(arguments))
-    assert after["runs_needed"] == after["runs_trained"] == 2 * len(RUN)
+    assert after["runs_needed"] == after["runs_trained"] == needed
     assert after["finished"]
     assert after["seconds"] > before["seconds"]
     assert "not run" not in {
@@ -342,8 +370,9 @@ def test_missing_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_hints_of_what_is_trained(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = Protocol({}, {"tasks": 2, **TINY, "anneal_samples": 10_000})
-    monkeypatch.setitem(config.PROTOCOLS, "cifar100", tiny)
+    first, second = experiments.BENCHMARKS
+    second = replace(second, short={**TINY, "anneal_samples": 10_000})
+    monkeypatch.setattr(experiments, "BENCHMARKS", (first, second))
     assert call("table1", "--only", "cifar100", "sdmlp", "24") == 0
     assert call("table1", "--only", "cifar10", "sdmlp", "24") == 0
     said = [text for text in capsys.readouterr().err.splitlines() if "left out" not in text]
@@ -411,28 +440,56 @@ def judged(*lines: Line) -> list[str]:
 
 
 def test_claims(row: Row) -> None:
-    sdmlp = line("sdmlp", [0.70, 0.72], 0.20, row)
-    best = line("ssd+ewc", [0.85, 0.89], 0.10, row)
-    good = judged(sdmlp, line("ssd", [0.80, 0.82], 0.13, row), best)
-    over = "over 2 class orders"
+    sdmlp = line("sdmlp", [0.70, 0.72, 0.74], 0.20, row)
+    best = line("ssd+ewc", [0.85, 0.87, 0.91], 0.10, row)
+    good = judged(sdmlp, line("ssd", [0.80, 0.82, 0.84], 0.13, row), best)
+    over = "over 3 class orders"
+    # Differences 0.05, 0.05, 0.07: t = 8.5 with two degrees of freedom.
     assert good == [
-        "yes (0.7100 ± 0.0100 / 0.8100 ± 0.0100 / 0.8700 ± 0.0200; "
-        f"paired +0.1000 ± 0.0000 {over} and paired +0.0600 ± 0.0100 {over})",
-        "yes (-0.2000 ± 0.0100 / -0.1300 ± 0.0100 / -0.1000 ± 0.0100; "
-        f"paired +0.0700 ± 0.0000 {over} and paired +0.0300 ± 0.0000 {over})",
-        f"yes (paired +0.1000 ± 0.0000 {over})",
-        f"yes (paired +0.0600 ± 0.0100 {over})",
-        f"yes (0.2000 to 0.1300, -35%; paired -0.0700 ± 0.0000 {over})",
+        "yes (0.7200 ± 0.0115 / 0.8200 ± 0.0115 / 0.8767 ± 0.0176; "
+        f"paired +0.1000 ± 0.0000 {over}, p 0 and paired +0.0567 ± 0.0067 {over}, p 0.014)",
+        "yes (-0.2000 ± 0.0115 / -0.1300 ± 0.0115 / -0.1000 ± 0.0115; "
+        f"paired +0.0700 ± 0.0000 {over}, p 0 and paired +0.0300 ± 0.0000 {over}, p 0)",
+        f"yes (paired +0.1000 ± 0.0000 {over}, p 0)",
+        f"yes (paired +0.0567 ± 0.0067 {over}, p 0.014)",
+        f"yes (0.2000 to 0.1300, -35%; paired -0.0700 ± 0.0000 {over}, p 0)",
     ]
     assert judged(sdmlp, best) == []  # without SSD there is nothing to judge
-    bad = judged(sdmlp, line("ssd", [0.68, 0.78], 0.19, row), line("ssd+ewc", [0.7], 0.3, row))
+    worse = line("ssd", [0.68, 0.78, 0.70], 0.19, row)
+    bad = judged(sdmlp, worse, line("ssd+ewc", [0.7], 0.3, row))
     assert [verdict.split()[0] for verdict in bad] == ["undecided,", "undecided,", "no", "no", "no"]
-    close = judged(
-        sdmlp, line("ssd", [0.68, 0.78], 0.19, row), line("ssd+ewc", [0.76, 0.78], 0.185, row)
-    )
-    assert [verdict.split()[0] for verdict in close] == ["no"] * 5
+    noisy = judged(sdmlp, worse, line("ssd+ewc", [0.76, 0.78, 0.72], 0.185, row))
+    assert [verdict.split()[0] for verdict in noisy] == ["no", "yes", "no", "no", "no"]
     none = judged(sdmlp, line("ssd", [], 0.1, row), best)
     assert none == ["not run"] * 5
+
+
+def test_claims_are_judged_of_the_papers_ssd_and_of_ours(row: Row) -> None:
+    lines = [line(m, [0.5, 0.6], 0.2, row) for group in experiments.CLAIMS for m in group[1:]]
+    found = list(verdicts([line("sdmlp", [0.5, 0.6], 0.2, row), *lines]))
+    for method in ("ssd", PAPER_SSD):
+        assert sum(f": {method} - sdmlp >= 0.05" in claim for claim in found) == 1
+
+
+def test_differences(row: Row) -> None:
+    """Of the pairs in PAIRS, and of an ablated row and its method's default."""
+    default = line("ssd", [0.5, 0.6, 0.8], 0.1, replace(row, factor=experiments.DEFAULT))
+    changed = line("ssd", [0.6, 0.6, 0.9], 0.1, replace(row, factor="alpha", value="0.5"))
+    [found, bwt] = differences(RESULTS["ablations"], [default, changed])
+    assert (found["method"], found["less"]) == ("ssd, alpha = 0.5", "ssd")
+    assert found["difference"] == pytest.approx(0.2 / 3)
+    assert found["standard_error"] == pytest.approx(0.1 / 3)
+    assert found["p"] == pytest.approx(1 - 2 / sqrt(2 + 4))  # t = 2, two degrees of freedom
+    assert (bwt["measure"], bwt["difference"]) == ("bwt", pytest.approx(0, abs=1e-12))
+    before, after = experiments.PAIRS[0]
+    lines = [line(before, [0.5, 0.6], 0.1, row), line(after, [0.6], 0.1, row)]
+    [alone] = differences(RESULTS["table1"], lines)
+    assert (alone["difference"], alone["standard_error"], alone["p"]) == (
+        pytest.approx(0.1),
+        None,
+        None,
+    )
+    assert alone["class_orders"] == 1
 
 
 def test_claims_hold_at_their_bounds(row: Row) -> None:
@@ -447,11 +504,12 @@ def test_claims_hold_at_their_bounds(row: Row) -> None:
 def test_claim_of_the_best_figure(row: Row) -> None:
     mnist = next(b for b in experiments.BENCHMARKS if b.name == "mnist")
     for accuracy, verdict in (([0.85, 0.87], "yes"), ([0.85, 0.86], "no"), ([], "not")):
-        rest = [line(m, [0.5, 0.6], 0.2, replace(row, benchmark=mnist)) for m in ("sdmlp", "ssd")]
-        best = line("ssd+ewc", accuracy, 0.1, replace(row, benchmark=mnist))
+        *others, third = experiments.CLAIMS[0]
+        rest = [line(m, [0.5, 0.6], 0.2, replace(row, benchmark=mnist)) for m in others]
+        best = line(third, accuracy, 0.1, replace(row, benchmark=mnist))
         found = list(verdicts([*rest, best]))
         assert len(found) == 6
-        assert "SSD+EWC reaches 0.86 in accuracy: " + verdict in found[-1]
+        assert f"{PAPER_SSD_EWC} reaches 0.86 in accuracy: " + verdict in found[-1]
 
 
 def test_differences_are_paired_by_seed(row: Row) -> None:
@@ -465,14 +523,14 @@ def test_differences_are_paired_by_seed(row: Row) -> None:
 
 def test_published_figures(row: Row) -> None:
     result = RESULTS["table1"]
-    [record] = records(result, [line("ssd", [0.80, 0.84], 0.1, row)])
+    [record] = records(result, [line(PAPER_SSD, [0.80, 0.84], 0.1, row)])
     assert record["paper"] == 0.81
     assert record["difference"] == pytest.approx(0.01)
     assert record["paper_inferred"] is False
     [record] = records(RESULTS["bwt"], [line("sdmlp", [0.80, 0.84], 0.1, row)])
     assert record["difference"] == pytest.approx(0.0828)
-    methods = {*TABLE1, "FlyModel"}
-    for benchmark, neurons, method, measure in PAPER:
+    methods = {*METHODS, "FlyModel"}
+    for benchmark, neurons, method, measure in PUBLISHED:
         assert benchmark in {b.name for b in experiments.BENCHMARKS}
         assert neurons in experiments.SIZES
         assert method in methods
@@ -482,7 +540,7 @@ def test_published_figures(row: Row) -> None:
 def test_inferred_is_explained_where_it_is_shown(row: Row) -> None:
     small = replace(row, config=replace(row.config, neurons=1000))
     for name, shows in (("table1", True), ("bwt", False)):
-        lines = [line("sdmlp", [0.7], 0.1, row), line("ssd+ewc", [0.7], 0.1, small)]
+        lines = [line("sdmlp", [0.7], 0.1, row), line(PAPER_SSD_EWC, [0.7], 0.1, small)]
         text = markdown_text("title", RESULTS[name], lines, {})
         assert "Published figures: Xue et al., AAAI 2026" in text
         assert ("inferred: which row it is of" in text) is shows
@@ -561,49 +619,57 @@ def test_definitions(short: bool) -> None:
 
 
 def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method's own settings, epochs among them, hold at their size alone; nothing in full."""
-    own = {"epochs": 3, "lr": 1.25, "alpha": 0.9}
-    monkeypatch.setattr(experiments, "SHORT_OWN", {("mnist", 10_000, "ssd"): own})
+    """A method's own settings hold on their benchmark alone; nothing in full."""
+    own = {"mnist": {"epochs": 3, "lr": 1.25}}
+    changed = {"lwf": replace(METHODS["lwf"], own=own)}
+    monkeypatch.setattr(experiments, "METHODS", {**METHODS, **changed})
     for short in (True, False):
         found = {
-            (r.neurons, r.method): r.config
+            (r.benchmark.name, r.neurons): r.config
             for r in experiments.table1(short, {})
-            if r.benchmark.name == "mnist"
+            if r.method == "lwf"
         }
-        changed, other = found[10_000, "ssd"], found[1_000, "ssd"]
-        assert ({name: getattr(changed, name) for name in own} == own) is short
-        assert other.epochs != own["epochs"]
-        assert (changed.eval_every == own["epochs"]) is short
+        small, other = found["mnist", 1_000], found["cifar10", 1_000]
+        assert ((small.epochs, small.lr) == (3, 1.25)) is short
+        assert other.lr != 1.25
+        assert other.epochs != 3
+        assert (small.eval_every == 3) is short
 
 
-@pytest.mark.parametrize("large", [False, True])
-def test_class_orders_of_the_rows_where_claims_are_judged(large: bool) -> None:
-    rows = experiments.table1(True, {})
-    if large:
-        rows = experiments.over_all_orders(rows)
-    for benchmark in experiments.BENCHMARKS:
-        for neurons in experiments.SIZES:
-            seeds = {
-                r.method: r.seeds for r in rows if (r.benchmark, r.neurons) == (benchmark, neurons)
-            }
-            expected = experiments.SEEDS
-            if neurons > experiments.SIZES[0]:
-                if benchmark.name not in experiments.SHORT_LARGE_ON:
-                    assert not seeds
-                    continue
-                expected = experiments.SEEDS if large else experiments.SHORT_SEEDS
-            assert {seeds[m] for m in experiments.SHORT_LARGE} == {expected}
-            others = {s for m, s in seeds.items() if m not in experiments.SHORT_LARGE}
-            assert others <= {experiments.SHORT_SEEDS}
+def test_ours_is_the_everyday_preset_and_the_papers_is_the_papers() -> None:
+    """The terms of `ssd` at --short are those of ssd.train; those of the paper, its presets'."""
+    features = {b.name: "f.npz" for b in experiments.BENCHMARKS}
+    found = {
+        (short, r.benchmark.name, r.method): r.config
+        for short in (True, False)
+        for r in experiments.table1(short, features)
+        if r.neurons == 1_000
+    }
+    for name in ("mnist", "cifar10"):
+        given = {"dataset": "mnist"} if name == "mnist" else {"features": "f.npz"}
+        samples = next(b.samples for b in experiments.BENCHMARKS if b.name == name)
+        usual = config.resolve({**given, "method": "ssd+ewc"}, samples)
+        ours = found[True, name, "ssd+ewc"]
+        assert replace(ours, eval_every=usual.eval_every, features=usual.features) == usual
+        paper = config.resolve({**given, "method": "ssd", "preset": "paper-1k"})
+        assert replace(found[False, name, PAPER_SSD], features=paper.features) == paper
 
 
-def test_large_adds_class_orders(
-    folder: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(experiments, "SEEDS", (0, 1, 2))
-    monkeypatch.setattr(experiments, "SHORT_LARGE_ON", ("cifar10",))
-    command = ["bwt", "--short", "--only", "cifar10", "32", "sdmlp"]
-    for more, count in (([], 2), (["--large"], 3)):
+@pytest.mark.parametrize("short", [False, True])
+def test_class_orders(short: bool) -> None:
+    """All of them where a claim or a pair is judged, and none of those that chose settings."""
+    judged = {m for group in (*experiments.CLAIMS, *experiments.PAIRS) for m in group}
+    assert not judged & set(experiments.ASIDE)
+    for row in experiments.table1(short, {}):
+        assert not {11, 12} & set(row.seeds)
+        if row.neurons == experiments.SIZES[0] and row.method in judged:
+            assert row.seeds == experiments.SEEDS
+    assert {r.neurons for r in experiments.table1(short, {})} == {0, *experiments.SIZES}
+
+
+def test_large_adds_the_large_size(folder: Path, no_figures: None) -> None:
+    command = ["bwt", "--short", "--only", "cifar10", "sdmlp"]
+    for more, count in (([], 2), (["--large"], 4)):
         assert reproduce.main([*command, *more]) == 0
         assert len(list(folder.glob("runs/*/*/config.json"))) == count
     assert reproduce.main(["bwt", "--large"]) == 2
@@ -649,26 +715,44 @@ def test_structure_over_tasks(row: Row) -> None:
 
 
 def test_ablations_figure_tells_methods_apart(row: Row) -> None:
-    """The title names the default's method; a row of another one bears its own."""
+    """Each method has its own marks, its rows bear its name, and its default is a line."""
     rows = [
         replace(row, method=method, factor=factor, value=value)
         for method, factor, value in (
             ("ssd", experiments.DEFAULT, ""),
-            ("ssd", "kl", "forward"),
-            ("sdmlp", "lr", "0.5"),
-            ("ssd", "lr", "0.5"),
+            ("ssd", "alpha", "0.5"),
+            (PAPER_SSD, experiments.DEFAULT, ""),
+            (PAPER_SSD, "alpha", "0.5"),
         )
     ]
     lines = [Line(row, [{"seed": 0, "mean_accuracy": 0.5, "bwt": -0.1}]) for row in rows]
-    for shown, labels in (
-        (lines, ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),
-        (lines[1:], ["lr = 0.5", "sdmlp, lr = 0.5", "kl = forward"]),  # the default was not run
-    ):
+    labels = [f"{PAPER_SSD}, alpha = 0.5", "ssd, alpha = 0.5"]
+    for shown, defaults in ((lines, 2), (lines[1:], 1)):  # or a default was not run
         [(stem, figure)] = draw("ablations", RESULTS["ablations"], shown)
         assert stem == "ablations"
-        assert figure.get_suptitle() == "SSD on Split CIFAR-10 features, R = 10,000"
-        assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == labels
+        axes = figure.axes[0]
+        assert [text.get_text() for text in axes.get_yticklabels()] == labels
+        marks = [container.lines[0] for container in axes.containers]
+        assert len({mark.get_color() for mark in marks}) == 2
+        assert len({mark.get_marker() for mark in marks}) == 2
+        vertical = [
+            x for x in axes.lines if len(x.get_xdata()) == 2 and len(set(x.get_xdata())) == 1
+        ]
+        assert len(vertical) == defaults
         plt.close(figure)
+
+
+def test_figures_of_accuracy_show_chance_and_ceilings(row: Row) -> None:
+    def measured(method: str, accuracy: float) -> Line:
+        return Line(replace(row, method=method), [{"seed": 0, "mean_accuracy": accuracy}])
+
+    lines = [measured("sdmlp", 0.4), measured("joint", 0.7), measured("ridge probe", 0.65)]
+    [(_, figure)] = draw("table1", RESULTS["table1"], lines)
+    vertical = {x.get_xdata()[0] for x in figure.axes[0].lines if x.get_linestyle() != "None"}
+    assert vertical >= {0.1, 0.7, 0.65}
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert {"chance", *experiments.CEILINGS} <= set(names)
+    plt.close(figure)
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -731,13 +815,15 @@ def test_heat_maps(row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("short", [False, True])
 def test_every_ablation_changes_something(short: bool) -> None:
     features = {benchmark.name: "features.npz" for benchmark in experiments.BENCHMARKS}
-    default, *rows = experiments.ablations(short, features)
-    assert {row.factor for row in rows} == set(experiments.ABLATIONS) | ({"lr"} if short else set())
-    others = [len(values) - 1 for values in experiments.ABLATIONS.values()]
-    # Every value but the default; --short two at most, and two methods at another learning rate.
-    assert len(rows) == (sum(min(n, 2) for n in others) + 2 if short else sum(others))
-    for number, row in enumerate(rows):
-        assert row.config not in (default.config, *(other.config for other in rows[:number]))
+    rows = experiments.ablations(short, features)
+    for method, factors in experiments.ABLATIONS.items():
+        _, *own = [row for row in rows if row.method == method]
+        assert {row.factor for row in own} == set(factors)
+        # Every value but the method's; --short two at most.
+        others = [len(values) - 1 for values in factors.values()]
+        assert len(own) >= (sum(min(n, 2) for n in others) if short else sum(others))
+    configs = [row.config for row in rows]
+    assert all(config not in configs[:number] for number, config in enumerate(configs))
 
 
 @pytest.mark.usefixtures("no_figures")
