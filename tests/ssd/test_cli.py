@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from rich.console import Console
 
 from ssd import cli, sweep, train
 from ssd.cli import exit_status, in_words, reword
-from ssd.config import PROTOCOLS, Protocol
 from ssd.embed import __main__ as embed
 from ssd.errors import Interrupted, UserError
 from ssd.peers import __main__ as peers
@@ -62,11 +62,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_features(Path("data/features/cifar10.npz"), 96)
     monkeypatch.setattr(train, "draw", lambda folder: None)
     monkeypatch.setattr("ssd.reproduce.reproduction.draw", lambda *result: [])
-    monkeypatch.setattr(experiments, "BENCHMARKS", experiments.BENCHMARKS[1:2])
+    tiny = {"tasks": 2, "epochs": 1, "k": 2, "batch_size": 16, "anneal_samples": 40}
+    benchmark = replace(experiments.BENCHMARKS[1], short=tiny)
+    monkeypatch.setattr(experiments, "BENCHMARKS", (benchmark,))
     monkeypatch.setattr(experiments, "SIZES", (24, 32))
     monkeypatch.setattr(experiments, "SEEDS", (0, 1))
-    tiny = {"epochs": 1, "k": 2, "batch_size": 16, "anneal_samples": 40}
-    monkeypatch.setitem(PROTOCOLS, "features", Protocol({}, {"tasks": 2, **tiny}))
     few = learners.entries(16, 10)[:2]
     monkeypatch.setattr(peers, "entries", lambda *sizes: few)
     return tmp_path
