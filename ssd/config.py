@@ -71,6 +71,13 @@ class Config:
     neurons: int = _setting(1000, "hidden neurons R")
     k: int = _setting(10, "neurons active for an input")
     inhibition: str = _setting("subtract", "how the top-k pass on", ("subtract", "mask"))
+    center: str = _setting(
+        "never",
+        "subtract the mean input of the first task: never (paper), auto: where inputs are almost "
+        "parallel, or always; for sdmlp",
+        ("never", "auto", "always"),
+        later=True,
+    )
     schedule: str = _setting(
         "gaba", "from dense to k-sparse: GABA switch, k falling linearly, or at once", SCHEDULES
     )
@@ -301,6 +308,7 @@ _EVERYDAY = {
     "hidden_weight": 0.5,
     "selection": "all",
     "protection": "use",
+    "center": "auto",
     "metaplasticity_coefficient": 3.0,
     "ewc_coefficient": 500.0,
 }

@@ -31,7 +31,7 @@ from ssd_kernels.reference import power_of_two
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer
 # The user is told if more than this share of the rows or columns carries no information.
 DEAD_SHARE = 0.5
-# The user is told if the cosine of two rows is above this in the mean.
+# Rows are almost parallel if the cosine of two of them is above this in the mean.
 PARALLEL = 0.9
 SHOWN = 2_000  # at most so many rows, evenly spaced, are compared for it
 # A column that spans fewer float32 steps than this has lost its values to rounding.
@@ -519,16 +519,21 @@ def _notes(data: Dataset, x_read: Tensor) -> list[str]:
             f"{constant:,} of the {columns:,} columns of x_train are constant: they tell no "
             "class from another"
         )
-    # The squared length of the mean direction is the mean cosine of all pairs.
-    rows = data.x_train[:: -(-len(data.x_train) // SHOWN)].relu()
-    directions = F.normalize(rows / power_of_two(rows.amax()), dim=1)
-    alike = directions.mean(0).square().sum().item()
+    alike = mean_cosine(data.x_train)
     if alike > PARALLEL:
         found.append(
-            f"the rows of x_train are almost parallel (mean cosine {alike:.2f}), so SDMLP can "
-            "hardly tell them apart: subtract the mean of each column first"
+            f"the rows of x_train are almost parallel (mean cosine {alike:.2f}): SDMLP can tell "
+            "them apart only with --center auto or always"
         )
     return found
+
+
+def mean_cosine(x: Tensor) -> float:
+    """The mean cosine of all pairs of rows of relu(x), x [N, d], on up to SHOWN rows."""
+    rows = x[:: -(-len(x) // SHOWN)].relu()
+    directions = F.normalize(rows / power_of_two(rows.amax()), dim=1)
+    # The squared length of the mean direction.
+    return directions.mean(0).square().sum().item()
 
 
 def _blurred(x: Tensor, narrow: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssd.activations import CHUNK, count_activations, evaluating
 from ssd.config import DISTILLATIONS, Config, penalty_settings
-from ssd.data import Task, shuffled
+from ssd.data import PARALLEL, Task, mean_cosine, shuffled
 from ssd.distillation import Distiller, subnetwork_size
 from ssd.errors import Diverged
 from ssd.metrics import finite, predicted
@@ -43,6 +43,12 @@ def build_model(config: Config, in_features: int, classes: int) -> Network:
     draw = torch.Generator().manual_seed(config.seed)
     with torch.device("cpu"):
         return kind.build(in_features=in_features, classes=classes, generator=draw, **settings)
+
+
+def center(model: SDMLP, when: str, x: Tensor) -> None:
+    """Makes the model subtract the mean of the first task's inputs x [N, d], if `when` says so."""
+    if when == "always" or (when == "auto" and mean_cosine(x) > PARALLEL):
+        model.shift.copy_(x.double().mean(0))
 
 
 def build_distiller(config: Config, model: Network) -> Distiller | None:
@@ -104,6 +110,7 @@ class Learner:
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.structure: StructureRecorder | None = None
         if isinstance(model, SDMLP):
+            center(model, config.center, tasks[0].x_train)
             size = subnetwork_size(config.k, config.neurons, config.subnetwork)
             self.structure = StructureRecorder(size)
         else:

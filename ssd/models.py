@@ -276,7 +276,8 @@ class SDMLP(Network):
         dtype: of the weights.
 
     forward: x [B, d] -> logits [B, C]. Weights: encoder.weight [R, d] (addresses, paper's W1),
-    decoder.weight [R, C] (values, the transpose of the paper's W2).
+    decoder.weight [R, C] (values, the transpose of the paper's W2). The buffer shift [d], 0 at
+    first, is subtracted from every input.
     """
 
     encoder: AnnealedTopKLinear
@@ -300,6 +301,8 @@ class SDMLP(Network):
             in_features, neurons, k, inhibition, schedule, anneal_samples, device, dtype
         )
         self.decoder = SparseLinear(neurons, classes, False, device, dtype)
+        self.shift: Tensor
+        self.register_buffer("shift", torch.zeros(in_features, device=device, dtype=dtype))
         draw(self, (in_features, neurons), generator)
         self.constrain()
 
@@ -310,8 +313,8 @@ class SDMLP(Network):
             project_(weight, True, normalize)
 
     def address(self, x: Tensor) -> Tensor:
-        """relu(x) scaled to unit L2 norm: what the encoder sees, [B, d]."""
-        return project(x.relu(), nonnegative=False, normalize=True)
+        """relu(x - shift) scaled to unit L2 norm: what the encoder sees, [B, d]."""
+        return project((x - self.shift).relu(), nonnegative=False, normalize=True)
 
     def read(self, hidden: TopKOutput | Tensor) -> Tensor:
         """Logits [B, C] of a hidden layer, sparse or dense."""

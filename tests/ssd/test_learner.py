@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.config import Config
-from ssd.data import Dataset, Task, class_order, split
+from ssd.config import Config, resolve
+from ssd.data import PARALLEL, Dataset, Task, class_order, mean_cosine, split
 from ssd.learner import Learner, build_model
-from ssd.models import NETWORKS, Kind, Network
+from ssd.models import NETWORKS, SDMLP, Kind, Network
 from ssd.run import RunOptions, run
 from ssd.trainer import Trainer
 from ssd_kernels.nn import TopK
@@ -208,3 +208,48 @@ def test_a_layer_of_another_size_or_that_never_runs_is_refused() -> None:
     model.layer = "spare"
     with pytest.raises(ValueError, match="'spare'"):
         Learner(CONFIG, make_tasks(CONFIG), model, distiller=None, regularizers=[])
+
+
+def offset(mean: float) -> list[Task]:
+    """Two tasks whose inputs share a mean."""
+    draw = torch.Generator().manual_seed(3)
+    x, y = mean + torch.randn(240, 12, generator=draw), torch.arange(240) % 4
+    x += 2 * torch.randn(4, 12, generator=draw)[y]
+    return split(Dataset("f", x[:160], y[:160], x[160:], y[160:]), 2, class_order(4, 0))
+
+
+@pytest.mark.parametrize("when", ["never", "auto", "always"])
+@pytest.mark.parametrize("mean", [0.5, 30.0])
+def test_center(when: str, mean: float) -> None:
+    """The mean of the first task alone, where inputs are almost parallel or always."""
+    tasks = offset(mean)
+    assert (mean_cosine(tasks[0].x_train) > PARALLEL) is (mean == 30)
+    config = replace(CONFIG, method="sdmlp", center=when)
+    learner = Learner(config, tasks, build_model(config, 12, 4))
+    model = learner.model
+    assert isinstance(model, SDMLP)
+    centred = when == "always" or (when == "auto" and mean == 30)
+    shift = tasks[0].x_train.mean(0) if centred else torch.zeros(12)
+    torch.testing.assert_close(model.shift, shift)
+    x = tasks[1].x_test
+    torch.testing.assert_close(model.address(x), F.normalize((x - shift).relu(), dim=1))
+    model.eval()  # else every call counts
+    assert torch.equal(model(x), model.respond(model.address(x)))
+
+
+def test_centred_inputs_are_learned_and_resumed() -> None:
+    """What parallel inputs cost, and that a checkpoint holds the mean."""
+    accuracy, trained = {}, {}
+    for when in ("never", "auto"):
+        config = replace(CONFIG, method="sdmlp", center=when, tasks=2, epochs=20)
+        learner = Learner(config, offset(30.0), build_model(config, 12, 4))
+        for _ in Trainer([learner]).run():
+            pass
+        accuracy[when], trained[when] = learner.accuracy[0, 0].item(), learner
+    assert accuracy["auto"] > accuracy["never"] + 0.2
+    other = build_model(CONFIG, 12, 4)
+    assert isinstance(other, SDMLP)
+    other.load_state_dict(trained["auto"].model.state_dict())
+    assert other.shift.any()
+    assert resolve({}).center == "auto"
+    assert resolve({"preset": "paper-1k"}).center == "never"

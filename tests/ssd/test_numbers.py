@@ -48,6 +48,7 @@ RUNS = {
 PEERS = {
     "nearest class mean": 9.76602,
     "streaming LDA": 11.4342,
+    "ridge probe": 6.27619,
     "FlyModel": 5.76628,
     "random ReLU + ridge": 6.36231,
     "RanPAC": 6.35295,

@@ -21,6 +21,7 @@ from ssd.peers.learners import (
     FlyModel,
     NearestClassMean,
     RandomReLU,
+    RidgeProbe,
     RanPAC,
     StreamingLDA,
     evaluate_stream,
@@ -82,12 +83,19 @@ def test_streaming_lda_is_lda(shrinkage: float) -> None:
     )
 
 
-def test_random_relu_task_by_task_is_ridge() -> None:
+@pytest.mark.parametrize("of_input", [False, True])
+def test_task_by_task_is_ridge(of_input: bool) -> None:
+    """On a random hidden layer, or on the input and a constant."""
     linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     x, y = data()
-    learner = RandomReLU(D, C, 40, torch.Generator().manual_seed(1), ridge=1e-2)
+    if of_input:
+        learner: RandomReLU | RidgeProbe = RidgeProbe(D, C, ridge=1e-2)
+    else:
+        learner = RandomReLU(D, C, 40, torch.Generator().manual_seed(1), ridge=1e-2)
     fit(learner, x, y, [[3], [1], [0, 2]])
-    hidden = (x @ learner.projection.T).relu().double()
+    assert learner._unit is not None
+    hidden = learner._hidden(x / learner._unit).double()
+    assert hidden.shape[1] == (D + 1 if of_input else 40)
     ridge = 1e-2 * hidden.square().sum(0).mean().item()
     expected = linear.Ridge(alpha=ridge, fit_intercept=False)
     expected.fit(hidden.numpy(), np.eye(C)[y])
@@ -198,6 +206,7 @@ LEARNERS = [
     NearestClassMean(D, C),
     StreamingLDA(D, C),
     FlyModel(D, C, 50, share=0.1),
+    RidgeProbe(D, C),
     RandomReLU(D, C, 40),
     RanPAC(D, C, 40),
     FlyCL(D, C, 40),
