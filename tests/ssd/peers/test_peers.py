@@ -21,8 +21,8 @@ from ssd.peers.learners import (
     FlyModel,
     NearestClassMean,
     RandomReLU,
-    RidgeProbe,
     RanPAC,
+    RidgeProbe,
     StreamingLDA,
     evaluate_stream,
 )
