@@ -11,7 +11,8 @@ import csv
 import sys
 from itertools import product
 from pathlib import Path
-from statistics import mean, pvariance
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
 
@@ -35,20 +36,15 @@ def shares(path: Path) -> list[list[str]]:
     combinations = list(product(*levels.values()))
     if sorted(tuple(run[n] for n in levels) for run in runs) != combinations:
         raise UserError(f"{path}: {len(runs)} runs are not one of each of {len(combinations)}")
-    found = [float(run[MEASURE]) for run in runs]
-    center, total = mean(found), len(found) * pvariance(found)
-    if total == 0:
-        raise UserError(f"{path}: every run has the {MEASURE} {center}, so there is no spread")
-    rows, left = [], [1.0, 1.0]
+    found = np.array([float(run[MEASURE]) for run in runs])
+    if found.min() == found.max():
+        raise UserError(f"{path}: every run has the {MEASURE} {found[0]}, so there is no spread")
+    rows, left = [], np.ones(2)
     for name, values in levels.items():
-        means = [
-            mean(y for y, r in zip(found, runs, strict=True) if r[name] == value)
-            for value in values
-        ]
-        squares = len(runs) / len(values) * sum((m - center) ** 2 for m in means)
-        parts = squares / total, (len(values) - 1) / (len(runs) - 1)
+        means = [found[[run[name] == value for run in runs]].mean() for value in values]
+        parts = np.array([np.var(means) / found.var(), (len(values) - 1) / (len(runs) - 1)])
         rows.append([name, str(len(values)), *(f"{part:.3f}" for part in parts)])
-        left = [rest - part for rest, part in zip(left, parts, strict=True)]
+        left -= parts
     return [*rows, ["interactions", "", *(f"{abs(rest):.3f}" for rest in left)]]
 
 

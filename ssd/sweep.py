@@ -83,7 +83,7 @@ MEASURES = ("mean_accuracy", "bwt", "forgetting", "seconds")
 # Norms of the terms' gradients at the ends of tasks, for terms that some row has.
 GRADIENTS = tuple(f"{term}_gradient" for term in TERMS)
 SPREAD = "mean ± standard error of the mean over seeds"
-ORDERS = ", each its own class order"  # unless order_seed is given
+ORDERS = ", each its own class order"  # where no row has an order_seed
 
 
 @dataclass(frozen=True)
