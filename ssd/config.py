@@ -57,7 +57,9 @@ class Config:
     features: str | None = _setting(None, "feature file (.npz or .pt) for --dataset features")
     method: str = _setting("ssd", f"parts joined by +, of {', '.join(method_parts())}")
     tasks: int = _setting(5, "number of tasks; must divide the number of classes; 50 for cifar100")
-    seed: int = _setting(0, "seed of initialisation, data order and class order; 0: in order")
+    seed: int = _setting(0, "seed of class order (0: in order), initial weights and batch order")
+    order_seed: int | None = _setting(None, "seed of the class order; 0: in order", later=True)
+    weight_seed: int | None = _setting(None, "seed of the initial weights", later=True)
     validation: float = _setting(
         0.0, "evaluate on this fraction of the training data instead of the test set"
     )
@@ -178,7 +180,8 @@ class Config:
         check(lambda v: v <= self.neurons, f"at most --neurons {self.neurons}", "k")
         check(lambda v: 0 < v < inf, "above 0 and finite", "lr", "max_norm", "temperature")
         check(lambda v: 1 <= v < 2**63, "in 1..2^63-1", "anneal_samples")
-        check(lambda v: 0 <= v < 2**63, "in 0..2^63-1", "seed")
+        seeds = ("seed", "order_seed", "weight_seed")
+        check(lambda v: v is None or 0 <= v < 2**63, "in 0..2^63-1", *seeds)
         check(lambda v: 0 <= v <= 1, "in 0..1", "alpha", "lam")
         check(lambda v: 0 <= v < 1, "in 0..1, below 1", "validation", "momentum")
         numbers = [f.name for f in fields(self) if isinstance(f.default, float)]
@@ -208,8 +211,8 @@ class Config:
 
     def _validate_types(self) -> None:
         """For settings from a file; the command line has checked its own."""
-        known: dict[str, Any]
-        known = {"int": int, "float": (int, float), "str": str, "str | None": (str, type(None))}
+        known: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
+        known |= {f"{name} | None": (known[name], type(None)) for name in ("int", "str")}
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata["choices"]
             kinds = known[str(setting.type)]

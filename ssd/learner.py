@@ -37,10 +37,11 @@ TERM_SAMPLES = 512  # training inputs on which the gradients of the terms are me
 
 
 def build_model(config: Config, in_features: int, classes: int) -> Network:
-    """The network of a run, its weights drawn from the run's seed."""
+    """The network of a run, its weights drawn from weight_seed, by default seed."""
     kind = NETWORKS[config.network]
     settings = {name: getattr(config, name) for name in kind.settings}
-    draw = torch.Generator().manual_seed(config.seed)
+    seed = config.seed if config.weight_seed is None else config.weight_seed
+    draw = torch.Generator().manual_seed(seed)
     with torch.device("cpu"):
         return kind.build(in_features=in_features, classes=classes, generator=draw, **settings)
 

@@ -66,7 +66,8 @@ def load_data(config: Config, root: Path, **how: Any) -> Dataset:
 def make_tasks(config: Config, data: Dataset) -> list[Task]:
     """The stream of tasks of a run; UserError if the data set does not fit the settings."""
     shown = hold_out(data, config.validation) if config.validation > 0 else data
-    tasks = split(shown, config.tasks, class_order(data.classes, config.seed))
+    seed = config.seed if config.order_seed is None else config.order_seed
+    tasks = split(shown, config.tasks, class_order(data.classes, seed))
     return cumulated(tasks) if JOINT in config.parts else tasks
 
 

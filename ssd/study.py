@@ -102,6 +102,7 @@ class Run:
                 "seed": config.seed,
                 "data_crc32": self.data.checksum(),
                 "algorithm": evaluation.algorithm,
+                **({} if config.order_seed is None else {"order_seed": config.order_seed}),
                 **trained,
             }
         digest = _digest(dumps(described, sort_keys=True))

@@ -82,7 +82,8 @@ SHARED = {"dataset", "features"}
 MEASURES = ("mean_accuracy", "bwt", "forgetting", "seconds")
 # Norms of the terms' gradients at the ends of tasks, for terms that some row has.
 GRADIENTS = tuple(f"{term}_gradient" for term in TERMS)
-SPREAD = "mean ± standard error of the mean over seeds, each its own class order"
+SPREAD = "mean ± standard error of the mean over seeds"
+ORDERS = ", each its own class order"  # where no row has an order_seed
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,9 @@ def cells(
 
 
 def _text(value: Any) -> str:
-    """A setting in as few digits as distinguish it from any other."""
+    """A setting in as few digits as distinguish it from any other; nothing for None."""
+    if value is None:
+        return ""
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
@@ -250,6 +253,7 @@ def markdown_text(
     varied: Sequence[str],
     records: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Mapping[str, Any]],
+    spread: str,
 ) -> str:
     """sweep.md: the table with its best row in bold, the split, the versions and the commits.
 
@@ -258,13 +262,14 @@ def markdown_text(
         varied: the settings that are columns.
         records: what rank returned.
         outcomes: of all runs behind them.
+        spread: what ± stands for.
     """
     measures = with_gradients(records)
     best, *others = (cells(record, varied, measures) for record in records)
     rows = [[f"**{text}**" if text else "" for text in best], *others]
     lines = [f"# {title}", "", *markdown_table(header(varied, measures), rows)]
     commits = sorted({outcome["commit"] for outcome in outcomes})
-    lines += ["", f"{SPREAD[0].upper()}{SPREAD[1:]}."]
+    lines += ["", f"{spread[0].upper()}{spread[1:]}."]
     if any(record["evaluated_on"] == "test" for record in records):
         lines += ["", "**Ranked on the TEST set**: nothing may be chosen by this table."]
     lines += ["", f"{versions_of(outcomes)}; commit {', '.join(commits)}."]
@@ -336,14 +341,16 @@ def _report(
     commits = {outcome["commit"] for outcome in outcomes.values()}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")
-    markdown = markdown_text(title, sweep.varied, records, list(outcomes.values()))
+    given = any(row[0].config.order_seed is not None for row in rows)
+    spread = SPREAD if given else SPREAD + ORDERS
+    markdown = markdown_text(title, sweep.varied, records, list(outcomes.values()), spread)
     write_atomically(folder / CSV, csv_text(records))
     lines = [by_run(sweep, run, outcomes[run]) for row in rows for run in row]
     write_atomically(folder / RUNS, csv_text(lines))
     write_atomically(folder / MARKDOWN, markdown)
     if not quiet:
         marked = [["* "[number > 0], *cells(r, sweep.varied)] for number, r in enumerate(records)]
-        table = rich_table(title, ["", *header(sweep.varied)], marked, caption=SPREAD)
+        table = rich_table(title, ["", *header(sweep.varied)], marked, caption=spread)
         table.rows[0].style = "bold"
         Console().print(table)
     if _diverged(records[0]):

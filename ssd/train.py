@@ -60,7 +60,7 @@ from ssd.tables import accuracy_table, plus_minus, seeds_table
 # The settings that have an option of their own, by the group of --help that shows them.
 GROUPS = {
     "data": "tasks validation",
-    "run": "seed",
+    "run": "seed order_seed weight_seed",
     "method": "method alpha lam temperature hidden_loss hidden_weight selection subnetwork kl "
     "hidden logits frequency protection " + " ".join(penalty_settings(*PENALTIES)),
     "network": "neurons k inhibition schedule anneal_samples",
@@ -68,7 +68,8 @@ GROUPS = {
 }
 # Below this share of the cross entropy's gradient the hidden term does not act.
 DEAD = 0.01
-METAVARS = {int: "N", float: "X", str: None}
+# How the command line reads and shows the types of settings.
+KINDS = {"int": (int, "N"), "int | None": (int, "N"), "float": (float, "X"), "str": (str, None)}
 
 # Options that a run may be resumed with: they do not change its numbers.
 CONTROL = {"out", "resume", "device", "quiet", "data_root", "checkpoint_every", "strict_data"}
@@ -104,12 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     for title, names in GROUPS.items():
         for name in names.split():
             default, choices = getattr(usual, name), settings[name].metadata["choices"]
+            kind, metavar = KINDS[str(settings[name].type)]
+            shown = option("seed") if default is None else default
             groups[title].add_argument(
                 option(name),
-                type=type(default),
+                type=kind,
                 choices=choices,
-                metavar=METAVARS[type(default)],
-                help=f"{settings[name].metadata['help']} (default {default})",
+                metavar=metavar,
+                help=f"{settings[name].metadata['help']} (default {shown})",
             )
     return parser
 

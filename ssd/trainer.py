@@ -22,7 +22,8 @@ from ssd.step import plain_step, step
 
 # Settings in which learners that are trained together may differ.
 OWN = (
-    *("seed", "alpha", "lam", "temperature", "hidden_weight", "lr", "max_norm", "anneal_samples"),
+    *("seed", "order_seed", "weight_seed"),
+    *("alpha", "lam", "temperature", "hidden_weight", "lr", "max_norm", "anneal_samples"),
     *penalty_settings(*PENALTIES),
 )
 
@@ -166,7 +167,8 @@ class Trainer:
             learner = self.learners[number]
             config = learner.config
             own = [n for n in OWN if len({getattr(e.config, n) for e in self.learners}) > 1]
-            which = " ".join(f"{option(n)} {getattr(config, n)}" for n in own)
+            named = {n: getattr(config, n) for n in own}
+            which = " ".join(f"{option(n)} {v}" for n, v in named.items() if v is not None)
             causes = ["lr", "max_norm"]
             if any(r.active for r in learner.regularizers):
                 settings = penalty_settings(*PENALTIES)

@@ -141,7 +141,9 @@ BAD: dict[str, list[object]] = {
     "si_coefficient": [nan],
     "si_beta": [inf],
     "l2_coefficient": [-1.0],
-    "seed": [-1, 2**63, True],
+    "seed": [-1, 2**63, True, None],
+    "order_seed": [-1, 2**63, True, "3", 1.5],
+    "weight_seed": [-1, 2**63, False],
     "subnetwork": [0.5, 101.0, nan],
     "anneal_samples": [0],
     "eval_every": [0],
@@ -163,7 +165,7 @@ def test_edges_are_allowed() -> None:
         {"k": 1000, "subnetwork": 1.0},
         {"alpha": 0.0, "lam": 1.0},
         {"subnetwork": 100.0},
-        {"seed": 2**63 - 1},
+        {"seed": 2**63 - 1, "order_seed": 0, "weight_seed": 2**63 - 1},
         {"lr": 1},
     ):
         replace(Config(), **changes).validate()

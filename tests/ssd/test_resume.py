@@ -26,6 +26,7 @@ VARIANTS = {
     "linear": {"method": "sdmlp", "schedule": "linear"},
     "seen, accumulated": {"logits": "seen", "frequency": "accumulated", "tasks": 4},
     "before": {"hidden": "before", "inhibition": "mask", "schedule": "flat"},
+    "seeds": {"order_seed": 3, "weight_seed": 4},
     "lwf": {"method": "lwf+ewc", "validation": 0.2},
 }
 

@@ -137,6 +137,8 @@ def test_folder_left_by_a_kill_at_the_start(tmp_path: Path, data: Dataset) -> No
 
 OTHERS = {
     "seed": ({"seed": 1}, "seed 0, now 1"),
+    "order seed": ({"order_seed": 0}, "order_seed None, now 0"),
+    "weight seed": ({"weight_seed": 3}, "weight_seed None, now 3"),
     "method": ({"method": "sdmlp"}, r"method ssd\+ewc, now sdmlp"),
     "neurons": ({"neurons": 33}, "neurons 32, now 33"),
     "k": ({"k": 4}, "k 3, now 4"),

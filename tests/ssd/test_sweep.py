@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,9 +17,10 @@ from kill_resume import write_features
 
 from ssd import sweep
 from ssd.config import Config, resolve
+from ssd.data import class_order
 from ssd.run import RunOptions, run
 from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
-from ssd.sweep import cells, header, markdown_text, rank, read_sweep, with_gradients
+from ssd.sweep import ORDERS, SPREAD, cells, header, markdown_text, rank, read_sweep, with_gradients
 from ssd.tables import csv_text
 
 BASE = """
@@ -217,6 +219,32 @@ def test_runs_are_crossed_with_the_grid(folder: Path) -> None:
     assert config.lr == resolve({"features": "f.npz"}).lr != Config().lr  # of the preset
 
 
+def test_seeds_in_the_grid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row has its own class order and weights; seeds change the batches alone."""
+    grid = "[grid]\norder_seed = [1, 2]\nweight_seed = [3, 4]\n"
+    Path("s.toml").write_text(BASE + grid)
+    assert sweep.main(SWEPT) == 0
+    found = list(summaries().values())
+    assert {s["trained_together"] for s in found} == {8}
+    lines = list(csv.DictReader(Path("out/runs.csv").read_text().splitlines()))
+    seeds = ("order_seed", "weight_seed", "seed")
+    assert [tuple(line)[:3] for line in lines] == [seeds] * 8
+    assert [tuple(line[n] for n in seeds) for line in lines] == [
+        (order, weight, seed) for order in "12" for weight in "34" for seed in "01"
+    ]
+    for line in lines:
+        (own,) = (s for s in found if all(str(s["config"][n]) == line[n] for n in seeds))
+        assert own["mean_accuracy"] == float(line["mean_accuracy"])
+        assert list(chain(*own["classes_per_task"])) == class_order(4, int(line["order_seed"]))
+    assert {(row["order_seed"], row["weight_seed"]) for row in rows()} == {
+        (line["order_seed"], line["weight_seed"]) for line in lines
+    }
+    markdown = Path("out/sweep.md").read_text()
+    assert f"\n{SPREAD.capitalize()}.\n" in markdown
+    assert ORDERS not in markdown
+    assert "order_seed=1 weight_seed=3 seed 0" in capsys.readouterr().out
+
+
 def test_rank_of_single_runs() -> None:
     found = sweep.Sweep({}, [{"k": 1}, {"k": 2}], 1)
     summary = {"bwt": -0.5, "forgetting": 0.5, "seconds": 8.0, "evaluated_on": "test"}
@@ -231,7 +259,8 @@ def test_rank_of_single_runs() -> None:
     assert cells(records[0], ["k"]) == ["2", "0.7500", "-0.5000", "0.5000", "2.0"]
     assert csv_text(records).splitlines()[1] == "2,0.75,,-0.5,,0.5,,2.0,,,,,,,,,,1,test"
     made = [{"commit": c, "versions": {"torch": "2.6"}} for c in ("b", "a", "b")]
-    lines = markdown_text("title", ["k"], records, made).splitlines()
+    lines = markdown_text("title", ["k"], records, made, "what ± is").splitlines()
+    assert "What ± is." in lines
     assert "torch 2.6; commit a, b." in lines
     assert "Warning: runs of 2 commits." in lines
     assert lines[2] == "| k | mean accuracy | bwt | forgetting | seconds |"
@@ -282,6 +311,10 @@ FILES = {
     "empty list": ("[grid]\nalpha = []", "alpha must be a list of values, not \\[\\]"),
     "no list": ("[grid]\nalpha = 0.5", "alpha must be a list of values, not 0.5"),
     "in two tables": ("[base]\nk = 3\n[grid]\nk = [3]", r"k is in both \[base\] and \[grid\]"),
+    "no integer for a seed": (
+        '[grid]\norder_seed = [1, "a"]',
+        ": order_seed a must be of type int",
+    ),
     "seed in the grid": ("[grid]\nseed = [1]", r"seed belongs in \[base\], with seeds = N"),
     "data set in the base": ('[base]\ndataset = "mnist"', "dataset belongs in the top of the"),
     "unknown data set": ('dataset = "mnits"', ": dataset mnits is unknown"),
@@ -415,5 +448,6 @@ def test_runs_of_several_commits_say_so(
 
 def test_settings_that_differ_look_different() -> None:
     values = [0.1, 0.1234567, 0.12345678, 1e-7, 2.0, 3, "ssd"]
+    assert sweep._text(None) == ""
     texts = [sweep._text(value) for value in values]
     assert texts == ["0.1", "0.1234567", "0.12345678", "1e-07", "2", "3", "ssd"]

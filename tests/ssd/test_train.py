@@ -81,6 +81,8 @@ OPTIONS = {
     "missing value": (["--epochs"], "--epochs: expected one argument"),
     "not a number": (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
     "not an integer": (["-k", "2.5"], "-k: invalid int value: '2.5'"),
+    "no integer for a seed": (["--order-seed", "x"], "--order-seed: invalid int value: 'x'"),
+    "negative seed": (["--weight-seed", "-1"], "--weight-seed -1 must be in 0..2^63-1"),
     "unknown method": (["--method", "sgd"], "--method sgd must be any of sdmlp"),
     "k > neurons": (["-k", "33"], "-k 33 must be at most --neurons 32"),
     "k = 0": (["-k", "0"], "-k 0 must be in 1.."),
@@ -521,6 +523,9 @@ def test_help_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(lines)
     for option in ("--dataset NAME", "--epochs N", "-k N", "--lr X", "--out DIR", "--resume"):
         assert option in text
+    assert "--order-seed N seed of the class order; 0: in order (default --seed)" in " ".join(
+        text.split()
+    )
 
 
 def test_every_setting_has_an_option() -> None:
@@ -528,6 +533,8 @@ def test_every_setting_has_an_option() -> None:
     destinations = {action.dest for action in train.build_parser()._actions}
     assert set(Config().to_dict()) <= destinations
     assert known <= destinations
+    given = resolve(vars(train.build_parser().parse_args(small("--order-seed", "3"))))
+    assert (given.seed, given.order_seed, given.weight_seed) == (0, 3, None)
 
 
 def test_progress_bar(folder: Path) -> None:
