@@ -63,7 +63,7 @@ GROUPS = {
     "run": "seed order_seed weight_seed",
     "method": "method alpha lam temperature hidden_loss hidden_weight selection subnetwork kl "
     "hidden logits frequency protection " + " ".join(penalty_settings(*PENALTIES)),
-    "network": "neurons k inhibition schedule anneal_samples",
+    "network": "neurons k inhibition center schedule anneal_samples",
     "training": "epochs batch_size lr momentum max_norm eval_every",
 }
 # Below this share of the cross entropy's gradient the hidden term does not act.
