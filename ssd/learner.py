@@ -20,7 +20,7 @@ from ssd.distillation import Distiller, subnetwork_size
 from ssd.errors import Diverged
 from ssd.metrics import finite, predicted
 from ssd.models import NETWORKS, SDMLP, Network
-from ssd.regularizers import PENALTIES, Regularizer
+from ssd.regularizers import PENALTIES, Metaplasticity, Regularizer
 from ssd.structure import StructureRecorder
 from ssd_kernels._graded_code import Scratch
 from ssd_kernels.row_update import global_norm
@@ -217,7 +217,7 @@ class Learner:
                 ).item()
                 for term, loss in losses.items()
             }
-        pulls = [r for r in self.regularizers if r.active and r.rates is None]
+        pulls = [r for r in self.regularizers if r.active and not isinstance(r, Metaplasticity)]
         if pulls:
             gradients = [torch.zeros_like(p) for p in self.parameters]
             for regularizer in pulls:
@@ -329,9 +329,7 @@ class Stack:
 
     @property
     def penalized(self) -> bool:
-        """Whether a regularizer does more than to scale the gradients of addresses."""
-        regularizers = [r for learner in self.learners for r in learner.regularizers]
-        return any(r.active and r.rates is None for r in regularizers)
+        return any(r.active for learner in self.learners for r in learner.regularizers)
 
     @property
     def reads_scores(self) -> bool:

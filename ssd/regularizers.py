@@ -39,11 +39,6 @@ class Regularizer(Protocol):
         """Whether it changes gradients yet."""
         ...
 
-    @property
-    def rates(self) -> Tensor | None:
-        """Factors [R] of the gradients of the layer's rows, if it does no more; kept in place."""
-        ...
-
     def penalty(self) -> Tensor:
         """The penalty, 0-d float64."""
         ...
@@ -105,7 +100,6 @@ class Quadratic:
     """
 
     BUFFERS: tuple[str, ...] = ("curvature", "anchor")  # in checkpoints, one tensor per parameter
-    rates = None
 
     def __init__(self, model: nn.Module, coefficient: float) -> None:
         self.model, self.coefficient = model, coefficient

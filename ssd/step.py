@@ -108,7 +108,7 @@ def sparse_step(stack: Stack, batch: Batch, hidden: TopKOutput | ActiveNeurons) 
     if isinstance(hidden, TopKOutput) and not stack.penalized and stack.momentum is None:
         row_update(
             stack.weights,
-            [_slowed(stack, hidden, loss.grad_values), hidden.values],
+            [loss.grad_values, hidden.values],
             [batch.address, loss.grad_logits],
             hidden.indices,
             lr=stack.lr,
@@ -262,15 +262,6 @@ def _moved_rows(stack: Stack, hidden: TopKOutput | ActiveNeurons) -> Tensor | No
         return fired
     pulled = stack.learners[0].penalized_rows()
     return None if pulled is None else torch.cat([pulled, fired]).unique()
-
-
-def _slowed(stack: Stack, code: TopKOutput, back: Tensor) -> Tensor:
-    """The gradient of a code's values, times the rates of their neurons."""
-    for same in zip(*(learner.regularizers for learner in stack.learners), strict=True):
-        rates = [r.rates for r in same if r.active and r.rates is not None]
-        if rates:
-            back = back * torch.cat(rates)[code.indices]
-    return back
 
 
 def _fired(code: TopKOutput) -> Tensor:

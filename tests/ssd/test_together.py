@@ -56,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flat": {"schedule": "flat"},
     "momentum": {"momentum": 0.9},
     "mse, protected": {"hidden_loss": "mse", "selection": "activation", "protection": "use"},
-    "protected, flat": {"protection": "use", "schedule": "flat"},
     "mse of all, before": {"hidden_loss": "mse", "selection": "all", "hidden": "before"},
     "topk-mlp": {"method": "topk-mlp+lwf"},
     "ssd+si": {"method": "ssd+si"},
