@@ -61,11 +61,6 @@ STEPS = {
     ),
     "no teacher": (EXACT, {"method": "sdmlp"}, f"{DRAW} {FLAT} {ROWS} {TALLY}"),
     "penalty": (EXACT, {"method": "ssd+ewc"}, f"{DRAW} {FLAT} {GRADIENTS} {PULL} {MOVE} {TALLY}"),
-    "protected": (
-        EXACT,
-        {"protection": "use"},
-        f"{DRAW} {FLAT} cat index mul {ROWS} {TALLY}",
-    ),
     "momentum": (EXACT, {"momentum": 0.9}, f"{DRAW} {FLAT} {GRADIENTS} {MOVE} {TALLY}"),
 }
 

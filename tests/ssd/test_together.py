@@ -45,8 +45,7 @@ BASE = Config(
 OWN: list[dict[str, Any]] = [
     {"seed": 0},
     {"seed": 4, "alpha": 0.5, "lr": 0.2, "anneal_samples": 200, "si_coefficient": 0.5},
-    {"seed": 9, "lam": 0.0, "temperature": 5.0, "max_norm": 0.05, "mas_coefficient": 10.0}
-    | {"metaplasticity_coefficient": 30.0},
+    {"seed": 9, "lam": 0.0, "temperature": 5.0, "max_norm": 0.05, "mas_coefficient": 10.0},
 ]
 VARIANTS: dict[str, dict[str, Any]] = {
     "ssd": {},
@@ -57,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flat": {"schedule": "flat"},
     "momentum": {"momentum": 0.9},
     "mse, protected": {"hidden_loss": "mse", "selection": "activation", "protection": "use"},
-    "protected, flat": {"protection": "use", "schedule": "flat"},
     "mse of all, before": {"hidden_loss": "mse", "selection": "all", "hidden": "before"},
     "topk-mlp": {"method": "topk-mlp+lwf"},
     "ssd+si": {"method": "ssd+si"},
