@@ -217,7 +217,7 @@ _CODE = _code(0.4, 1e-4, power=0.5)
 # Of the closed-form readouts: readout, strength and share are those of Gaussian addresses.
 _FROZEN = _code(0.4, 1e-4, freeze=True)
 _KEPT = {"readout": "lda", "strength": 1e-2}
-_FOLLOWING = _code(0.4, 1e-2, follow=1e-3)
+_FOLLOWING = _code(0.4, 1e-3, follow=1e-3)
 LINEAR = ("ridge probe", "streaming LDA")  # of the input: ceilings beside joint training
 CEILINGS = (JOINT, *LINEAR)
 _READ = SIZES[:1]  # sizes of the networks whose code is read out
