@@ -109,7 +109,7 @@ METHODS: Mapping[str, Method] = {
         _own(
             {"lr": 2.0, "ewc_coefficient": 400.0},
             {**_MIXED, "ewc_coefficient": 400.0},
-            {**_MIXED, "ewc_coefficient": 800.0},
+            {**_MIXED, "lr": 6.0, "ewc_coefficient": 800.0},
         ),
     ),
     # No weight but that of the cross entropy, at the settings of the next row.
