@@ -523,7 +523,7 @@ def _notes(data: Dataset, x_read: Tensor) -> list[str]:
     if alike > PARALLEL:
         found.append(
             f"the rows of x_train are almost parallel (mean cosine {alike:.2f}): SDMLP can tell "
-            "them apart only with --center auto or always"
+            "them apart only with their mean subtracted (ssd train --center)"
         )
     return found
 

@@ -73,7 +73,7 @@ def paired_difference(differences: Sequence[float]) -> tuple[float, float | None
     center, error = estimate(differences)
     if error is None:
         return center, None, None
-    if error < ROUNDING:  # the test divides by it
+    if error < ROUNDING:  # the test divides by it; its limit is 0 or 1
         return center, error, float(abs(center) < ROUNDING)
     from scipy.stats import ttest_1samp  # takes half a second, and few commands test
 

@@ -306,6 +306,13 @@ class SDMLP(Network):
         draw(self, (in_features, neurons), generator)
         self.constrain()
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        # A checkpoint from before there was a shift has none.
+        state_dict.setdefault(f"{prefix}shift", torch.zeros_like(self.shift))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     @torch.no_grad()
     def constrain(self) -> None:
         """Clamps all weights at 0, then scales each address to unit L2 norm."""

@@ -36,7 +36,7 @@ ALL = "all"
 def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="python -m ssd.reproduce",
-        description="Train what the paper's tables and figures need and is not there yet, and "
+        description="Train what the paper's tables and figures need and is not there yet, and\n"
         "write them. The same command goes on with what was interrupted.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
@@ -48,7 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("results", metavar="RESULT", nargs="*", default=[ALL], help=results)
     short = "at the everyday preset: an hour on a CPU; not the paper's protocol"
     add("--short", action="store_true", help=short)
-    add("--large", action="store_true", help="with --short: R = 10,000 too")
+    add(
+        "--large",
+        action="store_true",
+        help=f"with --short: R = 10,000 too, for {len(experiments.LARGE)} methods",
+    )
     add_folder = partial(add, metavar="DIR", type=Path)
     out = "default results/reproduction, with --short results/reproduction-short"
     add_folder("--out", help=f"tables and figures ({out})")
@@ -77,6 +81,8 @@ def execute(arguments: Sequence[str]) -> None:
     for name in given.only:
         if name not in known:
             raise UserError(f"--only {name} is unknown; choose from {', '.join(known)}")
+    if given.short and not given.large and str(experiments.SIZES[1]) in given.only:
+        raise UserError(f"--only {experiments.SIZES[1]} needs --large beside --short")
     device = choose_device(given.device)
     out = given.out or Path("results") / ("reproduction-short" if given.short else "reproduction")
     for place, path in (("--out", out), ("--runs", given.runs)):

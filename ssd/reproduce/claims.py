@@ -53,8 +53,9 @@ def differences(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
     pairs: list[tuple[Line, Line]] = []
     for found in _by_place(lines).values():
         pairs += [(found[a], found[b]) for a, b in PAIRS if {a, b} <= found.keys()]
-        for line in (x for x in lines if x.row.value and x.row.method in found):
-            pairs.append((found[line.row.method], line))
+        for default in found.values():
+            changed = (x for x in lines if x.row.value and x.row.method == default.row.method)
+            pairs += [(default, x) for x in changed if x.row.place == default.row.place]
     return [
         {
             "benchmark": after.row.benchmark.name,

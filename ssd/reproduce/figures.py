@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from ssd.figures import NAMED, busiest_first, draw_heat_map, integer_ticks, panels
 from ssd.metrics import estimate
-from ssd.reproduce.experiments import CEILINGS, CLAIMS, DEFAULT, Benchmark, Result
+from ssd.reproduce.experiments import CLAIMS, DEFAULT, REFERENCES, Benchmark, Result
 from ssd.reproduce.lines import Line
 from ssd.storage.run_folder import read_frequency
 
@@ -21,13 +21,13 @@ from ssd.storage.run_folder import read_frequency
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
-# Vertical lines where accuracy is the axis: the floor and the ceilings.
+# Vertical lines where accuracy is the axis.
 BOUNDS: dict[str, dict[str, Any]] = {
     "chance": {"color": "0.6", "ls": ":", "lw": 1},
     **{
         name: {"color": color, "ls": dash, "lw": 1}
         for name, color, dash in zip(
-            CEILINGS, ("#000000", "#009E73", "#CC79A7"), DASHES[:3], strict=True
+            REFERENCES, ("#000000", "#009E73", "#CC79A7"), DASHES[:3], strict=True
         )
     },
 }
@@ -99,16 +99,17 @@ def _methods(result: Result, lines: Sequence[Line]) -> Figure:
     named = any(line.row.published(result.measures[0]) for line in lines)
     handles = _legend(sizes, named)
     if "mean_accuracy" in measures:
-        handles += [Line2D([], [], label=label, **style) for label, style in BOUNDS.items()]
+        drawn = [label for label in BOUNDS if label == "chance" or label in methods]
+        handles += [Line2D([], [], label=label, **BOUNDS[label]) for label in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def _bounds(axes: Axes, benchmark: Benchmark, lines: Sequence[Line]) -> None:
-    """A line at chance, and one at each ceiling that was measured at the smallest size."""
+    """A line at chance, and one at each reference that was measured at the smallest size."""
     found = {"chance": [1 / benchmark.classes]}
     for line in lines[::-1]:
-        if line.row.benchmark == benchmark and line.row.method in CEILINGS:
+        if line.row.benchmark == benchmark and line.row.method in REFERENCES:
             found[line.row.method] = line.values("mean_accuracy")
     for label, values in found.items():
         if values:

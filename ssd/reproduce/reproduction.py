@@ -221,7 +221,8 @@ class Reproduction:
         origin = provenance(self.request.command, lines)
         tables = {name: records(result, lines)}
         tables[f"{name}_runs"] = run_records(result, lines)
-        tables[f"{name}_differences"] = differences(result, lines)
+        if tested := differences(result, lines):
+            tables[f"{name}_differences"] = tested
         if result.per_task:
             tables[f"{name}_tasks"] = task_records(result, lines)
         for stem, table in tables.items():

@@ -166,7 +166,10 @@ def markdown_text(
         text += ["", "## Claims", "", *(f"- {claim}" for claim in verdicts(lines))]
     if tested := differences(result, lines):
         text += ["", "## Paired differences", "", *_differences_table(tested), ""]
-        text += ["Paired by class order; p is of a two-sided t test of mean 0."]
+        text += [
+            "Paired by class order; p is of a two-sided t test of mean 0, not corrected for the "
+            "number of pairs."
+        ]
     text += ["", "## Origin", "", *(f"- {name}: {value}" for name, value in origin.items())]
     return "\n".join(text) + "\n"
 

@@ -28,6 +28,7 @@ VARIANTS = {
     "before": {"hidden": "before", "inhibition": "mask", "schedule": "flat"},
     "seeds": {"order_seed": 3, "weight_seed": 4},
     "lwf": {"method": "lwf+ewc", "validation": 0.2},
+    "centred": {"center": "always"},
 }
 
 

@@ -35,7 +35,7 @@ from ssd.reproduce.experiments import (
     Peer,
     Row,
 )
-from ssd.reproduce.figures import draw
+from ssd.reproduce.figures import COLORS, draw
 from ssd.reproduce.lines import Line, overlaps
 from ssd.reproduce.tables import markdown_text, provenance, records, task_records
 from ssd.run import Interrupted, RunOptions
@@ -636,6 +636,25 @@ def test_short_settings_of_each_method(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (small.eval_every == 3) is short
 
 
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_controls_have_the_best_settings_of_their_sweep(name: str) -> None:
+    """The first row of each control in results/sweeps, which rank by validation accuracy."""
+    sweep = Path(__file__).parents[3] / f"results/sweeps/controls-{name}.csv"
+    best: dict[str, dict[str, str]] = {}
+    for record in sorted(table(sweep), key=lambda r: -float(r["mean_accuracy"])):
+        kind = {"kl": " (paper)", "mse": " without protection"}[record["hidden_loss"]]
+        method = record["method"]
+        best.setdefault(method + kind if method.startswith("ssd") else method, record)
+    assert set(best) >= {PAPER_SSD, PAPER_SSD_EWC, "ssd without protection", "ewc", "lwf", "sdmlp"}
+    found = {r.method: r.config for r in experiments.table1(True, {}) if r.benchmark.name == name}
+    for method, record in best.items():
+        matters = {"lr"} | set(config.penalty_settings(*METHODS[method].parts.split("+")))
+        if METHODS[method].parts.split("+")[0] in ("ssd", "lwf"):
+            matters |= {"alpha", "temperature"}
+        for setting in matters & record.keys():
+            assert getattr(found[method], setting) == float(record[setting]), (method, setting)
+
+
 def test_ours_is_the_everyday_preset_and_the_papers_is_the_papers() -> None:
     """The terms of `ssd` at --short are those of ssd.train; those of the paper, its presets'."""
     features = {b.name: "f.npz" for b in experiments.BENCHMARKS}
@@ -660,6 +679,9 @@ def test_class_orders(short: bool) -> None:
     """All of them where a claim or a pair is judged, and none of those that chose settings."""
     judged = {m for group in (*experiments.CLAIMS, *experiments.PAIRS) for m in group}
     assert not judged & set(experiments.ASIDE)
+    assert judged <= METHODS.keys()
+    assert set(experiments.COMPARED) <= METHODS.keys()
+    assert len(experiments.COMPARED) <= len(COLORS)
     for row in experiments.table1(short, {}):
         assert not {11, 12} & set(row.seeds)
         if row.neurons == experiments.SIZES[0] and row.method in judged:
@@ -674,6 +696,7 @@ def test_large_adds_the_large_size(folder: Path, no_figures: None) -> None:
         assert reproduce.main([*command, *more]) == 0
         assert len(list(folder.glob("runs/*/*/config.json"))) == count
     assert reproduce.main(["bwt", "--large"]) == 2
+    assert reproduce.main(["bwt", "--short", "--only", "32"]) == 2
 
 
 def test_note_of_networks_that_are_trained_short() -> None:
@@ -743,7 +766,7 @@ def test_ablations_figure_tells_methods_apart(row: Row) -> None:
         plt.close(figure)
 
 
-def test_figures_of_accuracy_show_chance_and_ceilings(row: Row) -> None:
+def test_figures_of_accuracy_show_chance_and_references(row: Row) -> None:
     def measured(method: str, accuracy: float) -> Line:
         return Line(replace(row, method=method), [{"seed": 0, "mean_accuracy": accuracy}])
 
@@ -752,7 +775,8 @@ def test_figures_of_accuracy_show_chance_and_ceilings(row: Row) -> None:
     vertical = {x.get_xdata()[0] for x in figure.axes[0].lines if x.get_linestyle() != "None"}
     assert vertical >= {0.1, 0.7, 0.65}
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert {"chance", *experiments.CEILINGS} <= set(names)
+    assert {"chance", "joint", "ridge probe"} <= set(names)
+    assert "streaming LDA" not in names  # it was not run
     plt.close(figure)
 
 
