@@ -31,10 +31,10 @@ def records(result: Result, lines: Sequence[Line]) -> list[dict[str, Any]]:
         for measure in result.measures:
             record |= columns(measure, line.values(measure))
         ours = record[first]
-        if base := defaults.get(line.row.method):
-            record["difference_to_default"] = None if ours is None else ours - mean(base)
-        elif defaults:
-            record["difference_to_default"] = None
+        if defaults:
+            base = defaults.get(line.row.method, [])
+            known = ours is not None and base
+            record["difference_to_default"] = ours - mean(base) if known else None
         record |= {
             "seeds": " ".join(str(s["seed"]) for s in line.summaries),
             "paper": paper and paper.value,
