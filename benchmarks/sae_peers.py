@@ -1,8 +1,8 @@
 """A training step of Top-K autoencoders: ours, and four libraries' where they are installed.
 
 All begin with the same weights. What a library does instead of unit rows is left as it is: SAELens
-multiplies by the decoder's norms, overcomplete normalises the dictionary in its forward pass and
-has no decoder bias.
+multiplies by the decoder's norms (with sparse codes it does neither), overcomplete normalises the
+dictionary in its forward pass and has no decoder bias.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ def saelens(sae: TopKSAE, _: int, dead: Dead, *, batch: bool = False, sparse: bo
         k=sae.k,
         aux_loss_coefficient=AUXK,
         use_sparse_activations=sparse,
+        rescale_acts_by_decoder_norm=not sparse,  # torch 2.14 has no such backward of sparse codes
         dtype=str(weight.dtype).removeprefix("torch."),
         device=str(weight.device),
     )
