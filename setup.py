@@ -35,7 +35,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels", "ssd_kernels.*"]),
-    package_data={"ssd": ["py.typed"], "ssd_kernels": ["py.typed"]},
+    package_data={"ssd": ["py.typed", "mnist_5k.*"], "ssd_kernels": ["py.typed"]},
     entry_points={"console_scripts": ["ssd = ssd.__main__:main"]},
     install_requires=[
         "torch>=2.6",
@@ -46,7 +46,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "safetensors>=0.4",
-        "mlxtend>=0.23",
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={
@@ -59,8 +58,10 @@ setup(
         "dev": [
             *(*TEST, *CPU, *DOCS, *OFFLINE),
             "efficientnet-lite-pytorch==0.1.0",
+            "build>=1.2",
             "mypy>=1.11",
             "pre-commit>=3",
+            "twine>=6",
         ],
     },
 )
