@@ -22,7 +22,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The ssd developers",
-    license="MIT",
+    license="MIT AND CC-BY-SA-3.0",  # the second for ssd/mnist_5k.npz alone
     keywords="top-k sparse k-sparse autoencoder triton continual-learning distillation",
     project_urls={"Paper": "https://arxiv.org/abs/2512.15267"},
     classifiers=[
@@ -34,6 +34,7 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
+    license_files=["LICENSE", "ssd/mnist_5k.txt"],
     packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels", "ssd_kernels.*"]),
     package_data={"ssd": ["py.typed", "mnist_5k.*"], "ssd_kernels": ["py.typed"]},
     entry_points={"console_scripts": ["ssd = ssd.__main__:main"]},
