@@ -3,8 +3,8 @@
     python scripts/install_weight.py COMMIT ... > benchmarks/results/cpu/install.csv
 
 PyTorch and torchvision go into a fresh virtual environment. The project at each commit is then
-installed there, whole and with --no-deps, and what that brought is removed again. This is done
-twice, so that pip's cache holds every wheel; the second time counts.
+installed there, whole and with --no-deps, and what that brought is removed again. All of this is
+done twice and the second time counts. Seconds include the downloads that pip's cache does not save.
 """
 
 import csv
