@@ -35,7 +35,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels", "ssd_kernels.*"]),
-    package_data={"ssd": ["py.typed"], "ssd_kernels": ["py.typed"]},
+    package_data={"ssd": ["py.typed", "page.html"], "ssd_kernels": ["py.typed"]},
     entry_points={"console_scripts": ["ssd = ssd.__main__:main"]},
     install_requires=[
         "torch>=2.6",
@@ -60,6 +60,7 @@ setup(
             *(*TEST, *CPU, *DOCS, *OFFLINE),
             "efficientnet-lite-pytorch==0.1.0",
             "mypy>=1.11",
+            "playwright>=1.49",
             "pre-commit>=3",
         ],
     },

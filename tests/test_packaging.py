@@ -62,7 +62,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         file.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
-        if file.suffix == ".py" or file.name == "py.typed"
+        if file.suffix in (".py", ".html") or file.name == "py.typed"
     }
     assert packed == sources
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
