@@ -486,6 +486,9 @@ def test_comparison(open_page: Open, tmp_path: Path) -> None:
     ]
     chips = page.locator("[aria-label=comparison] button").all_inner_texts()
     assert [" ".join(chip.split()) for chip in chips] == ends
+    dots = "nodes => nodes.slice(-2).map(node => +node.getAttribute('cx'))"
+    short, full = page.eval_on_selector_all("article[aria-label=comparison] circle", dots)
+    assert (short - 34) / (full - 34) == pytest.approx(3 / 12)  # a line has its dot where it ends
     box.focus()
     page.keyboard.press("Home")
     assert box.get_attribute("aria-valuetext").startswith("after 0.5 of 12 tasks: a 0.")
