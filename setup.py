@@ -36,7 +36,10 @@ setup(
     python_requires=">=3.10",
     license_files=["LICENSE", "ssd/mnist_5k.txt"],
     packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels", "ssd_kernels.*"]),
-    package_data={"ssd": ["py.typed", "mnist_5k.*"], "ssd_kernels": ["py.typed"]},
+    package_data={
+        "ssd": ["py.typed", "mnist_5k.*", "page.html"],
+        "ssd_kernels": ["py.typed"],
+    },
     entry_points={"console_scripts": ["ssd = ssd.__main__:main"]},
     install_requires=[
         "torch>=2.6",
@@ -61,6 +64,7 @@ setup(
             "efficientnet-lite-pytorch==0.1.0",
             "build>=1.2",
             "mypy>=1.11",
+            "playwright>=1.49",
             "pre-commit>=3",
             "twine>=6",
         ],
