@@ -22,7 +22,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The ssd developers",
-    license="MIT",
+    license="MIT AND CC-BY-SA-3.0",  # the second for ssd/mnist_5k.npz alone
     keywords="top-k sparse k-sparse autoencoder triton continual-learning distillation",
     project_urls={"Paper": "https://arxiv.org/abs/2512.15267"},
     classifiers=[
@@ -34,8 +34,12 @@ setup(
         "Typing :: Typed",
     ],
     python_requires=">=3.10",
+    license_files=["LICENSE", "ssd/mnist_5k.txt"],
     packages=find_packages(include=["ssd", "ssd.*", "ssd_kernels", "ssd_kernels.*"]),
-    package_data={"ssd": ["py.typed"], "ssd_kernels": ["py.typed"]},
+    package_data={
+        "ssd": ["py.typed", "mnist_5k.*", "page.html"],
+        "ssd_kernels": ["py.typed"],
+    },
     entry_points={"console_scripts": ["ssd = ssd.__main__:main"]},
     install_requires=[
         "torch>=2.6",
@@ -46,7 +50,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "safetensors>=0.4",
-        "mlxtend>=0.23",
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={
@@ -59,8 +62,11 @@ setup(
         "dev": [
             *(*TEST, *CPU, *DOCS, *OFFLINE),
             "efficientnet-lite-pytorch==0.1.0",
+            "build>=1.2",
             "mypy>=1.11",
+            "playwright>=1.49",
             "pre-commit>=3",
+            "twine>=6",
         ],
     },
 )

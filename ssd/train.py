@@ -39,6 +39,7 @@ from ssd.config import (
 from ssd.data import SOURCES, Dataset, default_root
 from ssd.errors import Interrupted, UserError
 from ssd.figures import draw
+from ssd.page import write_report
 from ssd.peers.learners import NearestClassMean, accuracies
 from ssd.progress import Display, watcher
 from ssd.run import RunOptions, load_data, make_tasks, require_fit, run, run_together
@@ -150,10 +151,11 @@ def recorded_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_one(config: Config, data: Dataset, folder: Path, options: RunOptions) -> dict[str, Any]:
-    """Trains one run and draws its figures; returns its summary."""
+    """Trains one run, draws its figures and writes its page; returns its summary."""
     summary = run(config, data, folder, options)
     with folder_lock(folder):
         draw(folder)
+        write_report(folder)
     return summary
 
 
@@ -171,6 +173,7 @@ def train_seeds(
         summaries = run_together(configs, data, folders, folder / CHECKPOINT, options)
         for seed_folder in folders:
             draw(seed_folder)
+            write_report(seed_folder)
             if options.stopped():
                 raise Interrupted
         aggregate = summarize_seeds(summaries, config)

@@ -48,7 +48,8 @@ class TopKSAE(nn.Module):
         neurons: R, the latents.
         k: neurons that stay active, 1..R. It may be set anew at each step; see annealed_k.
         dead_after: samples without activity after which a neuron is dead.
-        auxk: dead neurons a sample that reconstruct the error, 0 for none; None: d // 2.
+        auxk: dead neurons a sample that reconstruct the error; None: d // 2. To find the dead ones
+            waits for the device; with 0 no step does.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -163,11 +164,9 @@ class TopKSAE(nn.Module):
         """Removes from the decoder's gradient what would only change the length of its rows."""
         weight, gradient = self.decoder.weight, self.decoder.weight.grad
         if gradient is None:
-            raise RuntimeError(
-                "the decoder has no gradient yet; call project_gradient after backward"
-            )
-        row = reference.project(weight, nonnegative=False, normalize=True)
-        gradient -= (gradient * row).sum(-1, keepdim=True) * row
+            raise RuntimeError("the decoder has no gradient; call project_gradient after backward")
+        size = torch.linalg.vecdot(weight, weight).clamp(min=torch.finfo(weight.dtype).tiny)
+        gradient -= (torch.linalg.vecdot(gradient, weight) / size).unsqueeze(1) * weight
 
     def extra_repr(self) -> str:
         return f"k={self.k}, dead_after={self.dead_after}, auxk={self.auxk}"

@@ -125,7 +125,7 @@ def load(
     settings = _settings(folder / SETTINGS, format)
     jumps = settings.get("architecture") == "jumprelu"
     state = _state(folder / WEIGHTS[format], format, jumps)
-    d, k = settings.get("d_in"), (settings.get("metadata", {}) if jumps else settings).get("k")
+    d, k = settings.get("d_in"), (settings.get("metadata") or {} if jumps else settings).get("k")
     weight = state["encoder.weight"]
     if d != weight.shape[1]:
         raise ValueError(f"load: {folder} has weights of d={weight.shape[1]}, but d_in={d}")
@@ -152,6 +152,8 @@ def _settings(path: Path, format: str) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"load: {path} is no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"load: {path} holds {settings!r}, not settings by name")
     for name, values in COMPUTED[format].items():
         if (found := settings.get(name, values[0])) not in values:
             known = " or ".join(map(repr, values))
@@ -170,18 +172,25 @@ def _state(path: Path, format: str, jumps: bool) -> dict[str, Tensor]:
         names["threshold"] = "threshold"
     if set(found) != set(names.values()):
         raise ValueError(f"load: {path} has {sorted(found)}, not {sorted(names.values())}")
+    encoder = found[names["encoder.weight"]]
+    if encoder.dim() != 2:
+        raise ValueError(
+            f"load: {path} has {names['encoder.weight']} {list(encoder.shape)}, expected a matrix"
+        )
+    neurons, width = encoder.shape if format == "sparsify" else encoder.shape[::-1]
+    shapes = {
+        names["decoder.weight"]: (neurons, width),
+        names["decoder.bias"]: (width,),
+        names["encoder.weight"]: encoder.shape,
+    }
+    for name, tensor in found.items():
+        if tensor.shape != (expected := shapes.get(name, (neurons,))):
+            raise ValueError(
+                f"load: {path} has {name} {list(tensor.shape)}, expected {list(expected)}"
+            )
     state = {ours: found[theirs] for ours, theirs in names.items()}
     if format == "saelens":
-        state["encoder.weight"] = state["encoder.weight"].T
-    neurons, width = state["encoder.weight"].shape
-    shapes = {"decoder.weight": (neurons, width), "decoder.bias": (width,)}
-    for name in names:
-        expected = shapes.get(name, (neurons,) if "weight" not in name else (neurons, width))
-        if state[name].shape != expected:
-            raise ValueError(
-                f"load: {path} has {names[name]} {list(state[name].shape)}, "
-                f"expected {list(expected)}"
-            )
+        state["encoder.weight"] = encoder.T
     return state
 
 

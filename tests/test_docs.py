@@ -1,5 +1,6 @@
 """What the documents show runs; the links, commands, options and files that they name exist."""
 
+import csv
 import re
 import shlex
 from collections.abc import Iterator
@@ -119,12 +120,14 @@ def source_of(words: list[str]) -> tuple[str, list[str]]:
         case ["python", "-m", "pytest", *rest] | ["pytest", *rest]:
             options = "--benchmark-enable"  # of a plugin
             return (ROOT / "pyproject.toml").read_text(encoding="utf-8") + options, rest
+        case ["python", "-m", "build" | "twine", *rest]:
+            return "--strict --repository", rest
         case ["python", "-m", name, *rest] if name.startswith("ssd."):
             return help_of(name), rest
         case ["python", "-m", name, *rest]:
             return (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"), rest
         case ["pip", *rest]:
-            return (ROOT / "setup.py").read_text(encoding="utf-8"), rest
+            return (ROOT / "setup.py").read_text(encoding="utf-8") + " --no-deps", rest
         case ["mkdocs", "build" | "serve", *rest]:
             return "--strict", rest
         case ["python" | "bash", file, *rest] | [file, *rest]:
@@ -162,3 +165,16 @@ def test_commands_are_found() -> None:
     tests = re.search(r'pip install "\.\[test\]".*', TEXTS["README.md"])  # as .ci/run finds it
     assert tests is not None
     assert tests[0] == 'pip install ".[test]" && python -m pytest'
+
+
+def test_installation_table_holds_the_figures_of_its_file() -> None:
+    with open(ROOT / "benchmarks/results/cpu/install.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    shown = re.findall(
+        r"\| (\d+ \| [\d,]+ \| \d+) \|$", TEXTS["docs/getting-started.md"], re.MULTILINE
+    )
+    written = [
+        f"{row['packages']} | {float(row['MB']):,.0f} | {float(row['seconds']):.0f}" for row in rows
+    ]
+    assert len(shown) == 4
+    assert set(shown) < set(written)

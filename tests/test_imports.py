@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ssd_kernels", "ssd")
-COMMANDS = {f"ssd.{name}" for name in ("__main__", "train", "sweep")} | {
+COMMANDS = {f"ssd.{name}" for name in ("__main__", "train", "sweep", "compare")} | {
     f"ssd.{name}.__main__" for name in ("embed", "peers", "reproduce")
 }
 # Modules of ssd, and folders of them; a module imports from the lines above its own.
@@ -33,6 +33,7 @@ storage.run_folder
 run
 progress
 study tables figures cli
+page
 embed peers
 reproduce
 """

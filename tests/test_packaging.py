@@ -1,10 +1,12 @@
-"""The wheel holds both packages and nothing else, and its commands run away from the sources."""
+"""What is published holds both packages alone; its commands run away from the sources."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,16 +22,29 @@ LEFT_OUT = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "data", "dist", "results", "runs", "site"
 )
 
-pytestmark = pytest.mark.slow
+MISSING = [name for name in ("build", "twine") if find_spec(name) is None]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(MISSING), reason='build or twine is not installed: pip install ".[dev]"'
+    ),
+]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the sdist and the wheel, which is built from the sdist."""
+    folder = tmp_path_factory.mktemp("published")
     shutil.copytree(ROOT, folder / "sources", ignore=LEFT_OUT)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir"]
-    subprocess.run([*command, folder, folder / "sources"], check=True)
-    (built,) = folder.glob("*.whl")
+    command = [sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "sources"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(published: Path) -> Path:
+    (built,) = published.glob("*.whl")
     return built
 
 
@@ -54,18 +69,44 @@ def run(installed: Path, folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
-    info = f"ssd_kernels-{ssd_kernels.__version__}.dist-info/"
-    with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if not name.startswith(info)}
-    sources = {
+def sources() -> set[str]:
+    """Files of both packages."""
+    return {
         file.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
-        if file.suffix == ".py" or file.name == "py.typed"
+        if file.is_file() and file.parent.name != "__pycache__"
     }
-    assert packed == sources
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    info = f"ssd_kernels-{ssd_kernels.__version__}.dist-info/"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        packed = {name for name in names if not name.startswith(info)}
+        for file in ("ssd/mnist_5k.npz", "ssd/mnist_5k.txt"):
+            assert archive.read(file) == (ROOT / file).read_bytes()
+    assert packed == sources()
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
+    assert {f"{info}licenses/LICENSE", f"{info}entry_points.txt"} <= names
+
+
+def test_sdist_holds_what_the_wheel_is_built_from(published: Path) -> None:
+    (sdist,) = published.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [member.name for member in archive if member.isfile()]
+    packed = {name.partition("/")[2] for name in names}
+    generated = {name for name in packed if ".egg-info/" in name}
+    beside = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md"}
+    beside |= {"pyproject.toml", "setup.cfg", "setup.py"}
+    assert packed - generated == sources() | beside
+
+
+def test_index_accepts_the_metadata(published: Path) -> None:
+    command = [sys.executable, "-m", "twine", "check", "--strict", *published.iterdir()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("PASSED") == 2
 
 
 def test_one_version(installed: Path, tmp_path: Path) -> None:

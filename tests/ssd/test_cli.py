@@ -279,7 +279,7 @@ def test_the_folder_of_a_run_holds_no_others(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-@pytest.mark.parametrize("module", ["train", "sweep", "peers", "reproduce", "embed"])
+@pytest.mark.parametrize("module", ["train", "sweep", "peers", "reproduce", "embed", "compare"])
 def test_interruption_of_imports(module: str) -> None:
     """In the midst of torch's, which a module that sleeps stands in for."""
     Path("slow").mkdir()

