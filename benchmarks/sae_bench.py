@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from rich.markup import escape
+from rich.progress import track
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need 
 from benchmarks import bench, sae_peers, sae_targets
 from benchmarks.report import table
 from benchmarks.sae_peers import Build, Peer
-from benchmarks.timing import alternate, peak_extra_bytes, quantiles
+from benchmarks.timing import Quantiles, alternate, peak_extra_bytes, quantiles
 from ssd.cli import exit_status
 from ssd_kernels.sae import TopKSAE, fvu
 from ssd_kernels.sparse_linear import sparse_linear
@@ -71,7 +72,7 @@ CUDA = [
 
 
 def samples(case: Case, count: int, device: torch.device) -> Tensor:
-    """Sparse combinations of d features each, twice as many as dimensions, and noise: [count, d]."""
+    """[count, d]: sums of k of 2 d random features, and noise."""
     source = torch.Generator().manual_seed(0)
     features = torch.randn(2 * case.d, case.d, generator=source)
     features /= features.norm(dim=1, keepdim=True)
@@ -169,7 +170,7 @@ class Autoencoders:
 
     def measure_all(self, cases: Sequence[Case], budget: float) -> None:
         deadline, said = time.monotonic() + budget, set()
-        for case in cases:
+        for case in track(cases, "autoencoders"):
             for op in sae_peers.CLASSES:
                 if time.monotonic() > deadline:
                     self.say(f"[red]not measured, the time budget is spent:[/red] {op} {case}")
@@ -226,7 +227,9 @@ class Autoencoders:
         for name, taken in times.items():
             self._write(op, case, name, "time", taken, "ms")
 
-    def _write(self, op: str, case: Case, provider: str, metric: str, figure, unit: str) -> None:
+    def _write(
+        self, op: str, case: Case, provider: str, metric: str, figure: Quantiles | None, unit: str
+    ) -> None:
         dtype = str(case.dtype).removeprefix("torch.")
         mode = "train" if case.steps else "step"
         self.bench.write((op, provider, mode, dtype, case.shape), metric, figure, unit)
@@ -238,6 +241,14 @@ class Autoencoders:
         self._write(op, case, name, "time", None, "ms")
 
 
+def show(run: bench.Bench) -> None:
+    """All figures, and the targets."""
+    rows = run.writer.rows
+    run.console.print(table(run.title, sae_targets.COLUMNS, sae_targets.lines(rows)))
+    judged = sae_targets.verdicts(rows)
+    run.console.print(table("targets", ("target", "measured", ""), judged))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = bench.parser(__doc__, "tiny shapes, seconds")
     parser.add_argument("--budget", type=float, default=280, help="seconds; begins no case after")
@@ -246,12 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with bench.running("sae_bench", options) as run:
         measured = Autoencoders(run)
         cases = QUICK if options.quick else CUDA if run.cuda else CPU
-        measured.measure_all(cases, options.budget)
-        rows = run.writer.rows
-        run.console.print(table(run.title, sae_targets.COLUMNS, sae_targets.lines(rows)))
-        judged = sae_targets.verdicts(rows)
-        run.console.print(table("targets", ("target", "measured", ""), judged))
-        run.console.print(f"left out for lack of time: {measured.cut}; ours raised: {measured.wrong}")
+        try:
+            measured.measure_all(cases, options.budget)
+        finally:
+            show(run)
+    run.console.print(f"left out for lack of time: {measured.cut}; ours raised: {measured.wrong}")
     return 1 if measured.wrong else 0
 
 
