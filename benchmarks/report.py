@@ -20,7 +20,7 @@ from rich.table import Table
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks import step_targets
+from benchmarks import sae_targets, step_targets
 from benchmarks.bench import Bench
 from benchmarks.record import Row, read
 from benchmarks.targets import TARGETS
@@ -126,13 +126,6 @@ def figure(rows: Sequence[Row], path: Path, title: str) -> None:
 
 def medians(rows: Sequence[Row]) -> str:
     """The medians in Markdown, below a line of the machine, versions and commits."""
-    first = rows[0]
-    others = {row.provider: row.commit for row in rows if row.commit != first.commit}
-    commits = first.commit + "".join(f" ({p}: {commit})" for p, commit in others.items())
-    origin = (
-        f"{first.device}; torch {first.torch}; triton {first.triton or 'not installed'}; "
-        f"commit {commits}; {first.date}"
-    )
     lines = []
     for (op, shape), providers in by_case(rows).items():
         for provider, metrics in providers.items():
@@ -142,7 +135,17 @@ def medians(rows: Sequence[Row]) -> str:
                 taken += [f"{n} {_text(m.p50)}" for n, m in metrics.items() if m.unit == ""]
             lines.append((op, shape, provider, ", ".join(taken), _text(row.roofline_fraction)))
     columns = ("op", "shape", "provider", "median", "of the roofline")
-    return f"{origin}\n\n{markdown(columns, lines)}"
+    return f"{_origin(rows)}\n\n{markdown(columns, lines)}"
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    others = {row.provider: row.commit for row in rows if row.commit != first.commit}
+    commits = first.commit + "".join(f" ({p}: {commit})" for p, commit in others.items())
+    return (
+        f"{first.device}; torch {first.torch}; triton {first.triton or 'not installed'}; "
+        f"commit {commits}; {first.date}"
+    )
 
 
 def fill(document: str, rows: Sequence[Row], name: str) -> str:
@@ -151,11 +154,16 @@ def fill(document: str, rows: Sequence[Row], name: str) -> str:
     Raises:
         ValueError: it has no markers of that benchmark, or one without its end.
     """
+    measured, columns = medians(rows), ("what", "measured", "")
     if name.startswith("topk"):
         columns, judged = ("what", "wanted", "measured", ""), [t.line(rows) for t in TARGETS]
+    elif name.startswith("sae"):
+        measured = f"{_origin(rows)}\n\n"
+        measured += markdown(sae_targets.COLUMNS, sae_targets.lines(rows))
+        judged = sae_targets.verdicts(rows)
     else:
-        columns, judged = ("what", "measured", ""), step_targets.verdicts(rows)
-    tables = {f"medians {name}": medians(rows), f"targets {name}": markdown(columns, judged)}
+        judged = step_targets.verdicts(rows)
+    tables = {f"medians {name}": measured, f"targets {name}": markdown(columns, judged)}
     wanted = [marker for marker in tables if f"<!-- {marker} -->" in document]
     if not wanted:
         raise ValueError(f"the document has no <!-- medians {name} --> and no targets of it")

@@ -77,7 +77,7 @@ def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             got = {row.metric: row for row in case if row.provider == provider}
             time = got.get("time")
             if time is not None and not time.correct:
-                found.append((*_name(case[0]), provider, "another function", "", "", ""))
+                found.append((*_name(case[0]), provider, "not timed", "", "", ""))
                 continue
             of_ours = ratio(time.p50, mine.p50) if time and mine else None
             cells = [

@@ -6,6 +6,8 @@
 #   first    smoke step bench tests       does every kernel run, is it right, are the targets met
 #   second   profile train others sanitizer
 #
+# One more part, autoencoders, compares ssd_kernels.sae with the libraries that are installed.
+#
 # Needs python3 with torch, triton, pytest (with xdist, timeout and benchmark), hypothesis, rich and
 # matplotlib; the repository need not be installed. Each part has a time limit, cut to what is left of
 # the call, and runs whether or not an earlier one failed. Files go to $OUT (default:
@@ -29,7 +31,7 @@ second) call=second parts=(profile train others sanitizer) ;;
     ;;
 *) call=$(IFS=-; echo "$*") parts=("$@") ;;
 esac
-known="smoke step bench tests profile train others sanitizer"
+known="smoke step bench tests profile train others sanitizer autoencoders"
 for name in "${parts[@]}"; do
     if [[ " $known " != *" $name "* ]]; then
         echo "unknown part: $name (known: $known)" >&2
@@ -123,6 +125,10 @@ others() { topk others 90 topk_bench_others --rows others; }
 train() {
     part train 160 "$python" benchmarks/train_bench.py --no-compile --protocol 50 \
         --out "$out/train_bench.csv"
+}
+
+autoencoders() {
+    part autoencoders 240 "$python" benchmarks/sae_bench.py --budget 200 --out "$out/sae_bench.csv"
 }
 
 sanitizer() {

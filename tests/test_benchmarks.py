@@ -22,6 +22,9 @@ from benchmarks import (
     peers,
     record,
     report,
+    sae_bench,
+    sae_peers,
+    sae_targets,
     step_cases,
     step_targets,
     timing,
@@ -37,9 +40,10 @@ from ssd.cli import exit_status
 from ssd.config import Config
 from ssd.errors import UserError
 from ssd.learner import Learner, build_model
-from ssd.storage.provenance import commit
+from ssd.storage.provenance import commit, installed
 from ssd.trainer import Trainer
 from ssd_kernels import _dispatch
+from ssd_kernels.sae import TopKSAE
 from tests.ssd.storage.test_lock import held
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,6 +334,101 @@ def test_an_installed_autoencoder_passes_the_gate(
         weight = torch.randn(200, 16)
 
 
+AUTOENCODERS = [(op, name) for op, libraries in sae_peers.LIBRARIES.items() for name in libraries]
+SAE_CASE = sae_bench.Case(B=32, d=16, R=128, k=4)
+
+
+@pytest.mark.parametrize(("op", "name"), AUTOENCODERS)
+def test_an_installed_library_trains_what_ours_does(op: str, name: str) -> None:
+    library = sae_peers.LIBRARIES[op][name]
+    if not installed(library.package):
+        pytest.skip(f"{library.package} is not installed")
+    sae, x = sae_bench.autoencoder(op, SAE_CASE, CPU, None), sae_bench.samples(SAE_CASE, 32, CPU)
+    assert sae_bench.wrong(library.build, sae, x) == ""
+    library.build(sae, 32, torch.arange(128) < 64 if library.auxk else None).step(x)
+
+
+@pytest.mark.parametrize("op", sae_peers.CLASSES)
+def test_another_autoencoder_is_not_timed(op: str) -> None:
+    sae, x = sae_bench.autoencoder(op, SAE_CASE, CPU, None), sae_bench.samples(SAE_CASE, 32, CPU)
+
+    def other_k(given: TopKSAE, rows: int, dead: sae_peers.Dead) -> sae_peers.Peer:
+        peer = sae_peers.ours(given, rows, dead)
+        peer.model.k = 3
+        return peer
+
+    def other_gradient(given: TopKSAE, rows: int, dead: sae_peers.Dead) -> sae_peers.Peer:
+        peer = sae_peers.ours(given, rows, dead)
+        return replace(peer, encoder_gradient=lambda: peer.encoder_gradient().roll(1, 0))
+
+    assert sae_bench.wrong(sae_peers.ours, sae, x) == ""
+    assert "its FVU is" in sae_bench.wrong(other_k, sae, x)
+    assert "a cosine of" in sae_bench.wrong(other_gradient, sae, x)
+
+
+def test_bytes_that_autograd_keeps() -> None:
+    model, x = torch.nn.Linear(4, 8), torch.randn(10, 4)
+    kept = {
+        "nothing": lambda x: model(x).sum(),
+        "one result": lambda x: model(x).relu().sum(),
+        "once": lambda x: model(x).relu().square().sum(),  # both keep the same tensor
+        "two results": lambda x: model(x).relu().exp().sum(),
+    }
+    found = {
+        name: sae_bench.saved_bytes(sae_peers.Peer(model, loss, model, lambda: x), x)
+        for name, loss in kept.items()
+    }
+    one = 10 * 8 * 4
+    assert found == {"nothing": 0, "one result": one, "once": one, "two results": 2 * one}
+
+
+def test_dead_neurons_stay_dead_and_are_trained() -> None:
+    dead = torch.arange(128) < 64
+    sae, x = (
+        sae_bench.autoencoder("TopK", SAE_CASE, CPU, dead),
+        sae_bench.samples(SAE_CASE, 32, CPU),
+    )
+    peer = sae_peers.ours(sae, 32, dead)
+    for _ in range(3):
+        peer.gradients(x)
+        assert torch.equal(peer.model.dead, dead)
+        assert peer.encoder_gradient()[dead].any()
+        peer.constrain()
+
+
+@pytest.mark.parametrize(("device", "bound"), [("CPU: a", 1), ("NVIDIA", 2)])
+def test_targets_of_autoencoders(device: str, bound: int) -> None:
+    shape = {"B": 8, "d": 4, "R": 4096, "k": 2}
+    case = Row("TopK", "ours", "step", "float32", shape, "time", 2.0, 2.0, 2.0, "ms", device=device)
+    wrong = replace(case, provider="e", p50=None, correct=False)
+    rows = [
+        case,
+        replace(case, metric="saved", p50=5.0),
+        replace(case, provider="a 1.0", p50=3.0),
+        replace(case, provider="a 1.0", metric="saved", p50=4.0),
+        replace(case, provider="b 2.0", p50=9.0),
+        replace(case, provider=sae_targets.OPTIMIZER, p50=1.0),
+        wrong,
+    ]
+    name = "TopK float32 B=8 d=4 R=4,096 k=2"
+    speed = f"1.50 (a 1.0) of >= {bound}", "met" if bound == 1 else "missed"
+    memory = "1.25 (a 1.0) of <= 1", "missed"
+    assert sae_targets.verdicts(rows) == [
+        (f"{name}: fastest library over ours", *speed),
+        (f"{name}: memory saved for backward, ours over the least", *memory),
+    ]
+    assert sae_targets.verdicts(rows[:2]) == []
+    assert sae_targets.verdicts([replace(r, shape={**shape, "R": 4095}) for r in rows]) == []
+    cells = [line[2:] for line in sae_targets.lines(rows)]
+    assert cells == [
+        ("ours", "2.0", "1.00", "5.0", ""),
+        ("a 1.0", "3.0", "1.50", "4.0", ""),
+        ("b 2.0", "9.0", "4.50", "", ""),
+        (sae_targets.OPTIMIZER, "1.0", "0.50", "", ""),
+        ("e", "not timed", "", "", ""),
+    ]
+
+
 def test_targets_are_ratios_of_medians() -> None:
     name = "topk fp32 B=8,192 R=131,072 k=64: x torch.topk"
     target = next(t for t in TARGETS if t.line([])[0] == name)
@@ -405,16 +504,17 @@ def test_a_captured_provider_is_replayed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"),
+    ("folder", "name", "page"),
     [
-        ("cpu", "topk_bench"),
-        ("cpu", "train_bench"),
-        ("nvidia-h100-80gb-hbm3", "topk_bench"),
-        ("nvidia-h200", "topk_bench"),
+        ("cpu", "topk_bench", "performance"),
+        ("cpu", "train_bench", "performance"),
+        ("cpu", "sae_bench", "autoencoders"),
+        ("nvidia-h100-80gb-hbm3", "topk_bench", "performance"),
+        ("nvidia-h200", "topk_bench", "performance"),
     ],
 )
-def test_documented_figures_are_those_of_the_file(folder: str, name: str) -> None:
-    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+def test_documented_figures_are_those_of_the_file(folder: str, name: str, page: str) -> None:
+    document = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     rows = record.read(ROOT / "benchmarks" / "results" / folder / f"{name}.csv")
     title = name if folder == "cpu" else f"{name} {folder}"
     assert report.fill(document, rows, title) == document
@@ -512,6 +612,7 @@ def test_step_targets_on_a_gpu() -> None:
 
 
 OPS = {
+    "sae_bench": set(sae_peers.CLASSES),
     "topk_bench": {"roofline", *cases.BUILDERS},
     "train_bench": {
         "ssd",
@@ -522,7 +623,7 @@ OPS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["topk_bench", pytest.param("train_bench", marks=pytest.mark.slow)]
+    "name", ["topk_bench", "sae_bench", pytest.param("train_bench", marks=pytest.mark.slow)]
 )
 def test_quick_run_without_gpu(name: str, tmp_path: Path) -> None:
     out = tmp_path / "bench.csv"
@@ -542,6 +643,12 @@ def test_quick_run_without_gpu(name: str, tmp_path: Path) -> None:
     if name == "train_bench":
         cases = {(row.op, row.mode) for row in rows if row.provider == "previous"}
         assert cases == {(f"ssd {phase}", m) for phase in PHASES for m in ("step", "epoch")}
+    if name == "sae_bench":
+        libraries = sae_peers.LIBRARIES["TopK"].values()
+        missing = [library.package for library in libraries if not installed(library.package)]
+        assert all(f"{package} is not installed" in done.stdout for package in missing)
+        assert {row.metric for row in rows} == {"time", "saved", "FVU"}
+        return
     assert out.with_suffix(".png").stat().st_size > 0
 
 
@@ -595,7 +702,9 @@ def test_a_table_is_written_by_one_process(tmp_path: Path) -> None:
         assert not (tmp_path / "rows.csv").exists()
 
 
-@pytest.mark.parametrize("name", ["command_bench", "train_bench", "topk_bench", "tune"])
+@pytest.mark.parametrize(
+    "name", ["command_bench", "train_bench", "topk_bench", "sae_bench", "tune"]
+)
 def test_benchmarks_refuse_in_one_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

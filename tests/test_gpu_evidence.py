@@ -25,6 +25,7 @@ case "$*" in
     *"--rows targets"*) part=bench ;;
     *"--rows others"*) part=others ;;
     *train_bench.py*) part=train ;;
+    *sae_bench.py*) part=autoencoders ;;
     *pytest*) part=tests ;;
 esac
 echo "$part $*" >>"$STUB_CALLS"
@@ -161,7 +162,7 @@ def test_single_parts_and_unknown_ones(tmp_path: Path) -> None:
         assert not run.out.exists()
 
 
-@pytest.mark.parametrize("part", ["tests", "bench", "others"])
+@pytest.mark.parametrize("part", ["tests", "bench", "others", "autoencoders"])
 def test_what_a_part_runs_exists(part: str, tmp_path: Path) -> None:
     """The stub hides a wrong file name or option, so the names are looked up here."""
     Run(tmp_path, part)
