@@ -61,7 +61,7 @@ CPU = [
     *(Case(1024, d, R, 32) for R in (4096, 16_384) for d in (256, 768)),
     Case(1024, 256, 4096, 32, dead=2048),
     Case(1024, 256, 16_384, 32, dead=8192),
-    Case(1024, 256, 4096, 32, steps=100),
+    Case(256, 128, 4096, 32, steps=200),
 ]
 CUDA = [
     Case(*sizes, 32, dtype, dead)

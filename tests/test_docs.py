@@ -150,7 +150,7 @@ def test_commands_are_real(name: str) -> None:
         if "-m" in rest:  # a marker of pytest
             assert f'"{rest[rest.index("-m") + 1]}: ' in source, words
         if words[0].endswith(".sh"):
-            assert re.search(rf"^{rest[0]}\)", source, re.MULTILINE), words
+            assert re.search(rf"^{rest[0]}[()]", source, re.MULTILINE), words
 
 
 def test_commands_are_found() -> None:
