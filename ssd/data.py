@@ -419,6 +419,31 @@ def load(
     return data
 
 
+def from_arrays(
+    x_train: Any,
+    y_train: Any,
+    x_test: Any,
+    y_test: Any,
+    *,
+    notice: Callable[[str], None] = _say,
+) -> Dataset:
+    """The data set "features" of arrays in memory.
+
+    Args:
+        x_train: [N, ..] real numbers, numpy or torch; y_train: [N] integers in 0..C-1.
+        x_test, y_test: alike.
+        notice: takes one line per doubt about the data.
+
+    Raises:
+        UserError: they are no classification data set.
+    """
+    arrays = [_tensor(array) for array in (x_train, y_train, x_test, y_test)]
+    data = _dataset("features", "data", *arrays)
+    for line in _notes(data, arrays[0].flatten(1)):
+        notice(line)
+    return data
+
+
 def default_root() -> Path:
     """SSD_DATA, or ./data."""
     return Path(os.environ.get("SSD_DATA") or "data")

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
@@ -25,8 +24,6 @@ from ssd.metrics import USED, activation_entropy
 from ssd.storage.files import are_numbers, require_sound, write_atomically
 from ssd.storage.run_folder import STRUCTURE, SUMMARY, read_frequency, read_records, read_summary
 from ssd.structure import Snapshot, load_structure
-
-matplotlib.use("Agg")
 
 NAMED = 10  # tasks that a figure can name one by one
 MARKED = 60  # evaluations that a line can show as points
@@ -75,9 +72,8 @@ def panels(
     rows: int, columns: int, width: float, height: float, **shared: Any
 ) -> tuple[Figure, np.ndarray]:
     """A figure with a grid [rows, columns] of axes; width and height in inches, shared: sharex.."""
-    return plt.subplots(
-        rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared
-    )
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def integer_ticks(*axes: Axis) -> None:
@@ -87,16 +83,15 @@ def integer_ticks(*axes: Axis) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes path.png and path.pdf, and closes the figure."""
+    """Writes path.png and path.pdf."""
     formats: dict[str, dict[str, Any]] = {"png": {}, "pdf": {"CreationDate": None}}
     for suffix, metadata in formats.items():
         stream = io.BytesIO()
         # Type 42 fonts stay text in a PDF; print shops refuse matplotlib's default, type 3.
-        with plt.rc_context({"pdf.fonttype": 42}):
+        with matplotlib.rc_context({"pdf.fonttype": 42}):
             figure.savefig(stream, format=suffix, dpi=150, metadata=metadata)
         figure.set_layout_engine("none")  # the layout of the first format holds for both
         write_atomically(path.with_name(f"{path.name}.{suffix}"), stream.getvalue())
-    plt.close(figure)
 
 
 def _accuracy_over_time(

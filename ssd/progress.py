@@ -67,7 +67,7 @@ def is_due(event: Event) -> bool:
 def position_watcher(
     report: Callable[[str, int, int], None],
 ) -> Callable[[Trainer, Event], None]:
-    """A watch, see ssd.run.RunOptions, that reports the position every few steps."""
+    """A watch, see ssd.runs.RunOptions, that reports the position every few steps."""
 
     def watch(trainer: Trainer, event: Event) -> None:
         if is_due(event):
@@ -77,7 +77,7 @@ def position_watcher(
 
 
 def watcher(display: Display) -> Callable[[Trainer, Event], None]:
-    """A watch, see ssd.run.RunOptions, that shows loss and accuracy on the tasks so far."""
+    """A watch, see ssd.runs.RunOptions, that shows loss and accuracy on the tasks so far."""
     loss = train = accuracy = nan
 
     def watch(trainer: Trainer, event: Event) -> None:

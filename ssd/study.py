@@ -22,7 +22,7 @@ from ssd.config import Config, hints
 from ssd.data import Dataset, Task
 from ssd.errors import Diverged, Interrupted
 from ssd.progress import Display, position_watcher
-from ssd.run import RunOptions, leave_out, make_tasks, run_together
+from ssd.runs import RunOptions, leave_out, make_tasks, run_together
 from ssd.storage.files import dumps, write_json
 from ssd.storage.run_folder import (
     DIVERGED,
@@ -191,7 +191,7 @@ class Study:
             stopped: asked again and again; once true, all runs in training save their state.
 
         Raises:
-            Interrupted: stopped() was true. UserError, OSError: see ssd.run.run_together.
+            Interrupted: stopped() was true. UserError, OSError: see ssd.runs.run_together.
         """
         folders = dict.fromkeys(run.folder for run in runs)
         waiting = [self.missing[folder] for folder in folders if folder in self.missing]
@@ -304,10 +304,10 @@ def train_batch(batch: Sequence[Run], options: RunOptions) -> None:
 
     Args:
         batch: runs that differ only in numbers (trainer.OWN), on the same data.
-        options: see ssd.run.RunOptions.
+        options: see ssd.runs.RunOptions.
 
     Raises:
-        UserError, Interrupted, OSError: see ssd.run.run_together.
+        UserError, Interrupted, OSError: see ssd.runs.run_together.
     """
     if batch[0].evaluation is not None:
         _evaluate(batch[0], batch[0].evaluation, options.device)

@@ -52,7 +52,7 @@ from ssd.data import Dataset, default_root
 from ssd.errors import UserError
 from ssd.learner import TERMS
 from ssd.progress import Display
-from ssd.run import load_data
+from ssd.runs import load_data
 from ssd.storage.files import dumps, read_json, read_text, write_atomically
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import doubts, versions_of

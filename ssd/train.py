@@ -42,7 +42,7 @@ from ssd.figures import draw
 from ssd.page import write_report
 from ssd.peers.learners import NearestClassMean, accuracies
 from ssd.progress import Display, watcher
-from ssd.run import RunOptions, load_data, make_tasks, require_fit, run, run_together
+from ssd.runs import RunOptions, load_data, make_tasks, require_fit, run, run_together
 from ssd.storage.files import read_json, write_json
 from ssd.storage.lock import folder_lock
 from ssd.storage.provenance import versions

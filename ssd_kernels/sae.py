@@ -20,6 +20,7 @@ from ssd_kernels.count_active import count_active
 from ssd_kernels.linear_topk import linear_topk
 from ssd_kernels.nn import SparseLinear
 from ssd_kernels.reference import TopKOutput
+from ssd_kernels.row_update import project_
 from ssd_kernels.sparse_linear import sparse_linear
 from ssd_kernels.topk import topk
 
@@ -156,8 +157,7 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Gives each row of the decoder the length 1; a row of zeros stays."""
-        weight = self.decoder.weight
-        weight.copy_(reference.project(weight, nonnegative=False, normalize=True))
+        project_(self.decoder.weight, nonnegative=False, normalize=True)
 
     @torch.no_grad()
     def project_gradient(self) -> None:

@@ -31,7 +31,7 @@ from ssd.reproduce.tables import (
     task_records,
     terminal_table,
 )
-from ssd.run import load_data, make_tasks
+from ssd.runs import load_data, make_tasks
 from ssd.storage.files import read_json, require_sound, write_atomically, write_json
 from ssd.storage.provenance import commit, device_name, machine, versions
 from ssd.study import Run, Study, hints_for

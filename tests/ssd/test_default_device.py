@@ -16,7 +16,7 @@ from ssd.embed.convmixer import Pretrainer, Settings, load_weights
 from ssd.embed.images import Images
 from ssd.learner import Learner, build_model
 from ssd.peers import learners
-from ssd.run import RunOptions, run
+from ssd.runs import RunOptions, run
 from ssd.trainer import Trainer
 
 CPU = torch.device("cpu")

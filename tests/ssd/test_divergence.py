@@ -20,7 +20,7 @@ from ssd.data import load
 from ssd.errors import Diverged, UserError
 from ssd.learner import Learner
 from ssd.metrics import finite
-from ssd.run import RunOptions, make_learner, make_tasks, run
+from ssd.runs import RunOptions, make_learner, make_tasks, run
 from ssd.storage.checkpoint import load_checkpoint
 from ssd.storage.files import dumps
 from ssd.storage.run_folder import CHECKPOINT, DIVERGED, METRICS, SUMMARY

@@ -14,7 +14,7 @@ from ssd.config import Config, resolve
 from ssd.data import PARALLEL, Dataset, Task, class_order, mean_cosine, split
 from ssd.learner import Learner, build_model
 from ssd.models import NETWORKS, SDMLP, Kind, Network
-from ssd.run import RunOptions, run
+from ssd.runs import RunOptions, run
 from ssd.trainer import Trainer
 from ssd_kernels.nn import TopK
 

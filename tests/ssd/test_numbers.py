@@ -12,7 +12,7 @@ from ssd.config import Config
 from ssd.data import class_order, load, split
 from ssd.peers import learners
 from ssd.peers.learners import entries, evaluate_stream
-from ssd.run import RunOptions, run
+from ssd.runs import RunOptions, run
 from ssd.storage import run_folder as folder
 from ssd.storage.run_folder import FREQUENCY, METRICS
 

@@ -14,7 +14,7 @@ import torch
 
 from ssd.config import Config
 from ssd.data import load
-from ssd.run import Interrupted, RunOptions, run
+from ssd.runs import Interrupted, RunOptions, run
 
 CPU = RunOptions(torch.device("cpu"), resume=True, checkpoint_every=1e9)
 SIZES = {"tasks": 2, "epochs": 2, "batch_size": 64, "neurons": 32, "k": 3, "anneal_samples": 300}

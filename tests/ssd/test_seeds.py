@@ -13,7 +13,7 @@ from ssd.config import Config
 from ssd.data import Dataset, class_order, load, shuffled
 from ssd.learner import Learner
 from ssd.models import NETWORKS
-from ssd.run import RunOptions, make_learner, make_tasks, run
+from ssd.runs import RunOptions, make_learner, make_tasks, run
 from ssd.storage.run_folder import METRICS
 from ssd.study import Evaluation, Run
 from ssd.trainer import Trainer

@@ -18,7 +18,7 @@ from kill_resume import write_features
 from ssd import sweep
 from ssd.config import Config, resolve
 from ssd.data import class_order
-from ssd.run import RunOptions, run
+from ssd.runs import RunOptions, run
 from ssd.storage.run_folder import DIVERGED, METRICS, SUMMARY
 from ssd.sweep import ORDERS, SPREAD, cells, header, markdown_text, rank, read_sweep, with_gradients
 from ssd.tables import csv_text

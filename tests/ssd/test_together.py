@@ -16,7 +16,7 @@ from ssd.config import Config
 from ssd.data import Dataset, class_order, load, split
 from ssd.learner import Learner, build_model
 from ssd.progress import Display
-from ssd.run import Interrupted, RunOptions, run
+from ssd.runs import Interrupted, RunOptions, run
 from ssd.study import Run, Study
 from ssd.trainer import Trainer
 from tests.ssd.test_step import watch

@@ -21,7 +21,7 @@ from ssd import train
 from ssd.config import Config, preset, resolve
 from ssd.data import load
 from ssd.progress import Display, watcher
-from ssd.run import RunOptions, run
+from ssd.runs import RunOptions, run
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssd.storage.run_folder import CHECKPOINT, CONFIG, METRICS, SUMMARY, describe
 

@@ -21,7 +21,7 @@ from ssd.embed.convmixer import (
 )
 from ssd.embed.images import Images, pixels
 from ssd.errors import Diverged, UserError
-from ssd.run import Interrupted
+from ssd.runs import Interrupted
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(epochs=3, batch_size=16)

@@ -38,7 +38,7 @@ from ssd.reproduce.experiments import (
 from ssd.reproduce.figures import COLORS, draw
 from ssd.reproduce.lines import Line, overlaps
 from ssd.reproduce.tables import markdown_text, provenance, records, task_records
-from ssd.run import Interrupted, RunOptions
+from ssd.runs import Interrupted, RunOptions
 from ssd.study import Run
 from ssd.trainer import Event
 

@@ -12,7 +12,7 @@ from kill_resume import write_features
 from ssd.config import Config
 from ssd.data import Dataset, load
 from ssd.errors import UserError
-from ssd.run import Interrupted, RunOptions, run
+from ssd.runs import Interrupted, RunOptions, run
 from ssd.storage import provenance, run_folder
 from ssd.storage.lock import LOCK
 from ssd.storage.run_folder import (
@@ -174,7 +174,7 @@ def test_model_that_does_not_fit_leaves_no_folder(
     def fail(*arguments: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("ssd.run.build_model", fail)
+    monkeypatch.setattr("ssd.runs.build_model", fail)
     with pytest.raises(UserError, match="--neurons 32 does not fit into the memory of cpu"):
         run(CONFIG_SMALL, data, tmp_path / "a", CPU)
     assert not (tmp_path / "a").exists()

@@ -193,6 +193,7 @@ def run_together(
     folders: Sequence[Path],
     checkpoint: Path,
     options: RunOptions,
+    make: Callable[[Config], Learner] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains runs side by side to their end, from their checkpoint if there is one.
 
@@ -202,6 +203,7 @@ def run_together(
         folders: one per run.
         checkpoint: the file of their common state.
         options: see RunOptions.
+        make: builds the learner of a run; None: from its settings and the data.
 
     Returns:
         The summary of each run.
@@ -215,10 +217,13 @@ def run_together(
     for config in configs:
         config.validate()
     require_fit(configs[0], data, len(configs), options.device)
-    learners = [
-        make_learner(config, make_tasks(config, data), data.classes, options.device)
-        for config in configs
-    ]
+    if make is None:
+        learners = [
+            make_learner(config, make_tasks(config, data), data.classes, options.device)
+            for config in configs
+        ]
+    else:
+        learners = [make(config) for config in configs]
     trainer = Trainer(learners)
     described = [describe(config, data) for config in configs]
     with ExitStack() as held:
