@@ -181,7 +181,7 @@ def _torch_code(
     ranked = select(scores, min(k + 1, scores.shape[1]))
     tops = scores.gather(1, ranked).relu()
     ranked = reference.numbered_through(ranked, scores.shape[1], networks)
-    values, indices = tops[:, :k], ranked[:, :k].contiguous()
+    values, indices = tops[:, :k].contiguous(), ranked[:, :k].contiguous()
     # With k = R there is no (k+1)-th neuron, so nothing is inhibited.
     cut, after = tops.new_zeros(len(x)), indices.new_zeros(len(x))
     if ranked.shape[1] > k:

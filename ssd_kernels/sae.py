@@ -121,33 +121,33 @@ class TopKSAE(nn.Module):
     def forward(self, x: Tensor) -> SAEOutput:
         values, indices, *_ = self.encode(x)
         output = self.decode(values, indices)
-        auxk = output.new_zeros((), dtype=reference.accumulation_dtype(output.dtype))
+        error, variance = x - output, _total_variance(x)
+        auxk = torch.zeros_like(variance)
         if self.training:
             self._record(values, indices)
             neurons = self.dead.nonzero().squeeze(1) if self.auxk else self.counts[:0]
             if len(neurons):
-                auxk = self._auxk_loss(x, output, neurons)
-        return SAEOutput(output, values, indices, fvu(output, x), auxk)
+                auxk = self._auxk_loss(x, error.detach(), neurons) / variance
+        return SAEOutput(output, values, indices, _square_sum(error) / variance, auxk)
 
     @torch.no_grad()
     def _record(self, values: Tensor, indices: Tensor) -> None:
         self.samples += math.prod(values.shape[:-1])
         count_active(values, indices, self.counts, self.last_active, self.samples)
 
-    def _auxk_loss(self, x: Tensor, output: Tensor, neurons: Tensor) -> Tensor:
+    def _auxk_loss(self, x: Tensor, error: Tensor, neurons: Tensor) -> Tensor:
         """How far the dead neurons are from the error x - x' (Gao et al. 2024, appendix A.2).
 
         Negative scores count: a neuron that is negative everywhere would get no gradient else.
         """
-        width, k = self.in_features, min(self.auxk, len(neurons))
-        samples = self._centered(x).reshape(-1, width)
+        k = min(self.auxk, len(neurons))
+        samples, error = (t.reshape(-1, self.in_features) for t in (self._centered(x), error))
         values, indices = _TopAmong.apply(
             samples, self.encoder.weight, self.encoder.bias, neurons, k
         )
-        error = (x - output).detach().reshape(-1, width)
         estimate = sparse_linear(values, indices, self.decoder.weight)
         # A few dead neurons shall not outweigh the living ones.
-        return k / self.auxk * _square_sum(estimate - error) / _total_variance(x)
+        return k / self.auxk * _square_sum(estimate - error)
 
     @property
     def dead(self) -> Tensor:
@@ -275,15 +275,11 @@ class _TopAmong(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor, _: None) -> tuple[Any, ...]:
         x, weight, indices = ctx.saved_tensors
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        ones = x.new_ones(len(x), 1)
-        return (
-            sparse_linear(slopes, indices, weight) if need_x else None,
-            row_gradient(slopes, x, indices, len(weight)) if need_weight else None,
-            row_gradient(slopes, ones, indices, len(weight)).squeeze(1) if need_bias else None,
-            None,
-            None,
-        )
+        # The bias is the weight of an input that is 1: the slots are sorted once.
+        inputs = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        gradient = row_gradient(slopes, inputs, indices, len(weight))
+        grad_x = sparse_linear(slopes, indices, weight) if ctx.needs_input_grad[0] else None
+        return grad_x, gradient[:, :-1], gradient[:, -1], None, None
 
 
 def fvu(output: Tensor, x: Tensor) -> Tensor:
