@@ -6,7 +6,7 @@ import copy
 import html
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -187,7 +187,8 @@ def run(
             one for each run. An ssd.models.Network says which layer is recorded; of another module
             it is the first Top-K layer. Its lr is 0.05 unless given, and ssd protects no weights
             if the layer has none.
-        callbacks: each is called with the trainer and an Event after every step, epoch and task.
+        callbacks: each is called with the trainer and an Event after every step, epoch and task. A
+            context manager, as those of ssd.callbacks are, is left when the training ends.
         out: folder that keeps the runs, one folder a seed; the same call goes on in it after an
             interruption. None: nothing is kept.
         device: "cpu" or "cuda"; None: CUDA if there is a GPU.
@@ -244,6 +245,9 @@ def run(
         folders = [folder / f"seed{config.seed}" for config in configs]
         options = RunOptions(place, resume=True, watch=watch)
         held.enter_context(display)
+        for call in callbacks:
+            if isinstance(call, AbstractContextManager):
+                held.enter_context(call)
         summaries = run_together(configs, found, folders, folder / CHECKPOINT, options, make)
         pairs = list(zip(folders, configs, strict=True))
         return Result(
