@@ -214,11 +214,11 @@ class Recorder:
         finally:
             thread.calls, thread.held = before
 
-    def count(self, x: Tensor) -> dict[str, Tensor]:
+    def count(self, x: Tensor | Iterable[Any]) -> dict[str, Tensor]:
         """count_activations() of these layers."""
         counts: dict[str, Tensor] = {}
         with evaluating(self.model):
-            for chunk in x.split(CHUNK):
+            for chunk in chunks(x, self.model):
                 with self.record() as calls:
                     self.model(chunk)
                 for name, layer in self.layers.items():
@@ -347,6 +347,30 @@ def single(calls: Mapping[str, Call], name: str) -> Call:
     if not isinstance(call.output, (Tensor, TopKOutput)):
         raise ValueError(f"layer {name!r} returns a {type(call.output).__name__}, not a tensor")
     return call
+
+
+def chunks(x: Tensor | Iterable[Any], model: nn.Module) -> Iterator[Tensor]:
+    """Inputs [B, ..] for a model: of a tensor [N, ..], up to CHUNK at a time, or of a loader.
+
+    Args:
+        x: a tensor, or batches: each is an input tensor or begins with it, as (x, y) does.
+        model: to whose device the batches go.
+
+    Raises:
+        ValueError: a batch that has no tensor, or no batch at all.
+    """
+    if isinstance(x, Tensor):
+        yield from x.split(CHUNK)
+        return
+    weights = next(model.parameters(), None)
+    number = -1
+    for number, batch in enumerate(x):
+        given = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+        if not isinstance(given, Tensor):
+            raise ValueError(f"batch {number} is a {type(given).__name__}, not a tensor or (x, ..)")
+        yield given if weights is None else given.to(weights.device)
+    if number < 0:
+        raise ValueError("the loader has no batch")
 
 
 def count_activations(model: nn.Module, layers: Iterable[str], x: Tensor) -> dict[str, Tensor]:

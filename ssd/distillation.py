@@ -13,10 +13,19 @@ their subclasses by itself; other modules with a dense activation [B, .., R] mus
 
 The teacher is the model when a task begins; no copy is kept. Hidden activations are stored with the
 logits of their forward pass and freed with them, so other passes may come before loss().
+
+Where the inputs of a task are no tensor, because a loader reads or augments them, the teacher is a
+copy of the model that runs beside it:
+
+    distiller.begin_task(loader)  # batches (x, y)
+    for x, y in loader:
+        distiller.loss(model(x), y, x=x).backward()
+    distiller.end_task(loader)
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssd.activations import CHUNK, Recorder, evaluating, find_layers
+from ssd.activations import Recorder, chunks, evaluating, find_layers
 from ssd.losses import HIDDEN_LOSSES, KL, choice, distillation_loss, positive, real, wide
 from ssd.ops.distill import HIDDEN_LOSSES as FUSED
 from ssd.ops.reference import divergence
@@ -132,6 +141,7 @@ class Distiller:
         # {layer: 0-d float64 on the CPU}, the mean squared norm of the teacher's z, if relative
         self.teacher_norm: dict[str, Tensor] = {}
         self.classes_seen: Tensor | None = None  # ascending labels
+        self.teacher: nn.Module | None = None  # in place of its outputs, for a loader
         self._attach()
 
     def _attach(self) -> None:
@@ -163,16 +173,22 @@ class Distiller:
     @property
     def teaches(self) -> bool:
         """Whether there is a teacher: a task has begun after another had ended."""
-        return self.teacher_logits is not None
+        return self.teacher_logits is not None or self.teacher is not None
 
     @property
     def fused(self) -> bool:
         """Whether ssd.ops.distill can compute this loss, from what terms() returns."""
-        return len(self.layers) == 1 and (self.hidden_loss in FUSED or self.lam == 0)
+        served = self.hidden_loss in FUSED or self.lam == 0
+        return len(self.layers) == 1 and served and self.teacher is None
 
     @torch.inference_mode(False)  # inference tensors could not be saved for backward
-    def begin_task(self, x: Tensor) -> None:
-        """Keeps the outputs of the teacher, the present model, on a task's inputs [N, ..].
+    def begin_task(self, x: Tensor | Iterable[Any]) -> None:
+        """Keeps the teacher, the present model, for a task.
+
+        Args:
+            x: the task's inputs [N, ..], on which the teacher's outputs are kept; or a loader,
+                whose batches are inputs or begin with them. Then a copy of the model is kept, and
+                the loader is read once if hidden_loss or selection need the teacher's activations.
 
         Raises:
             ValueError: the model returns no logits [N, C], or a layer no activations of N inputs.
@@ -180,48 +196,87 @@ class Distiller:
         """
         if not self.neurons:
             return
+        self._recorder.require_attached()
         relative = HIDDEN_LOSSES[self.hidden_loss].relative
         if relative or self.selection == "activation":
             activation, norm = self._measure(x)
             self.neurons, self.teacher_norm = self._select(activation), norm if relative else {}
-        model = self._recorder.model
-        logits: list[Tensor] = []
-        hidden: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        with evaluating(model):
-            for chunk in x.split(CHUNK):
-                with self._recorder.record() as calls:
-                    output = model(chunk)
-                tensor = isinstance(output, Tensor)
-                if not tensor or output.shape[:-1] != (len(chunk),):
-                    found = list(output.shape) if tensor else f"a {type(output).__name__}"
+        if isinstance(x, Tensor):
+            outputs = [self._outputs(self._recorder, c) for c in chunks(x, self._recorder.model)]
+            logits = torch.cat([own for own, _ in outputs])
+            self._check_classes(logits)
+            self.teacher_logits = logits
+            self.teacher_hidden = {
+                name: torch.cat([hidden[name] for _, hidden in outputs]) for name in self.layers
+            }
+        else:
+            self.teacher = self._teacher_copy()
+        self._watch()
+
+    def _outputs(self, recorder: Recorder, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A model's logits [B, C] and z of the selected neurons on inputs, in evaluation mode."""
+        with evaluating(recorder.model):
+            with recorder.record() as calls:
+                output = recorder.model(x)
+            tensor = isinstance(output, Tensor)
+            if not tensor or output.shape[:-1] != (len(x),):
+                found = list(output.shape) if tensor else f"a {type(output).__name__}"
+                raise ValueError(
+                    f"the model returns {found} for {len(x)} inputs, not logits [B, C] "
+                    "alone; wrap it in a module that does"
+                )
+            hidden = recorder.read(calls, self.neurons)
+            for name, z in hidden.items():
+                if len(z) != len(x):
                     raise ValueError(
-                        f"the model returns {found} for {len(chunk)} inputs, not logits [B, C] "
-                        "alone; wrap it in a module that does"
+                        f"layer {name!r} has activations {list(z.shape)} for {len(x)} "
+                        "inputs; its first dimension must be the batch"
                     )
-                logits.append(output)
-                for name, z in self._recorder.read(calls, self.neurons).items():
-                    if len(z) != len(chunk):
-                        raise ValueError(
-                            f"layer {name!r} has activations {list(z.shape)} for {len(chunk)} "
-                            "inputs; its first dimension must be the batch"
-                        )
-                    hidden[name].append(z)
-        teacher_logits = torch.cat(logits)
-        if self.classes_seen is not None and self.classes_seen[-1] >= teacher_logits.shape[1]:
+        return output, hidden
+
+    def _check_classes(self, logits: Tensor) -> None:
+        if self.classes_seen is not None and self.classes_seen[-1] >= logits.shape[1]:
             raise ValueError(
                 f"label {int(self.classes_seen[-1])} was seen, but the model has "
-                f"{teacher_logits.shape[1]} classes"
+                f"{logits.shape[1]} classes"
             )
-        self.teacher_logits = teacher_logits
-        self.teacher_hidden = {name: torch.cat(chunks) for name, chunks in hidden.items()}
-        self._watch()
+
+    @torch.inference_mode(False)
+    def _targets(
+        self, rows: int, samples: Tensor | None, x: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's logits and z of a batch."""
+        if self.teacher is not None:
+            if x is None:
+                raise ValueError("this task began with a loader, so loss() needs x=, its inputs")
+            recorder = Recorder(self.teacher, self.layers, self.hidden == "before")
+            try:
+                logits, hidden = self._outputs(recorder, x)
+            finally:
+                recorder.remove()
+            self._check_classes(logits)
+            if len(logits) != rows:
+                raise ValueError(f"x has {len(logits)} inputs for {rows} logits")
+            return logits, hidden
+        assert self.teacher_logits is not None
+        if samples is None:
+            raise ValueError(
+                "loss() needs samples, the positions of the batch in the task's inputs"
+            )
+        chosen = _positions(
+            "samples", samples, rows, len(self.teacher_logits), "inputs of begin_task"
+        )
+        kept = {name: hidden[chosen] for name, hidden in self.teacher_hidden.items()}
+        return self.teacher_logits[chosen], kept
 
     def loss(
         self,
         logits: Tensor,
         labels: Tensor,
-        samples: Tensor,
+        samples: Tensor | None = None,
         hidden: Mapping[str, Tensor] | None = None,
+        *,
+        x: Tensor | None = None,
     ) -> Tensor:
         """alpha CE + (1 - alpha) (lambda L_hidden + (1 - lambda) L_logits); CE in the first task.
 
@@ -230,23 +285,27 @@ class Distiller:
         Args:
             logits: [B, C], what the model returned.
             labels: [B], in 0..C-1.
-            samples: [B], indices into the inputs of begin_task.
+            samples: [B], indices into the inputs of begin_task; not needed if that had a loader.
             hidden: {layer: z [B, .., n]}; None: those of the forward pass that returned the logits.
                 Logits that were changed since, by a mask or a scale, need
                 hidden=distiller.activations(what the model returned).
+            x: [B, ..], the inputs that led to the logits, if begin_task had a loader. The teacher
+                runs on them.
 
         Raises:
             ValueError: a shape or a range that does not fit, or logits of no known forward pass.
             RuntimeError: end_task has been called and begin_task not yet.
         """
-        return torch.stack([*self.losses(logits, labels, samples, hidden).values()]).sum()
+        return torch.stack([*self.losses(logits, labels, samples, hidden, x=x).values()]).sum()
 
     def losses(
         self,
         logits: Tensor,
         labels: Tensor,
-        samples: Tensor,
+        samples: Tensor | None = None,
         hidden: Mapping[str, Tensor] | None = None,
+        *,
+        x: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms of loss(), of the same arguments: cross_entropy, logits and hidden.
 
@@ -260,18 +319,18 @@ class Distiller:
         rows, classes = logits.shape
         labels = _positions("labels", labels, rows, classes, "classes")
         entropy = F.cross_entropy(wide(logits), labels)
-        if self.teacher_logits is None:
+        if not self.teaches:
             if self.neurons:
                 raise RuntimeError("there is no teacher for this task; call begin_task(x) first")
             return {"cross_entropy": entropy}
-        known, taught = self.teacher_logits.shape
-        samples = _positions("samples", samples, rows, known, "inputs of begin_task")
-        if classes != taught:
+        target, target_hidden = self._targets(rows, samples, x)
+        if classes != target.shape[1]:
             raise ValueError(
-                f"logits {list(logits.shape)} do not have the teacher's {taught} classes"
+                f"logits {list(logits.shape)} do not have the teacher's {target.shape[1]} classes"
             )
-        pair = wide(logits), wide(self.teacher_logits[samples])
-        distance = divergence(*pair, self.temperature, self.kl, self._columns(rows)).mean()
+        columns = self._columns(rows, classes)
+        pair = wide(logits), wide(target)
+        distance = divergence(*pair, self.temperature, self.kl, columns).mean()
         rest = 1 - self.alpha
         losses = {"cross_entropy": self.alpha * entropy, "logits": rest * (1 - self.lam) * distance}
         if self.lam > 0:
@@ -279,8 +338,7 @@ class Distiller:
             self._check_layers("hidden activations", hidden)
             settings = self.temperature, self.kl, self.hidden_loss
             layers = [
-                distillation_loss(z, self.teacher_hidden[name][samples], *settings)
-                * self._scale(name)
+                distillation_loss(z, target_hidden[name], *settings) * self._scale(name)
                 for name, z in hidden.items()
             ]
             losses["hidden"] = rest * self.lam * torch.stack(layers).mean()
@@ -298,8 +356,11 @@ class Distiller:
             target_hidden [B, n].
 
         Raises:
-            ValueError: several layers, or a hidden loss that the op does not compute.
+            ValueError: several layers, a hidden loss that the op does not compute, or a task that
+                began with a loader.
         """
+        if self.teacher is not None:
+            raise ValueError("terms() serves the teacher's stored outputs; begin_task had a loader")
         if not self.fused:
             raise ValueError(
                 f"terms() serves {' or '.join(FUSED)} of one layer, not {sorted(self.layers)} with "
@@ -310,7 +371,7 @@ class Distiller:
         names = ("alpha", "lam", "temperature", "kl")
         terms: dict[str, Any] = {name: getattr(self, name) for name in names}
         terms["target_logits"] = self.teacher_logits[samples]
-        columns = self._columns(len(samples))
+        columns = self._columns(len(samples), self.teacher_logits.shape[1])
         if columns is not None:
             terms["columns"] = columns
         if self.hidden_loss in FUSED:
@@ -327,12 +388,11 @@ class Distiller:
         # A silent teacher is imitated in absolute terms.
         return self.hidden_weight / (self.teacher_norm[layer].item() or 1.0)
 
-    def _columns(self, rows: int) -> Tensor | None:
+    def _columns(self, rows: int, classes: int) -> Tensor | None:
         """Which logits [rows, C] are distilled; None: all."""
-        if self.logits == "all" or self.classes_seen is None or self.teacher_logits is None:
+        if self.logits == "all" or self.classes_seen is None:
             return None
-        classes, device = self.teacher_logits.shape[1], self.classes_seen.device
-        seen = torch.zeros(classes, dtype=torch.bool, device=device)
+        seen = torch.zeros(classes, dtype=torch.bool, device=self.classes_seen.device)
         return seen.index_fill_(0, self.classes_seen, True).expand(rows, -1)
 
     def activations(self, logits: Tensor) -> dict[str, Tensor]:
@@ -358,12 +418,15 @@ class Distiller:
 
     @torch.inference_mode(False)
     def end_task(
-        self, x: Tensor, labels: Tensor | None = None, counts: Mapping[str, Tensor] | None = None
+        self,
+        x: Tensor | Iterable[Any],
+        labels: Tensor | None = None,
+        counts: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Selects the subnetwork by activation frequency over a task's inputs; drops the teacher.
 
         Args:
-            x: [N, ..]; under torch.distributed, each rank's own.
+            x: [N, ..], or a loader as in begin_task; under torch.distributed, each rank's own.
             labels: [N], only needed for logits="seen".
             counts: {layer: [R]} of count_activations over x, if known.
 
@@ -388,6 +451,7 @@ class Distiller:
         # Before the next task's inputs are known every neuron counts as equally active on them.
         self.neurons = self._select({name: hits.new_ones(()) for name, hits in counts.items()})
         self.teacher_logits, self.teacher_hidden, self.teacher_norm = None, {}, {}
+        self.teacher = None
         self._watch()
 
     def _select(self, activation: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -407,7 +471,7 @@ class Distiller:
             return neurons
         return subnetwork_size(self.layers[layer], neurons, self.subnetwork)
 
-    def _measure(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _measure(self, x: Tensor | Iterable[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The teacher on a task's inputs: mean z [R] and mean squared norm of z, by layer."""
         every = {
             name: torch.arange(len(counts), device=counts.device)
@@ -416,7 +480,7 @@ class Distiller:
         sums = {name: counts.new_zeros(len(counts) + 2) for name, counts in self.counts.items()}
         model = self._recorder.model
         with evaluating(model):
-            for chunk in x.split(CHUNK):
+            for chunk in chunks(x, model):
                 with self._recorder.record() as calls:
                     model(chunk)
                 for name, z in self._recorder.read(calls, every).items():
@@ -449,6 +513,8 @@ class Distiller:
         for name in ("teacher_logits", "classes_seen"):
             if getattr(self, name) is not None:
                 state[name] = getattr(self, name)
+        if self.teacher is not None:
+            state |= {f"teacher/{name}": t for name, t in _tensors(self.teacher).items()}
         return {name: tensor.clone() for name, tensor in state.items()}
 
     @torch.inference_mode(False)
@@ -467,11 +533,21 @@ class Distiller:
             )
             for name, tensor in state.items()
         }
-        self.__dict__.update(_parts(own))
+        parts = _parts(own)
+        weights, parts["teacher"] = parts["teacher"], None
+        if weights:
+            parts["teacher"] = self._teacher_copy()
+            for name, tensor in _tensors(parts["teacher"]).items():
+                tensor.copy_(weights[name])
+        self.__dict__.update(parts)
         self._watch()
+
+    def _teacher_copy(self) -> nn.Module:
+        return copy.deepcopy(self._recorder.model).eval().requires_grad_(False)
 
     def _check_state(
         self,
+        teacher: Mapping[str, Tensor],
         counts: Mapping[str, Tensor],
         neurons: Mapping[str, Tensor],
         teacher_hidden: Mapping[str, Tensor],
@@ -479,14 +555,17 @@ class Distiller:
         teacher_logits: Tensor | None,
         classes_seen: Tensor | None,
     ) -> None:
-        taught = bool(teacher_hidden) or teacher_logits is not None
-        if counts or neurons or taught:
+        stored = bool(teacher_hidden) or teacher_logits is not None
+        if counts or neurons or stored or teacher:
             self._check_counts("the state's counts", counts)
             self._check_layers("the state's neurons", neurons)
-        if taught:
+        if (stored or teacher) and HIDDEN_LOSSES[self.hidden_loss].relative:
+            self._check_layers("the state's teacher_norm", teacher_norm)
+        shapes = {name: tensor.shape for name, tensor in _tensors(self._recorder.model).items()}
+        if teacher and {name: tensor.shape for name, tensor in teacher.items()} != shapes:
+            raise ValueError("the state's teacher is another model")
+        if stored:
             self._check_layers("the state's teacher_hidden", teacher_hidden)
-            if HIDDEN_LOSSES[self.hidden_loss].relative:
-                self._check_layers("the state's teacher_norm", teacher_norm)
             if teacher_logits is None:
                 raise ValueError("the state has no teacher_logits")
         if (classes_seen is not None) != (self.logits == "seen" and bool(counts)):
@@ -524,7 +603,8 @@ class Distiller:
 
 def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The attributes of a Distiller from its state_dict()."""
-    parts: dict[str, Any] = {"counts": {}, "neurons": {}, "teacher_hidden": {}, "teacher_norm": {}}
+    groups = ("counts", "neurons", "teacher_hidden", "teacher_norm", "teacher")
+    parts: dict[str, Any] = {group: {} for group in groups}
     parts |= {"teacher_logits": None, "classes_seen": None}
     for key, tensor in state.items():
         part, slash, name = key.partition("/")
@@ -532,6 +612,11 @@ def _parts(state: Mapping[str, Tensor]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is no part of a Distiller's state")
         parts[part] = {**parts[part], name: tensor} if slash else tensor
     return parts
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
 def _positions(
