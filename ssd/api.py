@@ -94,6 +94,8 @@ class Result:
             axes: to draw on, so that several results can share them; None: new ones.
             style: of the line, see matplotlib's plot.
         """
+        from ssd.figures import integer_ticks
+
         if axes is None:
             from matplotlib import pyplot as plt
 
@@ -106,6 +108,7 @@ class Result:
             tasks, center - spread, center + spread, color=line.get_color(), alpha=0.2
         )
         axes.set(xlabel="tasks trained", ylabel="accuracy on them", ylim=(0, 1))
+        integer_ticks(axes.xaxis)
         axes.legend()
         return axes
 

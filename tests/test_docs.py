@@ -40,6 +40,9 @@ every_document = pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    if "TensorBoard" in EXAMPLES[name]:
+        pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     assert len(EXAMPLES[name].splitlines()) <= 25
     exec(compile(EXAMPLES[name], name, "exec"), {})
     for features in tmp_path.glob("*.npz"):
@@ -49,7 +52,8 @@ def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_examples_are_found() -> None:
     pages = ("README", "docs/getting-started", "docs/kernels", "docs/own-data", "docs/own-network")
     first = {f"{page}.md 0" for page in pages}
-    assert set(EXAMPLES) == first | {"docs/getting-started.md 1"}
+    study = {f"docs/continual-learning.md {number}" for number in range(3)}
+    assert set(EXAMPLES) == first | study | {"docs/getting-started.md 1"}
 
 
 def prose(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +88,11 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def wait() -> None:
+    """Until the next second, since readers order event files by the second of their begin."""
+    time.sleep(1 - time.time() % 1)
+
+
 def same(folder: Path, result: Result) -> None:
     """The event files of both seeds hold what the result does, rounded to fp32."""
     for seed in (0, 1):
@@ -115,6 +121,7 @@ def test_tensorboard_after_an_interruption(tmp_path: Path, kind: str, step: int)
 
     with pytest.raises(KeyboardInterrupt):
         run(TensorBoard(tmp_path / "log"), stop, out=tmp_path / "runs")
+    wait()
     assert max(step for step, _ in read(tmp_path / "log" / "seed0")["loss"]) == step // 2 * 2
     same(tmp_path / "log", run(TensorBoard(tmp_path / "log"), out=tmp_path / "runs"))
 
@@ -128,6 +135,7 @@ def test_tensorboard_keeps_the_last_epoch_before_a_task_event(tmp_path: Path) ->
     def relog(trainer: Trainer, event: Event) -> None:
         if event.kind == "task" and event.task == 1:
             log.__exit__(None)  # the next call begins anew, in the same folder
+            wait()
         log(trainer, event)
         seen.append((trainer, event, trainer.steps))
 
