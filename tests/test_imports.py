@@ -29,6 +29,7 @@ learner
 step
 cuda_graph
 trainer
+callbacks
 storage.run_folder
 runs
 progress

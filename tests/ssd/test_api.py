@@ -91,6 +91,7 @@ def test_plot() -> None:
         matrix = result.accuracy
         np.testing.assert_allclose(line.get_ydata(), [matrix[0, 0], matrix[1].mean()])
         assert line.get_linewidth() == 3
+    assert all(tick == round(tick) for tick in axes.get_xticks())
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sdmlp", "lwf"]
 
 
@@ -185,6 +186,34 @@ def test_callbacks() -> None:
     epochs = [event for event in seen if event.kind == "epoch"]
     logged = [record["loss"] for record in result.records[0]]
     assert [event.records[0]["loss"] for event in epochs] == logged
+
+
+def test_callbacks_that_are_context_managers_are_left() -> None:
+    class Log:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def __enter__(self) -> None:
+            self.seen.append("begun")
+
+        def __exit__(self, kind: Any, *_: object) -> None:
+            self.seen.append(kind)
+
+        def __call__(self, trainer: Any, event: Any) -> None:
+            if event.kind == "task":
+                self.seen.append(event.task)
+
+    log = Log()
+    ssd.run(blobs(), tasks=2, callbacks=[log], **SMALL)
+    assert log.seen == ["begun", 0, 1, None]
+    log = Log()
+
+    def fail(trainer: Any, event: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ssd.run(blobs(), tasks=2, callbacks=[log, fail], **SMALL)
+    assert log.seen == ["begun", ZeroDivisionError]
 
 
 def test_folder_is_kept_and_goes_on(tmp_path: Path) -> None:
