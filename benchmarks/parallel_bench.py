@@ -56,7 +56,7 @@ def counted(collective: Callable[..., Any], sent: list[int]) -> Callable[..., An
 def train(
     rank: int, world: int, split: str, shape: dict[str, int], steps: int, folder: Path
 ) -> None:
-    """One process; rank 0 saves milliseconds and bytes of the steps and its growth in MB."""
+    """One process; rank 0 saves milliseconds, CPU time, bytes of each step and its growth in MB."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     torch.manual_seed(0)
@@ -69,6 +69,7 @@ def train(
         model = DistributedDataParallel(sae, broadcast_buffers=False)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     times: list[float] = []
+    work: list[float] = []
     sent: list[int] = []
     dist.all_reduce, dist.all_gather = (
         counted(c, sent) for c in (dist.all_reduce, dist.all_gather)
@@ -78,15 +79,16 @@ def train(
         own = x if split == "neurons" else x[rank::world]
         dist.barrier()
         sent.append(0)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         optimizer.zero_grad()
         model(own).fvu.backward()
         optimizer.step()
+        work.append(1e3 * (time.process_time() - used))
         dist.barrier()
         times.append(1e3 * (time.perf_counter() - start))
     if rank == 0:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
-        torch.save((times, sent, peak - before), folder / "measured")
+        torch.save((times, work, sent, peak - before), folder / "measured")
     dist.destroy_process_group()
 
 
@@ -100,14 +102,16 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 given = world, split, shape, steps, Path(folder)
                 torch.multiprocessing.spawn(train, given, nprocs=world)
-                times, sent, growth = torch.load(Path(folder) / "measured")
+                times, work, sent, growth = torch.load(Path(folder) / "measured")
             case = "TopKSAE", f"{split} split", "step", "float32", shape | {"processes": world}
             found = quantiles(times[FIRST:])
             run.write(case, "time", found, "ms")
             rate = Quantiles(*(1e3 * shape["B"] / ms for ms in reversed(found)))
             run.write(case, "throughput", rate, "samples/s")
+            run.write(case, "CPU time", quantiles(work[FIRST:]), "ms a process")
             run.write(case, "memory", Quantiles(*[growth] * 3), "MB a process")
-            line = f"{split} split over {world}: {found.p50:.1f} ms, {growth:.0f} MB a process"
+            line = f"{split} split over {world}: {found.p50:.1f} ms, {quantiles(work[FIRST:]).p50:.1f} "
+            line += f"of the CPU and {growth:.0f} MB a process"
             if split == "neurons":  # DistributedDataParallel sends its gradients by itself
                 run.write(case, "exchanged", quantiles([b / MB for b in sent[FIRST:]]), "MB")
                 line += f", results of collectives {sent[-1] / MB:.2f} MB"
