@@ -110,8 +110,7 @@ def main() -> None:
             run.write(case, "throughput", rate, "samples/s")
             run.write(case, "CPU time", quantiles(work[FIRST:]), "ms a process")
             run.write(case, "memory", Quantiles(*[growth] * 3), "MB a process")
-            line = f"{split} split over {world}: {found.p50:.1f} ms, {quantiles(work[FIRST:]).p50:.1f} "
-            line += f"of the CPU and {growth:.0f} MB a process"
+            line = f"{split} split over {world}: {found.p50:.1f} ms, {growth:.0f} MB a process"
             if split == "neurons":  # DistributedDataParallel sends its gradients by itself
                 run.write(case, "exchanged", quantiles([b / MB for b in sent[FIRST:]]), "MB")
                 line += f", results of collectives {sent[-1] / MB:.2f} MB"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +19,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import record
 from ssd_kernels import TopKOutput, count_active, linear_topk, sparse_linear
 from ssd_kernels.nn import TopKLinear
 from ssd_kernels.parallel import ShardedTopKSAE, reduce_activity, sharded_linear, sharded_topk
 from ssd_kernels.sae import TopKSAE
 
-if not dist.is_available():
-    pytest.skip("torch has no torch.distributed here", allow_module_level=True)
-
+ROOT = Path(__file__).parents[2]
 WIDTH, WIDE = 6, {"dtype": torch.float64}
 SPLIT = ("encoder.weight", "encoder.bias", "decoder.weight")  # over the processes
 
@@ -52,9 +55,9 @@ def same_everywhere(tensor: Tensor) -> None:
 
 def ops_agree() -> None:
     """k within a shard's neurons, beyond them and R; R that the processes divide and others."""
-    for neurons, k, batch, biased in itertools.product(
-        (40, 41, 43), (1, 5, 25, 40), ((7,), (2, 3), ()), (True, False)
-    ):
+    batches = itertools.cycle([(7,), (2, 3), ()])
+    for neurons, k, biased in itertools.product((40, 41, 43), (1, 5, 25, 40), (True, False)):
+        batch = next(batches)
         x = torch.randn(*batch, WIDTH, **WIDE)
         weight, decoder = torch.randn(2, neurons, WIDTH, **WIDE)
         bias, shift = (torch.randn(neurons, **WIDE), torch.randn(WIDTH, **WIDE))
@@ -366,3 +369,59 @@ def run(rank: int, world: int, meet: Path) -> None:
 def test_processes_equal_one(world: int, tmp_path: Path) -> None:
     """The traceback names the check that failed."""
     torch.multiprocessing.spawn(run, (world, tmp_path / "meet"), nprocs=world)
+
+
+def torchrun(file: Path, *options: str) -> str:
+    """What two processes print."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, file, *options],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("option", [[], ["--neurons"]])
+def test_example(option: list[str]) -> None:
+    said = torchrun(ROOT / "examples/ddp_sae.py", "--steps", "9", *option)
+    first, last = (float(found) for found in re.findall(r"unexplained (\S+)", said))
+    assert 0 < last < 0.9 * first
+    assert "1.00 of the slots" in said
+
+
+def test_the_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    script = tmp_path / "page.py"
+    script.write_text("".join(blocks), encoding="utf-8")
+    torchrun(script)
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    shown = (ROOT / "docs/parallel.md").read_text(encoding="utf-8")
+    rows = record.read(ROOT / "benchmarks/results/cpu/parallel_bench.csv")
+    cases = {(row.mode, row.provider, row.shape["processes"]) for row in rows}
+    assert len(cases) == 6
+    for _, split, world in cases:
+        cells = [split.removesuffix(" split"), str(world)]
+        for metric in ("time", "throughput", "CPU time", "memory", "exchanged"):
+            row = record.find(rows, split, metric, {"processes": world})
+            digits = 2 if metric == "exchanged" else 0
+            cells.append("" if row is None else f"{row.p50:,.{digits}f}")
+        assert f"| {' | '.join(cells)} |".replace("  ", " ") in shown
+
+
+def test_bytes_exchanged_are_those_of_the_formula() -> None:
+    """s = 4 bytes; the shapes and the bytes are from the file of the benchmark."""
+    rows = record.read(ROOT / "benchmarks/results/cpu/parallel_bench.csv")
+    found = [row for row in rows if row.metric == "exchanged"]
+    assert len(found) == 3
+    for row in found:
+        batch, width, k, world = (row.shape[name] for name in ("B", "d", "k", "processes"))
+        size = 8 * batch * k * world + 2 * 4 * batch * width + 4 * batch * k
+        assert row.p50 == pytest.approx(size / 1e6, rel=1e-5)
