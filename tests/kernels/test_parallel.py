@@ -385,7 +385,7 @@ def torchrun(file: Path, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("option", [[], ["--neurons"]])
+@pytest.mark.parametrize("option", [[], pytest.param(["--neurons"], marks=pytest.mark.slow)])
 def test_example(option: list[str]) -> None:
     said = torchrun(ROOT / "examples/ddp_sae.py", "--steps", "9", *option)
     first, last = (float(found) for found in re.findall(r"unexplained (\S+)", said))
