@@ -1,6 +1,6 @@
 """Exact, deterministic, trainable k-sparse layers; ssd_kernels.reference is the specification."""
 
-from ssd_kernels import nn, reference, sae, sae_files
+from ssd_kernels import nn, parallel, reference, sae, sae_files
 from ssd_kernels.count_active import count_active
 from ssd_kernels.linear_inhibit import linear_inhibit
 from ssd_kernels.linear_topk import linear_topk
@@ -18,6 +18,7 @@ __all__ = [
     "linear_inhibit",
     "linear_topk",
     "nn",
+    "parallel",
     "reference",
     "row_update",
     "sae",

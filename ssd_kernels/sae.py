@@ -116,7 +116,10 @@ class TopKSAE(nn.Module):
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """values [.., K], indices [.., K] -> [.., d]."""
-        return self.decoder(values, indices)
+        return self._sum(values, indices, self.decoder.bias)
+
+    def _sum(self, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
+        return sparse_linear(values, indices, self.decoder.weight, bias)
 
     def forward(self, x: Tensor) -> SAEOutput:
         values, indices, *_ = self.encode(x)
@@ -142,12 +145,13 @@ class TopKSAE(nn.Module):
         """
         k = min(self.auxk, len(neurons))
         samples, error = (t.reshape(-1, self.in_features) for t in (self._centered(x), error))
-        values, indices = _TopAmong.apply(
-            samples, self.encoder.weight, self.encoder.bias, neurons, k
-        )
-        estimate = sparse_linear(values, indices, self.decoder.weight)
+        estimate = self._sum(*self._strongest(samples, neurons, k), None)
         # A few dead neurons shall not outweigh the living ones.
         return k / self.auxk * _square_sum(estimate - error)
+
+    def _strongest(self, samples: Tensor, neurons: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest scores [B, k] of samples [B, d] among some neurons, and their indices."""
+        return _TopAmong.apply(samples, self.encoder.weight, self.encoder.bias, neurons, k)
 
     @property
     def dead(self) -> Tensor:

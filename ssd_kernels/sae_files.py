@@ -70,6 +70,11 @@ def save(sae: TopKSAE, folder: str | Path, *, format: str = "saelens", **metadat
     if format == "sparsify" and (metadata or isinstance(sae, BatchTopKSAE)):
         lacking = f"metadata {sorted(metadata)}" if metadata else "a BatchTopKSAE"
         raise ValueError(f"save: sparsify's files cannot hold {lacking}; use format='saelens'")
+    if len(sae.encoder.weight) != sae.neurons:
+        raise ValueError(
+            f"save: this process holds {len(sae.encoder.weight)} of {sae.neurons} neurons; gather "
+            "the rows of all into a TopKSAE"
+        )
     state = {name: p.detach().cpu() for name, p in sae.named_parameters()}
     settings: dict[str, Any] = {name: values[0] for name, values in COMPUTED[format].items()}
     settings |= {"d_in": sae.in_features, "k": sae.k}

@@ -25,10 +25,14 @@ DOCUMENTS = [
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 GENERATED = re.compile(r"<!-- (medians|targets) .*?<!-- /\1 .*?-->", re.DOTALL)
-EXAMPLES = {  # those of CONTRIBUTING.md are in test_contributing.py
+ELSEWHERE = {  # where their examples run
+    "CONTRIBUTING.md": "tests/test_contributing.py",
+    "docs/parallel.md": "tests/kernels/test_parallel.py",
+}
+EXAMPLES = {
     f"{name} {number}": example
     for name, text in TEXTS.items()
-    if name != "CONTRIBUTING.md"
+    if name not in ELSEWHERE
     for number, example in enumerate(code for kind, code in FENCE.findall(text) if kind == "python")
 }
 # Named with the commit that has them.
@@ -131,6 +135,8 @@ def source_of(words: list[str]) -> tuple[str, list[str]]:
             return help_of(name), rest
         case ["python", "-m", name, *rest]:
             return (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"), rest
+        case ["torchrun", "--nproc-per-node", _, file, *rest]:
+            return (ROOT / file).read_text(encoding="utf-8"), rest
         case ["pip", *rest]:
             return (ROOT / "setup.py").read_text(encoding="utf-8") + " --no-deps", rest
         case ["mkdocs", "build" | "serve", *rest]:

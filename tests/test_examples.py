@@ -33,7 +33,9 @@ def run(name: str, folder: Path, **environment: str) -> str:
 
 
 def test_every_example_is_listed() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+    elsewhere = {"avalanche_ssd", "ddp_sae"}  # test_examples_avalanche, tests/kernels/test_parallel
+    found = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert found == set(EXAMPLES) | elsewhere
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
