@@ -190,6 +190,10 @@ def test_saving_refuses_before_it_writes(tmp_path: Path) -> None:
         save(drawn(BatchTopKSAE), folder, format="sparsify")
     with pytest.raises(ValueError, match="model_name"):
         save(drawn(), folder, format="sparsify", model_name="x")
+    shard = drawn()
+    shard.neurons = 80  # as in ssd_kernels.parallel
+    with pytest.raises(ValueError, match="40 of 80 neurons"):
+        save(shard, folder)
     assert not folder.exists()
 
 
