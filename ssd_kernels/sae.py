@@ -182,8 +182,9 @@ class BatchTopKSAE(TopKSAE):
     In training mode the k B largest activations of a batch stay active; ties go to the first
     sample, then to the lower index. In eval mode those above `threshold` do (JumpReLU), whatever
     the batch: a running mean of the smallest activation that stayed. It starts at 0, where all
-    positive activations pass. Both are exact and need no [B, R]: linear_topk keeps a few times k
-    neurons a sample, and more if a sample needs them. To know that waits for the device.
+    positive activations pass. Both are exact: linear_topk keeps a few times k neurons a sample, and
+    more if a sample needs them. To know that waits for the device. Up to 255 slots a sample need no
+    [B, R] on CUDA.
 
     Args:
         k: active neurons a sample on average, above 0 and at most R; it need not be whole. None:
