@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from ssd.activations import count_activations, find_layers
 from ssd.cli import check_seeds, choose_device, note
 from ssd.config import JOINT, Config, resolve
-from ssd.data import ARRAYS, SOURCES, Dataset, Task, cumulated, default_root, from_arrays, load
+from ssd.data import (
+    ARRAYS,
+    SOURCES,
+    Dataset,
+    Task,
+    cumulated,
+    default_root,
+    from_arrays,
+    load,
+    to_tensor,
+)
 from ssd.errors import UserError
 from ssd.learner import Learner
 from ssd.models import Network
@@ -308,7 +318,7 @@ def _stream(tasks: Sequence[Any]) -> tuple[Dataset, list[Task]]:
     if not isinstance(tasks, Sequence) or not tasks:
         raise UserError(f"tasks must be a number or a list of tasks, not {tasks!r}")
     given = [
-        [torch.as_tensor(array) for array in _four(task, f"task {number}")]
+        [to_tensor(array) for array in _four(task, f"task {number}")]
         for number, task in enumerate(tasks)
     ]
     try:

@@ -400,7 +400,7 @@ def load(
         raise UserError("--dataset features and --features FILE go together")
     source = SOURCES[name]
     try:
-        arrays = [_tensor(array) for array in source.read(features or root)]
+        arrays = [to_tensor(array) for array in source.read(features or root)]
         data = _dataset(name, str(features or name), *arrays)
     except Unavailable as reason:
         missing = f"neither in {root} nor to be downloaded"
@@ -437,7 +437,7 @@ def from_arrays(
     Raises:
         UserError: they are no classification data set.
     """
-    arrays = [_tensor(array) for array in (x_train, y_train, x_test, y_test)]
+    arrays = [to_tensor(array) for array in (x_train, y_train, x_test, y_test)]
     data = _dataset("features", "data", *arrays)
     for line in _notes(data, arrays[0].flatten(1)):
         notice(line)
@@ -449,7 +449,8 @@ def default_root() -> Path:
     return Path(os.environ.get("SSD_DATA") or "data")
 
 
-def _tensor(array: Any) -> Tensor:
+def to_tensor(array: Any) -> Tensor:
+    """What torch can read, without gradient; numpy arrays of any byte order."""
     if isinstance(array, np.ndarray):  # torch takes this machine's byte order alone
         array = array.astype(array.dtype.newbyteorder("="), copy=False)
     return (array if isinstance(array, Tensor) else torch.as_tensor(array, device="cpu")).detach()

@@ -197,8 +197,9 @@ class BatchTopKSAE(TopKSAE):
         super().__init__(in_features, neurons, k, **settings)  # type: ignore[arg-type]
         device = settings.get("device")
         self.register_buffer("threshold", torch.zeros(neurons, device=device))
-        # Slots that served the last batch: those of the next one are likely as many.
-        self._slots = min(neurons, max(1, math.ceil(2 * (k or 16))))
+        self._slots = (
+            0  # that the last batch needed, of 2 k, 4 k, ..; the next one begins with them
+        )
 
     threshold: Tensor
 
@@ -219,15 +220,22 @@ class BatchTopKSAE(TopKSAE):
         """
         if self.training and self.k is None:
             raise ValueError("BatchTopKSAE: k is None; set sae.k before training")
+        least = min(self.neurons, max(1, math.ceil(2 * (self.k or 16))))
+        slots = max(least, self._slots)
         while True:
-            code = self._largest(x, self._slots)
+            code = self._largest(x, slots)
             values = code.values.detach()
             stays, full = self._of_batch(values) if self.training else self._above(code)
-            if self._slots == self.neurons or not full:
+            if slots == self.neurons or not full:
                 break
-            self._slots = min(self.neurons, 2 * self._slots)
-        columns = torch.arange(1, self._slots + 1, device=x.device)
-        width = int((stays.reshape(-1, self._slots).any(0) * columns).amax())
+            slots = min(self.neurons, 2 * slots)
+        columns = torch.arange(1, slots + 1, device=x.device)
+        width = int((stays.reshape(-1, slots).any(0) * columns).amax())
+        # A batch that needed many does not slow down all that follow.
+        self._slots = least
+        while self._slots < min(width + 1, self.neurons):
+            self._slots *= 2
+        self._slots = min(self.neurons, self._slots)
         kept = torch.where(stays, code.values, 0.0)
         return TopKOutput(kept[..., :width], code.indices[..., :width].contiguous())
 

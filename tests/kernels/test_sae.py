@@ -123,7 +123,9 @@ def test_batch_cut_gives_ties_to_the_first(device: str) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_sample_may_take_all(training: bool, device: str) -> None:
+def test_one_sample_may_take_all(
+    training: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sample that needs more slots than were reserved gets them, also in the next batch."""
     sae = drawn(BatchTopKSAE, device, k=2).train(training)
     sae.threshold.fill_(3.0)
@@ -135,6 +137,14 @@ def test_one_sample_may_take_all(training: bool, device: str) -> None:
             scattered(sae, code.values, code.indices), dense_code(sae, x), atol=0, rtol=1e-12
         )
         assert code.values.shape[1] > 4
+    # An ordinary batch again takes few slots.
+    sae.threshold.fill_(1000)
+    taken = []
+    largest = sae._largest
+    monkeypatch.setattr(sae, "_largest", lambda x, k: taken.append(k) or largest(x, k))
+    sae.encode(1e-3 * x[:3])
+    sae.encode(1e-3 * x[:3])
+    assert taken[0] > taken[1] == 4
 
 
 def test_thresholds_of_single_neurons(device: str) -> None:
