@@ -464,7 +464,9 @@ def test_change_of_the_scheme(open_page: Open, tmp_path: Path) -> None:
     colors = "nodes => nodes.map(node => node.getAttribute('stroke'))"
     before = page.eval_on_selector_all("polyline", colors)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_selector("svg polyline")
+    # The browser tells the page of the change after the call has returned.
+    now = f"before => String(({colors})([...document.querySelectorAll('polyline')])) != before"
+    page.wait_for_function(now, arg=",".join(before))
     assert page.eval_on_selector_all("polyline", colors) != before
 
 
