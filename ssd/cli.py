@@ -22,18 +22,21 @@ from rich.console import Console
 from ssd import BEGINS_AGAIN, end_guard
 from ssd.config import Config, option
 from ssd.errors import Interrupted, UserError
+from ssd.executors import EXECUTORS, HERE
 from ssd.storage.run_folder import CONFIG
 
 # Library code names settings by the options of ssd.train; settings files use the bare names.
 SETTINGS = {option(field.name): field.name for field in fields(Config)}
 SETTINGS |= {"--preset": "preset", "--seeds": "seeds"}
 MOST_RUNS = 10_000  # of one command, which lists all of them before it trains the first
-# Options of several commands: value in the help text, type, help.
-COMMON: Mapping[str, tuple[str, type, str]] = {
-    "--data-root": ("DIR", Path, "data sets (default $SSD_DATA or data)"),
-    "--device": ("NAME", str, "cpu, cuda, cuda:1, .. (default cuda if there is one)"),
-    "--checkpoint-every": ("X", float, "seconds (default 30)"),
-    "--quiet": ("", bool, "print the result line alone"),
+# Options of several commands: value in the help text, type, default, help.
+COMMON: Mapping[str, tuple[str, type, Any, str]] = {
+    "--data-root": ("DIR", Path, None, "data sets (default $SSD_DATA or data)"),
+    "--device": ("NAME", str, None, "cpu, cuda, cuda:1, .. (default cuda if there is one)"),
+    "--checkpoint-every": ("X", float, None, "seconds (default 30)"),
+    "--quiet": ("", bool, False, "print the result line alone"),
+    "--on": ("WHERE", str, HERE, f"train on {', '.join([HERE, *EXECUTORS])} (default {HERE})"),
+    "--job": ("KEY=VALUE", list, (), "what a job asks of --on, as num_gpus=1; may be repeated"),
 }
 
 
@@ -56,11 +59,13 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_common(add: Callable[..., Any], *names: str) -> None:
     """Adds options of COMMON; `add` is add_argument of a parser or a group."""
     for name in names:
-        value, kind, text = COMMON[name]
+        value, kind, default, text = COMMON[name]
         if kind is bool:
             add(name, action="store_true", help=text)
+        elif kind is list:
+            add(name, metavar=value, action="append", default=list(default), help=text)
         else:
-            add(name, metavar=value, type=kind, help=text)
+            add(name, metavar=value, type=kind, default=default, help=text)
 
 
 def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
@@ -199,8 +204,13 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device to train on, by default CUDA if there is one; UserError if it is absent."""
+def choose_device(name: str | None, elsewhere: bool = False) -> torch.device:
+    """The device to train on, by default CUDA if there is one; UserError if it is absent.
+
+    Args:
+        name: as torch.device takes it.
+        elsewhere: whether other machines train, which may have what this one lacks.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -209,9 +219,8 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} is not a device; use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use cpu or cuda")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and not elsewhere and (device.index or 0) >= here:
         raise UserError(f"--device {name} is not on this machine; use --device cpu")
     return device
 

@@ -8,7 +8,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
@@ -20,10 +21,12 @@ from torch import Tensor, multiprocessing
 
 from ssd.config import Config, hints
 from ssd.data import Dataset, Task
-from ssd.errors import Diverged, Interrupted
+from ssd.errors import Diverged, Interrupted, UserError
+from ssd.executors import result_of
 from ssd.progress import Display, position_watcher
 from ssd.runs import RunOptions, leave_out, make_tasks, run_together
-from ssd.storage.files import dumps, write_json
+from ssd.storage.dataset_file import read_dataset, stored
+from ssd.storage.files import dumps, read_json, write_json
 from ssd.storage.run_folder import (
     DIVERGED,
     SUMMARY,
@@ -46,6 +49,10 @@ MOST_APART = 3
 SMALL = 2**23
 # A process takes seconds to start. One thread does so many multiplications in many times that.
 WORTH = 2e12
+# Seconds between two looks at the files through which a study and its workers talk.
+LOOK = 1.0
+# A network file system may show a file this many seconds after another machine wrote it.
+UNSEEN = 90.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +169,8 @@ class Study:
         device: where they train.
         display: shows the progress.
         saved: called whenever runs have ended.
+        executor: trains all runs, see ssd.executors; its workers share the file system of the
+            runs' folders. None: this process, on a CPU several of this machine.
 
     Raises:
         UserError: the summary of a run is damaged.
@@ -173,8 +182,9 @@ class Study:
         device: torch.device,
         display: Display,
         saved: Callable[[], None] = lambda: None,
+        executor: Executor | None = None,
     ) -> None:
-        self.device, self.display, self.saved = device, display, saved
+        self.device, self.display, self.saved, self.executor = device, display, saved, executor
         self.missing: dict[Path, Run] = {}
         for run in runs:
             if run.outcome() is None:
@@ -191,15 +201,21 @@ class Study:
             stopped: asked again and again; once true, all runs in training save their state.
 
         Raises:
-            Interrupted: stopped() was true. UserError, OSError: see ssd.runs.run_together.
+            Interrupted: stopped() was true. UserError: a worker died, or wrote where this process
+            does not see it. UserError, OSError: see ssd.runs.run_together.
         """
         folders = dict.fromkeys(run.folder for run in runs)
         waiting = [self.missing[folder] for folder in folders if folder in self.missing]
-        small = [run for run in waiting if run.is_small]
-        processes = processes_for(_work(small), len(small), self.device)
         with self.display:
+            if self.executor is not None:
+                self._train_on(self.executor, waiting, stopped)
+                return
+            small = [run for run in waiting if run.is_small]
+            processes = processes_for(_work(small), len(small), self.device)
             if processes > 1:
-                self._train_apart(small, processes, stopped)
+                context = multiprocessing.get_context("spawn")
+                with ProcessPoolExecutor(processes, context, _begin) as pool:
+                    self._train_on(pool, small, stopped)
                 waiting = [run for run in waiting if not run.is_small]
             for batch in _batches(waiting, MOST):
                 if stopped():
@@ -209,44 +225,53 @@ class Study:
                 train_batch(batch, RunOptions(self.device, watch=watch, stopped=stopped))
                 self._end(batch)
 
-    def _train_apart(
-        self, runs: Sequence[Run], processes: int, stopped: Callable[[], bool]
+    def _train_on(
+        self, executor: Executor, runs: Sequence[Run], stopped: Callable[[], bool]
     ) -> None:
-        """Trains the runs in worker processes.
-
-        Raises:
-            Interrupted: stopped() was true. Whatever a worker raised, once the others have saved.
-        """
-        # Long batches first, and none so long that one process is left alone with it.
+        """Trains the runs by an executor; whatever ends that early, its workers save first."""
+        # Long batches first, and none so long that one worker is left alone with it.
         batches = sorted(_batches(runs, MOST_APART), key=_work, reverse=True)
-        context = multiprocessing.get_context("spawn")
-        reports, stop = context.Queue(), context.Event()
-        with ProcessPoolExecutor(processes, context, _begin, (reports, stop)) as pool:
-            running = {
-                pool.submit(_train_in_worker, number, batch, self.device): batch
-                for number, batch in enumerate(batches)
-            }
-            waiting: set[Future[None]] = set(running)
+        links = {batch: Link(batch) for batch in batches}
+        running: dict[Future[Exception | None], tuple[Run, ...]] = {}
+        with stored((run.data for run in runs), runs[0].root) as files:
             try:
+                for batch, link in links.items():
+                    link.clear()
+                    make = [
+                        partial(
+                            Run, r.name, r.config, root=r.root.absolute(), evaluation=r.evaluation
+                        )
+                        for r in batch
+                    ]
+                    job = executor.submit(
+                        _train_elsewhere, make, files[batch[0].data.checksum()], self.device
+                    )
+                    running[job] = batch
+                waiting, look = set(running), _Every(LOOK)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
-                    while not reports.empty():
-                        number, *where = reports.get()
-                        self._report(batches[number], *where)
                     for future in finished:
-                        future.result()
+                        _require_success(future, running[future])
                         self._end(running[future])
+                    for future in waiting if look() else ():
+                        batch = running[future]
+                        if position := links[batch].position():
+                            self._report(batch, *position)
                     if stopped():
                         raise Interrupted
             except BaseException:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
+                for link in links.values():
+                    link.stop()
+                for future in running:
+                    future.cancel()
+                wait(running)
                 raise
+            finally:
+                for link in links.values():
+                    link.clear()
 
     def _report(self, batch: tuple[Run, ...], where: str, steps: int, total: int) -> None:
-        """Shows how far a batch is; a worker's last report may come after its end."""
-        if batch[0].folder not in self.missing:
-            return
+        """Shows how far a batch is."""
         self.shares[batch] = steps / total
         first, last = self.trained + 1, self.trained + sum(map(len, self.shares))
         numbers = f"run {first}" if first == last else f"runs {first} to {last}"
@@ -359,15 +384,101 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-_shared: dict[str, Any] = {}  # of a worker
+class _Every:
+    """True at the first call, and then once in so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.due = seconds, 0.0
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now < self.due:
+            return False
+        self.due = now + self.seconds
+        return True
 
 
-def _begin(reports: Any, stop: Any) -> None:
-    """Readies a worker: reports is a queue, stop an event of multiprocessing."""
+class Link:
+    """Two files through which a study and the worker that trains a batch talk.
+
+    Files reach workers of every kind, on other machines too.
+    """
+
+    def __init__(self, batch: Sequence[Run]) -> None:
+        checkpoint = _checkpoint([run.folder for run in batch])
+        self.stopping, self.reached = (checkpoint.with_suffix(s) for s in (".stop", ".progress"))
+        self.look, self.tell, self.stopped = _Every(LOOK), _Every(LOOK), False
+
+    def clear(self) -> None:
+        """Removes what an earlier study may have left."""
+        for file in (self.stopping, self.reached):
+            file.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """The study's word: save your state and end."""
+        self.stopping.touch()
+
+    def is_stopped(self) -> bool:
+        """Whether the study said stop; for the worker."""
+        if not self.stopped and self.look():
+            self.stopped = self.stopping.exists()
+        return self.stopped
+
+    def report(self, where: str, steps: int, total: int) -> None:
+        """The worker's word, see ssd.progress.position."""
+        if self.tell():
+            write_json(self.reached, {"where": where, "steps": steps, "total": total})
+
+    def position(self) -> tuple[str, int, int] | None:
+        """What the worker reported last, None if it has not; for the study."""
+        with suppress(FileNotFoundError):
+            found = read_json(self.reached)
+            return found["where"], found["steps"], found["total"]
+        return None
+
+
+def _train_elsewhere(
+    make: Sequence[Callable[..., Run]], file: Path, device: torch.device
+) -> Exception | None:
+    """Trains a batch in a worker; returns what stopped it, since not every executor keeps types.
+
+    Args:
+        make: makes each run, given its data.
+        file: of the data.
+        device: where it trains.
+    """
+    try:
+        data = read_dataset(file)
+        batch = [each(data=data) for each in make]
+        link = Link(batch)
+        if link.is_stopped():
+            raise Interrupted
+        watch = position_watcher(link.report)
+        train_batch(batch, RunOptions(device, watch=watch, stopped=link.is_stopped))
+    except (UserError, Interrupted, OSError) as error:
+        return error
+    return None
+
+
+def _require_success(future: Future[Exception | None], batch: Sequence[Run]) -> None:
+    """Raises what stopped a worker; UserError if it died, or if its files are not to be seen."""
+    error = result_of(future, batch[0].name)
+    if error is not None:
+        raise error
+    end = time.monotonic() + UNSEEN
+    for run in batch:
+        while run.outcome() is None:
+            if time.monotonic() > end:
+                reason = f"a worker finished {run.folder}, which cannot be seen from here"
+                raise UserError(f"{reason}; use a folder that all machines share")
+            time.sleep(LOOK)
+
+
+def _begin() -> None:
+    """Readies a process of this machine."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _shared.update(reports=reports, stop=stop)
 
 
 def _end_with_parent() -> None:
@@ -376,8 +487,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _train_in_worker(number: int, batch: tuple[Run, ...], device: torch.device) -> None:
-    watch = position_watcher(lambda *where: _shared["reports"].put((number, *where)))
-    train_batch(batch, RunOptions(device, watch=watch, stopped=_shared["stop"].is_set))

@@ -50,6 +50,7 @@ from ssd.cli import (
 from ssd.config import Config, resolve
 from ssd.data import Dataset, default_root
 from ssd.errors import UserError
+from ssd.executors import HERE, executor_maker
 from ssd.learner import TERMS
 from ssd.progress import Display
 from ssd.runs import load_data
@@ -287,7 +288,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", metavar="FILE.toml", type=Path, help="dataset, seeds, [base], [grid], [[runs]]")
     add("--out", metavar="DIR", type=Path, help="runs and tables (default runs/sweep-<FILE>)")
-    add_common(add, "--data-root", "--device", "--quiet")
+    add_common(add, "--data-root", "--device", "--on", "--job", "--quiet")
     return parser
 
 
@@ -296,7 +297,8 @@ def execute(arguments: Sequence[str]) -> None:
     given = build_parser().parse_args(arguments)
     with in_words(SETTINGS):
         sweep = read_sweep(given.file)
-        device = choose_device(given.device)
+        make_executor = executor_maker(given.on, given.job)
+        device = choose_device(given.device, elsewhere=given.on != HERE)
         folder = given.out or Path("runs") / f"sweep-{given.file.stem}"
         check_folder(folder)
         near = given.file.resolve().drive == Path.cwd().drive  # else no relative path leads to it
@@ -317,8 +319,8 @@ def execute(arguments: Sequence[str]) -> None:
         again = command_line("ssd.sweep", arguments)
         with resumable(f"go on with: {again}"), folder_lock(folder):
             write_atomically(folder / SOURCE, dumps({"file": source}) + "\n")
-            study = Study(runs, device, Display(Console(), given.quiet))
-            with stop_on_interrupt() as stopped:
+            with make_executor(folder, device) as executor, stop_on_interrupt() as stopped:
+                study = Study(runs, device, Display(Console(), given.quiet), executor=executor)
                 study.train(runs, stopped)
             _report(sweep, rows, folder, given.file.stem, given.quiet)
 

@@ -24,6 +24,7 @@ from ssd.cli import (
 )
 from ssd.data import SOURCES, Dataset, class_order, default_root, load, split
 from ssd.errors import UserError, require_memory
+from ssd.executors import HERE, executor_maker
 from ssd.peers.learners import entries
 from ssd.peers.readout import gram_dtype
 from ssd.peers.study import Study, result_table
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seeds", metavar="N", type=int, default=3, help="class orders and projections (default 3)"
     )
     add("--out", metavar="FILE", type=Path, help="CSV; rows that it holds are not measured again")
+    add_common(add, "--on", "--job")
     return parser
 
 
@@ -63,9 +65,12 @@ def execute(arguments: Sequence[str]) -> None:
     if given.neurons < 10:
         raise UserError(f"--neurons {given.neurons} must be at least 10")
     check_seeds(given.seeds)
+    make_executor = executor_maker(given.on, given.job)
     out, dataset = given.out, given.dataset or ("features" if given.features else "mnist")
     if out is not None:
         check_file(out)
+    elif given.on != HERE:
+        raise UserError(f"--on {given.on} needs --out FILE in a folder that all machines share")
     again = f"go on with: {command_line('ssd.peers', arguments)}"
     again = "without --out FILE nothing is kept" if out is None else again
     with resumable(again), in_words({"--validation": "the validation share"}):
@@ -77,10 +82,13 @@ def execute(arguments: Sequence[str]) -> None:
         progress = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
         with nullcontext() if out is None else file_lock(out):
             study = Study(name, data, tasks, given.neurons, out, progress.print)
-            measured = {
-                entry.name: study.measure(entry, given.seeds)
-                for entry in entries(data.x_train.shape[1], given.neurons)
-            }
+            found = entries(data.x_train.shape[1], given.neurons)
+            folder = Path() if out is None else out.parent
+            with make_executor(folder, torch.device("cpu")) as executor:
+                if executor is None:
+                    measured = {entry.name: study.measure(entry, given.seeds) for entry in found}
+                else:
+                    measured = study.measure_on(executor, found, given.seeds, folder)
     commits = {row.commit for rows in measured.values() for row in rows}
     if len(commits) > 1:
         note(f"the table shows {doubts(commits)}")

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from io import StringIO
@@ -20,8 +21,18 @@ from torch import Tensor
 
 from ssd.data import Dataset, Task, class_order, hold_out, split
 from ssd.errors import UserError
+from ssd.executors import result_of
 from ssd.metrics import backward_transfer, mean_accuracy
-from ssd.peers.learners import ALGORITHM, Entry, Learner, Settings, accuracies, evaluate_stream
+from ssd.peers.learners import (
+    ALGORITHM,
+    Entry,
+    Learner,
+    Settings,
+    accuracies,
+    entries,
+    evaluate_stream,
+)
+from ssd.storage.dataset_file import read_dataset, stored
 from ssd.storage.files import difference, dumps, read_text, write_atomically
 from ssd.storage.provenance import commit, machine, versions
 from ssd.tables import csv_text, plus_minus
@@ -140,9 +151,34 @@ class Study:
             found.append(self.rows[key])
         return found
 
+    def measure_on(
+        self, executor: Executor, found: Sequence[Entry], seeds: int, folder: Path
+    ) -> dict[str, list[Row]]:
+        """What `measure` returns for each learner by name, each measured by an executor's worker.
+
+        Args:
+            executor: see ssd.executors; its workers share the folder's file system.
+            found: of ssd.peers.learners.entries.
+            seeds: see measure.
+            folder: holds a file of the data meanwhile.
+
+        Raises:
+            UserError: a worker died.
+        """
+        with stored([self.data], folder) as files:
+            (file,) = files.values()
+            place = file, self.name, self.tasks, self.neurons
+            jobs = {
+                executor.submit(_measure_elsewhere, *place, e.name, seeds, self.rows): e.name
+                for e in found
+            }
+            for job in as_completed(jobs):
+                for row in result_of(job, jobs[job]):
+                    self._keep(row)
+        return {entry.name: self.measure(entry, seeds) for entry in found}
+
     def _add(self, key: Key, accuracy: float, bwt: float, cost: _Cost) -> None:
-        part, learner, _, settings, seed = key
-        self.rows[key] = Row(
+        row = Row(
             self.name,
             *key,
             mean_accuracy=round(accuracy, 5),
@@ -152,9 +188,32 @@ class Study:
             state_mib=round(state_bytes(cost.learner) / 2**20, 3),
             **(self.place | self.origin),
         )
-        self.report(f"{part} {learner} {settings} seed {seed}: {accuracy:.4f}")
+        self._keep(row)
+
+    def _keep(self, row: Row) -> None:
+        self.rows[row.key] = row
+        run = f"{row.split} {row.learner} {row.settings} seed {row.seed}"
+        self.report(f"{run}: {row.mean_accuracy:.4f}")
         if self.out is not None:
             write_atomically(self.out, csv_text([asdict(row) for row in self.rows.values()]))
+
+
+def _measure_elsewhere(
+    file: Path,
+    name: str,
+    tasks: int,
+    neurons: int,
+    learner: str,
+    seeds: int,
+    known: Mapping[Key, Row],
+) -> list[Row]:
+    """Measures a learner in a worker; returns the rows that are not known yet."""
+    data = read_dataset(file)
+    study = Study(name, data, tasks, neurons, None, lambda line: None)
+    study.rows.update(known)
+    found = {entry.name: entry for entry in entries(data.x_train.shape[1], neurons)}
+    study.measure(found[learner], seeds)
+    return [row for key, row in study.rows.items() if key not in known]
 
 
 class Stopwatch:

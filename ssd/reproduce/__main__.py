@@ -25,6 +25,7 @@ from ssd.cli import (
 )
 from ssd.data import default_root
 from ssd.errors import UserError
+from ssd.executors import HERE, executor_maker
 from ssd.reproduce import experiments
 from ssd.reproduce.experiments import RESULTS
 from ssd.reproduce.reproduction import WORDS, Reproduction, Request, load_benchmarks, nameable
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_common(add, "--data-root")
     features = "feature files (default features in the data's folder)"
     add_folder("--features-folder", help=features)
-    add_common(add, "--device")
+    add_common(add, "--device", "--on", "--job")
     only = "train only these benchmarks, sizes, methods or ablated factors; "
     only += "the tables still show every run that exists"
     add("--only", metavar="NAME", nargs="+", default=[], help=only)
@@ -83,7 +84,8 @@ def execute(arguments: Sequence[str]) -> None:
             raise UserError(f"--only {name} is unknown; choose from {', '.join(known)}")
     if given.short and not given.large and str(experiments.SIZES[1]) in given.only:
         raise UserError(f"--only {experiments.SIZES[1]} needs --large beside --short")
-    device = choose_device(given.device)
+    make_executor = executor_maker(given.on, given.job)
+    device = choose_device(given.device, elsewhere=given.on != HERE)
     out = given.out or Path("results") / ("reproduction-short" if given.short else "reproduction")
     for place, path in (("--out", out), ("--runs", given.runs)):
         check_folder(path, place)
@@ -109,7 +111,8 @@ def execute(arguments: Sequence[str]) -> None:
                 note(f"left out, {reason}")
             for hint in reproduction.hints():
                 note(hint)
-            reproduction.run()
+            with make_executor(given.runs, device) as reproduction.study.executor:
+                reproduction.run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -226,20 +227,25 @@ def _peer(
         settings: on each of BENCHMARKS, in their order.
         method: see Peer.
     """
-
-    def evaluate(
-        tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
-    ) -> Tensor:
-        if method:
-            return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
-        features = tasks[0].x_train.shape[1]
-        entry = next(e for e in entries(features, neurons) if e.name == name)
-        learner = entry.make(features, classes, neurons, config.seed, chosen)
-        return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
-
     pairs = zip(BENCHMARKS, settings, strict=True)
     known = {benchmark.name: chosen for benchmark, chosen in pairs if chosen is not None}
+    evaluate = _evaluate_readout if method else partial(_evaluate_learner, name)
     return {name: Peer(evaluate, sizes, known, method)}
+
+
+def _evaluate_readout(
+    tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
+) -> Tensor:
+    return evaluate_stream(TrainedReadout(config, tasks, classes, **chosen), tasks)
+
+
+def _evaluate_learner(
+    name: str, tasks: Sequence[Task], classes: int, neurons: int, config: Config, **chosen: Any
+) -> Tensor:
+    features = tasks[0].x_train.shape[1]
+    entry = next(e for e in entries(features, neurons) if e.name == name)
+    learner = entry.make(features, classes, neurons, config.seed, chosen)
+    return evaluate_stream(learner, [task.to(torch.device("cpu")) for task in tasks])
 
 
 def _code(share: float, strength: float, **more: float) -> dict[str, Any]:

@@ -78,8 +78,10 @@ def doubts(commits: Collection[str]) -> str:
 
 def device_name(device: torch.device) -> str:
     """The type of a device with the name of its hardware."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"{device.type} ({name})"
+    if device.type == "cpu":
+        return f"cpu ({platform.machine()})"
+    here = torch.cuda.is_available()
+    return f"cuda ({torch.cuda.get_device_name(device) if here else 'of another machine'})"
 
 
 def machine() -> str:

@@ -1,0 +1,223 @@
+"""Executors for studies that one machine is too small for: a Ray cluster, or Slurm by submitit.
+
+`EXECUTORS` has a row for each. A new one is a function that returns a `concurrent.futures.Executor`
+and a row; a job of its that dies must raise `BrokenExecutor`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssd.errors import UserError, one_line
+
+HERE = "processes"
+POLL = 0.5  # seconds; submitit itself asks Slurm once a minute at most
+MINUTES = 240  # of a Slurm job; submitit's default is 5
+TIMES = 100  # a job may reach its time limit, since it gets further each time
+
+
+class RayExecutor(Executor):
+    """Runs calls as tasks of a Ray cluster, which repeats those whose worker dies.
+
+    Args:
+        options: of `ray.remote`, as {"num_cpus": 2}.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        import ray
+
+        self._ray, self._begun = ray, not ray.is_initialized()
+        if self._begun:
+            ray.init(logging_level=logging.WARNING)
+        self._options = dict(options)
+        self._futures: set[Future[Any]] = set()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        ray, result = self._ray, Future[Any]()
+        result.set_running_or_notify_cancel()  # Ray does not say which tasks wait
+        task = ray.remote(function)
+        reference = (task.options(**self._options) if self._options else task).remote(
+            *args, **named
+        )
+
+        def settle(done: Future[Any]) -> None:
+            self._futures.discard(done)
+            error = done.exception()
+            if error is None:
+                result.set_result(done.result())
+                return
+            raised = isinstance(error, ray.exceptions.RayTaskError)  # by the call itself
+            if isinstance(error, ray.exceptions.RayError) and not raised:
+                error = BrokenExecutor(one_line(error))
+            result.set_exception(error)
+
+        done = reference.future()
+        self._futures.add(done)  # keeps the task's result alive
+        done.add_done_callback(settle)
+        return result
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        while wait and self._futures:
+            time.sleep(POLL)
+        if self._begun and self._ray.is_initialized():
+            self._ray.shutdown()
+
+
+class SubmititExecutor(Executor):
+    """Runs calls as jobs of a Slurm cluster, which go on after preemption and time limits.
+
+    Args:
+        folder: of submitit's files.
+        cluster: "slurm", or "local" for processes of this machine.
+        options: of `submitit.AutoExecutor.update_parameters`.
+    """
+
+    def __init__(self, folder: Path, cluster: str, options: Mapping[str, Any]) -> None:
+        import submitit
+
+        again = {"slurm_max_num_timeout": TIMES}
+        self._executor = submitit.AutoExecutor(folder, cluster=cluster, **again)
+        self._executor.update_parameters(**options)
+        self._broken = (submitit.core.utils.UncompletedJobError,)
+        self._jobs: dict[Future[Any], Any] = {}
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        job, future = self._executor.submit(_Repeatable(function), *args, **named), Future[Any]()
+        self._jobs[future] = job
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for future, job in list(self._jobs.items()):
+            if cancel_futures:
+                future.cancel()
+            self._settle(future, job)
+        while wait and self._jobs:
+            time.sleep(POLL)
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL):
+            for future, job in list(self._jobs.items()):
+                self._settle(future, job)
+
+    def _settle(self, future: Future[Any], job: Any) -> None:
+        """Brings a future to the state of its job."""
+        if future.cancelled():
+            job.cancel()
+        elif job.done():
+            if not future.running():
+                future.set_running_or_notify_cancel()
+            try:
+                future.set_result(job.result())
+            except self._broken as error:
+                future.set_exception(BrokenExecutor(one_line(error)))
+            except Exception as error:
+                future.set_exception(error)
+        else:
+            if job.state == "RUNNING" and not future.running():
+                future.set_running_or_notify_cancel()
+            return
+        self._jobs.pop(future, None)
+
+
+class _Repeatable:
+    """A call that submitit may repeat on another machine: whatever it did so far, it finds."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.function(*args, **named)
+
+    def checkpoint(self, *args: Any, **named: Any) -> Any:
+        """What submitit queues again after a preemption or a time limit."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self, *args, **named)
+
+
+def _ray(options: Mapping[str, Any], folder: Path, device: torch.device) -> Executor:
+    return RayExecutor({"num_gpus": int(device.type == "cuda"), **options})
+
+
+def _slurm(options: Mapping[str, Any], folder: Path, device: torch.device) -> Executor:
+    given = {"timeout_min": MINUTES, "gpus_per_node": int(device.type == "cuda"), **options}
+    return SubmititExecutor(folder / "slurm", given.pop("cluster", "slurm"), given)
+
+
+# Name -> what makes it, and the package that it needs.
+EXECUTORS: Mapping[str, tuple[Callable[[Mapping[str, Any], Path, torch.device], Executor], str]] = {
+    "ray": (_ray, "ray"),
+    "slurm": (_slurm, "submitit"),
+}
+
+
+def executor_maker(
+    name: str, asked: Sequence[str]
+) -> Callable[[Path, torch.device], AbstractContextManager[Executor | None]]:
+    """What makes the executor of a study, given its folder and where each job trains.
+
+    Args:
+        name: "processes", for which it makes None: the study starts them itself; or of EXECUTORS.
+        asked: "KEY=VALUE" in the words of Ray's `remote` or of submitit, a number where it is one.
+
+    Raises:
+        UserError: no such executor, its package is absent, or an option is not KEY=VALUE. From
+            what is returned: the executor refuses.
+    """
+    if name == HERE:
+        if asked:
+            raise UserError(f"--job {asked[0]} needs --on {' or '.join(EXECUTORS)}")
+        return lambda folder, device: nullcontext()
+    if name not in EXECUTORS:
+        raise UserError(f"--on {name} is unknown; choose from {', '.join([HERE, *EXECUTORS])}")
+    make, package = EXECUTORS[name]
+    if find_spec(package) is None:
+        raise UserError(f'--on {name} needs {package}: pip install "ssd-kernels[{name}]"')
+    options = dict(map(_option, asked))
+
+    @contextmanager
+    def made(folder: Path, device: torch.device) -> Iterator[Executor]:
+        try:
+            executor = make(options, folder, device)
+        except Exception as error:
+            raise UserError(f"--on {name}: {one_line(error)}") from error
+        try:
+            yield executor
+        finally:  # a study waits for its jobs itself, unless it is interrupted twice
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    return made
+
+
+def result_of(job: Future[Any], what: str) -> Any:
+    """The result of a job; UserError if its worker died, of which `what` is the work."""
+    try:
+        return job.result()
+    except BrokenExecutor as broken:
+        reason = f"a worker died while it worked on {what} ({one_line(broken)})"
+        raise UserError(f"{reason}; the same command goes on with what it had saved") from broken
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise UserError(f"--job {text} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
