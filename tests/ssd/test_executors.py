@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import pickle
+import re
+import shlex
 import signal
 import threading
 import time
@@ -113,7 +115,7 @@ def cluster() -> Iterator[None]:
     """A Ray cluster of this machine with two workers."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="error")
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="error")
     yield
     ray.shutdown()
 
@@ -340,3 +342,25 @@ def test_what_submitit_refuses_is_told(asked: str, tmp_path: Path) -> None:
 def test_peers_on_jobs_need_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert peers(["--on", "slurm"]) == 2
     assert "needs --out FILE" in capsys.readouterr().err
+
+
+@needs_ray
+@needs_submitit
+def test_the_page_of_a_cluster_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: None
+) -> None:
+    """Its commands without a GPU, each in a folder of its own."""
+    page = (Path(__file__).parents[2] / "docs/cluster.md").read_text(encoding="utf-8")
+    (sweep_file,) = re.findall(r"^```toml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    shown = [shlex.split(line)[2:] for line in re.findall(r"^ssd sweep .*", page, re.MULTILINE)]
+    tables = []
+    for number, command in enumerate(words for words in shown if "cuda" not in words):
+        (tmp_path / f"{number}").mkdir()
+        monkeypatch.chdir(tmp_path / f"{number}")
+        Path("rates.toml").write_text(sweep_file.replace("epochs = 4", "epochs = 1"))
+        assert sweep.main([*command, "--device", "cpu"]) == 0
+        rows = csv.DictReader(Path("runs/sweep-rates/sweep.csv").read_text().splitlines())
+        tables.append([(row["method"], row["lr"], row["mean_accuracy"]) for row in rows])
+    assert len(tables) == 2
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 4
