@@ -65,7 +65,8 @@ def add_common(add: Callable[..., Any], *names: str) -> None:
         elif kind is list:
             add(name, metavar=value, action="append", default=list(default), help=text)
         else:
-            add(name, metavar=value, type=kind, default=default, help=text)
+            known = {} if default is None else {"default": default}  # the parser may have its own
+            add(name, metavar=value, type=kind, help=text, **known)
 
 
 def exit_status(work: Callable[[], int | None], place: str = "--out") -> int:
