@@ -93,12 +93,18 @@ class _LinearTopK(torch.autograd.Function):
         counts: Tensor | None,
         networks: int,
         kernels: bool,
+        threshold: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         code = (_triton_code if kernels else _torch_code)(
             x, weight, bias, k, inhibition, counts, networks
         )
-        ctx.save_for_backward(x, weight, code.indices, *code[3:])
-        ctx.has_cut, ctx.kernels = k < len(weight) // networks, kernels
+        # The decoder keeps values and indices too. What the threshold needs is kept if it is asked.
+        gates = code.passes if kernels else code.values
+        ctx.has_cut = threshold and k < len(weight) // networks
+        ctx.save_for_backward(
+            x, weight, code.indices, gates, *((code.after, code.cut_passes) if ctx.has_cut else ())
+        )
+        ctx.kernels = kernels
         ctx.mark_non_differentiable(code.indices)
         ctx.set_materialize_grads(False)
         return code.values, code.indices, code.cut
@@ -107,21 +113,23 @@ class _LinearTopK(torch.autograd.Function):
     def backward(
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
-        x, weight, indices, after, passes, cut_passes = ctx.saved_tensors
+        x, weight, indices, gates, *of_cut = ctx.saved_tensors
+        passes = gates if ctx.kernels else ~(gates <= 0)
         parts = []  # slopes, neurons, whether the gradient passes
         if grad_values is not None:
             parts.append((grad_values, indices, passes))
         if grad_cut is not None and ctx.has_cut:
+            after, cut_passes = of_cut
             parts.append((grad_cut[:, None], after[:, None], cut_passes[:, None]))
         if not parts:
-            return (None,) * 8
+            return (None,) * 9
         slopes, ranked, passes = parts[0]
         if len(parts) > 1:
             slopes, ranked, passes = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
         batched = _dispatch.symbolic(slopes) and not _dispatch.tracing()
         plain = not ctx.kernels or _dispatch.differentiable() or batched
         gradients = _plain_gradients if plain else _triton_gradients
-        return *gradients(slopes, ranked, passes, x, weight, ctx.needs_input_grad), *[None] * 5
+        return *gradients(slopes, ranked, passes, x, weight, ctx.needs_input_grad), *[None] * 6
 
 
 def _plain_gradients(
@@ -238,7 +246,7 @@ def _serve(
     given = _dispatch.flattened(x), weight, bias, k, inhibition, counts, networks
     leaves = (t for t in given[:3] if t is not None)
     if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
-        values, indices, cut = _LinearTopK.apply(*given, kernels)
+        values, indices, cut = _LinearTopK.apply(*given, kernels, threshold)
     else:
         values, indices, cut, *_ = (_triton_code if kernels else _torch_code)(*given)
     return TopKOutput(

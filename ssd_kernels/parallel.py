@@ -141,10 +141,9 @@ class ShardedTopKSAE(TopKSAE):
         with _own_random(self.group):
             super().reset_parameters()
 
-    def _largest(self, x: Tensor, k: int) -> TopKOutput:
+    def _largest(self, centered: Tensor, k: int) -> TopKOutput:
         weight, bias = self.encoder.weight, self.encoder.bias
-        x = self._centered(x)
-        return sharded_topk(x, weight, k, bias, neurons=self.neurons, group=self.group)
+        return sharded_topk(centered, weight, k, bias, neurons=self.neurons, group=self.group)
 
     def _sum(self, values: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.decoder.weight

@@ -104,10 +104,13 @@ class TopKSAE(nn.Module):
 
     def encode(self, x: Tensor) -> TopKOutput:
         """x [.., d] -> values [.., k] >= 0, descending, and indices [.., k] int64."""
-        return self._largest(x, self.k)
+        return self._code(self._centered(x))
 
-    def _largest(self, x: Tensor, k: int) -> TopKOutput:
-        return linear_topk(self._centered(x), self.encoder.weight, k, self.encoder.bias)
+    def _code(self, centered: Tensor) -> TopKOutput:
+        return self._largest(centered, self.k)
+
+    def _largest(self, centered: Tensor, k: int) -> TopKOutput:
+        return linear_topk(centered, self.encoder.weight, k, self.encoder.bias)
 
     def _centered(self, x: Tensor) -> Tensor:
         bias = self.decoder.bias
@@ -122,7 +125,8 @@ class TopKSAE(nn.Module):
         return sparse_linear(values, indices, self.decoder.weight, bias)
 
     def forward(self, x: Tensor) -> SAEOutput:
-        values, indices, *_ = self.encode(x)
+        centered = self._centered(x)
+        values, indices, *_ = self._code(centered)
         output = self.decode(values, indices)
         error, variance = x - output, _total_variance(x)
         auxk = torch.zeros_like(variance)
@@ -130,7 +134,7 @@ class TopKSAE(nn.Module):
             self._record(values, indices)
             neurons = self.dead.nonzero().squeeze(1) if self.auxk else self.counts[:0]
             if len(neurons):
-                auxk = self._auxk_loss(x, error.detach(), neurons) / variance
+                auxk = self._auxk_loss(centered, error.detach(), neurons) / variance
         return SAEOutput(output, values, indices, _square_sum(error) / variance, auxk)
 
     @torch.no_grad()
@@ -138,13 +142,13 @@ class TopKSAE(nn.Module):
         self.samples += math.prod(values.shape[:-1])
         count_active(values, indices, self.counts, self.last_active, self.samples)
 
-    def _auxk_loss(self, x: Tensor, error: Tensor, neurons: Tensor) -> Tensor:
+    def _auxk_loss(self, centered: Tensor, error: Tensor, neurons: Tensor) -> Tensor:
         """How far the dead neurons are from the error x - x' (Gao et al. 2024, appendix A.2).
 
         Negative scores count: a neuron that is negative everywhere would get no gradient else.
         """
         k = min(self.auxk, len(neurons))
-        samples, error = (t.reshape(-1, self.in_features) for t in (self._centered(x), error))
+        samples, error = (t.reshape(-1, self.in_features) for t in (centered, error))
         estimate = self._sum(*self._strongest(samples, neurons, k), None)
         # A few dead neurons shall not outweigh the living ones.
         return k / self.auxk * _square_sum(estimate - error)
@@ -197,9 +201,8 @@ class BatchTopKSAE(TopKSAE):
         super().__init__(in_features, neurons, k, **settings)  # type: ignore[arg-type]
         device = settings.get("device")
         self.register_buffer("threshold", torch.zeros(neurons, device=device))
-        self._slots = (
-            0  # that the last batch needed, of 2 k, 4 k, ..; the next one begins with them
-        )
+        # Of 2 k, 4 k, .. what the last batch needed; the next one begins with them.
+        self._slots = 0
 
     threshold: Tensor
 
@@ -218,18 +221,21 @@ class BatchTopKSAE(TopKSAE):
         Raises:
             ValueError: in training mode, if k is None.
         """
+        return super().encode(x)
+
+    def _code(self, centered: Tensor) -> TopKOutput:
         if self.training and self.k is None:
             raise ValueError("BatchTopKSAE: k is None; set sae.k before training")
         least = min(self.neurons, max(1, math.ceil(2 * (self.k or 16))))
         slots = max(least, self._slots)
         while True:
-            code = self._largest(x, slots)
+            code = self._largest(centered, slots)
             values = code.values.detach()
             stays, full = self._of_batch(values) if self.training else self._above(code)
             if slots == self.neurons or not full:
                 break
             slots = min(self.neurons, 2 * slots)
-        columns = torch.arange(1, slots + 1, device=x.device)
+        columns = torch.arange(1, slots + 1, device=centered.device)
         width = int((stays.reshape(-1, slots).any(0) * columns).amax())
         # A batch that needed many does not slow down all that follow.
         self._slots = least
