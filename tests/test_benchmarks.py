@@ -653,6 +653,23 @@ def test_quick_run_without_gpu(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_processes(tmp_path: Path) -> None:
+    out = tmp_path / "bench.csv"
+    command = [sys.executable, "benchmarks/parallel_bench.py", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = record.read(out)
+    found = {(row.provider, row.shape["processes"], row.metric) for row in rows}
+    splits = {name for name, _, _ in found}
+    assert splits == {"neurons split", "samples split"}
+    for split in splits:
+        for world in (1, 2, 4):
+            assert (split, world, "time") in found
+            assert (split, world, "memory") in found
+            assert ((split, world, "exchanged") in found) == (split == "neurons split")
+
+
+@pytest.mark.slow
 def test_whole_command(tmp_path: Path) -> None:
     out = tmp_path / "bench.csv"
     command = [sys.executable, "benchmarks/command_bench.py", "--quick", "--out", str(out)]
