@@ -220,6 +220,8 @@ def choose_device(name: str | None, elsewhere: bool = False) -> torch.device:
         raise UserError(f"--device {name} is not a device; use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name} is not supported; use cpu or cuda")
+    if elsewhere and device.index is not None:
+        raise UserError(f"--device {name} is a GPU of this machine; use cuda with --on")
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and not elsewhere and (device.index or 0) >= here:
         raise UserError(f"--device {name} is not on this machine; use --device cpu")

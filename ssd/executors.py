@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssd.errors import UserError, one_line
+from ssd.errors import Interrupted, UserError, one_line
 
 HERE = "processes"
-POLL = 0.5  # seconds; submitit itself asks Slurm once a minute at most
+POLL = 0.5  # seconds; submitit itself asks Slurm more and more rarely
 MINUTES = 240  # of a Slurm job; submitit's default is 5
 TIMES = 100  # a job may reach its time limit, since it gets further each time
 
@@ -37,19 +40,16 @@ class RayExecutor(Executor):
     def __init__(self, options: Mapping[str, Any]) -> None:
         import ray
 
+        self._task = cache(ray.remote(**options) if options else ray.remote)
+        self._task(_nothing)  # refuses what it does not know
         self._ray, self._begun = ray, not ray.is_initialized()
         if self._begun:
             ray.init(logging_level=logging.WARNING)
-        self._options = dict(options)
         self._futures: set[Future[Any]] = set()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
-        ray, result = self._ray, Future[Any]()
+        errors, result = self._ray.exceptions, Future[Any]()
         result.set_running_or_notify_cancel()  # Ray does not say which tasks wait
-        task = ray.remote(function)
-        reference = (task.options(**self._options) if self._options else task).remote(
-            *args, **named
-        )
 
         def settle(done: Future[Any]) -> None:
             self._futures.discard(done)
@@ -57,12 +57,12 @@ class RayExecutor(Executor):
             if error is None:
                 result.set_result(done.result())
                 return
-            raised = isinstance(error, ray.exceptions.RayTaskError)  # by the call itself
-            if isinstance(error, ray.exceptions.RayError) and not raised:
+            raised = isinstance(error, errors.RayTaskError)  # by the call itself
+            if isinstance(error, errors.RayError) and not raised:
                 error = BrokenExecutor(one_line(error))
             result.set_exception(error)
 
-        done = reference.future()
+        done = self._task(function).remote(*args, **named).future()
         self._futures.add(done)  # keeps the task's result alive
         done.add_done_callback(settle)
         return result
@@ -89,49 +89,72 @@ class SubmititExecutor(Executor):
         again = {"slurm_max_num_timeout": TIMES}
         self._executor = submitit.AutoExecutor(folder, cluster=cluster, **again)
         self._executor.update_parameters(**options)
-        self._broken = (submitit.core.utils.UncompletedJobError,)
+        self._errors = submitit.core.utils
         self._jobs: dict[Future[Any], Any] = {}
-        self._closed = threading.Event()
+        self._closed, self._waits = threading.Event(), True
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
-        job, future = self._executor.submit(_Repeatable(function), *args, **named), Future[Any]()
+        # Jobs of this machine would get the Ctrl-C of a terminal, too.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            job = self._executor.submit(_Repeatable(function), *args, **named)
+        except self._errors.FailedJobError as error:
+            raise UserError(f"Slurm refuses the job ({one_line(error)}); see --job") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        future = Future[Any]()
         self._jobs[future] = job
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        for future, job in list(self._jobs.items()):
-            if cancel_futures:
-                future.cancel()
-            self._settle(future, job)
-        while wait and self._jobs:
-            time.sleep(POLL)
+        for future in list(self._jobs) if cancel_futures else ():
+            future.cancel()
+        self._waits = wait
         self._closed.set()
+        self._watcher.join()
+        for job in self._jobs.values() if cancel_futures else ():
+            job.cancel(check=False)
 
     def _watch(self) -> None:
-        while not self._closed.wait(POLL):
+        """Brings futures to the state of their jobs, until the executor is shut down."""
+        closed = False
+        while not closed or (self._waits and self._jobs):
+            closed = self._closed.wait(POLL)
+            if closed and self._waits:
+                time.sleep(POLL)
             for future, job in list(self._jobs.items()):
-                self._settle(future, job)
+                # Files of another machine may be gone for a moment, or Slurm not answer.
+                with suppress(OSError, subprocess.SubprocessError):
+                    self._settle(future, job)
 
     def _settle(self, future: Future[Any], job: Any) -> None:
-        """Brings a future to the state of its job."""
-        if future.cancelled():
-            job.cancel()
-        elif job.done():
-            if not future.running():
-                future.set_running_or_notify_cancel()
-            try:
-                future.set_result(job.result())
-            except self._broken as error:
-                future.set_exception(BrokenExecutor(one_line(error)))
-            except Exception as error:
-                future.set_exception(error)
+        if not future.cancelled():
+            done = job.done()
+            if not done and job.state != "RUNNING":
+                return
+            if future.running() or future.set_running_or_notify_cancel():
+                if done:
+                    self._end(future, job)
+                    del self._jobs[future]
+                return
         else:
-            if job.state == "RUNNING" and not future.running():
-                future.set_running_or_notify_cancel()
-            return
-        self._jobs.pop(future, None)
+            future.set_running_or_notify_cancel()  # tells those who wait for it
+        del self._jobs[future]
+        job.cancel(check=False)
+
+    def _end(self, future: Future[Any], job: Any) -> None:
+        try:
+            future.set_result(job.result())
+        except self._errors.FailedJobError as error:  # raised by the call itself
+            future.set_exception(error)
+        except self._errors.UncompletedJobError as error:
+            future.set_exception(BrokenExecutor(one_line(error)))
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Repeatable:
@@ -151,11 +174,13 @@ class _Repeatable:
 
 
 def _ray(options: Mapping[str, Any], folder: Path, device: torch.device) -> Executor:
-    return RayExecutor({"num_gpus": int(device.type == "cuda"), **options})
+    return RayExecutor({"num_gpus": 1, **options} if device.type == "cuda" else options)
 
 
 def _slurm(options: Mapping[str, Any], folder: Path, device: torch.device) -> Executor:
-    given = {"timeout_min": MINUTES, "gpus_per_node": int(device.type == "cuda"), **options}
+    given = {"timeout_min": MINUTES, **options}
+    if device.type == "cuda":
+        given.setdefault("gpus_per_node", 1)
     return SubmititExecutor(folder / "slurm", given.pop("cluster", "slurm"), given)
 
 
@@ -204,13 +229,32 @@ def executor_maker(
     return made
 
 
-def result_of(job: Future[Any], what: str) -> Any:
-    """The result of a job; UserError if its worker died, of which `what` is the work."""
+def attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """What a call returns or what stopped it: not every executor keeps the type of an exception."""
     try:
-        return job.result()
+        return function(*args)
+    except (UserError, Interrupted, OSError) as error:
+        return error
+
+
+def result_of(job: Future[Any], what: str) -> Any:
+    """What an attempt in a job returned; raises what stopped it.
+
+    Args:
+        job: submitted as `attempt`.
+        what: it worked on.
+
+    Raises:
+        UserError: its worker died.
+    """
+    try:
+        result = job.result()
     except BrokenExecutor as broken:
         reason = f"a worker died while it worked on {what} ({one_line(broken)})"
         raise UserError(f"{reason}; the same command goes on with what it had saved") from broken
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, multiprocessing
@@ -22,7 +24,7 @@ from torch import Tensor, multiprocessing
 from ssd.config import Config, hints
 from ssd.data import Dataset, Task
 from ssd.errors import Diverged, Interrupted, UserError
-from ssd.executors import result_of
+from ssd.executors import attempt, result_of
 from ssd.progress import Display, position_watcher
 from ssd.runs import RunOptions, leave_out, make_tasks, run_together
 from ssd.storage.dataset_file import read_dataset, stored
@@ -207,9 +209,9 @@ class Study:
         folders = dict.fromkeys(run.folder for run in runs)
         waiting = [self.missing[folder] for folder in folders if folder in self.missing]
         with self.display:
-            if self.executor is not None:
+            if self.executor is not None and waiting:
                 self._train_on(self.executor, waiting, stopped)
-                return
+                waiting = []
             small = [run for run in waiting if run.is_small]
             processes = processes_for(_work(small), len(small), self.device)
             if processes > 1:
@@ -231,43 +233,42 @@ class Study:
         """Trains the runs by an executor; whatever ends that early, its workers save first."""
         # Long batches first, and none so long that one worker is left alone with it.
         batches = sorted(_batches(runs, MOST_APART), key=_work, reverse=True)
-        links = {batch: Link(batch) for batch in batches}
-        running: dict[Future[Exception | None], tuple[Run, ...]] = {}
-        with stored((run.data for run in runs), runs[0].root) as files:
+        running: dict[Future[None], tuple[tuple[Run, ...], Link]] = {}
+        with stored((run.data for run in runs), runs[0].root) as files, _alive(runs[0]) as alive:
             try:
-                for batch, link in links.items():
-                    link.clear()
+                for batch in batches:
+                    if stopped():
+                        raise Interrupted
                     make = [
                         partial(
                             Run, r.name, r.config, root=r.root.absolute(), evaluation=r.evaluation
                         )
                         for r in batch
                     ]
-                    job = executor.submit(
-                        _train_elsewhere, make, files[batch[0].data.checksum()], self.device
-                    )
-                    running[job] = batch
-                waiting, look = set(running), _Every(LOOK)
+                    link = Link(alive, _checkpoint([r.folder for r in batch]).absolute())
+                    data = files[batch[0].data.checksum()]
+                    job = executor.submit(attempt, _train_elsewhere, make, data, self.device, link)
+                    running[job] = batch, link
+                waiting, look = set(running), Every(LOOK)
                 while waiting:
                     finished, waiting = wait(waiting, timeout=0.2, return_when="FIRST_COMPLETED")
-                    for future in finished:
-                        _require_success(future, running[future])
-                        self._end(running[future])
-                    for future in waiting if look() else ():
-                        batch = running[future]
-                        if position := links[batch].position():
+                    for job in finished:
+                        batch, link = running[job]
+                        result_of(job, batch[0].name)
+                        _require_seen(batch)
+                        link.clear()
+                        self._end(batch)
+                    for batch, link in [running[job] for job in waiting] if look() else ():
+                        if position := link.position():
                             self._report(batch, *position)
                     if stopped():
                         raise Interrupted
             except BaseException:
-                for link in links.values():
-                    link.stop()
-                for future in running:
-                    future.cancel()
-                wait(running)
+                alive.unlink()
+                wait([job for job in running if not job.cancel()])
                 raise
             finally:
-                for link in links.values():
+                for _, link in running.values():
                     link.clear()
 
     def _report(self, batch: tuple[Run, ...], where: str, steps: int, total: int) -> None:
@@ -384,7 +385,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-class _Every:
+class Every:
     """True at the first call, and then once in so many seconds."""
 
     def __init__(self, seconds: float) -> None:
@@ -398,73 +399,83 @@ class _Every:
         return True
 
 
+@contextmanager
+def _alive(run: Run) -> Iterator[Path]:
+    """A file of the study that trains the run; without it, its workers save and end."""
+    file = run.root.absolute() / f"study-{uuid4().hex}"
+    file.touch()
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+
+
 class Link:
-    """Two files through which a study and the worker that trains a batch talk.
+    """How a study and the worker that trains a batch hear of each other: by files.
 
     Files reach workers of every kind, on other machines too.
+
+    Args:
+        alive: of the study.
+        checkpoint: of the batch.
     """
 
-    def __init__(self, batch: Sequence[Run]) -> None:
-        checkpoint = _checkpoint([run.folder for run in batch])
-        self.stopping, self.reached = (checkpoint.with_suffix(s) for s in (".stop", ".progress"))
-        self.look, self.tell, self.stopped = _Every(LOOK), _Every(LOOK), False
+    def __init__(self, alive: Path, checkpoint: Path) -> None:
+        self.alive, self.reached = alive, checkpoint.with_suffix(".progress")
+        self.look, self.tell, self.stopped = Every(LOOK), Every(LOOK), False
+        self.clear()
 
     def clear(self) -> None:
-        """Removes what an earlier study may have left."""
-        for file in (self.stopping, self.reached):
-            file.unlink(missing_ok=True)
-
-    def stop(self) -> None:
-        """The study's word: save your state and end."""
-        self.stopping.touch()
+        with suppress(OSError):
+            self.reached.unlink(missing_ok=True)
 
     def is_stopped(self) -> bool:
-        """Whether the study said stop; for the worker."""
+        """Whether the study wants no more; for the worker."""
         if not self.stopped and self.look():
-            self.stopped = self.stopping.exists()
+            self.stopped = not self.alive.exists()
         return self.stopped
 
     def report(self, where: str, steps: int, total: int) -> None:
-        """The worker's word, see ssd.progress.position."""
+        """Tells the study, see ssd.progress.position; for the worker."""
         if self.tell():
-            write_json(self.reached, {"where": where, "steps": steps, "total": total})
+            with suppress(OSError):  # no reason to stop
+                write_json(self.reached, {"where": where, "steps": steps, "total": total})
 
     def position(self) -> tuple[str, int, int] | None:
-        """What the worker reported last, None if it has not; for the study."""
-        with suppress(FileNotFoundError):
+        """What the worker told last, None if nothing; for the study."""
+        with suppress(OSError):
             found = read_json(self.reached)
             return found["where"], found["steps"], found["total"]
         return None
 
 
 def _train_elsewhere(
-    make: Sequence[Callable[..., Run]], file: Path, device: torch.device
-) -> Exception | None:
-    """Trains a batch in a worker; returns what stopped it, since not every executor keeps types.
+    make: Sequence[Callable[..., Run]], file: Path, device: torch.device, link: Link
+) -> None:
+    """Trains a batch in a worker.
 
     Args:
         make: makes each run, given its data.
         file: of the data.
         device: where it trains.
+        link: to the study.
+
+    Raises:
+        Interrupted: the study wants no more. UserError: the device is absent, or the file.
+        UserError, OSError: see train_batch.
     """
-    try:
-        data = read_dataset(file)
-        batch = [each(data=data) for each in make]
-        link = Link(batch)
-        if link.is_stopped():
-            raise Interrupted
-        watch = position_watcher(link.report)
-        train_batch(batch, RunOptions(device, watch=watch, stopped=link.is_stopped))
-    except (UserError, Interrupted, OSError) as error:
-        return error
-    return None
+    if link.is_stopped():
+        raise Interrupted
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device} is not on {platform.node()}; see --job")
+    data = read_dataset(file)
+    watch = position_watcher(link.report)
+    options = RunOptions(device, watch=watch, stopped=link.is_stopped)
+    train_batch([each(data=data) for each in make], options)
 
 
-def _require_success(future: Future[Exception | None], batch: Sequence[Run]) -> None:
-    """Raises what stopped a worker; UserError if it died, or if its files are not to be seen."""
-    error = result_of(future, batch[0].name)
-    if error is not None:
-        raise error
+def _require_seen(batch: Sequence[Run]) -> None:
+    """UserError if runs that a worker finished are not to be seen from here."""
     end = time.monotonic() + UNSEEN
     for run in batch:
         while run.outcome() is None:

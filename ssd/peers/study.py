@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssd.data import Dataset, Task, class_order, hold_out, split
 from ssd.errors import UserError
-from ssd.executors import result_of
+from ssd.executors import attempt, result_of
 from ssd.metrics import backward_transfer, mean_accuracy
 from ssd.peers.learners import (
     ALGORITHM,
@@ -163,18 +163,22 @@ class Study:
             folder: holds a file of the data meanwhile.
 
         Raises:
-            UserError: a worker died.
+            UserError: a worker died, or see measure. What others are at is lost.
         """
         with stored([self.data], folder) as files:
             (file,) = files.values()
             place = file, self.name, self.tasks, self.neurons
             jobs = {
-                executor.submit(_measure_elsewhere, *place, e.name, seeds, self.rows): e.name
+                executor.submit(attempt, _measure_elsewhere, *place, e.name, seeds, self.rows): e
                 for e in found
             }
-            for job in as_completed(jobs):
-                for row in result_of(job, jobs[job]):
-                    self._keep(row)
+            try:
+                for job in as_completed(jobs):
+                    for row in result_of(job, jobs[job].name):
+                        self._keep(row)
+            finally:
+                for job in jobs:
+                    job.cancel()
         return {entry.name: self.measure(entry, seeds) for entry in found}
 
     def _add(self, key: Key, accuracy: float, bwt: float, cost: _Cost) -> None:

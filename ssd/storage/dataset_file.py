@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ssd.data import ARRAYS, Dataset
+from ssd.errors import UserError
 from ssd.storage.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -36,6 +38,10 @@ def stored(found: Iterable[Dataset], folder: Path) -> Iterator[dict[str, Path]]:
 
 
 def read_dataset(file: Path) -> Dataset:
-    """The data set in a file that `stored` wrote; UserError if it is damaged."""
-    tensors, state = load_checkpoint(file, torch.device("cpu"))
+    """The data set in a file that `stored` wrote; UserError if it is damaged or out of sight."""
+    try:
+        tensors, state = load_checkpoint(file, torch.device("cpu"))
+    except FileNotFoundError as error:
+        reason = f"{file} cannot be seen from {platform.node()}"
+        raise UserError(f"{reason}; use a folder that all machines share") from error
     return Dataset(state["name"], **tensors)

@@ -9,6 +9,8 @@ import pickle
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,7 +124,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _cluster(request: pytest.FixtureRequest) -> None:
-    if "ray" in request.node.name:
+    name = request.node.name
+    if "[ray]" in name or name.startswith("test_ray"):
         request.getfixturevalue("cluster")
 
 
@@ -132,6 +135,14 @@ def test_runs_equal_those_of_this_process(kind: str, data: Dataset, tmp_path: Pa
     with pool(kind, tmp_path) as executor:
         train(runs, executor)
     require_equal_to_single_runs(runs, tmp_path)
+
+
+def test_a_study_that_is_done_trains_nothing(data: Dataset, tmp_path: Path) -> None:
+    runs = study_runs(data, tmp_path / "runs")
+    with ThreadPoolExecutor(2) as executor:
+        train(runs, executor)
+        executor.submit = pytest.fail  # type: ignore[method-assign]
+        train(runs, executor)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,6 +234,73 @@ def test_errors_of_a_worker_keep_their_kind(kind: str, data: Dataset, tmp_path: 
         train(runs, executor)
 
 
+class Queued:
+    """A job that Slurm does not start."""
+
+    state = "PENDING"
+
+    def __init__(self) -> None:
+        self.cancelled = 0
+
+    def done(self) -> bool:
+        return False
+
+    def cancel(self, check: bool) -> None:
+        self.cancelled += 1
+
+
+@needs_submitit
+def test_jobs_that_wait_are_cancelled(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, jobs = study_runs(data, tmp_path / "runs"), [Queued(), Queued()]
+    left = iter(jobs)
+    with SubmititExecutor(tmp_path / "jobs", "local", {}) as executor:
+        monkeypatch.setattr(executor._executor, "submit", lambda *_: next(left))
+        with pytest.raises(Interrupted):
+            train(runs, executor, iter([False] * 4 + [True]).__next__)
+        end = time.monotonic() + 10
+        while executor._jobs and time.monotonic() < end:
+            time.sleep(0.01)
+    assert [job.cancelled for job in jobs] == [1, 1]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@needs_submitit
+def test_a_refused_job_is_told(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from submitit.core.utils import FailedJobError
+
+    def refuse(*_: Any) -> None:
+        raise FailedJobError("sbatch: error: invalid partition specified: moon")
+
+    with SubmititExecutor(tmp_path / "jobs", "local", {}) as executor:
+        monkeypatch.setattr(executor._executor, "submit", refuse)
+        with pytest.raises(UserError, match=r"refuses the job \(sbatch: .* moon\); see --job"):
+            train(study_runs(data, tmp_path / "runs"), executor)
+
+
+@needs_ray
+def test_ray_refuses_before_it_starts(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"--on ray: .*colour"),
+        executor_maker("ray", ["colour=1"])(tmp_path, CPU),
+    ):
+        pass
+
+
+def test_a_worker_without_the_device_says_so(data: Dataset, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    runs = study_runs(data, tmp_path / "runs")
+    with ThreadPoolExecutor(1) as executor:
+        display = Display(Console(), quiet=True)
+        on_cuda = Study(runs, torch.device("cuda"), display, executor=executor)
+        with pytest.raises(UserError, match="--device cuda is not on"):
+            on_cuda.train(runs, lambda: False)
+
+
 class Elsewhere(Executor):
     """A worker that writes on a disk of its own."""
 
@@ -287,6 +365,45 @@ def test_a_sweep_on_jobs_has_the_same_table(
 
 
 @needs_submitit
+@pytest.mark.parametrize("hits", [1, 2])
+def test_ctrl_c_of_a_terminal(hits: int, data: Dataset, tmp_path: Path) -> None:
+    """It reaches every process of the terminal; the jobs save all the same."""
+    (tmp_path / "s.toml").write_text(SWEEP.replace("epochs = 2", "epochs = 3000"))
+    where = ["--device", "cpu", "--out", "out", "--on", "slurm", "--job", "cluster=local"]
+    command = [sys.executable, "-m", "ssd.sweep", "s.toml", *where]
+    study_of = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=kill_resume.ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + 60
+        while len(found := list((tmp_path / "out").glob("features-*"))) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        workers = [worker(folder) for folder in found]
+        for _ in range(hits):
+            os.killpg(study_of.pid, signal.SIGINT)
+            time.sleep(0.2)
+        said = study_of.communicate(timeout=60)[0]
+    finally:
+        study_of.kill()
+    assert study_of.returncode == 130
+    assert "interrupted; go on with: python -m ssd.sweep s.toml" in said
+    for number in workers:  # those of a study that did not wait end by themselves
+        while Path(f"/proc/{number}").exists():
+            assert time.monotonic() < end + 60
+            time.sleep(0.05)
+    logs = [path.read_text() for path in (tmp_path / "out/slurm").glob("*.out")]
+    assert len(logs) == 2
+    assert all("Job completed successfully" in log for log in logs)
+
+
+@needs_submitit
 def test_peers_on_jobs_have_the_same_rows(data: Dataset, tmp_path: Path) -> None:
     command = ["--features", str(tmp_path / "f.npz"), "--tasks", "2", "--neurons", "20"]
     found = []
@@ -307,6 +424,7 @@ def test_peers_on_jobs_have_the_same_rows(data: Dataset, tmp_path: Path) -> None
         (["--job", "num_cpus=2"], "--job num_cpus=2 needs --on ray or slurm"),
         (["--on", "slurm", "--job", "gpus"], "--job gpus is not KEY=VALUE"),
         (["--on", "slurm", "--job", "=1"], "--job =1 is not KEY=VALUE"),
+        (["--on", "slurm", "--device", "cuda:1"], "--device cuda:1 is a GPU of this machine; use"),
     ],
 )
 def test_mistakes_are_told_before_any_work(
@@ -353,11 +471,12 @@ def test_the_page_of_a_cluster_runs(
     page = (Path(__file__).parents[2] / "docs/cluster.md").read_text(encoding="utf-8")
     (sweep_file,) = re.findall(r"^```toml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     shown = [shlex.split(line)[2:] for line in re.findall(r"^ssd sweep .*", page, re.MULTILINE)]
+    small = sweep_file.replace("epochs = 4", "epochs = 1").replace("seeds = 3", "seeds = 1")
     tables = []
     for number, command in enumerate(words for words in shown if "cuda" not in words):
         (tmp_path / f"{number}").mkdir()
         monkeypatch.chdir(tmp_path / f"{number}")
-        Path("rates.toml").write_text(sweep_file.replace("epochs = 4", "epochs = 1"))
+        Path("rates.toml").write_text(small)
         assert sweep.main([*command, "--device", "cpu"]) == 0
         rows = csv.DictReader(Path("runs/sweep-rates/sweep.csv").read_text().splitlines())
         tables.append([(row["method"], row["lr"], row["mean_accuracy"]) for row in rows])
