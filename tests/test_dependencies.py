@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS_NEED = {"torch", "triton", "numpy"}
-NOT_FOR_USERS = {"test", "docs", "dev"}
+NOT_FOR_USERS = {"test", "libraries", "docs", "dev"}
 PROGRAM = """
 import pkgutil, sys
 sys.modules.update(dict.fromkeys(sys.argv[1:]))  # as if they were not installed
