@@ -58,12 +58,20 @@ class Result:
         summaries: of each run, as in summary.json.
         records: of each run, one per epoch, as in metrics.jsonl.
         frequency: [S, T, R], each neuron's activation frequency after each task.
+        network: the class of a network of the caller's own, else empty.
     """
 
     config: Config
     summaries: list[dict[str, Any]]
     records: list[list[dict[str, Any]]]
     frequency: np.ndarray
+    network: str = ""
+
+    @property
+    def name(self) -> str:
+        """The method, or what is trained without one."""
+        alone = self.network if not self.config.parts else ""
+        return alone or self.config.method
 
     @property
     def accuracies(self) -> np.ndarray:
@@ -113,7 +121,7 @@ class Result:
         tasks = np.arange(1, self.config.tasks + 1)
         so_far = np.array([[run[t - 1, :t].mean() for t in tasks] for run in self.accuracies])
         center, spread = so_far.mean(0), so_far.std(0, ddof=min(1, len(so_far) - 1))
-        (line,) = axes.plot(tasks, center, **{"marker": "o", "label": self.config.method, **style})
+        (line,) = axes.plot(tasks, center, **{"marker": "o", "label": self.name, **style})
         axes.fill_between(
             tasks, center - spread, center + spread, color=line.get_color(), alpha=0.2
         )
@@ -145,7 +153,7 @@ class Result:
     def _title(self) -> str:
         count = len(self.summaries)
         runs = f", {count} seeds" if count > 1 else ""
-        return f"{self.config.method} on {self.summaries[0]['dataset']}{runs}"
+        return f"{self.name} on {self.summaries[0]['dataset']}{runs}"
 
     def _rows(self) -> list[tuple[str, str]]:
         found = []
@@ -229,9 +237,11 @@ def run(
     else:
         found, stream = _stream(tasks)
         given |= {"dataset": found.name, "tasks": len(stream)}
-    build = None if model is None else _builder(model)
+    build, network = None if model is None else _builder(model), ""
     if build is not None:
-        given = {**_settings_of(build(), found.x_train[:1]), **given}
+        built = build()
+        network = type(built.module if isinstance(built, Wrapped) else built).__name__
+        given = {**_settings_of(built, found.x_train[:1]), **given}
     first = resolve(given, len(found.y_train))
     first.validate()
     if stream is not None and first.validation > 0:
@@ -268,6 +278,7 @@ def run(
             summaries,
             [read_records(*pair) for pair in pairs],
             np.stack([read_frequency(*pair) for pair in pairs]),
+            network,
         )
 
 

@@ -264,7 +264,7 @@ class Study:
                     if stopped():
                         raise Interrupted
             except BaseException:
-                alive.unlink()
+                alive.unlink(missing_ok=True)
                 wait([job for job in running if not job.cancel()])
                 raise
             finally:

@@ -175,6 +175,9 @@ def test_own_network() -> None:
     result = ssd.run(blobs(), "ewc", tasks=2, model=Two, lr=0.1, epochs=5, device="cpu")
     assert (result.config.neurons, result.config.lr) == (16, 0.1)
     assert result.frequency.shape == (1, 2, 16)
+    assert "ewc on features" in repr(result)
+    alone = ssd.run(blobs(), "sdmlp", tasks=2, model=Two, lr=0.1, epochs=1, device="cpu")
+    assert "Two on features" in repr(alone)
 
 
 def test_callbacks() -> None:
