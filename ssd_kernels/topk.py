@@ -95,16 +95,15 @@ def select(keys: Tensor, k: int) -> Tensor:
     flat = _dispatch.flattened(keys.detach())
     values, indices = _cpu_groups.largest(flat, k + 1)
     chosen = indices[:, :k].contiguous()
-    tied = ~(values[:, :k] > values[:, 1:]).all(1)
-    if tied.any():
+    rows = (~(values[:, :k] > values[:, 1:]).all(1)).nonzero().squeeze(1)
+    if len(rows):
         # torch.topk breaks ties arbitrarily. Sorting corrects a tie among the k; the specification
         # ranks a row again if its k-th and (k+1)-th keys tie, or if it holds NaN.
-        by_index, values = chosen[tied].sort(dim=-1).values, values[tied]
-        keys_of = flat[tied].gather(-1, by_index) + 0.0
-        order = keys_of.sort(dim=-1, descending=True, stable=True).indices
-        chosen[tied] = by_index.gather(-1, order)
-        ambiguous = ~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()
-        rows = tied.nonzero().squeeze(1)[ambiguous]
+        by_index, values = chosen[rows].sort(dim=-1).values, values[rows]
+        tied = flat[rows.unsqueeze(1), by_index] + 0.0
+        order = tied.sort(dim=-1, descending=True, stable=True).indices
+        chosen[rows] = by_index.gather(-1, order)
+        rows = rows[~(values[:, k - 1] > values[:, k]) | values[:, 0].isnan()]
         chosen[rows] = reference.select(flat[rows], k)
     return chosen.view(*keys.shape[:-1], k)
 
