@@ -8,15 +8,13 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, multiprocessing
@@ -28,7 +26,8 @@ from ssd.executors import attempt, result_of
 from ssd.progress import Display, position_watcher
 from ssd.runs import RunOptions, leave_out, make_tasks, run_together
 from ssd.storage.dataset_file import read_dataset, stored
-from ssd.storage.files import dumps, read_json, write_json
+from ssd.storage.files import dumps, write_json
+from ssd.storage.link import LOOK, Every, Link, alive
 from ssd.storage.run_folder import (
     DIVERGED,
     SUMMARY,
@@ -51,8 +50,6 @@ MOST_APART = 3
 SMALL = 2**23
 # A process takes seconds to start. One thread does so many multiplications in many times that.
 WORTH = 2e12
-# Seconds between two looks at the files through which a study and its workers talk.
-LOOK = 1.0
 # A network file system may show a file this many seconds after another machine wrote it.
 UNSEEN = 90.0
 
@@ -234,7 +231,7 @@ class Study:
         # Long batches first, and none so long that one worker is left alone with it.
         batches = sorted(_batches(runs, MOST_APART), key=_work, reverse=True)
         running: dict[Future[None], tuple[tuple[Run, ...], Link]] = {}
-        with stored((run.data for run in runs), runs[0].root) as files, _alive(runs[0]) as alive:
+        with stored((run.data for run in runs), runs[0].root) as files, alive(runs[0].root) as file:
             try:
                 for batch in batches:
                     if stopped():
@@ -245,7 +242,7 @@ class Study:
                         )
                         for r in batch
                     ]
-                    link = Link(alive, _checkpoint([r.folder for r in batch]).absolute())
+                    link = Link(file, _checkpoint([r.folder for r in batch]).absolute())
                     data = files[batch[0].data.checksum()]
                     job = executor.submit(attempt, _train_elsewhere, make, data, self.device, link)
                     running[job] = batch, link
@@ -264,7 +261,7 @@ class Study:
                     if stopped():
                         raise Interrupted
             except BaseException:
-                alive.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
                 wait([job for job in running if not job.cancel()])
                 raise
             finally:
@@ -383,70 +380,6 @@ def _checkpoint(folders: Sequence[Path]) -> Path:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-class Every:
-    """True at the first call, and then once in so many seconds."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.due = seconds, 0.0
-
-    def __call__(self) -> bool:
-        now = time.monotonic()
-        if now < self.due:
-            return False
-        self.due = now + self.seconds
-        return True
-
-
-@contextmanager
-def _alive(run: Run) -> Iterator[Path]:
-    """A file of the study that trains the run; without it, its workers save and end."""
-    file = run.root.absolute() / f"study-{uuid4().hex}"
-    file.touch()
-    try:
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
-
-
-class Link:
-    """How a study and the worker that trains a batch hear of each other: by files.
-
-    Files reach workers of every kind, on other machines too.
-
-    Args:
-        alive: of the study.
-        checkpoint: of the batch.
-    """
-
-    def __init__(self, alive: Path, checkpoint: Path) -> None:
-        self.alive, self.reached = alive, checkpoint.with_suffix(".progress")
-        self.look, self.tell, self.stopped = Every(LOOK), Every(LOOK), False
-        self.clear()
-
-    def clear(self) -> None:
-        with suppress(OSError):
-            self.reached.unlink(missing_ok=True)
-
-    def is_stopped(self) -> bool:
-        """Whether the study wants no more; for the worker."""
-        if not self.stopped and self.look():
-            self.stopped = not self.alive.exists()
-        return self.stopped
-
-    def report(self, where: str, steps: int, total: int) -> None:
-        """Tells the study, see ssd.progress.position; for the worker."""
-        if self.tell():
-            with suppress(OSError):  # no reason to stop
-                write_json(self.reached, {"where": where, "steps": steps, "total": total})
-
-    def position(self) -> tuple[str, int, int] | None:
-        """What the worker told last, None if nothing; for the study."""
-        with suppress(OSError):
-            found = read_json(self.reached)
-            return found["where"], found["steps"], found["total"]
-        return None
 
 
 def _train_elsewhere(
