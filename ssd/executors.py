@@ -27,6 +27,7 @@ from ssd.errors import Interrupted, UserError, one_line
 HERE = "processes"
 POLL = 0.5  # seconds; submitit itself asks Slurm more and more rarely
 MINUTES = 240  # of a Slurm job; submitit's default is 5
+UNTOLD = "Job not requeued"  # how submitit begins to say that a job may not go on
 TIMES = 100  # a job may reach its time limit, since it gets further each time
 
 
@@ -113,9 +114,10 @@ class SubmititExecutor(Executor):
             future.cancel()
         self._waits = wait
         self._closed.set()
-        self._watcher.join()
-        for job in self._jobs.values() if cancel_futures else ():
-            job.cancel(check=False)
+        self._watcher.join(None if wait else 2 * POLL)
+        for job in list(self._jobs.values()) if cancel_futures else ():
+            with suppress(OSError):
+                job.cancel(check=False)
 
     def _watch(self) -> None:
         """Brings futures to the state of their jobs, until the executor is shut down."""
@@ -124,7 +126,7 @@ class SubmititExecutor(Executor):
             closed = self._closed.wait(POLL)
             if closed and self._waits:
                 time.sleep(POLL)
-            for future, job in list(self._jobs.items()):
+            for future, job in self._jobs.copy().items():
                 # Files of another machine may be gone for a moment, or Slurm not answer.
                 with suppress(OSError, subprocess.SubprocessError):
                     self._settle(future, job)
@@ -132,7 +134,8 @@ class SubmititExecutor(Executor):
     def _settle(self, future: Future[Any], job: Any) -> None:
         if not future.cancelled():
             done = job.done()
-            if not done and job.state != "RUNNING":
+            # Slurm is asked for the state but rarely; a job that has begun has a log.
+            if not done and job.state != "RUNNING" and not job.paths.stdout.exists():
                 return
             if future.running() or future.set_running_or_notify_cancel():
                 if done:
@@ -147,10 +150,11 @@ class SubmititExecutor(Executor):
     def _end(self, future: Future[Any], job: Any) -> None:
         try:
             future.set_result(job.result())
-        except self._errors.FailedJobError as error:  # raised by the call itself
-            future.set_exception(error)
-        except self._errors.UncompletedJobError as error:
-            future.set_exception(BrokenExecutor(one_line(error)))
+        except (OSError, subprocess.SubprocessError):
+            raise  # to be tried again
+        except Exception as error:
+            raised = isinstance(error, self._errors.FailedJobError) and UNTOLD not in str(error)
+            future.set_exception(error if raised else BrokenExecutor(one_line(error)))
 
 
 def _nothing() -> None:
@@ -178,7 +182,9 @@ def _ray(options: Mapping[str, Any], folder: Path, device: torch.device) -> Exec
 
 
 def _slurm(options: Mapping[str, Any], folder: Path, device: torch.device) -> Executor:
-    given = {"timeout_min": MINUTES, **options}
+    # Some clusters queue again only jobs that allow it.
+    again = {"slurm_additional_parameters": {"requeue": True}}
+    given = {"timeout_min": MINUTES, **again, **options}
     if device.type == "cuda":
         given.setdefault("gpus_per_node", 1)
     return SubmititExecutor(folder / "slurm", given.pop("cluster", "slurm"), given)

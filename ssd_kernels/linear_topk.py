@@ -98,8 +98,10 @@ class _LinearTopK(torch.autograd.Function):
         code = (_triton_code if kernels else _torch_code)(
             x, weight, bias, k, inhibition, counts, networks
         )
-        # The decoder keeps values and indices too. What the threshold needs is kept if it is asked.
-        gates = code.passes if kernels else code.values
+        # Kept are only those gates and parts of the threshold that matter; a GPU is not waited for.
+        gates = code.passes
+        if x.is_cpu and gates.all():
+            gates = gates.new_empty(0)
         ctx.has_cut = threshold and k < len(weight) // networks
         ctx.save_for_backward(
             x, weight, code.indices, gates, *((code.after, code.cut_passes) if ctx.has_cut else ())
@@ -114,7 +116,7 @@ class _LinearTopK(torch.autograd.Function):
         ctx: Any, grad_values: Tensor | None, _: None, grad_cut: Tensor | None
     ) -> tuple[Any, ...]:
         x, weight, indices, gates, *of_cut = ctx.saved_tensors
-        passes = gates if ctx.kernels else ~(gates <= 0)
+        passes = gates if len(gates) else torch.ones_like(indices, dtype=torch.bool)
         parts = []  # slopes, neurons, whether the gradient passes
         if grad_values is not None:
             parts.append((grad_values, indices, passes))

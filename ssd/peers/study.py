@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ssd.data import Dataset, Task, class_order, hold_out, split
-from ssd.errors import UserError
+from ssd.errors import Interrupted, UserError
 from ssd.executors import attempt, result_of
 from ssd.metrics import backward_transfer, mean_accuracy
 from ssd.peers.learners import (
@@ -34,6 +34,7 @@ from ssd.peers.learners import (
 )
 from ssd.storage.dataset_file import read_dataset, stored
 from ssd.storage.files import difference, dumps, read_text, write_atomically
+from ssd.storage.link import alive, is_gone
 from ssd.storage.provenance import commit, machine, versions
 from ssd.tables import csv_text, plus_minus
 
@@ -165,9 +166,9 @@ class Study:
         Raises:
             UserError: a worker died, or see measure. What others are at is lost.
         """
-        with stored([self.data], folder) as files:
+        with stored([self.data], folder) as files, alive(folder) as study:
             (file,) = files.values()
-            place = file, self.name, self.tasks, self.neurons
+            place = file, study, self.name, self.tasks, self.neurons
             jobs = {
                 executor.submit(attempt, _measure_elsewhere, *place, e.name, seeds, self.rows): e
                 for e in found
@@ -178,7 +179,7 @@ class Study:
                         self._keep(row)
             finally:
                 for job in jobs:
-                    job.cancel()
+                    job.cancel()  # those that run end after their row, since the study is gone
         return {entry.name: self.measure(entry, seeds) for entry in found}
 
     def _add(self, key: Key, accuracy: float, bwt: float, cost: _Cost) -> None:
@@ -204,6 +205,7 @@ class Study:
 
 def _measure_elsewhere(
     file: Path,
+    study: Path,
     name: str,
     tasks: int,
     neurons: int,
@@ -212,12 +214,17 @@ def _measure_elsewhere(
     known: Mapping[Key, Row],
 ) -> list[Row]:
     """Measures a learner in a worker; returns the rows that are not known yet."""
+
+    def report(line: str) -> None:
+        if is_gone(study):
+            raise Interrupted
+
     data = read_dataset(file)
-    study = Study(name, data, tasks, neurons, None, lambda line: None)
-    study.rows.update(known)
+    own = Study(name, data, tasks, neurons, None, report)
+    own.rows.update(known)
     found = {entry.name: entry for entry in entries(data.x_train.shape[1], neurons)}
-    study.measure(found[learner], seeds)
-    return [row for key, row in study.rows.items() if key not in known]
+    own.measure(found[learner], seeds)
+    return [row for key, row in own.rows.items() if key not in known]
 
 
 class Stopwatch:

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -27,7 +28,7 @@ def stored(found: Iterable[Dataset], folder: Path) -> Iterator[dict[str, Path]]:
         for data in found:
             if data.checksum() not in files:
                 folder.mkdir(parents=True, exist_ok=True)
-                file = folder.absolute() / f"data-{data.checksum()}.safetensors"
+                file = folder.absolute() / f"data-{uuid4().hex}.safetensors"
                 files[data.checksum()] = file
                 tensors = {name: getattr(data, name) for name in ARRAYS}
                 save_checkpoint(file, tensors, {"name": data.name})

@@ -26,6 +26,9 @@ class Every:
         self.due = now + self.seconds
         return True
 
+    def __reduce__(self) -> tuple[type[Every], tuple[float]]:
+        return type(self), (self.seconds,)  # machines have clocks of their own
+
 
 @contextmanager
 def alive(folder: Path) -> Iterator[Path]:
@@ -36,6 +39,17 @@ def alive(folder: Path) -> Iterator[Path]:
         yield file
     finally:
         file.unlink(missing_ok=True)
+
+
+def is_gone(file: Path) -> bool:
+    """Whether a file was removed; a file system that does not answer has not said so."""
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 class Link:
@@ -58,7 +72,7 @@ class Link:
     def is_stopped(self) -> bool:
         """Whether the study wants no more; for the worker."""
         if not self.stopped and self.look():
-            self.stopped = not self.alive.exists()
+            self.stopped = is_gone(self.alive)
         return self.stopped
 
     def report(self, where: str, steps: int, total: int) -> None:

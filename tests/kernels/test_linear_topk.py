@@ -192,6 +192,20 @@ def test_preactivations(device: str, impl: str, inhibition: str, networks: int) 
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("impl", [*FAST, "reference"])
+@pytest.mark.parametrize("k", [3, 20])  # 20: all neurons, so that some slots are inactive
+def test_no_gradient_reads_the_values(device: str, impl: str, k: int) -> None:
+    """Users write into outputs: the gate of each slot is that of before."""
+    x, weight, bias = (t.requires_grad_() for t in layer(6, 20, 8, torch.float32, device))
+    out = op(x, weight, k, bias, impl=impl)
+    assert (out.values == 0).any() == (k == 20)
+    before = torch.autograd.grad(out.values.sum(), [x, weight, bias], retain_graph=True)
+    for write in (Tensor.zero_, lambda t: t.add_(1)):
+        write(out.values.detach())
+        after = torch.autograd.grad(out.values.sum(), [x, weight, bias], retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 @pytest.mark.parametrize("impl", FAST)
 def test_preactivations_sort_no_row(
     device: str, impl: str, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,7 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kill_resume
@@ -38,6 +39,7 @@ from ssd.progress import Display
 from ssd.reproduce import experiments
 from ssd.reproduce.lines import runs_of
 from ssd.runs import RunOptions, run
+from ssd.storage.link import Link, alive
 from ssd.storage.lock import LOCK
 from ssd.storage.run_folder import METRICS
 from ssd.study import Run, Study
@@ -239,8 +241,9 @@ class Queued:
 
     state = "PENDING"
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.cancelled = 0
+        self.paths = SimpleNamespace(stdout=folder / "log")
 
     def done(self) -> bool:
         return False
@@ -253,7 +256,7 @@ class Queued:
 def test_jobs_that_wait_are_cancelled(
     data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, jobs = study_runs(data, tmp_path / "runs"), [Queued(), Queued()]
+    runs, jobs = study_runs(data, tmp_path / "runs"), [Queued(tmp_path), Queued(tmp_path)]
     left = iter(jobs)
     with SubmititExecutor(tmp_path / "jobs", "local", {}) as executor:
         monkeypatch.setattr(executor._executor, "submit", lambda *_: next(left))
@@ -264,6 +267,40 @@ def test_jobs_that_wait_are_cancelled(
             time.sleep(0.01)
     assert [job.cancelled for job in jobs] == [1, 1]
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+class Strange(Queued):
+    """A job whose result submitit does not return."""
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> None:
+        raise AssertionError("several tasks")
+
+
+@needs_submitit
+def test_what_submitit_cannot_do_ends_the_study(
+    data: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SubmititExecutor(tmp_path / "jobs", "local", {}) as executor:
+        monkeypatch.setattr(executor._executor, "submit", lambda *_: Strange(tmp_path))
+        with pytest.raises(UserError, match=r"a worker died .* \(several tasks\)"):
+            train(study_runs(data, tmp_path / "runs"), executor)
+
+
+def test_a_worker_on_another_machine_hears_the_study(tmp_path: Path) -> None:
+    """The clock of a machine that started later shows less."""
+    with alive(tmp_path) as file:
+        link = Link(file, tmp_path / "together.safetensors")
+        link.look.seconds = link.tell.seconds = 3600.0
+        assert not link.is_stopped()
+        link.report("here", 1, 2)
+        again = pickle.loads(pickle.dumps(link))
+    assert again.is_stopped()
+    link.clear()
+    again.report("there", 1, 2)
+    assert link.position() == ("there", 1, 2)
 
 
 @needs_submitit
