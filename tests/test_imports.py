@@ -18,7 +18,7 @@ COMMANDS = {f"ssd.{name}" for name in ("__main__", "train", "sweep", "compare")}
 # Modules of ssd, and folders of them; a module imports from the lines above its own.
 LAYERS = """
 errors
-storage
+storage executors
 data metrics ops
 activations models
 losses
@@ -30,7 +30,7 @@ step
 cuda_graph
 trainer
 callbacks
-storage.run_folder
+storage.run_folder storage.dataset_file
 runs
 progress
 study tables figures cli

@@ -159,8 +159,7 @@ from ssd import study
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    shared = (context.Queue(), context.Event())
-    with ProcessPoolExecutor(1, context, study._begin, shared) as pool:
+    with ProcessPoolExecutor(1, context, study._begin) as pool:
         running = pool.submit(time.sleep, 0)
         running.result()
         print(*pool._processes, flush=True)
