@@ -30,7 +30,6 @@ import torch
 from rich.console import Console
 
 from ssd import executors, study, sweep
-from ssd.config import Config
 from ssd.data import Dataset, load
 from ssd.errors import Interrupted, UserError
 from ssd.executors import EXECUTORS, RayExecutor, SubmititExecutor, executor_maker
@@ -43,20 +42,10 @@ from ssd.storage.link import Link, alive
 from ssd.storage.lock import LOCK
 from ssd.storage.run_folder import METRICS
 from ssd.study import Run, Study
+from tests.ssd.test_together import SMALL
 
 CPU = torch.device("cpu")
 EXACT = ("accuracy_matrix", "bwt", "mean_active", "config")
-SMALL = Config(
-    dataset="features",
-    method="ssd+ewc",
-    tasks=2,
-    epochs=3,
-    batch_size=32,
-    neurons=32,
-    k=3,
-    anneal_samples=300,
-    eval_every=1,
-)
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 needs_submitit = pytest.mark.skipif(
     find_spec("submitit") is None, reason="submitit is not installed"

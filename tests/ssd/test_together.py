@@ -22,6 +22,17 @@ from ssd.trainer import Trainer
 from tests.ssd.test_step import watch
 
 CPU = RunOptions(torch.device("cpu"), checkpoint_every=1e9)
+SMALL = Config(
+    dataset="features",
+    method="ssd+ewc",
+    tasks=2,
+    epochs=3,
+    batch_size=32,
+    neurons=32,
+    k=3,
+    anneal_samples=300,
+    eval_every=1,
+)
 BASE = Config(
     dataset="features",
     features="none",
@@ -133,19 +144,8 @@ def test_jobs_equal_single_runs_and_survive_interruption(tmp_path: Path) -> None
     """Two programs, of three and one runs, stopped at every tenth event."""
     kill_resume.write_features(tmp_path / "f.npz", 256)
     data = load("features", tmp_path, tmp_path / "f.npz")
-    small = Config(
-        dataset="features",
-        method="ssd+ewc",
-        tasks=2,
-        epochs=3,
-        batch_size=32,
-        neurons=32,
-        k=3,
-        anneal_samples=300,
-        eval_every=1,
-    )
-    configs = [replace(small, seed=s, alpha=0.5 + s / 10) for s in range(3)]
-    configs.append(replace(small, k=2))
+    configs = [replace(SMALL, seed=s, alpha=0.5 + s / 10) for s in range(3)]
+    configs.append(replace(SMALL, k=2))
     stops = 0
     runs = [Run("", config, data, tmp_path / "jobs") for config in configs]
     while not all(study_run.outcome() for study_run in runs):
